@@ -1,0 +1,75 @@
+"""What must hold of a finished study in this folder: complete, complete in MLflow, at rest, and exact about what a change reruns."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from mlflow.tracking import MlflowClient
+from ruamel.yaml import YAML
+
+sys.path.insert(0, str(Path.cwd()))
+
+from pipeline.grid import cells
+from pipeline.params import load
+from pipeline.results import read_results
+
+
+def repro() -> list[str]:
+    """Runs `dvc repro`; the stages that it ran."""
+    done = subprocess.run(["dvc", "repro"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.findall(r"^Running stage '(.+)':", done.stdout, flags=re.MULTILINE)
+
+
+def mlflow_runs() -> dict[str, list[str]]:
+    """Names of the runs by experiment."""
+    client = MlflowClient("sqlite:///mlflow.db")
+    experiments = client.search_experiments()
+    return {e.name: sorted(r.info.run_name for r in client.search_runs([e.experiment_id], max_results=9999)) for e in experiments}
+
+
+study = load()
+expected = {task: sorted(f"{c.variant} seed {s}" for c in cells(study) if c.task == task for s in study.seeds) for task in study.tasks}
+expected["study"] = ["report"]
+
+results = read_results(study)
+for cell in cells(study):
+    here = results[(results["task"] == cell.task) & (results["variant"] == cell.variant) & (results["metric"] == "accuracy")]
+    longest = study.variants[cell.variant].longest(study.tasks[cell.task].data.length)
+    lengths = {n for n in study.tasks[cell.task].data.lengths if longest is None or n <= longest}
+    assert {*zip(here["seed"], here["length"], strict=True)} == {(s, n) for s in study.seeds for n in lengths}, cell
+    assert here["value"].between(0, 1).all(), cell
+for name, ablation in study.ablations.items():
+    for kind in ("", "_length", "_training"):
+        for folder, suffix in (("figures", "png"), ("svg", "svg")):
+            assert Path(f"reports/{folder}/{name}{kind}.{suffix}").stat().st_size > 5000, (name, kind, suffix)
+assert mlflow_runs() == expected
+print("complete: grid, figures, MLflow")
+
+assert repro() == ["track"], "a second `dvc repro` ran more than the look at MLflow"
+assert mlflow_runs() == expected
+print("at rest: nothing ran again")
+
+lock = Path("dvc.lock").read_text()
+raw = YAML(typ="safe").load(Path("params.yaml"))
+raw["variants"]["qk"]["k"] = 2
+with Path("params.yaml").open("w") as file:
+    YAML().dump(raw, file)
+ran = repro()
+trained = {stage for stage in ran if stage.startswith("train_")}
+assert trained == {f"train_{c.ablation}@{c.task}-{c.variant}" for c in cells(study) if c.variant == "qk"}, ran
+assert mlflow_runs() == expected
+print("exact: only the cells of the edited variant were trained again")
+
+shutil.copy("presets/smoke.yaml", "params.yaml")
+ran = repro()
+assert Path("dvc.lock").read_text() == lock
+print("reverted: dvc.lock is what it was")
+
+Path("mlflow.db").unlink()
+shutil.rmtree("mlartifacts")
+assert repro() == ["track"]
+assert mlflow_runs() == expected
+print("MLflow rebuilt from the files")

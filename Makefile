@@ -1,0 +1,38 @@
+# make repro   rebuild the study with `dvc repro`         make ui     browse the runs in MLflow, on this machine alone
+# make test    lint, types and tests                      make clean  remove the environment
+#
+# Each sets up .venv from requirements.lock where that is missing or older. PYTHON names the interpreter, 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: repro test ui clean
+
+repro: .venv/study
+	python -m pipeline validate
+	dvc repro
+
+test: .venv/test
+	ruff check
+	ruff format --check
+	mypy
+	pytest -n auto
+
+ui: .venv/study
+	python -m pipeline track
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1 --host 127.0.0.1 --port 5000
+
+.venv/study: requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable .
+	touch $@
+
+.venv/test: .venv/study
+	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv

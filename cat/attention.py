@@ -1,0 +1,26 @@
+"""Causal attention: out_i = sum_{j <= i} softmax_j(scale <q_i, k_j> + bias_ij) v_j."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from cat.types import Heads
+
+
+def attend(q: Heads, k: Heads, v: Heads, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Heads:
+    """Dense causal attention. A `bias` holds -inf above the diagonal; without one the mask is the causal one."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
+
+
+def naive_attend(q: Heads, k: Heads, v: Heads, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Heads:
+    """The definition, one query at a time; the twin that `attend` is tested against."""
+    outputs = []
+    for i in range(q.shape[2]):
+        scores = scale * (k[:, :, : i + 1] @ q[:, :, i, :, None])[..., 0]
+        if bias is not None:
+            scores = scores + bias[:, i, : i + 1]
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        weights = weights / weights.sum(-1, keepdim=True)
+        outputs.append((weights[..., None] * v[:, :, : i + 1]).sum(2))
+    return torch.stack(outputs, dim=2)

@@ -1,0 +1,19 @@
+"""CAT: out = softmax(mask(Q K^T / sqrt(C))) V with Q, K and V each the filtered projection of the input.
+
+Without a filter this is the transformer's attention.
+"""
+
+from cat.attention import attend
+from cat.mixers.streams import Streams
+from cat.position import alibi_bias, rotate
+from cat.types import Heads
+
+
+class CausalAttention(Streams):
+    """Dense causal attention over (B, L, D) with a filter on the streams that its configuration names."""
+
+    def mix(self, q: Heads, k: Heads, v: Heads) -> Heads:
+        if self.config.position == "rotary":
+            q, k = rotate(q), rotate(k)
+        bias = alibi_bias(self.config.heads, q.shape[2], q) if self.config.position == "alibi" else None
+        return attend(q, k, v, scale=self.scale, bias=bias)

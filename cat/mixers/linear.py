@@ -1,0 +1,15 @@
+"""LinCAT: linear attention over filtered queries, keys and values; without a filter, plain linear attention.
+
+The comparison of arXiv 2407.05591, section 5 (linear attention: 2006.16236), at a cost that is linear in the sequence.
+"""
+
+from cat.linear_attention import linear_attend
+from cat.mixers.streams import Streams
+from cat.types import Heads
+
+
+class LinearAttention(Streams):
+    """Causal linear attention over (B, L, D) with a filter on the streams that its configuration names."""
+
+    def mix(self, q: Heads, k: Heads, v: Heads) -> Heads:
+        return linear_attend(q, k, v, rotary=self.config.position == "rotary")

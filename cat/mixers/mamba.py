@@ -1,0 +1,43 @@
+"""Mamba: a gated selective state space behind a short convolution (arXiv 2312.00752, figure 3 and section 3.4).
+
+    u, z = X W_in    u = silu(conv(u))    y = scan(u) + skip * u    out = (y * silu(z)) W_out
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cat.configuration import Mamba as MambaConfiguration
+from cat.state_space import selective_scan
+from cat.types import Hidden
+
+
+class Mamba(nn.Module):
+    """Maps (B, L, D) to (B, L, D) causally, with no positions, heads or attention; `length` changes nothing."""
+
+    def __init__(self, config: MambaConfiguration, length: int):
+        super().__init__()
+        inner = config.expand * config.width
+        self.rank = math.ceil(config.width / 16)
+        self.state = config.state
+        self.input = nn.Linear(config.width, 2 * inner, bias=False)
+        self.convolution = nn.Conv1d(inner, inner, config.conv, groups=inner)
+        self.selection = nn.Linear(inner, self.rank + 2 * config.state, bias=False)
+        self.step = nn.Linear(self.rank, inner)
+        self.output = nn.Linear(inner, config.width, bias=False)
+        # Section 3.6: A = -1 .. -S for every channel, and steps between 0.001 and 0.1 before the input has a say.
+        self.log_rate = nn.Parameter(torch.arange(1.0, config.state + 1).log().repeat(inner, 1))
+        self.skip = nn.Parameter(torch.ones(inner))
+        nn.init.uniform_(self.step.weight, -(self.rank**-0.5), self.rank**-0.5)
+        with torch.no_grad():
+            self.step.bias.uniform_(1e-3, 1e-1).expm1_().log_()  # the inverse of softplus
+
+    def forward(self, x: Hidden) -> Hidden:
+        u, gate = self.input(x).chunk(2, dim=-1)
+        u = F.silu(self.convolution(F.pad(u.mT, (self.convolution.kernel_size[0] - 1, 0))).mT)
+        step, b, c = self.selection(u).split([self.rank, self.state, self.state], dim=-1)
+        delta = F.softplus(self.step(step))
+        y = selective_scan(u, delta, -self.log_rate.exp(), b, c) + self.skip * u
+        return self.output(y * F.silu(gate))

@@ -1,0 +1,89 @@
+"""A sequence model: embedding, `layers` blocks of one mixer, norm, head.
+
+x = E[tokens] (+ position)    x = x + mixer(norm(x))    x = x + mlp(norm(x))    logits = norm(x) W
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from cat.configuration import AttentionModel, ModelConfiguration
+from cat.mixers import build_mixer
+from cat.position import sinusoidal
+from cat.types import Hidden, Tokens
+
+
+class SequenceModel(nn.Module):
+    """A causal model over `vocabulary` tokens, trained on sequences of `length` tokens.
+
+    Raises ValueError, in words, where `config` cannot be trained at `length`.
+    """
+
+    def __init__(self, config: ModelConfiguration, *, vocabulary: int, length: int):
+        super().__init__()
+        config.check_length(length)
+        self.longest = config.longest(length)
+        self.embedding = Embedding(config, vocabulary, length)
+        self.blocks = nn.ModuleList(Block(config, length) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, vocabulary, bias=False)
+        nn.init.normal_(self.head.weight, std=config.width**-0.5)
+        if config.tied:
+            self.head.weight = self.embedding.token.weight
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "B L V"]:
+        """Logits of the next token at every position."""
+        return self.head(self.hidden(tokens))
+
+    def answers(self, tokens: Tokens, asked: Bool[Tensor, "B L"]) -> Float[Tensor, "N V"]:
+        """Logits at the `asked` positions alone, in row-major order: most positions of a recall task ask nothing."""
+        return self.head(self.hidden(tokens)[asked])
+
+    def hidden(self, tokens: Tokens) -> Hidden:
+        """What the head reads. Raises ValueError where the sequence is longer than learned positions reach."""
+        if self.longest is not None and tokens.shape[1] > self.longest:
+            raise ValueError(f"learned positions reach {self.longest} tokens, not {tokens.shape[1]}")
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Embedding(nn.Module):
+    """One vector a token, and one a position for the schemes that add one."""
+
+    def __init__(self, config: ModelConfiguration, vocabulary: int, length: int):
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, config.width)
+        nn.init.normal_(self.token.weight, std=config.width**-0.5)
+        self.scheme = config.position if isinstance(config, AttentionModel) else "none"
+        if self.scheme == "learned":
+            self.position = nn.Parameter(torch.randn(length, config.width) * config.width**-0.5)
+
+    def forward(self, tokens: Tokens) -> Hidden:
+        x, length = self.token(tokens), tokens.shape[1]
+        if self.scheme == "learned":
+            x = x + self.position[:length]
+        elif self.scheme == "sinusoidal":
+            # Scaled to the size of a token's vector: unit sines would drown it.
+            x = x + sinusoidal(length, x.shape[-1], x) * (2 / x.shape[-1]) ** 0.5
+        return x
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
+
+    def __init__(self, config: ModelConfiguration, length: int):
+        super().__init__()
+        self.mixer_norm = nn.LayerNorm(config.width)
+        self.mixer = build_mixer(config, length)
+        self.mlp = None
+        if config.mlp is not None:
+            hidden = config.mlp * config.width
+            self.mlp = nn.Sequential(
+                nn.LayerNorm(config.width), nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width)
+            )
+
+    def forward(self, x: Hidden) -> Hidden:
+        x = x + self.mixer(self.mixer_norm(x))
+        return x if self.mlp is None else x + self.mlp(x)

@@ -1,0 +1,37 @@
+"""Position schemes: rotary (arXiv 2104.09864), ALiBi (2108.12409), sinusoidal and learned (1706.03762), none.
+
+Rotary and ALiBi act inside attention, after the filters; sinusoidal and learned vectors are added to the embedding.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cat.types import Heads
+
+
+def rotate(x: Heads, base: float = 10_000.0) -> Heads:
+    """Turns the pair of channels (c, c + C/2) of token i by the angle i * base^(-2c/C)."""
+    length, channels = x.shape[2:]
+    frequency = base ** (-torch.arange(0, channels, 2, device=x.device, dtype=torch.float64) / channels)
+    angle = torch.arange(length, device=x.device, dtype=torch.float64)[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+def alibi_bias(heads: int, length: int, like: Tensor) -> Float[Tensor, "H L L"]:
+    """Adds -slope * (i - j) to the score of query i and key j, -inf where j > i; slopes 2^(-8h/H), h = 1..H."""
+    slope = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=like.device, dtype=torch.float64) / heads)
+    i = torch.arange(length, device=like.device)
+    distance = i[:, None] - i
+    bias = -slope[:, None, None] * distance
+    return bias.masked_fill(distance < 0, float("-inf")).to(like.dtype)
+
+
+def sinusoidal(length: int, width: int, like: Tensor) -> Float[Tensor, "L D"]:
+    """Channel 2c of token i is sin(i * 10000^(-2c/D)), channel 2c + 1 the cosine."""
+    channel = torch.arange(width, device=like.device, dtype=torch.float64)
+    frequency = 10_000.0 ** (-(channel - channel % 2) / width)
+    angle = torch.arange(length, device=like.device, dtype=torch.float64)[:, None] * frequency
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).to(like.dtype)

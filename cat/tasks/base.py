@@ -1,0 +1,96 @@
+"""What a task is, and what it produces."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from typing import Annotated, Literal, NamedTuple, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from cat.configuration import Configuration, Count
+
+IGNORE = -100
+"""The target where nothing is asked."""
+
+
+class Examples(NamedTuple):
+    """`inputs` and `targets`, both N x L: the answer at the position that asks for it, IGNORE elsewhere."""
+
+    inputs: np.ndarray
+    targets: np.ndarray
+
+    def compact(self) -> Examples:
+        """The same in the smallest integer types that hold them."""
+        inputs = self.inputs.astype(np.min_scalar_type(int(self.inputs.max())))
+        largest = int(self.targets.max())
+        signed = next(t for t in (np.int8, np.int16, np.int32) if largest <= np.iinfo(t).max)
+        return Examples(inputs, self.targets.astype(signed))
+
+
+class Task(Configuration):
+    """What every task has: the training length, the sizes of its splits, and the lengths of its test splits."""
+
+    kind: str
+    length: Annotated[int, Field(ge=4)]
+    """Tokens of a training sequence."""
+    multiples: Annotated[tuple[Annotated[float, Field(gt=0, le=4096)], ...], Field(min_length=1, strict=False)]
+    """Lengths of the test splits, as multiples of the training length; 1 is among them."""
+    train: Count
+    valid: Count
+    test: Count
+    """Examples in the training, validation, and each test split."""
+
+    @model_validator(mode="after")
+    def _one_is_a_multiple(self) -> Self:
+        if 1 not in self.multiples or list(self.multiples) != sorted(set(self.multiples)):
+            raise ValueError(f"multiples = {list(self.multiples)} must rise and have 1, the training length, among them")
+        return self
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The evaluation lengths in tokens, shortest first."""
+        return tuple(int(self.length * multiple) for multiple in self.multiples)
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> int:
+        """How many different tokens there are."""
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether a model is scored on its own continuation rather than with the true answers as inputs."""
+        return False
+
+    @property
+    def goal(self) -> Literal["accuracy", "loss"]:
+        """What a model is chosen and drawn by."""
+        return "accuracy"
+
+    @abstractmethod
+    def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
+        """`count` examples of `length` tokens of the split `train`, `valid` or `test`."""
+
+
+def derive_seed(seed: int, name: str, use: str) -> int:
+    """A 63-bit seed for one use of one seed of one task, independent of every other."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{use}".encode()).digest()[:8], "little") >> 1
+
+
+def generator(seed: int, name: str, split: str) -> np.random.Generator:
+    """The stream of (seed, name, split): the same whatever else is drawn."""
+    return np.random.Generator(np.random.PCG64(derive_seed(seed, name, split)))
+
+
+def draw_distinct(generator: np.random.Generator, rows: int, count: int, population: int) -> np.ndarray:
+    """`rows` ordered draws of `count` different numbers below `population`, uniformly: Floyd's algorithm for all rows at once.
+
+    Costs rows * count^2 whatever the population, so that keys can come from a large alphabet.
+    """
+    chosen = np.empty((rows, count), dtype=np.int64)
+    for j, top in enumerate(range(population - count, population)):
+        drawn = generator.integers(0, top + 1, size=rows)
+        taken = (chosen[:, :j] == drawn[:, None]).any(axis=1)
+        chosen[:, j] = np.where(taken, top, drawn)
+    return generator.permuted(chosen, axis=1)

@@ -1,0 +1,109 @@
+"""Associative recall and its N-gram form, with one question or many (arXiv 2407.05591, section 3; MQAR: 2312.04927).
+
+A context of key-value pairs, each key an N-gram over a small alphabet shared by all keys, then keys again: the answer to a
+key is the value that followed it. N = 1 is associative recall.
+
+    one question:    BOS  . . a b V . . . c d W . . .  c d         asks W at the last token
+    many questions:  BOS  a b V c d W  . . . c d . a b . . . .     asks W and V, each at the last token of its key
+
+A dot is a filler token. Keys, values and filler have tokens of their own, so an N-gram of key tokens is a whole key, and a
+key stands once in the context and is asked once: every question has one answer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from cat.configuration import Count
+from cat.tasks.base import IGNORE, Examples, Task, draw_distinct
+
+BOS = 0
+
+
+class Recall(Task):
+    """Sizes of a recall task. Longer splits ask proportionally more pairs, up to the number of N-grams; then filler grows."""
+
+    kind: Literal["recall"]
+    ngram: Annotated[int, Field(ge=1, le=8)]
+    """N: tokens of a key."""
+    keys: Count
+    """Size of the key alphabet; keys are drawn from its N-grams. Small for N > 1, or one token gives the key away."""
+    values: Count
+    """Size of the value alphabet."""
+    filler: Count
+    """Size of the filler alphabet; 1 is a blank."""
+    pairs: Count
+    """Key-value pairs in a training sequence."""
+    questions: Literal["one", "all"]
+    """Ask one key at the last token, or every key."""
+    gaps: Literal["uniform", "power"]
+    """How far a question is from its key: uniformly, or by the power law g^-0.99, near more often than far."""
+
+    @model_validator(mode="after")
+    def _pairs_fit(self) -> Self:
+        capacity = self.keys**self.ngram
+        if self.pairs > capacity:
+            raise ValueError(f"pairs = {self.pairs} is more than the {capacity} {self.ngram}-grams over keys = {self.keys}")
+        for length in self.lengths:
+            pairs = self.pairs_at(length)
+            if pairs < 1 or length < self._shortest(pairs):
+                raise ValueError(
+                    f"a sequence of {length} tokens cannot hold {max(1, pairs)} pairs and their questions,"
+                    f" which take {self._shortest(max(1, pairs))}"
+                )
+        return self
+
+    @property
+    def vocabulary(self) -> int:
+        return 1 + self.keys + self.values + self.filler
+
+    def pairs_at(self, length: int) -> int:
+        """Pairs in a sequence of `length` tokens: in proportion to the training length, as far as there are N-grams."""
+        return min(self.pairs * length // self.length, self.keys**self.ngram)
+
+    def _shortest(self, pairs: int) -> int:
+        slot = self.ngram + 1
+        return 1 + pairs * slot + (pairs * slot if self.questions == "all" else self.ngram)
+
+    def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
+        """The splits differ by their generator alone."""
+        pairs, n, slot = self.pairs_at(length), self.ngram, self.ngram + 1
+        keys = draw_distinct(generator, count, pairs, self.keys**n)
+        # The N-gram with number m is m written in base |A|.
+        ngrams = keys[..., None] // self.keys ** np.arange(n - 1, -1, -1) % self.keys + 1
+        values = generator.integers(0, self.values, size=(count, pairs)) + 1 + self.keys
+        inputs = generator.integers(0, self.filler, size=(count, length)) + 1 + self.keys + self.values
+        inputs[:, 0] = BOS
+        targets = np.full((count, length), IGNORE, dtype=np.int64)
+
+        asked_at = length - n if self.questions == "one" else length
+        slots = (asked_at - 1) // slot
+        start = asked_at - slots * slot
+        if self.questions == "one":
+            # Gaps are counted back from the question: pair 0 is asked.
+            where = slots - 1 - self._places(generator, count, pairs, slots)
+            self._write(inputs, start + where * slot, ngrams, values)
+            inputs[:, asked_at:] = ngrams[:, 0]
+            targets[:, -1] = values[:, 0]
+        else:
+            context = np.broadcast_to(np.arange(pairs), (count, pairs))
+            self._write(inputs, start + context * slot, ngrams, values)
+            where = pairs + self._places(generator, count, pairs, slots - pairs)
+            self._write(inputs, start + where * slot, ngrams, None)
+            np.put_along_axis(targets, start + where * slot + n - 1, values, axis=1)
+        return Examples(inputs, targets)
+
+    def _places(self, generator: np.random.Generator, rows: int, count: int, slots: int) -> np.ndarray:
+        """`count` different slots a row, drawn in turn with weights w: the order of exponential variables over w."""
+        weight = np.arange(1.0, slots + 1) ** (-0.99 if self.gaps == "power" else 0.0)
+        arrival = generator.standard_exponential((rows, slots)) / weight
+        return np.argsort(arrival, axis=1, kind="stable")[:, :count]
+
+    def _write(self, inputs: np.ndarray, at: np.ndarray, ngrams: np.ndarray, values: np.ndarray | None) -> None:
+        for offset in range(self.ngram):
+            np.put_along_axis(inputs, at + offset, ngrams[..., offset], axis=1)
+        if values is not None:
+            np.put_along_axis(inputs, at + self.ngram, values, axis=1)

@@ -1,0 +1,122 @@
+"""python -m pipeline: the stages of dvc.yaml, and a check of params.yaml. Arguments are parsed here and nothing else is done."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from pipeline import params
+from pipeline.params import ParamsError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """The stages of the CAT study. `dvc repro` runs them in order; params.yaml says what they do."""
+
+
+def command(function: Callable[..., None]) -> click.Command:
+    """A command whose known faults end in one clear line each and exit code 2."""
+
+    @functools.wraps(function)
+    def careful(**arguments: Any) -> None:
+        try:
+            function(**arguments)
+        except ParamsError as error:
+            for line in error.lines:
+                click.echo(line, err=True)
+            sys.exit(2)
+        except (ValueError, OSError) as error:
+            click.echo(f"{function.__name__}: {error}", err=True)
+            sys.exit(2)
+
+    return main.command(careful)
+
+
+@command
+@click.argument("file", default="params.yaml")
+def validate(file: str) -> None:
+    """Check a parameter FILE and print its grid; write nothing."""
+    from pipeline.plan import check_stages, table
+
+    study = params.load(file)
+    check_stages(study)
+    click.echo(table(study))
+
+
+@command
+def plan() -> None:
+    """Check params.yaml before any other stage; write its grid and its JSON schema."""
+    from pipeline.plan import check_stages, write
+
+    study = params.load()
+    check_stages(study)
+    write(study)
+
+
+@command
+@click.argument("task")
+def generate(task: str) -> None:
+    """Generate the data of TASK."""
+    from pipeline.generate import generate
+
+    study = params.load()
+    section = params.entry(study.tasks, "tasks", task)
+    generate(task, section.data, study.data_seed)
+
+
+@command
+@click.argument("task")
+@click.argument("variant")
+def train(task: str, variant: str) -> None:
+    """Train VARIANT on TASK, every seed of it."""
+    from pipeline.train import Setting, train
+
+    study = params.load()
+    section = params.entry(study.tasks, "tasks", task)
+    model = params.entry(study.variants, "variants", variant)
+    setting = Setting(model, study.train, section.train, study.seeds, study.precision)
+    train(task, variant, setting, device=study.device, threads=study.threads)
+
+
+@command
+@click.argument("task")
+def evaluate(task: str) -> None:
+    """Score every variant on TASK at every length."""
+    from pipeline.evaluate import evaluate
+    from pipeline.grid import variants_on
+
+    study = params.load()
+    params.entry(study.tasks, "tasks", task)
+    evaluate(task, variants_on(study, task), study.seeds, study.precision, device=study.device, threads=study.threads)
+
+
+@command
+def render() -> None:
+    """Draw the figures, write the tables and the metrics."""
+    from pipeline.render import render
+
+    render(params.load())
+
+
+@command
+def track() -> None:
+    """Bring the MLflow store up to date with the files: every run once, none missing."""
+    from pipeline.tracking import track
+
+    track(params.load())
+
+
+@command
+def readme() -> None:
+    """Copy the study's headline table into README.md."""
+    from pipeline.render import update_readme
+
+    update_readme()
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m pipeline")

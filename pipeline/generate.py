@@ -1,0 +1,45 @@
+"""data/<task>/: one .npz a split, `inputs` and `targets`, and a meta.json that says what they are."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from cat.tasks.base import Examples, Task, generator
+from pipeline.files import DATA, whole, write_json
+
+
+def generate(name: str, task: Task, data_seed: int) -> None:
+    """Writes every split of `task`. Raises ValueError where its source has no text."""
+    splits = {"train": ("train", task.length, task.train), "valid": ("valid", task.length, task.valid)}
+    for length in task.lengths:
+        splits[f"test_{length}"] = ("test", length, task.test)
+    with whole(DATA / name) as folder:
+        folder.mkdir()
+        described = {}
+        for file, (split, length, count) in splits.items():
+            examples = task.examples(split, length, count, generator(data_seed, name, file)).compact()
+            np.savez(folder / f"{file}.npz", inputs=examples.inputs, targets=examples.targets)
+            described[file] = {"examples": count, "length": length, "sha256": _digest(examples)}
+        meta = {
+            "task": name,
+            "kind": task.kind,
+            "vocabulary": task.vocabulary,
+            "length": task.length,
+            "lengths": list(task.lengths),
+            "goal": task.goal,
+            "autoregressive": task.autoregressive,
+            "data_seed": data_seed,
+            "splits": described,
+            "config": task.model_dump(mode="json"),
+        }
+        write_json(folder / "meta.json", meta)
+
+
+def _digest(examples: Examples) -> str:
+    digest = hashlib.sha256()
+    for array in examples:
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

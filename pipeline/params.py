@@ -1,0 +1,297 @@
+"""params.yaml: its schema, its rules across sections, and its errors, one line each.
+
+Read with the YAML 1.2 parser that DVC reads it with. Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+
+from pydantic import Field, ValidationError, model_validator
+from ruamel.yaml import YAML, YAMLError
+
+from cat.configuration import Configuration, Count, Model, ModelConfiguration, Protocol, Schedule
+from cat.tasks import TaskConfiguration
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
+"""Names become stage names, folders and command lines."""
+
+
+class TaskSection(Configuration):
+    """One task: what its examples are, and how long it is trained."""
+
+    data: TaskConfiguration
+    train: Schedule
+
+
+class Ablation(Configuration):
+    """One question: every variant of it is trained on every task of it, then drawn in one figure."""
+
+    question: Annotated[str, Field(min_length=1, pattern=r"^[^\n]*$")]
+    tasks: Annotated[tuple[Name, ...], Field(strict=False)]
+    variants: Annotated[tuple[Name, ...], Field(strict=False)]
+    beside: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    """Variants that another ablation trains and that belong in this figure as well."""
+    figure: Literal["heatmap", "sweep", "contrast", "lines"]
+    """heatmap: variants by tasks; sweep: against a number `x`; contrast: by `x`, filtered beside unfiltered; lines: by length."""
+    x: str | None = None
+    """The key of a variant that a sweep or a contrast has on its axis."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.x is not None) != (self.figure in ("sweep", "contrast")):
+            raise ValueError(f"figure = {self.figure} " + ("needs x, the key on its axis" if self.x is None else "has no axis x"))
+        for key in ("tasks", "variants", "beside"):
+            names = getattr(self, key)
+            twice = {name for name in names if names.count(name) > 1}
+            if twice:
+                raise ValueError(f"{key} has {min(twice)!r} twice")
+        return self
+
+
+class Evaluation(Configuration):
+    """How the test splits are scored."""
+
+    multiples: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, strict=False)]
+    """The multiples of the training length that the tables and `dvc metrics` show."""
+
+
+class Rendering(Configuration):
+    """How figures look."""
+
+    dpi: Annotated[int, Field(ge=50, le=600)]
+    spread: Literal["range", "sd"]
+    """What the bands around a mean over seeds show: smallest to largest, or one standard deviation."""
+
+
+class Study(Configuration):
+    """All of params.yaml."""
+
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1, strict=False)]
+    data_seed: Annotated[int, Field(ge=0, lt=2**31)]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    precision: Literal["float32", "bfloat16"]
+    threads: Count | Literal["auto"]
+    tasks: Annotated[dict[Name, TaskSection], Field(min_length=1)]
+    variants: Annotated[dict[Name, ModelConfiguration], Field(min_length=1)]
+    ablations: Annotated[dict[Name, Ablation], Field(min_length=1)]
+    train: Protocol
+    evaluate: Evaluation
+    render: Rendering
+
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds = {list(self.seeds)} has a seed twice")
+        return self
+
+
+class ParamsError(Exception):
+    """What is wrong with a parameter file: `lines`, one an error, each naming the key, the value and the rule."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+def load(path: str | Path = "params.yaml") -> Study:
+    """The study of `path`. Raises ParamsError with every fault that it has."""
+    try:
+        raw = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParamsError([f"{path}: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ParamsError([f"{path}: byte {error.start} is not UTF-8"]) from None
+    except YAMLError as error:
+        raise ParamsError([f"{path}: " + " ".join(str(error).split())]) from None
+    try:
+        study = Study.model_validate(raw)
+    except ValidationError as error:
+        faults: dict[str, list[str]] = {}
+        for fault in error.errors():
+            subject, rule = _in_words(fault, raw)
+            faults.setdefault(subject, []).append(rule)
+        # A key that may be of two kinds breaks a rule of each.
+        raise ParamsError([f"{path}: {subject}: {', and '.join(rules)}" for subject, rules in faults.items()]) from None
+    contradictions = list(_contradictions(study))
+    if contradictions:
+        raise ParamsError([f"{path}: {fault}" for fault in contradictions])
+    return study
+
+
+def _contradictions(study: Study) -> Iterator[str]:
+    """What no section can see alone."""
+    owner: dict[tuple[str, str], str] = {}
+    for name, ablation in study.ablations.items():
+        yield from _unknown_names(study, name, ablation)
+        for cell in itertools.product(ablation.tasks, ablation.variants):
+            first = owner.setdefault(cell, name)
+            if first != name:
+                yield (
+                    f"ablations.{name}.variants: {cell[1]!r} on {cell[0]!r} is trained by ablation {first!r} already;"
+                    " list it under beside"
+                )
+    for name, ablation in study.ablations.items():
+        for variant in ablation.beside:
+            if variant in study.variants and ablation.tasks and not any((task, variant) in owner for task in ablation.tasks):
+                yield f"ablations.{name}.beside: {variant!r} is trained on none of its tasks; list it under variants"
+    for task, variant in owner:
+        if task in study.tasks and variant in study.variants:
+            try:
+                study.variants[variant].check_length(study.tasks[task].data.length)
+            except ValueError as error:
+                yield f"variants.{variant}: {error} of task {task!r}"
+    for key, names in (("tasks", {task for task, _ in owner}), ("variants", {variant for _, variant in owner})):
+        for name in getattr(study, key):
+            if name not in names:
+                yield f"{key}.{name}: belongs to no ablation, so it would not be trained; name it in one or take it out"
+    for name, section in study.tasks.items():
+        for multiple in sorted(set(study.evaluate.multiples) - set(section.data.multiples)):
+            yield f"evaluate.multiples: {multiple:g} is not among tasks.{name}.data.multiples"
+        if section.train.batch > section.data.train:
+            yield f"tasks.{name}.train.batch = {section.train.batch}: is more than the {section.data.train} training examples"
+
+
+def _unknown_names(study: Study, name: str, ablation: Ablation) -> Iterator[str]:
+    for key, section in (("tasks", "tasks"), ("variants", "variants"), ("beside", "variants")):
+        known = getattr(study, section)
+        for entry in getattr(ablation, key):
+            if entry not in known:
+                yield f"ablations.{name}.{key} = {json.dumps(entry)}: is not among {section}" + _nearest(entry, known)
+    if ablation.x is not None:
+        yield from _unclear_axis(study, f"ablations.{name}.x = {json.dumps(ablation.x)}", ablation, ablation.x)
+
+
+def _unclear_axis(study: Study, subject: str, ablation: Ablation, x: str) -> Iterator[str]:
+    """Two variants in one place of a figure would be drawn as their mean."""
+    places: dict[object, str] = {}
+    for variant in (*ablation.beside, *ablation.variants):
+        model = study.variants.get(variant)
+        if model is None:
+            continue
+        if x not in type(model).model_fields:
+            yield f"{subject}: variant {variant!r} has no such key" + _nearest(x, type(model).model_fields)
+            continue
+        value = getattr(model, x)
+        if ablation.figure == "sweep" and (isinstance(value, bool) or not (isinstance(value, int | float) or value == "full")):
+            yield f"{subject}: a sweep needs a number, and variant {variant!r} has {json.dumps(value)}"
+        place = (value, ablation.figure == "contrast" and model.filtered)
+        if place in places:
+            yield f"{subject}: does not tell variant {variant!r} from {places[place]!r}"
+        places[place] = variant
+
+
+_RULES = {
+    "int_type": "is not a whole number",
+    "int_from_float": "is not a whole number",
+    "float_type": "is not a number",
+    "finite_number": "is not a finite number",
+    "bool_type": "is not true or false",
+    "string_type": "is not text",
+    "dict_type": "is not a mapping",
+    "model_type": "is not a mapping",
+    "model_attributes_type": "is not a mapping",
+    "tuple_type": "is not a list",
+}
+
+
+def _in_words(error: Any, raw: object) -> tuple[str, str]:
+    """One of pydantic's errors as the key's path with its value, and the rule that it breaks."""
+    kind, context = error["type"], error.get("ctx", {})
+    path = _path(error["loc"], raw, missing=kind == "missing")
+    key = ".".join(map(str, path)) or "the file"
+    match kind:
+        case "missing":
+            return key, "is missing"
+        case "value_error":
+            return key, str(context["error"])
+        case "union_tag_not_found":
+            return key, f"{_unquoted(context['discriminator'])} is missing"
+        case "union_tag_invalid":
+            known = _unquoted(context["expected_tags"]).split(", ")
+            return _subject(f"{key}.{_unquoted(context['discriminator'])}", context["tag"]), _not_among(context["tag"], known)
+    subject = _subject(key, error["input"])
+    match kind:
+        case "extra_forbidden":
+            schema = _schema(path[:-1], raw)
+            if issubclass(schema, Model) and path[-1] in ("q", "k", "v"):
+                return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no stream {path[-1]} to filter"
+            return subject, "unknown key" + (
+                _nearest(path[-1], schema.model_fields) or f"; known are {', '.join(schema.model_fields)}"
+            )
+        case "literal_error":
+            return subject, _not_among(error["input"], _unquoted(context["expected"]).replace(" or ", ", ").split(", "))
+        case "string_pattern_mismatch":
+            return subject, f"does not match {context['pattern']}"
+    return subject, _RULES.get(kind) or error["msg"].replace("Input should be", "must be")
+
+
+def _subject(key: str, value: object) -> str:
+    shown = json.dumps(value, default=str, ensure_ascii=False)
+    return f"{key} = {shown if len(shown) <= 60 else shown[:57] + '...'}"
+
+
+def _not_among(value: object, known: list[str]) -> str:
+    return f"is not {' or '.join(known)}" + _nearest(value, known)
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _unquoted(text: str) -> str:
+    return text.replace("'", "")
+
+
+def _path(location: tuple[int | str, ...], raw: object, *, missing: bool) -> list[int | str]:
+    """`location` without what pydantic adds to it: branches of unions, and the mark that a key is at fault."""
+    path: list[int | str] = []
+    for place, step in enumerate(location):
+        owner = _at(raw, path)
+        there = (isinstance(owner, dict) and step in owner) or (isinstance(owner, list) and isinstance(step, int))
+        if there or (missing and place == len(location) - 1):
+            path.append(step)
+    return path
+
+
+def _schema(path: list[int | str], raw: object) -> Any:
+    """The class that describes the mapping at `path`."""
+    schema: Any = Study
+    for depth, step in enumerate(path, 1):
+        is_class = isinstance(schema, type) and issubclass(schema, Configuration)
+        schema = schema.model_fields[step].annotation if is_class else get_args(schema)[1]
+        if get_origin(schema) is Annotated:
+            schema = get_args(schema)[0]
+        if get_origin(schema) in (Union, UnionType):
+            value = _at(raw, path[:depth])
+            schema = next(m for m in get_args(schema) if all(value.get(t) in tags for t, tags in _tags(m)))
+    return schema
+
+
+def _tags(member: type[Configuration]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for tag in ("mixer", "kind"):
+        if tag in member.model_fields:
+            yield tag, get_args(member.model_fields[tag].annotation)
+
+
+def _at(raw: Any, path: list[int | str]) -> Any:
+    for step in path:
+        raw = raw[step]
+    return raw
+
+
+Entry = TypeVar("Entry")
+
+
+def entry(section: dict[str, Entry], key: str, name: str) -> Entry:
+    """The entry of a section of params.yaml that a command names. Raises ParamsError where there is none."""
+    if name not in section:
+        raise ParamsError([f"params.yaml: {key}.{name}: is missing" + _nearest(name, section)])
+    return section[name]

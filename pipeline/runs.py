@@ -1,0 +1,53 @@
+"""runs/<task>/<variant>/: weights of every seed, history.csv, summary.json; and a trained model back from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cat.configuration import ModelConfiguration
+from cat.model import SequenceModel
+from pipeline.files import RUNS, read_json
+
+
+def folder(task: str, variant: str) -> Path:
+    return RUNS / task / variant
+
+
+def weights_path(task: str, variant: str, seed: int) -> Path:
+    return folder(task, variant) / f"seed_{seed}.safetensors"
+
+
+def read_summary(task: str, variant: str) -> Any:
+    return read_json(folder(task, variant) / "summary.json")
+
+
+def digest(task: str, variant: str) -> str:
+    """Of the summary, which has the validation scores of every run: tells this result from another of the same name."""
+    return hashlib.sha256((folder(task, variant) / "summary.json").read_bytes()).hexdigest()
+
+
+def load_model(path: str | Path) -> SequenceModel:
+    """The trained model of a weights file, which carries its own configuration. Raises ValueError where it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["model"])
+            weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: is not a weights file of this project ({error})") from None
+    config = TypeAdapter(ModelConfiguration).validate_python(about["config"])
+    model = SequenceModel(config, vocabulary=about["vocabulary"], length=about["length"])
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def longest(task: str, variant: str) -> int | None:
+    """The longest sequence that the trained variant can read; None where there is no limit."""
+    about = read_summary(task, variant)["model"]
+    return TypeAdapter(ModelConfiguration).validate_python(about["config"]).longest(about["length"])

@@ -1,0 +1,156 @@
+"""One cell: a variant on a task, every learning rate and seed of it; the validation split chooses the learning rate."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from dataclasses import asdict
+from typing import Any, Literal, NamedTuple
+
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cat.configuration import ModelConfiguration, Protocol, Schedule
+from cat.evaluation import Split
+from cat.tasks.base import derive_seed
+from cat.training import Row, build_model, fit
+from pipeline import compute, runs
+from pipeline.files import LOGS, Meta, read_meta, read_split, whole, write_csv, write_json
+from pipeline.provenance import provenance
+
+COLUMNS = ("learning_rate", "seed", "step", "train_loss", "valid_loss", "valid_accuracy")
+
+
+class Setting(NamedTuple):
+    """What a cell is trained with: exactly what its stage declares."""
+
+    model: ModelConfiguration
+    protocol: Protocol
+    schedule: Schedule
+    seeds: tuple[int, ...]
+    precision: Literal["float32", "bfloat16"]
+
+
+class Job(NamedTuple):
+    """One run of a cell."""
+
+    learning_rate: float
+    seed: int
+
+
+class Trained(NamedTuple):
+    """What came of a job."""
+
+    job: Job
+    history: list[Row]
+    steps: int
+    stop: str
+    parameters: int
+    weights: dict[str, NDArray[Any]]
+
+    @property
+    def diverged(self) -> bool:
+        return self.stop == "diverged"
+
+
+def train(task: str, variant: str, setting: Setting, *, device: str, threads: int | Literal["auto"]) -> None:
+    """Trains the cell and writes its folder. Raises ParamsError where the device does not exist."""
+    began, start = time.time(), time.perf_counter()
+    where = compute.resolve_device(device)
+    meta = read_meta(task)
+    jobs = [Job(rate, seed) for rate in setting.schedule.learning_rates for seed in setting.seeds]
+    with tqdm(total=len(jobs) * setting.schedule.steps, desc=f"{task} {variant}", unit="step", disable=None) as bar:
+        run = functools.partial(_run, task, setting, meta, where)
+        outcomes = compute.spread(run, jobs, device=where, threads=threads, report=functools.partial(_advance, bar))
+    chosen = choose(outcomes, meta.goal)
+    config = setting.model.model_dump(mode="json", exclude_defaults=True)
+    about = {"config": config, "vocabulary": meta.vocabulary, "length": meta.length}
+    with whole(runs.folder(task, variant)) as folder:
+        folder.mkdir()
+        for outcome in outcomes:
+            if outcome.job.learning_rate == chosen and not outcome.diverged:
+                path = folder / f"seed_{outcome.job.seed}.safetensors"
+                safetensors.numpy.save_file(outcome.weights, path, metadata={"model": json.dumps(about, sort_keys=True)})
+        rows = [{**outcome.job._asdict(), **asdict(row)} for outcome in outcomes for row in outcome.history]
+        write_csv(folder / "history.csv", rows, COLUMNS)
+        head = {"task": task, "variant": variant, "model": about, "device": compute.describe(where), "learning_rate": chosen}
+        write_json(folder / "summary.json", {**head, **_summary(outcomes)})
+    log = {**provenance(), "started": began, "seconds": time.perf_counter() - start, "summary": runs.digest(task, variant)}
+    with whole(LOGS / task / f"{variant}.json") as path:
+        write_json(path, log)
+
+
+def choose(outcomes: list[Trained], goal: str) -> float:
+    """The learning rate that is best on the validation split in the mean over seeds.
+
+    Rates at which fewer seeds diverged come first; then accuracy, the lower loss among equals, or on text the loss alone.
+    """
+
+    def merit(rate: float) -> tuple[float, ...]:
+        group = [o for o in outcomes if o.job.learning_rate == rate]
+        ended = [o.history[-1] for o in group if not o.diverged]
+        if not ended:
+            return (-len(group),)
+        loss = math.fsum(row.valid_loss for row in ended) / len(ended)
+        accuracy = math.fsum(row.valid_accuracy for row in ended) / len(ended)
+        return (len(ended) - len(group), *((accuracy, -loss) if goal == "accuracy" else (-loss,)))
+
+    return max(dict.fromkeys(o.job.learning_rate for o in outcomes), key=merit)
+
+
+def _run(task: str, setting: Setting, meta: Meta, device: torch.device, job: Job, report: compute.Report) -> Trained:
+    splits = (Split(*(torch.tensor(array, device=device) for array in read_split(task, name))) for name in ("train", "valid"))
+    model = build_model(
+        setting.model, vocabulary=meta.vocabulary, length=meta.length, seed=derive_seed(job.seed, task, "weights")
+    ).to(device)
+
+    told = 0
+
+    def progress(step: int, row: Row | None) -> None:
+        nonlocal told
+        if row is not None:
+            report((step - told, row))
+            told = step
+
+    run = fit(
+        model,
+        *splits,
+        protocol=setting.protocol,
+        schedule=setting.schedule,
+        learning_rate=job.learning_rate,
+        seed=derive_seed(job.seed, task, "batches"),
+        stop_early=meta.goal == "accuracy",
+        precision=setting.precision,
+        progress=progress,
+    )
+    report((setting.schedule.steps - told, None))
+    weights = {name: tensor.numpy(force=True).copy() for name, tensor in run.model.state_dict().items()}
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Trained(job, run.history, run.steps, run.stop, parameters, weights)
+
+
+def _advance(bar: tqdm, message: tuple[int, Row | None]) -> None:
+    steps, row = message
+    if row is not None:
+        bar.set_postfix(loss=f"{row.train_loss:.3f}", accuracy=f"{row.valid_accuracy:.3f}", refresh=False)
+    bar.update(steps)
+
+
+def _summary(outcomes: list[Trained]) -> dict[str, Any]:
+    return {
+        "parameters": outcomes[0].parameters,
+        "runs": [
+            {
+                **outcome.job._asdict(),
+                "stop": outcome.stop,
+                "steps": outcome.steps,
+                "valid_loss": outcome.history[-1].valid_loss if outcome.history and not outcome.diverged else None,
+                "valid_accuracy": outcome.history[-1].valid_accuracy if outcome.history and not outcome.diverged else None,
+            }
+            for outcome in outcomes
+        ],
+    }
