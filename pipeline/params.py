@@ -115,10 +115,11 @@ def load(path: str | Path = "params.yaml") -> Study:
     except ValidationError as error:
         faults: dict[str, list[str]] = {}
         for fault in error.errors():
-            subject, rule = _in_words(fault, raw)
-            faults.setdefault(subject, []).append(rule)
+            if fault["type"] != "too_short" or not fault["input"]:  # a list is also called empty when each of its items is wrong
+                subject, rule = _in_words(fault, raw)
+                faults.setdefault(subject, []).append(rule)
         # A key that may be of two kinds breaks a rule of each.
-        raise ParamsError([f"{path}: {subject}: {', and '.join(rules)}" for subject, rules in faults.items()]) from None
+        raise ParamsError([f"{path}: {subject}{', and '.join(rules)}" for subject, rules in faults.items()]) from None
     contradictions = list(_contradictions(study))
     if contradictions:
         raise ParamsError([f"{path}: {fault}" for fault in contradictions])
@@ -198,21 +199,22 @@ _RULES = {
     "model_type": "is not a mapping",
     "model_attributes_type": "is not a mapping",
     "tuple_type": "is not a list",
+    "too_short": "is empty",
 }
 
 
 def _in_words(error: Any, raw: object) -> tuple[str, str]:
-    """One of pydantic's errors as the key's path with its value, and the rule that it breaks."""
+    """One of pydantic's errors as its subject, the key's path with its value, and the rule that it breaks."""
     kind, context = error["type"], error.get("ctx", {})
     path = _path(error["loc"], raw, missing=kind == "missing")
-    key = ".".join(map(str, path)) or "the file"
+    key = ".".join(map(str, path))
     match kind:
         case "missing":
-            return key, "is missing"
+            return f"{key}: ", "is missing"
         case "value_error":
-            return key, str(context["error"])
+            return f"{key}: " if key else "", str(context["error"])
         case "union_tag_not_found":
-            return key, f"{_unquoted(context['discriminator'])} is missing"
+            return f"{key}: ", f"{_unquoted(context['discriminator'])} is missing"
         case "union_tag_invalid":
             known = _unquoted(context["expected_tags"]).split(", ")
             return _subject(f"{key}.{_unquoted(context['discriminator'])}", context["tag"]), _not_among(context["tag"], known)
@@ -234,7 +236,7 @@ def _in_words(error: Any, raw: object) -> tuple[str, str]:
 
 def _subject(key: str, value: object) -> str:
     shown = json.dumps(value, default=str, ensure_ascii=False)
-    return f"{key} = {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    return f"{key or 'the file'} = {shown if len(shown) <= 60 else shown[:57] + '...'}: "
 
 
 def _not_among(value: object, known: list[str]) -> str:

@@ -176,8 +176,8 @@ def contrast(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             )
             sns.pointplot(
                 here, x=ablation.x, y="value", order=list(dict.fromkeys(settings.values())), ax=axes, linestyle="none",
-                hue="filters", hue_order=["without", "with filters"], palette=sns.color_palette("colorblind", 2), markers=["o", "s"],
-                dodge=0.3, errorbar=_errorbar(study),
+                hue="filters", hue_order=["without", "with filters"], palette=sns.color_palette("colorblind", 2),
+                markers=["o", "s"], dodge=0.3, errorbar=_errorbar(study),
             )  # fmt: skip
             _label(study, task, axes, ablation.x)
             axes.set_title(f"{task}, at {multiple:g}x the training length")

@@ -79,21 +79,18 @@ class Recall(Task):
         inputs[:, 0] = BOS
         targets = np.full((count, length), IGNORE, dtype=np.int64)
 
-        asked_at = length - n if self.questions == "one" else length
-        slots = (asked_at - 1) // slot
-        start = asked_at - slots * slot
         if self.questions == "one":
             # Gaps are counted back from the question: pair 0 is asked.
-            where = slots - 1 - self._places(generator, count, pairs, slots)
-            self._write(inputs, start + where * slot, ngrams, values)
-            inputs[:, asked_at:] = ngrams[:, 0]
+            where = length - n - (1 + self._places(generator, count, pairs, (length - 1 - n) // slot)) * slot
+            self._write(inputs, where, ngrams, values)
+            inputs[:, -n:] = ngrams[:, 0]
             targets[:, -1] = values[:, 0]
         else:
-            context = np.broadcast_to(np.arange(pairs), (count, pairs))
-            self._write(inputs, start + context * slot, ngrams, values)
-            where = pairs + self._places(generator, count, pairs, slots - pairs)
-            self._write(inputs, start + where * slot, ngrams, None)
-            np.put_along_axis(targets, start + where * slot + n - 1, values, axis=1)
+            # The context begins right after BOS at every length, or the first pair of a longer sequence would look new.
+            self._write(inputs, np.broadcast_to(1 + np.arange(pairs) * slot, (count, pairs)), ngrams, values)
+            where = 1 + (pairs + self._places(generator, count, pairs, (length - 1) // slot - pairs)) * slot
+            self._write(inputs, where, ngrams, None)
+            np.put_along_axis(targets, where + n - 1, values, axis=1)
         return Examples(inputs, targets)
 
     def _places(self, generator: np.random.Generator, rows: int, count: int, slots: int) -> np.ndarray:

@@ -1,0 +1,61 @@
+"""A tiny study in the working folder: the smoke preset with fewer tasks and steps."""
+
+import shutil
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from pipeline import params
+from pipeline.__main__ import main
+from pipeline.grid import cells
+
+ROOT = Path(__file__).parent.parent
+
+
+def stage(*arguments):
+    """Runs a command of `python -m pipeline` in this process."""
+    main(arguments, standalone_mode=False)
+
+
+def read_params():
+    return YAML(typ="safe").load(Path("params.yaml"))
+
+
+def write_params(raw):
+    with Path("params.yaml").open("w") as file:
+        YAML().dump(raw, file)
+
+
+def edit(**changes):
+    """Sets dotted keys of params.yaml."""
+    raw = read_params()
+    for dotted, value in changes.items():
+        *path, last = dotted.split(".")
+        at = raw
+        for step in path:
+            at = at[step]
+        at[last] = value
+    write_params(raw)
+
+
+def finished_study(folder, *, tasks):
+    """Every stage but the store of MLflow, for the tasks named, of which `copying` is one."""
+    shutil.copy(ROOT / "dvc.yaml", folder)
+    raw = YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml")
+    raw["threads"] = 1
+    raw["tasks"] = {name: raw["tasks"][name] for name in tasks}
+    for task in raw["tasks"].values():
+        task["train"]["steps"] = 5
+    raw["ablations"]["streams"]["tasks"] = tasks
+    for ablation in ("width", "position"):
+        raw["ablations"][ablation]["tasks"] = tasks[:1]
+    raw["ablations"]["depth"]["tasks"] = ["copying"]
+    write_params(raw)
+    stage("plan")
+    for task in tasks:
+        stage("generate", task)
+    for cell in cells(params.load()):
+        stage("train", cell.task, cell.variant)
+    for task in tasks:
+        stage("evaluate", task)
+    stage("render")

@@ -1,0 +1,40 @@
+"""One arrow: pipeline imports cat, never the reverse; and nothing heavy is imported before it is needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOREIGN_TO_CAT = {"pipeline", "mlflow", "dvc", "ruamel", "click", "pandas", "seaborn", "matplotlib", "safetensors", "tabulate"}
+LIBRARY = ", ".join(".".join(p.relative_to(ROOT).with_suffix("").parts) for p in sorted((ROOT / "cat").rglob("*.py")))
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules that a statement loads in a fresh interpreter."""
+    script = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_library_imports_nothing_of_the_study():
+    assert not loaded_by(f"import {LIBRARY}") & FOREIGN_TO_CAT
+
+
+@pytest.mark.parametrize("module", ["pipeline.params", "pandas"])
+def test_the_test_above_can_fail(module):
+    assert loaded_by(f"import {LIBRARY}, {module}") & FOREIGN_TO_CAT
+
+
+@pytest.mark.parametrize("module", ["pipeline.__main__", "pipeline.params", "pipeline.grid", "pipeline.plan", "cat.tasks"])
+def test_checking_needs_neither_torch_nor_mlflow_nor_pandas(module):
+    assert not loaded_by(f"import {module}") & {"torch", "mlflow", "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize("module", ["pipeline.train", "pipeline.evaluate", "pipeline.generate", "pipeline.render"])
+def test_only_tracking_imports_mlflow(module):
+    assert "mlflow" not in loaded_by(f"import {module}")
+
+
+def test_training_imports_no_pandas():
+    assert not loaded_by("import pipeline.train, pipeline.evaluate") & {"pandas", "matplotlib", "seaborn"}

@@ -1,0 +1,383 @@
+"""The stages on a tiny study: what they write, depend on, and repeat to the bit."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import compute, params, runs
+from pipeline.files import read_meta, read_split, whole, write_csv
+from pipeline.grid import cells, variants_on
+from pipeline.params import ParamsError
+from pipeline.results import read_results, strays
+from pipeline.train import Job, Trained, choose
+from tests.study import ROOT, edit, finished_study, read_params, stage, write_params
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory):
+    """A finished tiny study: every stage but the store of MLflow."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        finished_study(folder, tasks=["ar", "copying", "text"])
+    return folder
+
+
+@pytest.fixture
+def study(study_folder, tmp_path, monkeypatch):
+    """A copy of the finished study to change, the working folder of the test."""
+    shutil.copytree(study_folder, tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
+    return tmp_path / "study"
+
+
+def digests(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_task_s_folder_says_what_it_is(study):
+    meta = json.loads(Path("data/ar/meta.json").read_text())
+    assert meta["config"]["pairs"] == 4
+    assert meta["lengths"] == [10, 20, 40]
+    assert (
+        set(meta["splits"])
+        == {"train", "valid", "test_10", "test_20", "test_40"}
+        == {p.stem for p in Path("data/ar").glob("*.npz")}
+    )
+    for split, about in meta["splits"].items():
+        examples = read_split("ar", split)
+        assert examples.inputs.shape == examples.targets.shape == (about["examples"], about["length"])
+        assert examples.inputs.dtype == np.uint8
+        assert examples.targets.dtype == np.int8
+    assert read_meta("ar").vocabulary == meta["vocabulary"] > read_split("ar", "train").inputs.max()
+
+
+def test_stages_repeat_to_the_bit_whatever_the_threads(study):
+    before = digests(Path("runs/ar")) | digests(Path("data")) | digests(Path("results")) | digests(Path("reports"))
+    edit(threads=3)
+    stage("generate", "ar")
+    for variant in variants_on(params.load(), "ar"):
+        stage("train", "ar", variant)
+    stage("evaluate", "ar")
+    stage("render")
+    assert before == digests(Path("runs/ar")) | digests(Path("data")) | digests(Path("results")) | digests(Path("reports"))
+
+
+def test_a_cell_is_the_same_whatever_else_is_trained(study):
+    before = digests(Path("runs/copying/k"))
+    edit(seeds=[1])
+    stage("train", "copying", "k")
+    alone = digests(Path("runs/copying/k"))
+    assert alone["seed_1.safetensors"] == before["seed_1.safetensors"]
+    assert "seed_0.safetensors" not in alone
+
+
+def test_a_trained_model_comes_back_from_its_weights(study):
+    summary = runs.read_summary("ar", "k")
+    model = runs.load_model(runs.weights_path("ar", "k", 1))
+    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
+    valid = read_split("ar", "valid")
+    from cat.evaluation import Split, score
+
+    accuracy = score(model, Split(torch.tensor(valid.inputs), torch.tensor(valid.targets))).accuracy
+    (run,) = [r for r in summary["runs"] if (r["seed"], r["learning_rate"]) == (1, summary["learning_rate"])]
+    assert accuracy == run["valid_accuracy"]
+
+
+def test_foreign_weights_are_refused_in_words(study):
+    path = runs.weights_path("ar", "k", 0)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"seed_0\.safetensors: is not a weights file"):
+        runs.load_model(path)
+
+
+def trained(rate, seed, *, accuracy=0.5, loss=1.0, stop="steps"):
+    from cat.training import Row
+
+    row = Row(step=1, train_loss=loss, valid_loss=loss, valid_accuracy=accuracy)
+    return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, {})
+
+
+def test_the_validation_split_chooses_the_learning_rate():
+    better = [
+        trained(0.1, 0, accuracy=0.6),
+        trained(0.2, 0, accuracy=0.7),
+        trained(0.1, 1, accuracy=0.6),
+        trained(0.2, 1, accuracy=0.4),
+    ]
+    assert choose(better, "accuracy") == 0.1
+    losses = [trained(0.1, 0, accuracy=0.6, loss=2.0), trained(0.2, 0, accuracy=0.5, loss=1.0)]
+    assert choose(losses, "accuracy") == 0.1
+    assert choose(losses, "loss") == 0.2
+    equal = [trained(0.1, 0, loss=2.0), trained(0.2, 0, loss=1.0)]
+    assert choose(equal, "accuracy") == 0.2
+    unstable = [trained(0.1, 0, accuracy=0.9), trained(0.1, 1, stop="diverged"), trained(0.2, 0), trained(0.2, 1)]
+    assert choose(unstable, "accuracy") == 0.2
+    assert choose([trained(0.1, 0, stop="diverged")], "accuracy") == 0.1
+
+
+def test_a_diverged_seed_is_recorded_and_the_study_goes_on(study, monkeypatch):
+    import pipeline.train
+
+    fit = pipeline.train.fit
+
+    def diverges(model, *splits, seed, **options):
+        run = fit(model, *splits, seed=seed, **options)
+        return run if seed != pipeline.train.derive_seed(1, "copying", "batches") else type(run)(
+            model=run.model, history=[], steps=3, stop="diverged"
+        )  # fmt: skip
+
+    monkeypatch.setattr(pipeline.train, "fit", diverges)
+    stage("train", "copying", "k")
+    summary = runs.read_summary("copying", "k")
+    assert [(r["stop"], r["steps"], r["valid_loss"] is None) for r in summary["runs"]] == [
+        ("steps", 5, False),
+        ("diverged", 3, True),
+    ]
+    assert not runs.weights_path("copying", "k", 1).exists()
+    stage("evaluate", "copying")
+    stage("render")
+    results = read_results(params.load())
+    lost = results[(results["task"] == "copying") & (results["variant"] == "k")].set_index("seed")["value"]
+    assert lost[1].isna().all()
+    assert lost[0].notna().all()
+    assert "1 diverged" in Path("reports/report.md").read_text()
+
+
+def test_results_are_one_tidy_table_of_the_whole_grid(study):
+    study_params = params.load()
+    results = read_results(study_params)
+    assert not results.duplicated(["task", "variant", "seed", "length", "metric"]).any()
+    assert set(zip(results["task"], results["variant"], strict=True)) == {(c.task, c.variant) for c in cells(study_params)}
+    learned = results[results["variant"] == "learned"]
+    assert learned["length"].max() == 20
+    text = results[results["task"] == "text"].pivot_table(index=["variant", "seed", "length"], columns="metric", values="value")
+    np.testing.assert_allclose(text["perplexity"], np.exp(text["loss"]))
+    np.testing.assert_allclose(text["bits_per_byte"], text["loss"] / np.log(2))
+    assert set(results.loc[results["task"] == "copying", "metric"]) == {"accuracy", "sequence_accuracy"}
+
+
+def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
+    path = Path("results/ar.csv")
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if ",k,1," not in line))
+    with pytest.raises(SystemExit) as stopped:
+        stage("render")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "render: results/ar.csv: variant 'k' lacks seed 1; run `dvc repro`\n"
+
+    shutil.copytree("runs/ar/k", "runs/ar/old")
+    assert list(strays(params.load())) == [Path("runs/ar/old")]
+    stage("evaluate", "ar")
+    stage("render")
+    assert "runs/ar/old: is no cell of the study any more" in capsys.readouterr().out
+    assert not read_results(params.load())["variant"].eq("old").any()
+
+
+def test_metrics_are_a_row_a_variant(study):
+    metrics = json.loads(Path("reports/metrics/k.json").read_text())
+    assert set(metrics) == {"ar", "copying", "text"}
+    assert set(metrics["ar"]) == {"accuracy_1x", "accuracy_2x"}
+    results = read_results(params.load())
+    here = results.query("task == 'ar' and variant == 'k' and metric == 'accuracy' and multiple == 2")["value"]
+    assert metrics["ar"]["accuracy_2x"] == pytest.approx(here.mean(), abs=1e-6)
+    assert set(json.loads(Path("reports/metrics/learned.json").read_text())["ar"]) == {"accuracy_1x"}
+
+
+def test_a_variant_looks_the_same_in_every_figure(study):
+    from pipeline.render import style
+
+    study_params = params.load()
+    looks = {variant: style(study_params, variant) for variant in study_params.variants}
+    assert len({(tuple(s["color"]), s["linestyle"], s["marker"]) for s in looks.values()}) == len(looks)
+    edit(**{"variants.added": dict(read_params()["variants"]["k"])})
+    edit(**{"ablations.streams.variants": ["none", "k", "qk", "added"]})
+    assert {v: style(params.load(), v) for v in looks} == looks
+
+
+def test_an_output_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with whole(target) as part:
+        part.mkdir()
+        (part / "a").write_text("old")
+        assert not target.exists()
+    with pytest.raises(FileNotFoundError), whole(target) as part:  # noqa: PT012  the block is what is tested
+        part.mkdir()
+        (part / "missing" / "a").write_text("new")
+    assert (target / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_numbers_are_written_so_that_they_come_back(tmp_path):
+    write_csv(tmp_path / "t.csv", [{"a": 0.1 + 0.2, "b": float("nan")}], ["a", "b"])
+    assert (tmp_path / "t.csv").read_text() == "a,b\n0.30000000000000004,\n"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "threads", "workers"), [(1, 4, 1), (3, 1, 1), (3, 2, 3), (4, 2, 2), (5, 2, 3), (6, 4, 6), (2, 4, 2)]
+)
+def test_workers_end_together(jobs, threads, workers):
+    assert compute._workers(jobs, threads) == workers
+
+
+def test_jobs_keep_their_order_and_pass_on_what_they_report():
+    heard = []
+    results = compute.spread(_squared, [3, 1, 2], device=torch.device("cpu"), threads=2, report=heard.append)
+    assert results == [9, 1, 4]
+    assert sorted(heard) == [1, 2, 3]
+
+
+def _squared(number, report):
+    report(number)
+    assert torch.get_num_threads() == 1
+    return number**2
+
+
+def test_a_device_that_is_not_there_is_refused_in_words():
+    assert compute.resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ParamsError, match="device = cuda:99: there is no such GPU here"):
+        compute.resolve_device("cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("train", "ar", "kk"), "params.yaml: variants.kk: is missing; did you mean 'k'?\n"),
+        (("train", "arr", "k"), "params.yaml: tasks.arr: is missing; did you mean 'ar'?\n"),
+        (("generate", "nope"), "params.yaml: tasks.nope: is missing\n"),
+    ],
+)
+def test_names_that_are_not_there_end_in_one_line(study, capsys, arguments, line):
+    with pytest.raises(SystemExit) as stopped:
+        stage(*arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == line
+
+
+# What dvc.yaml declares against what a stage uses.
+
+SCHEMA = {"cat/configuration.py", "pipeline/params.py", "pipeline/__main__.py"}
+"""Names, types and rules: they hold no number of a run."""
+CHOICE = {"cat/mixers/__init__.py", "cat/tasks/__init__.py"}
+"""Which class stands for which name."""
+
+
+def resolved_stages(folder):
+    """Every stage as DVC resolves it: name -> stage."""
+    from dvc.repo import Repo
+
+    with Repo.init(str(folder), no_scm=True) as repo:
+        return {stage.name: stage for stage in repo.index.stages}
+
+
+def executed_by(monkeypatch, *arguments):
+    """The project's files with a function that ran in a stage, its reading of params.yaml left out: that runs every rule."""
+    files = set()
+    loaded = params.load()
+    monkeypatch.setattr(params, "load", lambda: loaded)
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_name != "<module>" and frame.f_code.co_filename.startswith(str(ROOT)):
+            files.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+
+    sys.setprofile(note)
+    try:
+        stage(*arguments)
+    finally:
+        sys.setprofile(None)
+    return {file for file in files if file.startswith(("cat/", "pipeline/"))}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("plan", ("plan",)),
+        ("generate@ar", ("generate", "ar")),
+        ("generate@text", ("generate", "text")),
+        ("train_streams@ar-qk", ("train", "ar", "qk")),
+        ("train_position@ar-learned", ("train", "ar", "learned")),
+        ("evaluate@copying", ("evaluate", "copying")),
+        ("render", ("render",)),
+    ],
+)
+def test_a_stage_depends_on_the_code_that_it_runs(study, monkeypatch, name, arguments):
+    """Run, not merely imported: a class statement is no use of it."""
+    shutil.copytree(ROOT / "cat", "cat", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "pipeline", "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    declared = set()
+    for dep in resolved_stages(study)[name].deps:
+        path = Path(dep.def_path)
+        declared |= {str(file) for file in ([path] if path.is_file() else path.rglob("*.py")) if file.suffix == ".py"}
+    used = executed_by(monkeypatch, *arguments)
+    assert len(used) >= 3
+    assert used - declared - SCHEMA - CHOICE == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "function"),
+    [
+        ("generate@ar", ("generate", "ar"), "pipeline.generate.generate"),
+        ("train_streams@ar-qk", ("train", "ar", "qk"), "pipeline.train.train"),
+        ("evaluate@copying", ("evaluate", "copying"), "pipeline.evaluate.evaluate"),
+    ],
+)
+def test_a_stage_is_given_what_it_declares_and_nothing_else(study, monkeypatch, name, arguments, function):
+    """Every number of params.yaml is changed in turn: the stage sees a change exactly where its `params` name the key."""
+    module, _, attribute = function.rpartition(".")
+    monkeypatch.setattr(f"{module}.{attribute}", lambda *a, device=None, threads=None: seen.append(repr(a)))
+    declared = {key for dep in resolved_stages(study)[name].deps for key in getattr(dep, "params", ())}
+    if name.startswith("evaluate"):
+        declared.add("ablations")  # by way of plan/copying.txt, which lists the variants of the task
+    raw = read_params()
+    changed = dict(leaves(raw))
+    assert len(changed) > 60
+    seen = []
+    stage(*arguments)
+    (before,) = seen
+    reached = set()
+    for path, value in changed.items():
+        mutated = read_params()
+        at = mutated
+        for step in path[:-1]:
+            at = at[step]
+        at[path[-1]] = value + 1 if isinstance(value, int) else value / 2
+        write_params(mutated)
+        seen.clear()
+        try:
+            stage(*arguments)
+        except SystemExit:  # a contradiction: no such study
+            write_params(raw)
+            continue
+        write_params(raw)
+        inside = any(f"{'.'.join(map(str, path))}.".startswith(f"{key}.") for key in declared)
+        assert (seen[0] != before) == inside, path
+        reached |= {inside}
+    assert reached == {True, False}
+
+
+def leaves(raw, path=()):
+    if isinstance(raw, dict):
+        for key, value in raw.items():
+            yield from leaves(value, (*path, key))
+    elif isinstance(raw, list):
+        for index, value in enumerate(raw):
+            yield from leaves(value, (*path, index))
+    elif isinstance(raw, int | float) and not isinstance(raw, bool):
+        yield path, raw
+
+
+def test_text_around_the_headline_of_the_readme_is_kept(study):
+    from pipeline.render import README_MARKS
+
+    Path("README.md").write_text(f"before\n{README_MARKS[0]}\nold\n{README_MARKS[1]}\nafter\n")
+    stage("readme")
+    text = Path("README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert Path("reports/headline.md").read_text() in text
+    assert "old" not in text

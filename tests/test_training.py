@@ -1,0 +1,192 @@
+"""Training and evaluation: reproducible, early stop, divergence, schedules; scores against counting by hand."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from cat.configuration import Attention, Protocol, Schedule
+from cat.evaluation import Scores, Split, continuation, score
+from cat.training import _batches, _parameter_groups, build_model, fit, rate
+
+VOCABULARY, LENGTH = 11, 7
+PROTOCOL = Protocol(weight_decay=0.0, clip=1.0, warmup=0.1, validate_every=5, stop_at=1.0, stop_after=2)
+
+
+def config(**changes):
+    return Attention(**{"mixer": "attention", "width": 12, "layers": 1, "heads": 2, "position": "none", "k": 3, **changes})
+
+
+def successor(count=96, seed=0):
+    """An easy task: at every other token, the next number."""
+    inputs = torch.randint(0, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
+    targets = torch.full_like(inputs, -100)
+    targets[:, 2::2] = (inputs[:, 2::2] + 1) % VOCABULARY
+    return Split(inputs, targets)
+
+
+def run(*, seed=0, steps=30, rate=0.03, batch=16, protocol=PROTOCOL, stop_early=True, **changes):
+    model = build_model(config(**changes), vocabulary=VOCABULARY, length=LENGTH, seed=seed)
+    schedule = Schedule(steps=steps, batch=batch, learning_rates=[rate])
+    valid = successor(32, seed=1)
+    return fit(
+        model, successor(), valid, protocol=protocol, schedule=schedule, learning_rate=rate, seed=seed, stop_early=stop_early
+    )
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
+    first, again, other = run(), run(), run(seed=1)
+    assert first.history == again.history
+    assert first.history != other.history
+    for name, weight in first.model.state_dict().items():
+        assert torch.equal(weight, again.model.state_dict()[name]), name
+
+
+def test_global_random_state_is_neither_used_nor_changed():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = run(steps=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert run(steps=5).history == first.history
+
+
+def test_learns_and_stops_early_after_looks_in_a_row():
+    trained = run(steps=400)
+    assert trained.stop == "accuracy"
+    assert trained.steps < 400
+    reached = [row.valid_accuracy >= PROTOCOL.stop_at for row in trained.history]
+    assert list(itertools.pairwise(reached)).index((True, True)) == len(reached) - PROTOCOL.stop_after
+    assert trained.history[-1].step == trained.steps
+
+
+def test_runs_to_the_end_where_nothing_stops_it():
+    trained = run(steps=123, stop_early=False)
+    assert (trained.stop, trained.steps) == ("steps", 123)
+    assert [row.step for row in trained.history] == [*range(5, 123, 5), 123]
+
+
+def test_divergence_is_recorded_with_its_step(monkeypatch):
+    trained = run(rate=1.0, protocol=PROTOCOL.model_copy(update={"clip": 1e30}), steps=12)
+    assert trained.stop == "steps"  # a rate that is merely bad is no divergence
+
+    import cat.training
+
+    cross_entropy, calls = cat.training.F.cross_entropy, []
+
+    def breaks_at_seven(logits, targets):
+        calls.append(None)
+        return cross_entropy(logits, targets) * (math.nan if len(calls) == 7 else 1.0)
+
+    monkeypatch.setattr(cat.training.F, "cross_entropy", breaks_at_seven)
+    monkeypatch.setattr(cat.training, "score", lambda *_, **__: Scores(1.0, 0.5, 0.5))
+    diverged = run(steps=30)
+    assert (diverged.stop, diverged.steps) == ("diverged", 7)
+    assert [row.step for row in diverged.history] == [5]
+
+
+def test_bfloat16_trains_float32_weights():
+    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    schedule = Schedule(steps=5, batch=8, learning_rates=[0.01])
+    options = {"protocol": PROTOCOL, "schedule": schedule, "learning_rate": 0.01, "seed": 0, "stop_early": False}
+    half = fit(model, successor(), successor(16), precision="bfloat16", **options)
+    assert all(weight.dtype == torch.float32 for weight in half.model.state_dict().values())
+    full = fit(build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0), successor(), successor(16), **options)
+    assert half.history != full.history
+    assert half.history[-1].valid_loss == pytest.approx(full.history[-1].valid_loss, rel=0.05)
+
+
+def test_rate_rises_in_a_line_and_falls_in_a_cosine():
+    rates = [rate(step, 100, 0.1) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert rates[54] == pytest.approx(0.5)
+    assert rates[-1] == 0
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
+    assert rate(1, 100, 0.0) == pytest.approx(1, abs=1e-3)
+
+
+def test_an_epoch_has_every_example_once_in_a_new_order():
+    batches = _batches(20, 6, seed=3)
+    epochs = [torch.cat([next(batches) for _ in range(3)]) for _ in range(2)]
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == 18
+    assert epochs[0].tolist() != epochs[1].tolist()
+    assert next(_batches(20, 6, seed=3)).tolist() == epochs[0][:6].tolist()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weight_decay_is_on_linear_maps_alone(tied):
+    model = build_model(config(tied=tied, mlp=2, position="learned", qk_norm=True), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    decayed, others = (group["params"] for group in _parameter_groups(model, 0.1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in decayed} == {
+        "blocks.0.mixer.projection.weight", "blocks.0.mixer.output.weight", "blocks.0.mlp.1.weight", "blocks.0.mlp.3.weight",
+        *([] if tied else ["head.weight"]),
+    }  # fmt: skip
+    assert len(decayed) + len(others) == len(names)
+
+
+def test_answers_are_the_logits_at_the_asked_positions():
+    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    split = successor(5)
+    asked = split.targets >= 0
+    torch.testing.assert_close(model.answers(split.inputs, asked), model(split.inputs)[asked])
+
+
+def test_scores_are_those_counted_by_hand(monkeypatch):
+    import cat.evaluation
+
+    monkeypatch.setattr(cat.evaluation, "TOKENS_AT_ONCE", 3 * LENGTH)  # several batches, the last one short
+    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    split = successor(23)
+    logits = model(split.inputs)
+    losses, rights, all_right = [], [], 0
+    for row in range(23):
+        good = True
+        for at in range(LENGTH):
+            if (target := int(split.targets[row, at])) >= 0:
+                losses.append(-logits[row, at].log_softmax(-1)[target].item())
+                rights.append(int(logits[row, at].argmax()) == target)
+                good &= rights[-1]
+        all_right += good
+    scores = score(model, split)
+    assert scores.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert scores.accuracy == sum(rights) / len(rights)
+    assert scores.sequence_accuracy == all_right / 23
+    assert scores.perplexity == pytest.approx(math.exp(scores.loss))
+    assert scores.bits == pytest.approx(scores.loss / math.log(2))
+
+
+def test_autoregressive_scores_read_the_model_s_own_answers():
+    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=2)
+    inputs = successor(9).inputs
+    first = 4
+    own = inputs.clone()
+    for at in range(first, LENGTH - 1):
+        own[:, at + 1] = model(own)[:, at].argmax(-1)
+    assert torch.equal(continuation(model, inputs, first=first), own)
+    assert not torch.equal(own, inputs)
+
+    targets = torch.full_like(inputs, -100)
+    targets[:, first:] = model(own)[:, first:].argmax(-1)
+    targets[0, -1] = (targets[0, -1] + 1) % VOCABULARY
+    scores = score(model, Split(inputs, targets), autoregressive=True)
+    assert scores.accuracy == pytest.approx(1 - 1 / (9 * (LENGTH - first)))
+    assert scores.sequence_accuracy == 8 / 9
+    assert score(model, Split(inputs, targets)).accuracy < scores.accuracy
+
+
+def test_learned_positions_say_how_far_they_reach():
+    model = build_model(config(position="learned"), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    assert model.longest == LENGTH
+    with pytest.raises(ValueError, match=f"reach {LENGTH} tokens, not {LENGTH + 1}"):
+        model(torch.zeros(2, LENGTH + 1, dtype=torch.long))
+    assert build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0).longest is None
+
+
+def test_a_filter_longer_than_the_training_sequence_is_refused():
+    with pytest.raises(ValueError, match="k = 8 taps is longer than the training length of 7"):
+        build_model(config(k=8), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    full = build_model(config(k="full"), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    assert full.blocks[0].mixer.filters["k"].taps.shape == (2, LENGTH)
