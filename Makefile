@@ -22,6 +22,7 @@ test: .venv/test
 
 ui: .venv/study
 	python -m pipeline track
+	@echo 'Runs: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C ends)'
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1 --host 127.0.0.1 --port 5000
 
 .venv/study: requirements.lock pyproject.toml

@@ -18,12 +18,13 @@ Position = Literal["none", "rotary", "alibi", "learned", "sinusoidal"]
 class Configuration(BaseModel):
     """Frozen, keyword-only, and strict: unknown keys and values of a neighbouring type are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Model(Configuration):
     """What every model has: `layers` pre-norm residual blocks of one mixer, each followed by an MLP if there is one."""
 
+    mixer: str
     width: Count
     """Channels d of the residual stream."""
     layers: Count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -127,8 +127,3 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, o
     decayed = [p for p in model.parameters() if id(p) in matrices]
     others = [p for p in model.parameters() if id(p) not in matrices]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def as_rows(run: Run) -> list[dict[str, float]]:
-    """The history as plain rows."""
-    return [asdict(row) for row in run.history]

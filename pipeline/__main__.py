@@ -43,7 +43,7 @@ def validate(file: str) -> None:
     from pipeline.plan import check_stages, table
 
     study = params.load(file)
-    check_stages(study)
+    check_stages(study, file)
     click.echo(table(study))
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
-from cat.configuration import Configuration, Count, Model, ModelConfiguration, Protocol, Schedule
+from cat.configuration import AttentionModel, Configuration, Count, Model, ModelConfiguration, Protocol, Schedule
 from cat.tasks import TaskConfiguration
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
@@ -33,7 +33,7 @@ class TaskSection(Configuration):
 class Ablation(Configuration):
     """One question: every variant of it is trained on every task of it, then drawn in one figure."""
 
-    question: Annotated[str, Field(min_length=1, pattern=r"^[^\n]*$")]
+    question: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$")]
     tasks: Annotated[tuple[Name, ...], Field(strict=False)]
     variants: Annotated[tuple[Name, ...], Field(strict=False)]
     beside: Annotated[tuple[Name, ...], Field(strict=False)] = ()
@@ -52,6 +52,9 @@ class Ablation(Configuration):
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(f"{key} has {min(twice)!r} twice")
+        both = set(self.variants) & set(self.beside)
+        if both:
+            raise ValueError(f"{min(both)!r} is under variants and under beside")
         return self
 
 
@@ -60,6 +63,12 @@ class Evaluation(Configuration):
 
     multiples: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, strict=False)]
     """The multiples of the training length that the tables and `dvc metrics` show."""
+
+    @model_validator(mode="after")
+    def _multiples_differ(self) -> Self:
+        if len(set(self.multiples)) < len(self.multiples):
+            raise ValueError(f"multiples = {list(self.multiples)} has a value twice")
+        return self
 
 
 class Rendering(Configuration):
@@ -75,7 +84,7 @@ class Study(Configuration):
 
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1, strict=False)]
     data_seed: Annotated[int, Field(ge=0, lt=2**31)]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
     precision: Literal["float32", "bfloat16"]
     threads: Count | Literal["auto"]
     tasks: Annotated[dict[Name, TaskSection], Field(min_length=1)]
@@ -110,6 +119,8 @@ def load(path: str | Path = "params.yaml") -> Study:
         raise ParamsError([f"{path}: byte {error.start} is not UTF-8"]) from None
     except YAMLError as error:
         raise ParamsError([f"{path}: " + " ".join(str(error).split())]) from None
+    except (ValueError, KeyError, RecursionError) as error:  # of a scalar that is not what it looks like, as 2026-02-30
+        raise ParamsError([f"{path}: a value cannot be read: {error}"]) from None
     try:
         study = Study.model_validate(raw)
     except ValidationError as error:
@@ -200,6 +211,7 @@ _RULES = {
     "model_attributes_type": "is not a mapping",
     "tuple_type": "is not a list",
     "too_short": "is empty",
+    "invalid_key": "the key is not text; put it in quotes",
 }
 
 
@@ -207,7 +219,7 @@ def _in_words(error: Any, raw: object) -> tuple[str, str]:
     """One of pydantic's errors as its subject, the key's path with its value, and the rule that it breaks."""
     kind, context = error["type"], error.get("ctx", {})
     path = _path(error["loc"], raw, missing=kind == "missing")
-    key = ".".join(map(str, path))
+    key = ".".join(step if step.isprintable() else json.dumps(step)[1:-1] for step in map(str, path))
     match kind:
         case "missing":
             return f"{key}: ", "is missing"
@@ -217,13 +229,16 @@ def _in_words(error: Any, raw: object) -> tuple[str, str]:
             return f"{key}: ", f"{_unquoted(context['discriminator'])} is missing"
         case "union_tag_invalid":
             known = _unquoted(context["expected_tags"]).split(", ")
-            return _subject(f"{key}.{_unquoted(context['discriminator'])}", context["tag"]), _not_among(context["tag"], known)
+            tag = _unquoted(context["discriminator"])
+            return _subject(f"{key}.{tag}", _at(raw, [*path, tag])), _not_among(context["tag"], known)
     subject = _subject(key, error["input"])
     match kind:
         case "extra_forbidden":
             schema = _schema(path[:-1], raw)
             if issubclass(schema, Model) and path[-1] in ("q", "k", "v"):
                 return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no stream {path[-1]} to filter"
+            if issubclass(schema, Model) and path[-1] in AttentionModel.model_fields:
+                return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no {path[-1]}"
             return subject, "unknown key" + (
                 _nearest(path[-1], schema.model_fields) or f"; known are {', '.join(schema.model_fields)}"
             )
@@ -235,7 +250,10 @@ def _in_words(error: Any, raw: object) -> tuple[str, str]:
 
 
 def _subject(key: str, value: object) -> str:
-    shown = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        shown = json.dumps(value, default=str, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        shown = "..."
     return f"{key or 'the file'} = {shown if len(shown) <= 60 else shown[:57] + '...'}: "
 
 

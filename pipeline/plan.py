@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
+from ruamel.yaml import YAML, YAMLError
 from tabulate import tabulate
 
 from pipeline.files import whole, write_json
@@ -29,11 +29,21 @@ def write(study: Study) -> None:
         write_json(path, Study.model_json_schema())
 
 
-def check_stages(study: Study) -> None:
-    """Raises ParamsError unless dvc.yaml has one train stage for every ablation, and no other."""
+def check_stages(study: Study, file: str = "params.yaml") -> None:
+    """Raises ParamsError unless dvc.yaml has one train stage for every ablation, and no other.
+
+    A stage must depend on the mixers of its variants, or a change to one of them would not train them again.
+    """
     if not _STAGES.exists():
         return
-    stages: dict[str, Any] = YAML(typ="safe").load(_STAGES.read_text(encoding="utf-8"))["stages"]
+    try:
+        stages: Any = YAML(typ="safe").load(_STAGES.read_text(encoding="utf-8"))["stages"]
+    except YAMLError as error:
+        raise ParamsError([f"{_STAGES}: " + " ".join(str(error).split())]) from None
+    except (KeyError, TypeError):
+        stages = None
+    if not isinstance(stages, dict) or not all(isinstance(name, str) for name in stages):
+        raise ParamsError([f"{_STAGES}: has no mapping of stages"])
     trained = {match[1] for name in stages if (match := re.fullmatch(r"train_(\w+)", name))}
     faults = [
         f"ablations.{name}: dvc.yaml has no stage for it; copy another train_ stage to train_{name} and put {name} in its matrix"
@@ -44,8 +54,16 @@ def check_stages(study: Study) -> None:
         f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"
         for name in sorted(trained - set(study.ablations))
     ]
+    for name in sorted(trained & set(study.ablations)):
+        depends = str(stages[f"train_{name}"])
+        for mixer in sorted({study.variants[variant].mixer for variant in study.ablations[name].variants}):
+            if f"cat/mixers/{mixer}.py" not in depends:
+                faults.append(
+                    f"ablations.{name}: has variants with mixer {mixer}, and in dvc.yaml the deps of train_{name}"
+                    f" lack cat/mixers/{mixer}.py and what it imports from cat"
+                )
     if faults:
-        raise ParamsError([f"params.yaml: {fault}" for fault in faults])
+        raise ParamsError([f"{file}: {fault}" for fault in faults])
 
 
 def table(study: Study) -> str:

@@ -242,7 +242,7 @@ def style(study: Study, variant: str) -> dict[str, Any]:
     colours, dashes, markers = sns.color_palette("colorblind", 10), ["-", "--", ":", "-."], "osD^vP*Xph<>"
     return {
         "color": colours[number % len(colours)],
-        "linestyle": dashes[number // len(colours) % len(dashes)],
+        "linestyle": dashes[number % len(dashes)],  # lines that coincide show through each other
         "marker": markers[number % len(markers)],
     }
 

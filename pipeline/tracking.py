@@ -34,6 +34,7 @@ STUDY = "study"
 """The experiment that holds the run of the report."""
 _KEY = "cat.key"
 _OFF = "-"
+_EXPERIMENT_NOTE = "A run a variant and seed. Group by the parameter `variant` to see seeds together; `test/...` has the evaluation length as its step."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,9 @@ def _our_runs(client: MlflowClient, experiments: list[str], context: str) -> Ite
 def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> Experiment:
     found = client.get_experiment_by_name(name)
     if found is None:
-        client.create_experiment(name, artifact_location=(artifacts / name).as_uri() if artifacts else None)
+        # Without its kind, the pages of an experiment open on traces of language models instead of runs.
+        tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": _EXPERIMENT_NOTE}
+        client.create_experiment(name, artifact_location=(artifacts / name).as_uri() if artifacts else None, tags=tags)
         found = client.get_experiment_by_name(name)
     elif found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)

@@ -6,16 +6,17 @@ import random
 import re
 import sysconfig
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from oracles import answers, next_tokens
 from pydantic import ValidationError
 
 from cat.tasks import IGNORE, Copying, Examples, Recall, Text, generator
 from cat.tasks.base import draw_distinct
 from cat.tasks.text import corpus
+from tests.oracles import answers, next_tokens
 
 SIZES = {"length": 29, "multiples": (0.5, 1, 2, 5), "train": 7, "valid": 5, "test": 3}
 LENGTHS = (14, 29, 58, 145)
@@ -99,6 +100,9 @@ def test_a_recall_sequence_holds_the_pairs_and_questions_of_its_length(task):
         np.testing.assert_array_equal(is_key.sum(axis=1), task.ngram * (pairs + asked))
         if task.questions == "one":
             assert (targets[:, -1] != IGNORE).all()
+        else:
+            slot = task.ngram + 1
+            np.testing.assert_array_equal(np.flatnonzero(is_value.any(axis=0)), slot * np.arange(1, pairs + 1))
 
 
 @pytest.mark.parametrize("task", RECALL)
@@ -155,13 +159,14 @@ def test_the_last_token_of_a_key_from_a_small_alphabet_does_not_give_it_away(que
 
 
 def question_gaps(task, count=4001):
-    """How far, in slots of a pair, each question is from its key; key i of `all` stands i slots before the end of the keys."""
+    """How far each question is from its key, in the slots of a pair."""
     n, slot = task.ngram, task.ngram + 1
     examples = many(task, count, task.length)
     row, t = questions(examples).T
     windows = np.lib.stride_tricks.sliding_window_view(examples.inputs, n, axis=1)[row]
     is_key = (windows == np.take_along_axis(windows, t[:, None, None] + 1 - n, axis=1)).all(axis=-1)
     gap = t + 1 - n - is_key.argmax(axis=1)
+    assert not (gap % slot).any()
     return gap // slot
 
 
@@ -177,8 +182,8 @@ def test_power_law_gaps_put_questions_nearer_than_uniform_ones(questions, ngram)
 @pytest.mark.parametrize("questions", ["one", "all"])
 def test_gaps_follow_their_law(questions, gaps, exponent):
     """With one pair: every possible gap occurs, in proportion to gap^exponent, within five standard errors."""
-    rows, slots = 20011, 11
-    length = 1 + 2 * slots + (1 if questions == "one" else 2)
+    rows, slots, left_over = 20011, 11, 1
+    length = 1 + 2 * slots + (1 if questions == "one" else 2) + left_over
     task = recall(questions=questions, gaps=gaps, pairs=1, length=length, multiples=(1,))
     weight = np.arange(1.0, slots + 1) ** exponent
     share = weight / weight.sum()
@@ -394,15 +399,13 @@ def test_only_training_windows_are_drawn_at_random(file):
         assert same(a, b) == (split != "train")
 
 
-def test_training_windows_are_every_window_of_the_split(tmp_path):
+@pytest.mark.parametrize(("size", "windows"), [(53, 11), (40, 1)])
+def test_training_windows_are_every_window_of_the_split(size, windows, tmp_path):
     path = tmp_path / "short.txt"
-    path.write_bytes(letters(53, 0))
-    task = text(path, length=31, multiples=(1,))
-    inputs, targets = many(task, length=31)
-    text_of_split = path.read_bytes()[:42]
-    assert {bytes([*row, last]) for row, last in zip(inputs, targets[:, -1], strict=True)} == {
-        text_of_split[i : i + 32] for i in range(11)
-    }
+    path.write_bytes(letters(size, 0))
+    inputs, targets = many(text(path, length=31, multiples=(1,)), length=31)
+    seen = {bytes([*row, last]) for row, last in zip(inputs, targets[:, -1], strict=True)}
+    assert seen == {path.read_bytes()[i : i + 32] for i in range(windows)}
 
 
 def test_text_leaves_the_global_random_state_alone(file):
@@ -413,22 +416,26 @@ def test_text_leaves_the_global_random_state_alone(file):
 
 def test_the_default_corpus_is_the_documentation_of_the_interpreter(tmp_path, monkeypatch):
     """Of a standard library made up here: docstrings of modules, classes and functions, and `pydoc_data.topics`."""
+    kept = ("a.py", "b.py", "package/b.py", "package/c.py")
     code = '"""The module."""\nclass A:\n    """The class."""\n    def f(self):\n        """The method."""\n        "zebra"\n'
-    for name in ("a.py", "package/b.py", "test/c.py", "site-packages/d.py", "idlelib/e.py"):
+    for name in (*kept, "test/d.py", "site-packages/e.py", "pydoc_data/topics.py"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(code.replace("The", name))
     (tmp_path / "broken.py").write_text("def f(:")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": str(tmp_path)}[name])
-    corpus.cache_clear()
-    try:
-        split = parts("python-docs")
-    finally:
+    rglob, found = Path.rglob, []
+    for backwards in (False, True):
+        monkeypatch.setattr(Path, "rglob", lambda *arguments, backwards=backwards: sorted(rglob(*arguments), reverse=backwards))
         corpus.cache_clear()
+        found.append(parts("python-docs"))
+    corpus.cache_clear()
+    split, again = found
+    assert split == again, "the order of a file system must not matter"
     prose = b"\n\n".join(split.values())
-    for name in ("a.py", "package/b.py"):
+    for name in kept:
         assert prose.count(f"{name} module.\n\n{name} class.\n\n{name} method.".encode()) == 1
-    for absent in (b"test/c.py", b"d.py class", b"e.py class", b"zebra"):
+    for absent in (b"test/d.py", b"e.py class", b"topics.py class", b"zebra"):
         assert absent not in prose
     from pydoc_data.topics import topics
 
@@ -474,7 +481,7 @@ def test_too_little_text_is_refused_in_one_line(split, window, held, tmp_path):
     """The longest test window counts, at every length, for all of them end at the same bytes."""
     path = tmp_path / "short.txt"
     path.write_bytes(letters(37, 0))
-    words = f"the {split} split of {path} has {held} bytes; windows of {window} need more"
+    words = f"the {split} split of {path} has {held} bytes, too few for 3 windows of {window} bytes"
     with pytest.raises(ValueError, match=exactly(words)):
         text(path).examples(split, 29, 3, generator(0, "task", split))
 
@@ -482,7 +489,7 @@ def test_too_little_text_is_refused_in_one_line(split, window, held, tmp_path):
 def test_an_empty_file_has_too_little_text(tmp_path):
     path = tmp_path / "empty.txt"
     path.touch()
-    with pytest.raises(ValueError, match="has 0 bytes; windows of 29 need more"):
+    with pytest.raises(ValueError, match="has 0 bytes, too few for"):
         many(text(path))
 
 
@@ -499,7 +506,7 @@ def test_an_empty_file_has_too_little_text(tmp_path):
             "a sequence of 7 tokens cannot hold 1 pairs and their questions, which take 8",
         ),
         (copying, {"signals": 8}, "signals = 8 unique signals need an alphabet of as many, not 7"),
-        (copying, {"multiples": (0.25, 1)}, "a sequence of 7 tokens cannot hold signals = 5 twice and 2 marks"),
+        (copying, {"multiples": (0.25, 1)}, "a sequence of 7 tokens cannot hold signals = 5 twice and the separator"),
         (text, {"multiples": (0.05, 1)}, "a window of 1 token has no context"),
         *(
             (make, {"multiples": multiples}, f"multiples = {shown} must rise and have 1, the training length, among them")

@@ -33,7 +33,7 @@ class Task(Configuration):
     """What every task has: the training length, the sizes of its splits, and the lengths of its test splits."""
 
     kind: str
-    length: Annotated[int, Field(ge=4)]
+    length: Annotated[int, Field(ge=4, lt=2**31)]
     """Tokens of a training sequence."""
     multiples: Annotated[tuple[Annotated[float, Field(gt=0, le=4096)], ...], Field(min_length=1, strict=False)]
     """Lengths of the test splits, as multiples of the training length; 1 is among them."""
@@ -46,12 +46,14 @@ class Task(Configuration):
     def _one_is_a_multiple(self) -> Self:
         if 1 not in self.multiples or list(self.multiples) != sorted(set(self.multiples)):
             raise ValueError(f"multiples = {list(self.multiples)} must rise and have 1, the training length, among them")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"multiples = {list(self.multiples)} give the lengths {list(self.lengths)}, one of them twice")
         return self
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """The evaluation lengths in tokens, shortest first."""
-        return tuple(int(self.length * multiple) for multiple in self.multiples)
+        return tuple(round(self.length * multiple) for multiple in self.multiples)
 
     @property
     @abstractmethod

@@ -37,7 +37,7 @@ class Copying(Task):
             raise ValueError(f"signals = {self.signals} unique signals need an alphabet of as many, not {self.alphabet}")
         for length in self.lengths:
             if self.context_at(length) < self.signals:
-                raise ValueError(f"a sequence of {length} tokens cannot hold signals = {self.signals} twice and 2 marks")
+                raise ValueError(f"a sequence of {length} tokens cannot hold signals = {self.signals} twice and the separator")
         return self
 
     @property

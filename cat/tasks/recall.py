@@ -45,6 +45,8 @@ class Recall(Task):
     @model_validator(mode="after")
     def _pairs_fit(self) -> Self:
         capacity = self.keys**self.ngram
+        if capacity >= 2**62:
+            raise ValueError(f"keys = {self.keys} have more {self.ngram}-grams than fit a 64-bit number")
         if self.pairs > capacity:
             raise ValueError(f"pairs = {self.pairs} is more than the {capacity} {self.ngram}-grams over keys = {self.keys}")
         for length in self.lengths:

@@ -68,8 +68,10 @@ class Text(Task):
         text = corpus(self.source)[split]
         longest = self.lengths[-1] if split == "test" else length
         room = len(text) - longest
-        if room < 1:
-            raise ValueError(f"the {split} split of {self.source} has {len(text)} bytes; windows of {longest} need more")
+        if room < (1 if split == "train" else count):
+            raise ValueError(
+                f"the {split} split of {self.source} has {len(text)} bytes, too few for {count} windows of {longest} bytes"
+            )
         if split == "train":
             end = longest + generator.integers(0, room, size=count)
         else:
@@ -110,8 +112,8 @@ def _python_docs() -> Iterator[tuple[str, bytes]]:
             yield name, prose.encode()
     from pydoc_data.topics import topics
 
-    for title in sorted(topics):
-        yield f"{_TOPICS}#{title}", topics[title].encode()
+    for title, text in topics.items():
+        yield f"{_TOPICS}#{title}", text.encode()
 
 
 def _docstrings(path: Path) -> Iterator[str]:
@@ -127,7 +129,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _files(source: Path) -> Iterator[tuple[str, bytes]]:
-    paths = sorted(p for p in source.rglob("*") if p.suffix in {".txt", ".md"}) if source.is_dir() else [source]
+    paths = sorted(p for p in source.rglob("*") if p.suffix in {".txt", ".md"} and p.is_file()) if source.is_dir() else [source]
     for path in paths:
         try:
             text = path.read_bytes()

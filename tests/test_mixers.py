@@ -1,0 +1,386 @@
+"""Every mixer: one battery for all of them, and for each what makes it that mixer."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from tests.twins import assert_twins, close, normal
+
+from cat.attention import naive_attend
+from cat.configuration import Attention, AttentionModel, Landmark, Linear, Mamba, Model, ModelConfiguration
+from cat.convolution import naive_filter_heads
+from cat.landmark import grouped_matmul, landmark_attend, naive_landmark_attend
+from cat.linear_attention import features, linear_attend, naive_linear_attend
+from cat.mixers import build_mixer
+from cat.model import SequenceModel
+from cat.position import alibi_bias, rotate
+from cat.state_space import naive_selective_scan, selective_scan
+
+BATCH, WIDTH, HEADS = 2, 18, 3
+
+STREAMS = {"heads": HEADS, "position": "none"}
+LANDMARK = {"mixer": "landmark", **STREAMS, "block": 5, "top": 2}
+BATTERY = {
+    "attention": {"mixer": "attention", **STREAMS},
+    "attention_q": {"mixer": "attention", **STREAMS, "q": 3, "position": "rotary"},
+    "attention_k": {"mixer": "attention", **STREAMS, "k": "full", "position": "alibi"},
+    "attention_v": {"mixer": "attention", **STREAMS, "v": 1, "position": "learned"},
+    "attention_all": {"mixer": "attention", **STREAMS, "q": 2, "k": 4, "v": "full", "filter_norm": True, "qk_norm": True},
+    "attention_sinusoidal": {"mixer": "attention", **STREAMS, "position": "sinusoidal", "qk_norm": True},
+    "linear": {"mixer": "linear", **STREAMS},
+    "linear_q": {"mixer": "linear", **STREAMS, "q": 3, "position": "rotary"},
+    "linear_k": {"mixer": "linear", **STREAMS, "k": "full", "position": "learned"},
+    "linear_all": {"mixer": "linear", **STREAMS, "q": 2, "k": 4, "v": 3, "filter_norm": True, "qk_norm": True},
+    "linear_sinusoidal": {"mixer": "linear", **STREAMS, "position": "sinusoidal"},
+    "landmark": LANDMARK,
+    "landmark_q": {**LANDMARK, "q": 3, "position": "rotary", "top": 1},
+    "landmark_k": {**LANDMARK, "k": "full", "position": "learned", "block": 3},
+    "landmark_all": {**LANDMARK, "q": 2, "k": 4, "v": 3, "filter_norm": True, "qk_norm": True, "block": 7},
+    "landmark_sinusoidal": {**LANDMARK, "position": "sinusoidal", "top": 100},
+    "mamba": {"mixer": "mamba"},
+    "mamba_small": {"mixer": "mamba", "expand": 1, "state": 3, "conv": 2},
+    "mamba_single": {"mixer": "mamba", "state": 1, "conv": 1},
+}
+every_mixer = pytest.mark.parametrize("name", BATTERY)
+
+
+def configure(**parameters: object) -> Model:
+    return TypeAdapter(ModelConfiguration).validate_python({"width": WIDTH, "layers": 1, **parameters})
+
+
+def build(parameters: dict[str, object], length: int) -> nn.Module:
+    """A mixer in float64, its weights the same whenever it is built."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build_mixer(configure(**parameters), length).double()
+
+
+def hidden(length: int, seed: int = 0) -> Tensor:
+    return normal(BATCH, length, WIDTH, seed=seed)
+
+
+def reached(mixer: nn.Module, length: int) -> Tensor:
+    """Whether the output at token i depends on the input at token j: [i, j]."""
+    x = hidden(length)[:1].requires_grad_()
+    outputs = mixer(x)[0] @ normal(WIDTH, seed=1)
+    return torch.stack([torch.autograd.grad(out, x, retain_graph=True)[0][0].abs().sum(-1) > 0 for out in outputs])
+
+
+# What holds for every mixer.
+
+
+def test_the_battery_covers_every_mixer_and_every_switch():
+    configurations = [configure(**parameters) for parameters in BATTERY.values()]
+    members = get_args(get_args(ModelConfiguration)[0])
+    assert {type(c) for c in configurations} == set(members)
+    for member in members:
+        for name in set(member.model_fields) - set(Model.model_fields) - {"mixer", "heads"}:
+            values = {getattr(c, name) for c in configurations if type(c) is member}
+            assert len(values) > 1, f"{member.__name__}.{name} has one value only"
+        if issubclass(member, AttentionModel):
+            refused = set() if member is Attention else {"alibi"}
+            positions = {c.position for c in configurations if type(c) is member}
+            assert positions == {"none", "rotary", "alibi", "learned", "sinusoidal"} - refused
+
+
+@every_mixer
+@pytest.mark.parametrize("length", [1, 2, 13, 29])
+def test_shape_is_kept_at_any_length(name, length):
+    assert build(BATTERY[name], 13)(hidden(length)).shape == (BATCH, length, WIDTH)
+
+
+@every_mixer
+def test_a_token_depends_on_all_tokens_up_to_it_and_on_none_after(name):
+    length = 67  # longer than the chunks of linear attention and of the scan
+    pattern, lower = reached(build(BATTERY[name], length), length), torch.ones(length, length).tril().bool()
+    assert not (pattern & ~lower).any()
+    if BATTERY[name]["mixer"] == "landmark":  # which reads its own block and what it retrieves: see below
+        block = BATTERY[name]["block"]
+        own = torch.block_diag(*[torch.ones(block, block).bool()] * length)[:length, :length]
+        assert pattern[own & lower].all()
+    else:
+        assert pattern[lower].all()
+
+
+@every_mixer
+def test_every_weight_gets_a_gradient(name):
+    mixer = build(BATTERY[name], 13)
+    (mixer(hidden(13)) * hidden(13, seed=1)).sum().backward()
+    for weight, parameter in mixer.named_parameters():
+        assert (parameter.grad != 0).all(), weight
+
+
+@every_mixer
+def test_rows_of_a_batch_do_not_see_each_other(name):
+    mixer, x = build(BATTERY[name], 13), hidden(29)
+    close(mixer(x), torch.cat([mixer(row) for row in x.split(1)]))
+
+
+@every_mixer
+def test_float32_agrees_with_float64(name):
+    mixer, x = build(BATTERY[name], 29), hidden(29)
+    expected = mixer(x).float()
+    torch.testing.assert_close(mixer.float()(x.float()), expected, rtol=1e-4, atol=1e-5)
+
+
+@every_mixer
+def test_a_mixer_begins_as_it_was_built(name, monkeypatch):
+    built = []
+
+    def record(config, length):
+        mixer = build_mixer(config, length)
+        built.append({weight: value.clone() for weight, value in mixer.state_dict().items()})
+        return mixer
+
+    monkeypatch.setattr("cat.model.build_mixer", record)
+    model = SequenceModel(configure(**BATTERY[name], mlp=2), vocabulary=11, length=13)
+    for weight, value in model.blocks[0].mixer.state_dict().items():
+        assert torch.equal(value, built[0][weight]), weight
+
+
+@every_mixer
+@pytest.mark.parametrize("length", [1, 3, 19])  # shorter than some filters, and than `full` ones
+def test_a_mixer_is_its_naive_twin(name, length, monkeypatch):
+    mixer = build(BATTERY[name], 13)
+    names = [weight for weight, _ in mixer.named_parameters()]
+
+    def run(x, *weights):
+        return torch.func.functional_call(mixer, dict(zip(names, weights, strict=True)), x)
+
+    def run_naively(x, *weights):
+        with monkeypatch.context() as patch:
+            patch.setattr("cat.mixers.streams.filter_heads", naive_filter_heads)
+            patch.setattr("cat.mixers.attention.attend", naive_attend)
+            patch.setattr("cat.mixers.linear.linear_attend", naive_linear_attend)
+            patch.setattr("cat.mixers.landmark.landmark_attend", naive_landmark_attend)
+            patch.setattr("cat.mixers.mamba.selective_scan", naive_selective_scan)
+            return run(x, *weights)
+
+    assert_twins(run, run_naively, hidden(length), *mixer.parameters())
+
+
+# Queries, keys and values.
+
+
+@pytest.mark.parametrize("stream", "qkv")
+def test_a_filter_acts_on_its_own_stream(stream):
+    filtered = build({**BATTERY["attention"], stream: 2}, 13)
+    plain = build(BATTERY["attention"], 13)
+    plain.load_state_dict(filtered.state_dict(), strict=False)
+    with torch.no_grad():
+        filtered.filters[stream].taps.copy_(torch.tensor([0.0, 1.0]))
+    for s, before, after in zip("qkv", plain.streams(hidden(13)), filtered.streams(hidden(13)), strict=True):
+        close(after, F.pad(before[:, :, :-1], (0, 0, 1, 0)) if s == stream else before)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "linear"])
+def test_identity_filters_make_cat_the_transformer(mixer):
+    cat = build({"mixer": mixer, **STREAMS, "position": "rotary", "q": 2, "k": "full", "v": 3}, 13)
+    transformer = build({"mixer": mixer, **STREAMS, "position": "rotary"}, 13)
+    with torch.no_grad():
+        for head_filter in cat.filters.values():
+            head_filter.taps.zero_()[:, 0] = 1
+    transformer.load_state_dict({name: w for name, w in cat.state_dict().items() if "filters" not in name})
+    close(cat(hidden(13)), transformer(hidden(13)))
+
+
+def test_filters_begin_near_the_identity_and_full_is_the_training_length():
+    taps = build({**BATTERY["attention"], "q": "full"}, 13).filters["q"].taps
+    assert taps.shape == (HEADS, 13)
+    assert ((taps - torch.eye(13)[0]).abs() < 0.2).all()
+
+
+def test_normalised_filters_have_no_size():
+    mixer = build({**BATTERY["attention"], "k": 3, "filter_norm": True}, 13)
+    before = mixer(hidden(13))
+    with torch.no_grad():
+        mixer.filters["k"].taps.mul_(7)
+    close(mixer(hidden(13)), before)
+
+
+def test_normalised_rows_have_unit_length_after_the_filter_and_a_temperature():
+    q, k, _ = build(BATTERY["attention_all"], 13).streams(hidden(13))
+    close(k.norm(dim=-1), torch.ones(BATCH, HEADS, 13).double())
+    torch.testing.assert_close(q.norm(dim=-1), torch.full((BATCH, HEADS, 13), 8.0).double())
+
+
+@pytest.mark.parametrize("position", ["none", "rotary", "alibi"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_positions_and_the_scale_act_after_the_filters(position, qk_norm):
+    mixer = build({**BATTERY["attention"], "k": 3, "position": position, "qk_norm": qk_norm}, 13)
+    q, k, v = mixer.streams(hidden(13))
+    if position == "rotary":
+        q, k = rotate(q), rotate(k)
+    bias = alibi_bias(HEADS, 13, q) if position == "alibi" else None
+    heads = naive_attend(q, k, v, scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5, bias=bias)
+    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
+
+
+# Linear attention.
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 131])
+def test_linear_attention_is_the_definition(length, rotary):
+    q, k, v = (normal(2, 3, length, 4, seed=s) for s in range(3))
+    assert_twins(
+        lambda q, k, v: linear_attend(q, k, v, rotary=rotary), lambda q, k, v: naive_linear_attend(q, k, v, rotary=rotary), q, k, v
+    )
+
+
+def test_linear_attention_without_a_filter_is_that_of_its_paper():
+    mixer = build(BATTERY["linear"], 13)
+    q, k, v = mixer.streams(hidden(13))
+    weights = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
+    heads = weights / weights.sum(-1, keepdim=True) @ v
+    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
+
+
+def test_linear_attention_with_rotary_position_turns_the_features():
+    mixer = build({**BATTERY["linear"], "position": "rotary"}, 13)
+    q, k, v = (stream for stream in mixer.streams(hidden(13)))
+    weights = (rotate(F.elu(q) + 1) @ rotate(F.elu(k) + 1).mT).tril()
+    total = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril().sum(-1, keepdim=True)
+    heads = weights / total @ v
+    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
+
+
+def test_features_stay_positive_where_elu_rounds_to_zero():
+    x = torch.tensor([[[[-50.0, -1.0, 0.0, 2.0, 200.0]]]], requires_grad=True)
+    torch.testing.assert_close(features(x)[0, 0, 0], torch.tensor([math.exp(-50), math.exp(-1), 1, 3, 201]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(features(x).sum(), x)[0][0, 0, 0], torch.tensor([math.exp(-50), math.exp(-1), 1, 1, 1]))
+
+
+# Landmark attention.
+
+
+@pytest.mark.parametrize("reach", [0, 2, 5])
+@pytest.mark.parametrize("top", [1, 2, 7])
+@pytest.mark.parametrize("length", [1, 5, 6, 10, 23])
+def test_landmark_attention_is_the_definition(length, top, reach):
+    q, k, v = (normal(2, 3, length, 7, seed=s) for s in range(3))
+    sizes = {"scale": 0.7, "block": 5, "top": top, "reach": reach}
+    assert_twins(
+        lambda q, k, v: landmark_attend(q, k, v, **sizes), lambda q, k, v: naive_landmark_attend(q, k, v, **sizes), q, k, v
+    )
+
+
+@pytest.mark.parametrize("sizes", [{"block": 23, "top": 1}, {"block": 3, "top": 7}, {"block": 5, "top": 100}, {"block": 1, "top": 22}])
+@pytest.mark.parametrize("position", ["none", "rotary"])
+def test_landmark_attention_that_reads_every_block_is_dense(sizes, position):
+    streams = {**STREAMS, "position": position, "q": 3, "k": "full", "v": 2, "qk_norm": True}
+    landmark = build({"mixer": "landmark", **streams, **sizes}, 23)
+    dense = build({"mixer": "attention", **streams}, 23)
+    dense.load_state_dict(landmark.state_dict())
+    assert_twins(landmark, dense, hidden(23))
+
+
+@pytest.mark.parametrize("top", [1, 3])
+def test_a_query_reads_its_own_block_and_the_best_of_those_before(top):
+    block, length = 5, 33
+    q, k, v = (normal(1, 1, length, 7, seed=s).requires_grad_() for s in range(3))
+    out = landmark_attend(q, k, v, scale=1.0, block=block, top=top, reach=0)[0, 0].sum(-1)
+    for i in range(length):
+        own = i // block
+        matches = [(k[0, 0, n * block + block - 1] @ q[0, 0, i]).item() for n in range(own)]
+        best = sorted(range(own), key=lambda n: -matches[n])[:top]
+        expected = [j // block == own or j // block in best for j in range(i + 1)] + [False] * (length - i - 1)
+        assert (torch.autograd.grad(out[i], v, retain_graph=True)[0][0, 0].abs().sum(-1) > 0).tolist() == expected
+
+
+def test_the_overlap_of_blocks_is_the_reach_of_the_longest_filter_and_at_most_a_block():
+    reaches = [build({**LANDMARK, **filters}, 13).reach for filters in ({}, {"q": 2, "v": 4}, {"k": 6}, {"k": "full"})]
+    assert reaches == [0, 3, 5, 5]
+
+
+def test_a_landmark_that_matches_better_gets_its_block_more_attention():
+    q, k, v = torch.zeros(3, 1, 1, 7, 2).double()
+    q[..., 6, 0], v[..., :2, 0] = 1, 1  # the last query chooses one of three blocks of two; the values are those of block 0
+    shares = []
+    for match in (1.0, 2.0):
+        k[..., 1, 0] = match
+        shares.append(landmark_attend(q, k, v, scale=1.0, block=2, top=1, reach=0)[0, 0, 6, 0].item())
+    assert shares == pytest.approx([math.e / (math.e + 1), math.e**2 / (math.e**2 + 1)])
+
+
+@pytest.mark.parametrize("group", [[0], [0, 0, 0, 0, 0, 0, 0], [4, 1, 4, 4, 0, 1, 4, 4, 3, 4, 4], [2, 2, 1]])
+def test_grouped_matmul_multiplies_each_row_by_its_matrix(group):
+    group = torch.tensor(group)
+    assert_twins(
+        lambda rows, matrices: grouped_matmul(rows, matrices, group),
+        lambda rows, matrices: (rows[:, None] @ matrices[group])[:, 0],
+        normal(len(group), 3),
+        normal(5, 3, 2, seed=1),
+    )
+
+
+# Mamba.
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 47])
+def test_the_selective_scan_is_the_definition(length):
+    x, delta, a = normal(2, length, 5), normal(2, length, 5, seed=1).exp(), -normal(5, 3, seed=2).exp()
+    assert_twins(selective_scan, naive_selective_scan, x, delta, a, normal(2, length, 3, seed=3), normal(2, length, 3, seed=4))
+
+
+def test_a_state_that_is_never_forgotten_is_a_sum():
+    x, ones = normal(2, 37, 5), torch.ones(2, 37, 1).double()
+    close(selective_scan(x, torch.ones_like(x), torch.zeros(5, 1).double(), ones, ones), x.cumsum(1))
+
+
+def test_mamba_begins_with_the_rates_and_steps_of_its_paper():
+    mixer = SequenceModel(configure(**BATTERY["mamba"]), vocabulary=11, length=13).blocks[0].mixer
+    torch.testing.assert_close(-mixer.log_rate.exp(), -torch.arange(1.0, 17.0).expand(2 * WIDTH, 16))
+    assert (mixer.skip == 1).all()
+    steps = F.softplus(mixer.step.bias)
+    assert (steps > 0.99e-3).all() and (steps < 1.01e-1).all() and steps.std() > 0.01
+
+
+def test_mamba_is_gated_skips_and_convolves():
+    mixer = build(BATTERY["mamba"], 13)
+    x = hidden(13)
+    u, gate = (x @ mixer.input.weight.T).chunk(2, dim=-1)
+    taps = mixer.convolution.weight[:, 0].flip(1)  # PyTorch correlates: its last tap is the present one
+    u = F.silu(naive_filter_heads(u.mT[..., None], taps)[..., 0].mT + mixer.convolution.bias)
+    step, b, c = (u @ mixer.selection.weight.T).split([2, 16, 16], dim=-1)
+    delta = F.softplus(step @ mixer.step.weight.T + mixer.step.bias)
+    y = naive_selective_scan(u, delta, -mixer.log_rate.exp(), b, c) + mixer.skip * u
+    close(mixer(x), (y * F.silu(gate)) @ mixer.output.weight.T)
+
+
+# What cannot be built, in words.
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({**BATTERY["linear"], "position": "alibi"}, "linear attention has none"),
+        ({**LANDMARK, "position": "alibi"}, "landmark attention has none"),
+        ({"mixer": "landmark", **STREAMS, "block": 5}, "top"),
+        ({"mixer": "landmark", **STREAMS, "top": 5}, "block"),
+        ({**BATTERY["mamba"], "heads": 3}, "heads"),
+        ({**BATTERY["linear"], "heads": 4}, "heads = 4 does not divide width = 18"),
+    ],
+)
+def test_a_configuration_that_means_nothing_is_refused(parameters, words):
+    with pytest.raises(ValidationError, match=words):
+        configure(**parameters)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (Landmark(mixer="landmark", width=6, layers=1, **STREAMS, block=64, top=1), "block = 64 is longer than the training length of 32"),
+        (Landmark(mixer="landmark", width=6, layers=1, **STREAMS, block=8, top=1, k=33), "k = 33 taps reach past"),
+        (Linear(mixer="linear", width=6, layers=1, **STREAMS, v=33), "v = 33 taps reach past"),
+        (Mamba(mixer="mamba", width=6, layers=1, conv=33), "conv = 33 taps reach past the training length of 32"),
+    ],
+)
+def test_a_model_longer_than_its_sequences_is_refused(config, words):
+    config.check_length(64)
+    with pytest.raises(ValueError, match=words):
+        SequenceModel(config, vocabulary=11, length=32)
