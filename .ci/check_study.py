@@ -1,4 +1,4 @@
-"""What must hold of a finished study in this folder: complete, complete in MLflow, at rest, and exact about what a change reruns."""
+"""What must hold of a finished study in this folder: complete, also in MLflow, at rest, and exact about what a change reruns."""
 
 import re
 import shutil
@@ -31,7 +31,9 @@ def mlflow_runs() -> dict[str, list[str]]:
 
 
 study = load()
-expected = {task: sorted(f"{c.variant} seed {s}" for c in cells(study) if c.task == task for s in study.seeds) for task in study.tasks}
+expected = {
+    task: sorted(f"{c.variant} seed {s}" for c in cells(study) if c.task == task for s in study.seeds) for task in study.tasks
+}
 expected["study"] = ["report"]
 
 results = read_results(study)
@@ -41,7 +43,7 @@ for cell in cells(study):
     lengths = {n for n in study.tasks[cell.task].data.lengths if longest is None or n <= longest}
     assert {*zip(here["seed"], here["length"], strict=True)} == {(s, n) for s in study.seeds for n in lengths}, cell
     assert here["value"].between(0, 1).all(), cell
-for name, ablation in study.ablations.items():
+for name in study.ablations:
     for kind in ("", "_length", "_training"):
         for folder, suffix in (("figures", "png"), ("svg", "svg")):
             assert Path(f"reports/{folder}/{name}{kind}.{suffix}").stat().st_size > 5000, (name, kind, suffix)

@@ -1,20 +1,21 @@
 """Landmark attention: softmax attention over the query's own block of tokens and the `top` earlier blocks that match it best.
 
-    landmark_n = k at the last token of block n                    (arXiv 2407.05591, figure 3: a long filter on k sums up the block)
+    landmark_n = k at the last token of block n              (arXiv 2407.05591, figure 3: a long filter on k sums up the block)
     chosen_i   = the `top` largest <q_i, landmark_n> over the blocks n that end before the block of i begins
-    out_i      = softmax attention of q_i over the tokens up to i of its block and those of the chosen blocks
+    weight_ij  ~ exp <q_i, k_j>                                              token j <= i of the own block
+               ~ exp <q_i, landmark_n> softmax_{j in n} <q_i, k_j>           token j of a chosen block n
+
+The choice is hard, and the landmark's score also says how much of the attention its block gets: the grouped softmax of landmark
+attention (arXiv 2305.16300, section 3.1), and the gradient by which landmarks are learnt. A query that reads every earlier block
+has chosen nothing, and its weights are exp <q_i, k_j> throughout: dense attention.
 
 Filters carry what belongs together over the end of a block, so a chosen block is read on by `reach` tokens; a token that is in
-two of the blocks counts once. Where every block is chosen this is dense attention.
-
-The choice is hard. Its gradient comes from a gate on each chosen block, p_n / p_n in the forward pass, where p is the softmax of
-the landmarks' scores and the denominator a constant (arXiv 1308.3432): a block that serves better than the average of what the
-query read is to match better. A query that reads every block has chosen nothing, and has no gate.
+two of the blocks counts once.
 """
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cat.attention import attend
@@ -24,24 +25,28 @@ Chosen = Int[Tensor, "B H L T"]
 
 
 def landmark_attend(q: Heads, k: Heads, v: Heads, *, scale: float, block: int, top: int, reach: int) -> Heads:
-    """Landmark attention at a cost of L (L / block + (top + 1) block) C a head, 0 <= reach <= block."""
+    """Landmark attention at a cost of L (L / block + (top + 1) block) C a head; 0 <= reach <= block."""
     length = q.shape[2]
     if length <= block:
         return attend(q, k, v, scale=scale)
     earlier = (length - 1) // block
     q, k, v = (F.pad(x, (0, 0, 0, -length % block)) for x in (q * scale, k, v))
-    chosen, gate = choose(q, k[:, :, block - 1 : earlier * block : block], block=block, top=top)
+    chosen, matches = choose(q, k[:, :, block - 1 : earlier * block : block], block=block, top=top)
 
-    own = q.unflatten(2, (-1, block)) @ k.unflatten(2, (-1, block)).mT
-    own = own.masked_fill(~torch.ones_like(own[0, 0, 0], dtype=torch.bool).tril(), float("-inf")).flatten(2, 3)
-    # Windows (B, H, blocks, C, block + reach), one a block that can be chosen.
+    near = q.unflatten(2, (-1, block)) @ k.unflatten(2, (-1, block)).mT
+    causal = torch.ones(block, block, dtype=torch.bool, device=q.device).tril()
+    near = near.masked_fill(~causal, float("-inf")).flatten(2, 3)
+
+    # One window a block that can be chosen: (B, H, blocks, C, block + reach).
     k_windows, v_windows = (x[:, :, : earlier * block + reach].unfold(2, block + reach, block) for x in (k, v))
-    far = read(q[:, :, :, None].expand(*chosen.shape, -1), k_windows, chosen) + gate[..., None]
+    far = read(q[:, :, :, None].expand(*chosen.shape, -1), k_windows, chosen)
     far = far.masked_fill(~visible(chosen, block=block, reach=reach), float("-inf"))
+    choosing = torch.arange(q.shape[2], device=q.device) // block > top
+    far = torch.where(choosing[:, None, None], far.log_softmax(-1) + matches[..., None], far)
 
-    weights = torch.cat([own, far.flatten(3)], dim=-1).softmax(-1)
-    own, far = weights[..., :block], weights[..., block:].unflatten(3, (-1, block + reach))
-    out = (own.unflatten(2, (-1, block)) @ v.unflatten(2, (-1, block))).flatten(2, 3)
+    weights = torch.cat([near, far.flatten(3)], dim=-1).softmax(-1)
+    near, far = weights[..., :block], weights[..., block:].unflatten(3, (-1, block + reach))
+    out = (near.unflatten(2, (-1, block)) @ v.unflatten(2, (-1, block))).flatten(2, 3)
     return (out + read(far, v_windows.mT, chosen).sum(3))[:, :, :length]
 
 
@@ -50,36 +55,37 @@ def naive_landmark_attend(q: Heads, k: Heads, v: Heads, *, scale: float, block: 
     out = torch.empty_like(v)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         start = i // block * block
-        matches = scale * k[b, h, block - 1 : start : block] @ q[b, h, i]
-        chosen = matches.topk(min(top, len(matches))).indices.tolist()
-        brought_by = {t: n for n in chosen for t in range((n + 1) * block, min((n + 1) * block + reach, start))}
-        brought_by |= {t: n for n in chosen for t in range(n * block, (n + 1) * block)}
-        tokens = [*brought_by, *range(start, i + 1)]
-        weights = torch.exp(scale * k[b, h, tokens] @ q[b, h, i])
-        if len(chosen) < len(matches):
-            gate = matches.softmax(0)[list(brought_by.values())]
-            weights = weights * torch.cat([gate / gate.detach(), gate.new_ones(len(tokens) - len(gate))])
-        out[b, h, i] = weights / weights.sum() @ v[b, h, tokens]
+        scores = torch.exp(scale * k[b, h] @ q[b, h, i])
+        landmarks = scores[block - 1 : start : block]
+        chosen = landmarks.topk(min(top, len(landmarks))).indices.tolist()
+        weights = {j: scores[j] for j in range(start, i + 1)}
+        for n in chosen:
+            end = (n + 1) * block
+            overlap = [] if n + 1 in chosen else range(end, min(end + reach, start))
+            tokens = [*range(n * block, end), *overlap]
+            share = landmarks[n] / scores[tokens].sum() if len(chosen) < len(landmarks) else 1
+            weights |= {j: scores[j] * share for j in tokens}
+        out[b, h, i] = sum(weight * v[b, h, j] for j, weight in weights.items()) / sum(weights.values())
     return out
 
 
 def choose(q: Heads, landmarks: Float[Tensor, "B H N C"], *, block: int, top: int) -> tuple[Chosen, Float[Tensor, "B H L T"]]:
-    """Blocks that each query retrieves, and log p - log p of them: zero, with the gradient of the choice.
+    """The blocks that each query retrieves, and how well they match.
 
     A query that has fewer blocks before its own than there are to choose gets later ones too, which are not `visible` to it.
     """
     matches = q @ landmarks.mT
     own = torch.arange(q.shape[2], device=q.device)[:, None] // block
-    # The least number and not -inf, which has no gradient where no block is open.
-    matches = matches.masked_fill(torch.arange(landmarks.shape[2], device=q.device) >= own, torch.finfo(matches.dtype).min)
-    chosen = matches.topk(min(top, landmarks.shape[2])).indices
-    log_p = matches.log_softmax(-1).gather(-1, chosen).masked_fill(own <= top, 0)
-    return chosen, log_p - log_p.detach()
+    matches = matches.masked_fill(torch.arange(landmarks.shape[2], device=q.device) >= own, float("-inf"))
+    best = matches.topk(min(top, landmarks.shape[2]))
+    return best.indices, best.values
 
 
-def visible(chosen: Chosen, *, block: int, reach: int) -> Tensor:
-    """Whether a query sees a token of the window of a block (B, H, L, T, block + reach): if the block ends before the query's own
-    begins, and if the token is in no other block that the query reads."""
+def visible(chosen: Chosen, *, block: int, reach: int) -> Bool[Tensor, "B H L T W"]:
+    """Whether a query reads a token of a chosen window, W = block + reach.
+
+    It reads none of a block that was chosen for want of earlier ones, and does not read on into a block that it reads anyway.
+    """
     own = torch.arange(chosen.shape[2], device=chosen.device)[:, None] // block
     inside = torch.arange(block + reach, device=chosen.device) < block
     after = chosen + 1
@@ -94,20 +100,22 @@ def read(rows: Float[Tensor, "B H L T X"], windows: Float[Tensor, "B H N X Y"], 
     return grouped_matmul(rows.flatten(0, 3), windows.flatten(0, 2), group).view(*chosen.shape, -1)
 
 
-def grouped_matmul(rows: Float[Tensor, "P X"], matrices: Float[Tensor, "G X Y"], group: Int[Tensor, " P"]) -> Float[Tensor, "P Y"]:
+def grouped_matmul(
+    rows: Float[Tensor, "P X"], matrices: Float[Tensor, "G X Y"], group: Int[Tensor, " P"]
+) -> Float[Tensor, "P Y"]:
     """Row p times matrix group[p], without a copy of the matrix for every row.
 
     Rows are laid out group by group in tiles of one size, each group beginning a new tile: one batched product, whose shape does
-    not depend on how the rows fall into groups.
+    not depend on how the rows fall into groups. Places that no row takes are zero.
     """
-    size = max(1, len(rows) // (2 * len(matrices)))
-    tiles = len(rows) // size + len(matrices)
-    count = group.bincount(minlength=len(matrices))
-    last = ((count + size - 1) // size).cumsum(0)
+    groups, size = len(matrices), max(1, len(rows) // (2 * len(matrices)))
+    tiles = len(rows) // size + groups  # as many as there can be
+    count = group.bincount(minlength=groups)
+    end = (count // size + 1).cumsum(0)
+    begin = F.pad(end[:-1], (1, 0))
     order = group.argsort(stable=True)
     rank = torch.arange(len(rows), device=rows.device) - (count.cumsum(0) - count)[group[order]]
-    first = F.pad(last[:-1], (1, 0))
-    place = torch.empty_like(group).index_copy(0, order, first[group[order]] * size + rank)
-    tile_group = torch.searchsorted(last, torch.arange(tiles, device=rows.device), right=True).clamp(max=len(matrices) - 1)
+    place = torch.empty_like(group).index_copy(0, order, begin[group[order]] * size + rank)
+    owner = torch.searchsorted(end, torch.arange(tiles, device=rows.device), right=True).clamp(max=groups - 1)
     tiled = rows.new_zeros(tiles * size, rows.shape[1]).index_copy(0, place, rows).unflatten(0, (tiles, size))
-    return (tiled @ matrices.index_select(0, tile_group)).flatten(0, 1).index_select(0, place)
+    return (tiled @ matrices.index_select(0, owner)).flatten(0, 1).index_select(0, place)

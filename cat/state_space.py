@@ -5,34 +5,37 @@
 The recurrence is associative, so a chunk of it is summed as a tree, in a number of steps that is logarithmic in its length.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
-CHUNK = 32
+CHUNK = 16
 """Tokens whose states are in memory at a time; only the last one's is carried on."""
 
 Inner = Float[Tensor, "B L E"]
+Rates = Float[Tensor, "E S"]
+Vectors = Float[Tensor, "B L S"]
 States = Float[Tensor, "B L E S"]
 State = Float[Tensor, "B E S"]
 
 
-def selective_scan(x: Inner, delta: Inner, a: Float[Tensor, "E S"], b: Float[Tensor, "B L S"], c: Float[Tensor, "B L S"]) -> Inner:
+def selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
     """The outputs y of `x` with step sizes `delta` > 0, rates `a` < 0, input and output vectors `b` and `c`."""
-    state = x.new_zeros(x.shape[0], *a.shape)
+    state = a.new_zeros(x.shape[0], *a.shape)
     outputs = []
     for x_, delta_, b_, c_ in zip(*(t.split(CHUNK, dim=1) for t in (x, delta, b, c)), strict=True):
         decay = torch.exp(delta_[..., None] * a)
-        states = scan(decay, (delta_ * x_)[..., None] * b_[:, :, None], state)
+        # In the precision of `a`, a weight: under autocast the inputs have less, and a state adds many of them up.
+        states = scan(decay, (delta_ * x_).to(a.dtype)[..., None] * b_[:, :, None], state)
         outputs.append((states @ c_[..., None])[..., 0])
         state = states[:, -1]
     return torch.cat(outputs, dim=1)
 
 
-def naive_selective_scan(
-    x: Inner, delta: Inner, a: Float[Tensor, "E S"], b: Float[Tensor, "B L S"], c: Float[Tensor, "B L S"]
-) -> Inner:
+def naive_selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
     """The definition, one token at a time; the twin that `selective_scan` is tested against."""
     state = x.new_zeros(x.shape[0], *a.shape)
     outputs = []
@@ -52,14 +55,14 @@ class _Scan(torch.autograd.Function):
     """The gradient of a scan is a scan backwards in time, so that the tree itself need not be kept for it."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, decay: States, value: States, state: State) -> States:
+    def forward(ctx: Any, decay: States, value: States, state: State) -> States:
         states = _tree_scan(decay, value, state)
         ctx.save_for_backward(decay, state, states)
         return states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: States) -> tuple[States, States, State]:
+    def backward(ctx: Any, gradient: States) -> tuple[States, States, State]:
         decay, state, states = ctx.saved_tensors
         # Of value_t: g_t = gradient_t + decay_{t+1} g_{t+1}; the decay rolled round to the last place meets a zero state.
         of_value = _tree_scan(decay.roll(-1, 1).flip(1), gradient.flip(1), torch.zeros_like(state)).flip(1)

@@ -34,7 +34,10 @@ STUDY = "study"
 """The experiment that holds the run of the report."""
 _KEY = "cat.key"
 _OFF = "-"
-_EXPERIMENT_NOTE = "A run a variant and seed. Group by the parameter `variant` to see seeds together; `test/...` has the evaluation length as its step."
+_EXPERIMENT_NOTE = (
+    "A run a variant and seed. Group by the parameter `variant` to see its seeds together."
+    " A metric `test/...` has the evaluation length as its step."
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,13 @@
 """Dense attention against the definition."""
 
+from functools import partial
+
 import pytest
 import torch
-from tests.twins import assert_twins, close, normal
 
 from cat.attention import attend, naive_attend
 from cat.position import alibi_bias
+from tests.twins import assert_twins, close, normal
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -13,9 +15,7 @@ from cat.position import alibi_bias
 def test_attend_is_the_definition(length, biased):
     q, k, v = (normal(2, 3, length, 5, seed=s) for s in range(3))
     bias = alibi_bias(3, length, q) if biased else None
-    assert_twins(
-        lambda q, k, v: attend(q, k, v, scale=0.7, bias=bias), lambda q, k, v: naive_attend(q, k, v, scale=0.7, bias=bias), q, k, v
-    )
+    assert_twins(partial(attend, scale=0.7, bias=bias), partial(naive_attend, scale=0.7, bias=bias), q, k, v)
 
 
 def test_a_sharp_query_returns_the_value_of_its_key():

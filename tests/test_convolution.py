@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.twins import assert_twins, close, normal
 
 from cat import convolution
 from cat.convolution import filter_heads, naive_filter_heads, toeplitz
+from tests.twins import assert_twins, close, normal
 
 BATCH, HEADS, CHANNELS = 2, 3, 5
 

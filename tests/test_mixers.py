@@ -1,6 +1,7 @@
 """Every mixer: one battery for all of them, and for each what makes it that mixer."""
 
 import math
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -8,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
-from tests.twins import assert_twins, close, normal
 
 from cat.attention import naive_attend
-from cat.configuration import Attention, AttentionModel, Landmark, Linear, Mamba, Model, ModelConfiguration
+from cat.configuration import Attention, AttentionModel, Model, ModelConfiguration
 from cat.convolution import naive_filter_heads
 from cat.landmark import grouped_matmul, landmark_attend, naive_landmark_attend
 from cat.linear_attention import features, linear_attend, naive_linear_attend
@@ -19,6 +19,7 @@ from cat.mixers import build_mixer
 from cat.model import SequenceModel
 from cat.position import alibi_bias, rotate
 from cat.state_space import naive_selective_scan, selective_scan
+from tests.twins import assert_twins, close, normal
 
 BATCH, WIDTH, HEADS = 2, 18, 3
 
@@ -128,6 +129,14 @@ def test_float32_agrees_with_float64(name):
 
 
 @every_mixer
+def test_bfloat16_agrees_with_float32_roughly(name):
+    mixer, x = build(BATTERY[name], 29).float(), hidden(29).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = mixer(x)
+    assert (rough - mixer(x)).norm() < 0.05 * mixer(x).norm()
+
+
+@every_mixer
 def test_a_mixer_begins_as_it_was_built(name, monkeypatch):
     built = []
 
@@ -194,12 +203,12 @@ def test_filters_begin_near_the_identity_and_full_is_the_training_length():
     assert ((taps - torch.eye(13)[0]).abs() < 0.2).all()
 
 
-def test_normalised_filters_have_no_size():
-    mixer = build({**BATTERY["attention"], "k": 3, "filter_norm": True}, 13)
-    before = mixer(hidden(13))
+def test_normalised_filters_are_divided_by_the_sum_of_their_absolute_taps():
+    head_filter = build({**BATTERY["attention"], "k": 3, "filter_norm": True}, 13).filters["k"]
+    x, taps = normal(BATCH, HEADS, 13, 5), normal(HEADS, 3, seed=1)
     with torch.no_grad():
-        mixer.filters["k"].taps.mul_(7)
-    close(mixer(hidden(13)), before)
+        head_filter.taps.copy_(taps)
+    close(head_filter(x), naive_filter_heads(x, taps / taps.abs().sum(1, keepdim=True)))
 
 
 def test_normalised_rows_have_unit_length_after_the_filter_and_a_temperature():
@@ -227,9 +236,7 @@ def test_positions_and_the_scale_act_after_the_filters(position, qk_norm):
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 131])
 def test_linear_attention_is_the_definition(length, rotary):
     q, k, v = (normal(2, 3, length, 4, seed=s) for s in range(3))
-    assert_twins(
-        lambda q, k, v: linear_attend(q, k, v, rotary=rotary), lambda q, k, v: naive_linear_attend(q, k, v, rotary=rotary), q, k, v
-    )
+    assert_twins(partial(linear_attend, rotary=rotary), partial(naive_linear_attend, rotary=rotary), q, k, v)
 
 
 def test_linear_attention_without_a_filter_is_that_of_its_paper():
@@ -250,9 +257,10 @@ def test_linear_attention_with_rotary_position_turns_the_features():
 
 
 def test_features_stay_positive_where_elu_rounds_to_zero():
-    x = torch.tensor([[[[-50.0, -1.0, 0.0, 2.0, 200.0]]]], requires_grad=True)
-    torch.testing.assert_close(features(x)[0, 0, 0], torch.tensor([math.exp(-50), math.exp(-1), 1, 3, 201]), rtol=1e-6, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(features(x).sum(), x)[0][0, 0, 0], torch.tensor([math.exp(-50), math.exp(-1), 1, 1, 1]))
+    x = torch.tensor([-50.0, -1.0, 0.0, 2.0, 200.0]).view(1, 1, 1, 5).requires_grad_()
+    slopes = torch.autograd.grad(features(x).sum(), x)[0]
+    assert features(x).flatten().tolist() == pytest.approx([math.exp(-50), math.exp(-1), 1, 3, 201], rel=1e-6, abs=0)
+    assert slopes.flatten().tolist() == pytest.approx([math.exp(-50), math.exp(-1), 1, 1, 1], rel=1e-6, abs=0)
 
 
 # Landmark attention.
@@ -264,16 +272,14 @@ def test_features_stay_positive_where_elu_rounds_to_zero():
 def test_landmark_attention_is_the_definition(length, top, reach):
     q, k, v = (normal(2, 3, length, 7, seed=s) for s in range(3))
     sizes = {"scale": 0.7, "block": 5, "top": top, "reach": reach}
-    assert_twins(
-        lambda q, k, v: landmark_attend(q, k, v, **sizes), lambda q, k, v: naive_landmark_attend(q, k, v, **sizes), q, k, v
-    )
+    assert_twins(partial(landmark_attend, **sizes), partial(naive_landmark_attend, **sizes), q, k, v)
 
 
-@pytest.mark.parametrize("sizes", [{"block": 23, "top": 1}, {"block": 3, "top": 7}, {"block": 5, "top": 100}, {"block": 1, "top": 22}])
+@pytest.mark.parametrize(("block", "top"), [(23, 1), (3, 7), (5, 100), (1, 22)])
 @pytest.mark.parametrize("position", ["none", "rotary"])
-def test_landmark_attention_that_reads_every_block_is_dense(sizes, position):
-    streams = {**STREAMS, "position": position, "q": 3, "k": "full", "v": 2, "qk_norm": True}
-    landmark = build({"mixer": "landmark", **streams, **sizes}, 23)
+def test_landmark_attention_that_reads_every_block_is_dense(block, top, position):
+    streams = {**STREAMS, "position": position, "q": 3, "k": "full", "v": 2, "qk_norm": position == "rotary"}
+    landmark = build({"mixer": "landmark", **streams, "block": block, "top": top}, 23)
     dense = build({"mixer": "attention", **streams}, 23)
     dense.load_state_dict(landmark.state_dict())
     assert_twins(landmark, dense, hidden(23))
@@ -333,11 +339,25 @@ def test_a_state_that_is_never_forgotten_is_a_sum():
 
 
 def test_mamba_begins_with_the_rates_and_steps_of_its_paper():
-    mixer = SequenceModel(configure(**BATTERY["mamba"]), vocabulary=11, length=13).blocks[0].mixer
-    torch.testing.assert_close(-mixer.log_rate.exp(), -torch.arange(1.0, 17.0).expand(2 * WIDTH, 16))
+    mixer = build({"mixer": "mamba", "width": 1000}, 13)
+    torch.testing.assert_close(-mixer.log_rate.exp(), -torch.arange(1.0, 17.0).double().expand(2000, 16))
     assert (mixer.skip == 1).all()
     steps = F.softplus(mixer.step.bias)
-    assert (steps > 0.99e-3).all() and (steps < 1.01e-1).all() and steps.std() > 0.01
+    assert [steps.min().item(), steps.max().item()] == pytest.approx([0.001, 0.1], abs=0.0005)
+    assert steps.mean().item() == pytest.approx(0.0505, abs=0.003)
+
+
+def test_mamba_has_the_sizes_of_its_configuration():
+    mixer = build({"mixer": "mamba", "expand": 3, "state": 5, "conv": 7}, 13)
+    assert mixer.log_rate.shape == (3 * WIDTH, 5)
+    assert mixer.convolution.weight.shape == (3 * WIDTH, 1, 7)
+
+
+def test_a_state_adds_up_in_the_precision_of_the_weights():
+    ones = torch.ones(1, 8191, 1, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = selective_scan(ones, ones, torch.zeros(1, 1), ones, ones)
+    assert sums[0, -1].item() == pytest.approx(8191, rel=0.01)  # in bfloat16, 4096 + 16 is 4096
 
 
 def test_mamba_is_gated_skips_and_convolves():
@@ -372,15 +392,16 @@ def test_a_configuration_that_means_nothing_is_refused(parameters, words):
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("parameters", "words"),
     [
-        (Landmark(mixer="landmark", width=6, layers=1, **STREAMS, block=64, top=1), "block = 64 is longer than the training length of 32"),
-        (Landmark(mixer="landmark", width=6, layers=1, **STREAMS, block=8, top=1, k=33), "k = 33 taps reach past"),
-        (Linear(mixer="linear", width=6, layers=1, **STREAMS, v=33), "v = 33 taps reach past"),
-        (Mamba(mixer="mamba", width=6, layers=1, conv=33), "conv = 33 taps reach past the training length of 32"),
+        ({**LANDMARK, "block": 64}, "block = 64 is longer than the training length of 32"),
+        ({**LANDMARK, "k": 33}, "k = 33 taps is longer than the training length of 32"),
+        ({**BATTERY["linear"], "v": 33}, "v = 33 taps is longer than the training length of 32"),
+        ({**BATTERY["mamba"], "conv": 33}, "conv = 33 taps reach past the training length of 32"),
     ],
 )
-def test_a_model_longer_than_its_sequences_is_refused(config, words):
+def test_a_model_longer_than_its_sequences_is_refused(parameters, words):
+    config = configure(**parameters)
     config.check_length(64)
     with pytest.raises(ValueError, match=words):
         SequenceModel(config, vocabulary=11, length=32)

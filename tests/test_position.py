@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tests.twins import close, normal
 
 from cat.position import alibi_bias, rotate, sinusoidal
+from tests.twins import close, normal
 
 
 def test_rotary_scores_depend_on_differences_only():

@@ -25,6 +25,6 @@ def build_mixer(config: ModelConfiguration, length: int) -> nn.Module:
 
             return LandmarkAttention(config, length)
         case Mamba():
-            from cat.mixers import mamba
+            from cat.mixers.mamba import Mamba as MambaMixer
 
-            return mamba.Mamba(config, length)
+            return MambaMixer(config, length)

@@ -1,4 +1,7 @@
-"""Landmark CAT: a long filter on the keys sums up each block at its last token; a query reads its own block and the best others."""
+"""Landmark CAT: a long filter on the keys sums up a block at its last token, and a query reads the blocks that match it best.
+
+Figure 3 of arXiv 2407.05591; the formula is in cat/landmark.py.
+"""
 
 from cat.configuration import Landmark
 from cat.landmark import landmark_attend
@@ -15,10 +18,10 @@ class LandmarkAttention(Streams):
 
     def __init__(self, config: Landmark, length: int):
         super().__init__(config, length)
-        taps = [stream_filter.taps.shape[1] for stream_filter in self.filters.values()]
-        self.reach = min(config.block, max(taps, default=1) - 1)
+        self.block, self.top = config.block, config.top
+        self.reach = min(self.block, max((taps.shape[1] for taps in self.filters.parameters()), default=1) - 1)
 
     def mix(self, q: Heads, k: Heads, v: Heads) -> Heads:
         if self.config.position == "rotary":
             q, k = rotate(q), rotate(k)
-        return landmark_attend(q, k, v, scale=self.scale, block=self.config.block, top=self.config.top, reach=self.reach)
+        return landmark_attend(q, k, v, scale=self.scale, block=self.block, top=self.top, reach=self.reach)

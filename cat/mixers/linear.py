@@ -1,6 +1,6 @@
 """LinCAT: linear attention over filtered queries, keys and values; without a filter, plain linear attention.
 
-The comparison of arXiv 2407.05591, section 5 (linear attention: 2006.16236), at a cost that is linear in the sequence.
+LinCAT of arXiv 2407.05591 at a cost that is linear in the sequence; the formula is in cat/linear_attention.py.
 """
 
 from cat.linear_attention import linear_attend
