@@ -239,7 +239,7 @@ def _metrics(study: Study, results: pd.DataFrame) -> dict[str, dict[str, dict[st
 def style(study: Study, variant: str) -> dict[str, Any]:
     """Colour, dash and marker of a variant: the same in every figure, and kept when variants are added at the end."""
     number = list(study.variants).index(variant)
-    colours, dashes, markers = sns.color_palette("colorblind", 10), ["-", "--", ":", "-."], "osD^vP*Xph<>"
+    colours, dashes, markers = sns.color_palette("colorblind", 10), ["-", "--", ":"], "osD^vP*Xph<>"
     return {
         "color": colours[number % len(colours)],
         "linestyle": dashes[number % len(dashes)],  # lines that coincide show through each other

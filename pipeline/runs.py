@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from cat.configuration import ModelConfiguration
-from cat.model import SequenceModel
 from pipeline.files import RUNS, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cat.model import SequenceModel
 
 
 def folder(task: str, variant: str) -> Path:
@@ -35,6 +37,11 @@ def digest(task: str, variant: str) -> str:
 
 def load_model(path: str | Path) -> SequenceModel:
     """The trained model of a weights file, which carries its own configuration. Raises ValueError where it is none."""
+    # Only here: the tables and MLflow read summaries, and need no torch for that.
+    from safetensors import SafetensorError, safe_open
+
+    from cat.model import SequenceModel
+
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["model"])

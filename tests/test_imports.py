@@ -36,5 +36,9 @@ def test_only_tracking_imports_mlflow(module):
     assert "mlflow" not in loaded_by(f"import {module}")
 
 
+def test_tables_and_tracking_import_no_torch():
+    assert "torch" not in loaded_by("import pipeline.render, pipeline.tracking")
+
+
 def test_training_imports_no_pandas():
     assert not loaded_by("import pipeline.train, pipeline.evaluate") & {"pandas", "matplotlib", "seaborn"}
