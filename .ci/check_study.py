@@ -27,6 +27,7 @@ def mlflow_runs() -> dict[str, list[str]]:
     """Names of the runs by experiment."""
     client = MlflowClient("sqlite:///mlflow.db")
     experiments = client.search_experiments()
+    assert "Default" not in {e.name for e in experiments}, "the empty experiment that MLflow creates is in the way"
     return {e.name: sorted(r.info.run_name for r in client.search_runs([e.experiment_id], max_results=9999)) for e in experiments}
 
 

@@ -95,6 +95,8 @@ def _sync(client: MlflowClient, records: Mapping[str, Record], *, artifacts: Pat
     experiments = {
         name: _experiment(client, name, artifacts) for name in dict.fromkeys(record.experiment for record in records.values())
     }
+    if artifacts is not None:
+        _tidy(client)
     context = next(iter(records.values())).context
     there: set[str] = set()
     for run in _our_runs(client, [e.experiment_id for e in client.search_experiments()], context):
@@ -107,6 +109,17 @@ def _sync(client: MlflowClient, records: Mapping[str, Record], *, artifacts: Pat
     commit = provenance()
     for key, record in tqdm(missing.items(), desc="mlflow", unit="run", disable=None):
         _log(client, experiments[record.experiment].experiment_id, key, record, commit)
+
+
+def _tidy(client: MlflowClient) -> None:
+    """Takes away the experiment that MLflow creates by itself, where it is empty."""
+    default = client.get_experiment_by_name("Default")
+    if (
+        default is not None
+        and default.lifecycle_stage == "active"
+        and not client.search_runs([default.experiment_id], max_results=1)
+    ):
+        client.delete_experiment(default.experiment_id)
 
 
 def _our_runs(client: MlflowClient, experiments: list[str], context: str) -> Iterator[Run]:
