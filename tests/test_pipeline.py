@@ -78,6 +78,22 @@ def test_a_cell_is_the_same_whatever_else_is_trained(study):
     assert "seed_0.safetensors" not in alone
 
 
+def test_seeds_begin_differently_and_learning_rates_of_a_seed_alike(study, monkeypatch):
+    import pipeline.train
+
+    fit, begun = pipeline.train.fit, {}
+
+    def watched(model, *splits, seed, learning_rate, **options):
+        begun[seed, learning_rate] = model.embedding.token.weight.detach().clone()
+        return fit(model, *splits, seed=seed, learning_rate=learning_rate, **options)
+
+    monkeypatch.setattr(pipeline.train, "fit", watched)
+    stage("train", "ar", "k")
+    (first, second), (low, high) = (sorted({key[i] for key in begun}) for i in (0, 1))
+    assert torch.equal(begun[first, low], begun[first, high])
+    assert not torch.equal(begun[first, low], begun[second, low])
+
+
 def test_a_trained_model_comes_back_from_its_weights(study):
     summary = runs.read_summary("ar", "k")
     model = runs.load_model(runs.weights_path("ar", "k", 1))
@@ -176,7 +192,10 @@ def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
     stage("evaluate", "ar")
     stage("render")
     assert "runs/ar/old: is no cell of the study any more" in capsys.readouterr().out
-    assert not read_results(params.load())["variant"].eq("old").any()
+    path.write_text(path.read_text() + "ar,old,0,20,accuracy,1.0\nar,k,99,20,accuracy,1.0\n")
+    results = read_results(params.load())
+    assert not results["variant"].eq("old").any()
+    assert not results["seed"].eq(99).any()
 
 
 def test_metrics_are_a_row_a_variant(study):
@@ -345,7 +364,7 @@ def test_a_stage_is_given_what_it_declares_and_nothing_else(study, monkeypatch, 
         at = mutated
         for step in path[:-1]:
             at = at[step]
-        at[path[-1]] = value + 1 if isinstance(value, int) else value / 2
+        at[path[-1]] = OTHER[value] if isinstance(value, str) else value + 1 if isinstance(value, int) else value / 2
         write_params(mutated)
         seen.clear()
         try:
@@ -360,6 +379,9 @@ def test_a_stage_is_given_what_it_declares_and_nothing_else(study, monkeypatch, 
     assert reached == {True, False}
 
 
+OTHER = {"float32": "bfloat16", "none": "sinusoidal", "uniform": "power", "power": "uniform", "all": "one", "sd": "range"}
+
+
 def leaves(raw, path=()):
     if isinstance(raw, dict):
         for key, value in raw.items():
@@ -367,7 +389,7 @@ def leaves(raw, path=()):
     elif isinstance(raw, list):
         for index, value in enumerate(raw):
             yield from leaves(value, (*path, index))
-    elif isinstance(raw, int | float) and not isinstance(raw, bool):
+    elif (isinstance(raw, int | float) and not isinstance(raw, bool)) or (isinstance(raw, str) and raw in OTHER):
         yield path, raw
 
 

@@ -113,6 +113,7 @@ def test_an_epoch_has_every_example_once_in_a_new_order():
         assert len(set(epoch.tolist())) == 18
     assert epochs[0].tolist() != epochs[1].tolist()
     assert next(_batches(20, 6, seed=3)).tolist() == epochs[0][:6].tolist()
+    assert next(_batches(20, 6, seed=4)).tolist() != epochs[0][:6].tolist()
 
 
 @pytest.mark.parametrize("tied", [False, True])
