@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,8 +140,3 @@ def _files(source: Path) -> Iterator[tuple[str, bytes]]:
         yield (path.relative_to(source).as_posix() if source.is_dir() else path.name), text
     if not paths:
         raise ValueError(f"{source}: no .txt or .md file in it")
-
-
-def interpreter() -> str:
-    """What the default corpus depends on besides this file."""
-    return f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
