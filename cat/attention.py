@@ -5,15 +5,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.types import Heads
+from cat.types import Heads, Values
 
 
-def attend(q: Heads, k: Heads, v: Heads, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Heads:
+def attend(q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Values:
     """Dense causal attention. A `bias` holds -inf above the diagonal; without one the mask is the causal one."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
 
 
-def naive_attend(q: Heads, k: Heads, v: Heads, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Heads:
+def naive_attend(q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Values:
     """The definition, one query at a time; the twin that `attend` is tested against."""
     outputs = []
     for i in range(q.shape[2]):

@@ -6,12 +6,15 @@ number that an experiment depends on, which is why no stage of the study depends
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import json
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1)]
-FilterWidth = Count | Literal["full"]
+Generator = Literal["network", "decay", "state"]
+Taps = Count | Literal["full", Generator]
+"""Taps of a filter, `full` for as many as the training sequence is long, or what generates them for a sequence of any length."""
 Position = Literal["none", "rotary", "alibi", "learned", "sinusoidal"]
 
 
@@ -21,17 +24,10 @@ class Configuration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Model(Configuration):
-    """What every model has: `layers` pre-norm residual blocks of one mixer, each followed by an MLP if there is one."""
+class Variant(Configuration):
+    """What every variant answers for itself."""
 
     mixer: str
-    width: Count
-    """Channels d of the residual stream."""
-    layers: Count
-    mlp: Count | None = None
-    """Hidden width of the MLP as a multiple of `width`; without it, a block is its mixer alone."""
-    tied: bool = False
-    """Read the answers off with the embedding's own vectors."""
 
     @property
     def filtered(self) -> bool:
@@ -46,19 +42,46 @@ class Model(Configuration):
         return None
 
 
+class Model(Variant):
+    """What every trained model has: `layers` pre-norm residual blocks of one mixer, each followed by an MLP if there is one."""
+
+    width: Count
+    """Channels d of the residual stream."""
+    layers: Count
+    mlp: Count | None = None
+    """Hidden width of the MLP as a multiple of `width`; without it, a block is its mixer alone."""
+    tied: bool = False
+    """Read the answers off with the embedding's own vectors."""
+
+
 class AttentionModel(Model):
     """A model whose mixer has queries, keys and values: heads, a position scheme, and a causal filter on any stream."""
 
+    streams: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    """What a filter can be on."""
     heads: Count
     position: Position
-    q: FilterWidth | None = None
-    """Taps of the causal filter on the queries, `full` for as many as the training sequence is long; k and v alike."""
-    k: FilterWidth | None = None
-    v: FilterWidth | None = None
+    q: Taps | None = None
+    """The causal filter on the queries: its taps, `full` for as many as the training sequence is long, or what generates its taps
+    for a sequence of any length: a `network`, a basis of fixed `decay`, a `state` space of learned decays. k and v alike."""
+    k: Taps | None = None
+    v: Taps | None = None
+    sharing: Literal["head", "channel", "mixing"] = "head"
+    """Who shares the taps of a filter: one filter a head, one a channel, or one from every head to every head."""
+    dilation: Count = 1
+    """Tokens between two taps."""
+    filter_size: Count | None = None
+    """Hidden units of a `network`, decays of a `decay` or `state` filter."""
+    filter_init: Literal["identity", "random"] = "identity"
+    """Filters begin as the identity with a little noise, or at random."""
+    filter_bias: bool = False
+    """Add a learned vector to what is filtered."""
     filter_norm: bool = False
     """Divide every filter by the sum of its absolute taps."""
     qk_norm: bool = False
     """Scale queries and keys to unit length after the filter; the temperature is then learned, one a head."""
+    temperature: bool = False
+    """Learn the temperature, one a head, without scaling queries and keys."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -66,14 +89,34 @@ class AttentionModel(Model):
             raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
         if self.position == "rotary" and (self.width // self.heads) % 2:
             raise ValueError(f"rotary position needs an even head width, not {self.width // self.heads}")
-        if self.filter_norm and not self.filters:
-            raise ValueError("filter_norm = true without a filter on q, k or v")
+        return self
+
+    @model_validator(mode="after")
+    def _filters_are_there(self) -> Self:
+        if not self.filters:
+            for key in ("sharing", "dilation", "filter_init", "filter_bias", "filter_norm"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    where = f"{', '.join(self.streams[:-1])} or {self.streams[-1]}"
+                    raise ValueError(f"{key} = {json.dumps(getattr(self, key))} without a filter on {where}")
+        generated = [stream for stream, taps in self.filters.items() if taps in get_args(Generator)]
+        if generated and self.filter_size is None:
+            raise ValueError(f"{generated[0]} = {self.filters[generated[0]]} needs filter_size, its hidden units or decays")
+        if self.filter_size is not None and not generated:
+            raise ValueError(
+                f"filter_size = {self.filter_size} is for filters whose taps are generated: {', '.join(get_args(Generator))}"
+            )
+        if self.dilation > 1 and not any(isinstance(taps, int) and taps > 1 for taps in self.filters.values()):
+            raise ValueError(f"dilation = {self.dilation} spaces the taps of a filter of two or more, and there is none")
+        if self.sharing == "mixing" and self.heads == 1:
+            raise ValueError("sharing = mixing needs more than one head to mix")
+        if self.temperature and self.qk_norm:
+            raise ValueError("temperature = true with qk_norm = true, which learns the temperature already")
         return self
 
     @property
-    def filters(self) -> dict[str, int | Literal["full"]]:
+    def filters(self) -> dict[str, Taps]:
         """Stream -> taps, the streams without a filter left out."""
-        return {stream: taps for stream in "qkv" if (taps := getattr(self, stream)) is not None}
+        return {stream: taps for stream in self.streams if (taps := getattr(self, stream)) is not None}
 
     @property
     def filtered(self) -> bool:
@@ -81,8 +124,19 @@ class AttentionModel(Model):
 
     def check_length(self, length: int) -> None:
         for stream, taps in self.filters.items():
-            if taps != "full" and taps > length:
+            if not isinstance(taps, int):
+                continue
+            if taps > length:
                 raise ValueError(f"{stream} = {taps} taps is longer than the training length of {length}")
+            if (taps - 1) * self.dilation >= length:
+                raise ValueError(
+                    f"{stream} = {taps} taps {self.dilation} tokens apart reach past the training length of {length}"
+                )
+
+    def _refuse_alibi(self, reason: str) -> Self:
+        if self.position == "alibi":
+            raise ValueError(f"alibi position {reason}")
+        return self
 
     def longest(self, length: int) -> int | None:
         return length if self.position == "learned" else None
@@ -101,30 +155,91 @@ class Linear(AttentionModel):
 
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
-        if self.position == "alibi":
-            raise ValueError("alibi position is added to the scores before a softmax, and linear attention has none")
-        return self
+        return self._refuse_alibi("is added to the scores before a softmax, and linear attention has none")
+
+
+class Based(AttentionModel):
+    """Softmax attention to a window of tokens, and to all tokens before it through the second-order Taylor features of exp."""
+
+    mixer: Literal["based"]
+    window: Count
+    """Tokens that are read exactly: the present one and those right before it."""
+
+    @model_validator(mode="after")
+    def _no_alibi(self) -> Self:
+        return self._refuse_alibi("is added to the scores before a softmax, and Taylor features have none")
+
+    def check_length(self, length: int) -> None:
+        super().check_length(length)
+        if self.window >= length:
+            raise ValueError(f"window = {self.window} reads all of the training length of {length} exactly; use mixer attention")
+
+
+class Performer(AttentionModel):
+    """Linear attention with positive random features of exp, drawn once with the weights."""
+
+    mixer: Literal["performer"]
+    features: Count
+    """Random features a head."""
+
+    @model_validator(mode="after")
+    def _no_alibi(self) -> Self:
+        return self._refuse_alibi("is added to the scores before a softmax, and random features have none")
+
+
+class Delta(AttentionModel):
+    """A linear recurrence by the delta rule: each token corrects what the state holds under its key."""
+
+    mixer: Literal["delta"]
+    gate: bool = False
+    """Let the state decay by a share that each token decides."""
+
+    @model_validator(mode="after")
+    def _no_scores(self) -> Self:
+        if self.position == "rotary":
+            raise ValueError(
+                "rotary position turns keys that the delta rule compares with one another; it has none, or embeds them"
+            )
+        if self.qk_norm or self.temperature:
+            key = "qk_norm" if self.qk_norm else "temperature"
+            raise ValueError(f"{key} = true: the delta rule has unit keys and queries always, and no temperature")
+        return self._refuse_alibi("is added to the scores before a softmax, and the delta rule has none")
 
 
 class Landmark(AttentionModel):
     """Softmax attention over the query's own block of tokens and the earlier blocks whose landmarks match it best."""
 
+    streams: ClassVar[tuple[str, ...]] = ("q", "k", "v", "summary")
     mixer: Literal["landmark"]
     block: Count
-    """Tokens of a block; the filtered key of its last token is its landmark."""
+    """Tokens of a block."""
     top: Count
     """Blocks that a query retrieves."""
+    summary: Taps | None = None
+    """The filter that sums up the filtered keys of a block, at its last token; without it, that token's key is the landmark."""
 
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
-        if self.position == "alibi":
-            raise ValueError("alibi position makes landmarks compete by distance, not by content; landmark attention has none")
-        return self
+        return self._refuse_alibi("makes landmarks compete by distance, not by content; landmark attention has none")
 
     def check_length(self, length: int) -> None:
         super().check_length(length)
         if self.block > length:
             raise ValueError(f"block = {self.block} is longer than the training length of {length}")
+
+
+class Hyena(Model):
+    """A gated long convolution: queries times the convolution of keys times values, a short convolution in front of each."""
+
+    mixer: Literal["hyena"]
+    conv: Count
+    """Taps of the short convolutions, one filter a channel."""
+    filter_size: Count
+    """Hidden units of the network that generates the taps of the long one."""
+
+    def check_length(self, length: int) -> None:
+        if self.conv > length:
+            raise ValueError(f"conv = {self.conv} taps reach past the training length of {length}")
 
 
 class Mamba(Model):
@@ -143,8 +258,20 @@ class Mamba(Model):
             raise ValueError(f"conv = {self.conv} taps reach past the training length of {length}")
 
 
-ModelConfiguration = Annotated[Attention | Linear | Landmark | Mamba, Field(discriminator="mixer")]
+class Theory(Variant):
+    """One layer of attention with the weights that the theorem about its task prescribes, nothing trained (cat/theory.py)."""
+
+    mixer: Literal["theory"]
+
+
+ModelConfiguration = Annotated[
+    Attention | Linear | Based | Performer | Delta | Landmark | Hyena | Mamba, Field(discriminator="mixer")
+]
 """Every kind of model there is."""
+VariantConfiguration = Annotated[
+    Attention | Linear | Based | Performer | Delta | Landmark | Hyena | Mamba | Theory, Field(discriminator="mixer")
+]
+"""What a line of a study's variants can be: a model to train, or one that is known."""
 
 
 class Protocol(Configuration):

@@ -1,6 +1,6 @@
 """Landmark attention: softmax attention over the query's own block of tokens and the `top` earlier blocks that match it best.
 
-    landmark_n = k at the last token of block n              (arXiv 2407.05591, figure 3: a long filter on k sums up the block)
+    landmark_n = s at the last token of block n              (arXiv 2407.05591, figure 3: a long filter on k sums up the block)
     chosen_i   = the `top` largest <q_i, landmark_n> over the blocks n that end before the block of i begins
     weight_ij  ~ exp <q_i, k_j>                                              token j <= i of the own block
                ~ exp <q_i, landmark_n> softmax_{j in n} <q_i, k_j>           token j of a chosen block n
@@ -19,19 +19,22 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cat.attention import attend
-from cat.types import Heads
+from cat.types import Heads, Values
 
 Chosen = Int[Tensor, "B H L T"]
 
 
-def landmark_attend(q: Heads, k: Heads, v: Heads, *, scale: float, block: int, top: int, reach: int) -> Heads:
-    """Landmark attention at a cost of L (L / block + (top + 1) block) C a head; 0 <= reach <= block."""
+def landmark_attend(q: Heads, k: Heads, v: Values, s: Heads, *, scale: float, block: int, top: int, reach: int) -> Values:
+    """Landmark attention at a cost of L (L / block + (top + 1) block) C a head; 0 <= reach <= block.
+
+    `s` sums up the tokens before each and itself; only the last one's of a block is read.
+    """
     length = q.shape[2]
     if length <= block:
         return attend(q, k, v, scale=scale)
     earlier = (length - 1) // block
     q, k, v = (F.pad(x, (0, 0, 0, -length % block)) for x in (q * scale, k, v))
-    chosen, matches = choose(q, k[:, :, block - 1 : earlier * block : block], block=block, top=top)
+    chosen, matches = choose(q, s[:, :, block - 1 : earlier * block : block], block=block, top=top)
 
     near = q.unflatten(2, (-1, block)) @ k.unflatten(2, (-1, block)).mT
     causal = torch.ones(block, block, dtype=torch.bool, device=q.device).tril()
@@ -50,13 +53,13 @@ def landmark_attend(q: Heads, k: Heads, v: Heads, *, scale: float, block: int, t
     return (out + read(far, v_windows.mT, chosen).sum(3))[:, :, :length]
 
 
-def naive_landmark_attend(q: Heads, k: Heads, v: Heads, *, scale: float, block: int, top: int, reach: int) -> Heads:
+def naive_landmark_attend(q: Heads, k: Heads, v: Values, s: Heads, *, scale: float, block: int, top: int, reach: int) -> Values:
     """The definition, one query at a time; the twin that `landmark_attend` is tested against."""
     out = torch.empty_like(v)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         start = i // block * block
         scores = torch.exp(scale * k[b, h] @ q[b, h, i])
-        landmarks = scores[block - 1 : start : block]
+        landmarks = torch.exp(scale * s[b, h, block - 1 : start : block] @ q[b, h, i])
         chosen = landmarks.topk(min(top, len(landmarks))).indices.tolist()
         weights = {j: scores[j] for j in range(start, i + 1)}
         for n in chosen:

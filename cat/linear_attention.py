@@ -8,15 +8,17 @@ the denominator stays positive, and a weight depends on its distance alone.
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from cat.position import rotate
-from cat.types import Heads
+from cat.types import Heads, Values
 
 CHUNK = 64
 """Tokens between two states: inside a chunk the sum is taken as a masked product, between chunks it is carried."""
 
 
-def linear_attend(q: Heads, k: Heads, v: Heads, *, rotary: bool = False) -> Heads:
+def linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:
     """Linear attention at a cost of L (chunk + C) C a head."""
     q, k = features(q), features(k)
     total = (q * k.cumsum(2)).sum(-1, keepdim=True)
@@ -25,7 +27,7 @@ def linear_attend(q: Heads, k: Heads, v: Heads, *, rotary: bool = False) -> Head
     return causal_sum(q, k, v) / total
 
 
-def naive_linear_attend(q: Heads, k: Heads, v: Heads, *, rotary: bool = False) -> Heads:
+def naive_linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:
     """The definition, one query at a time; the twin that `linear_attend` is tested against."""
     q, k = features(q), features(k)
     turned_q, turned_k = (rotate(q), rotate(k)) if rotary else (q, k)
@@ -42,7 +44,7 @@ def features(x: Heads) -> Heads:
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
-def causal_sum(q: Heads, k: Heads, v: Heads) -> Heads:
+def causal_sum(q: Float[Tensor, "B H L F"], k: Float[Tensor, "B H L F"], v: Values) -> Values:
     """sum_{j <= i} <q_i, k_j> v_j: within a chunk as a masked product, over all chunks before it through their sum of k v^T."""
     length = q.shape[2]
     chunk = min(CHUNK, length)

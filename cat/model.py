@@ -3,6 +3,10 @@
 x = E[tokens] (+ position)    x = x + mixer(norm(x))    x = x + mlp(norm(x))    logits = norm(x) W
 """
 
+from __future__ import annotations
+
+from typing import cast
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -22,6 +26,7 @@ class SequenceModel(nn.Module):
     def __init__(self, config: ModelConfiguration, *, vocabulary: int, length: int):
         super().__init__()
         config.check_length(length)
+        self.config, self.length = config, length
         self.longest = config.longest(length)
         self.embedding = Embedding(config, vocabulary, length)
         self.blocks = nn.ModuleList(Block(config, length) for _ in range(config.layers))
@@ -47,6 +52,10 @@ class SequenceModel(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+    def layers(self) -> list[Block]:
+        """The blocks, first to last."""
+        return [cast(Block, block) for block in self.blocks]
 
 
 class Embedding(nn.Module):

@@ -1,7 +1,7 @@
 """Axis letters and the tensors made of them.
 
-B batch, L sequence length, H heads, C channels of a head, D channels of the residual stream, W filter taps, N answers,
-V vocabulary.
+B batch, L sequence length, H heads, C channels of a head, E of its values, D channels of the residual stream, W filter taps,
+N answers, V vocabulary.
 """
 
 from jaxtyping import Float, Int
@@ -10,4 +10,9 @@ from torch import Tensor
 Tokens = Int[Tensor, "B L"]
 Hidden = Float[Tensor, "B L D"]
 Heads = Float[Tensor, "B H L C"]
+Values = Float[Tensor, "B H L E"]
+"""E is C in a model: only its diagnostics hand a mixer values of another width."""
 HeadFilter = Float[Tensor, "H W"]
+ChannelFilter = Float[Tensor, "H #C W"]
+"""C is 1 where the channels of a head share their taps."""
+HeadMixingFilter = Float[Tensor, "H H W"]

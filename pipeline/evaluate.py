@@ -1,20 +1,26 @@
-"""results/<task>.csv: every metric of every variant, seed and length, one long tidy table."""
+"""results/<task>.csv: every metric of every variant, seed and length, one long tidy table; filters/<task>.csv: the filters."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from cat.diagnostics import attention_statistics, filter_taps
 from cat.evaluation import Scores, Split, score
+from cat.model import SequenceModel
 from pipeline import compute, runs
-from pipeline.files import RESULTS, Meta, read_meta, read_split, whole, write_csv
+from pipeline.files import FILTERS, RESULTS, Meta, read_meta, read_split, read_task, whole, write_csv
 
 COLUMNS = ("task", "variant", "seed", "length", "metric", "value")
+FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "tap", "value")
+
+
+Rows = list[dict[str, Any]]
 
 
 class Job(NamedTuple):
@@ -27,7 +33,10 @@ class Job(NamedTuple):
 def evaluate(
     task: str, variants: list[str], seeds: tuple[int, ...], precision: str, *, device: str, threads: int | Literal["auto"]
 ) -> None:
-    """Scores every variant and seed at every length that it can read. A seed that diverged has empty values."""
+    """Scores every variant and seed at every length that it can read; at the training length, looks at attention and filters.
+
+    A seed that diverged has empty values.
+    """
     meta, where = read_meta(task), compute.resolve_device(device)
     jobs = [Job(variant, seed) for variant in variants for seed in seeds]
     with tqdm(total=len(jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
@@ -38,7 +47,9 @@ def evaluate(
         work = functools.partial(_rows, task, meta, precision, where)
         tables = compute.spread(work, jobs, device=where, threads=threads, report=advance)
     with whole(RESULTS / f"{task}.csv") as path:
-        write_csv(path, (row for rows in tables for row in rows), COLUMNS)
+        write_csv(path, (row for scored, _ in tables for row in scored), COLUMNS)
+    with whole(FILTERS / f"{task}.csv") as path:
+        write_csv(path, (row for _, filters in tables for row in filters), FILTER_COLUMNS)
 
 
 def metrics(scores: Scores, goal: str, *, autoregressive: bool) -> dict[str, float]:
@@ -49,11 +60,13 @@ def metrics(scores: Scores, goal: str, *, autoregressive: bool) -> dict[str, flo
     return shares if autoregressive else {**shares, "loss": scores.loss}
 
 
-def _rows(task: str, meta: Meta, precision: str, device: torch.device, job: Job, report: compute.Report) -> list[dict[str, Any]]:
+def _rows(task: str, meta: Meta, precision: str, device: torch.device, job: Job, report: compute.Report) -> tuple[Rows, Rows]:
     path = runs.weights_path(task, job.variant, job.seed)
     model = runs.load_model(path).to(device) if path.exists() else None
     longest = runs.longest(task, job.variant)
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
+    if model is not None:
+        rows += _tidy({"task": task, **job._asdict(), "length": meta.length}, _attention(task, meta, model, device))
     for length in meta.lengths:
         if longest is not None and length > longest:
             continue
@@ -65,8 +78,29 @@ def _rows(task: str, meta: Meta, precision: str, device: torch.device, job: Job,
             values = metrics(scores, meta.goal, autoregressive=meta.autoregressive)
         rows += _tidy({"task": task, **job._asdict(), "length": length}, values.items())
     report(1)
-    return rows
+    return rows, [] if model is None else _filters({"task": task, **job._asdict()}, model)
 
 
-def _tidy(key: dict[str, Any], values: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
+def _attention(task: str, meta: Meta, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:
+    """What every layer attends to at the training length, by name of the metric."""
+    examples = read_split(task, f"test_{meta.length}")
+    sources = read_task(task).sources(examples)
+    inputs, asked = torch.tensor(examples.inputs, device=device).long(), torch.tensor(examples.targets >= 0, device=device)
+    where = None if sources is None else torch.tensor(sources, device=device)
+    for layer, statistics in enumerate(attention_statistics(model, inputs, asked, where), 1):
+        if statistics is not None:
+            yield f"attention_entropy_{layer}", statistics.entropy
+            if statistics.on_answer is not None:
+                yield f"attention_on_answer_{layer}", statistics.on_answer
+
+
+def _filters(key: dict[str, Any], model: SequenceModel) -> Rows:
+    return [
+        {**key, "layer": layer, "stream": stream, "row": row, "tap": tap, "value": f"{value:.6g}"}
+        for layer, stream, row, taps in filter_taps(model)
+        for tap, value in enumerate(taps)
+    ]
+
+
+def _tidy(key: dict[str, Any], values: Iterable[tuple[str, float]]) -> Rows:
     return [{**key, "metric": metric, "value": value} for metric, value in values]

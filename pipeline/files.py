@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from cat.tasks.base import Examples
+from cat.tasks import Examples, Task, TaskConfiguration
 
 DATA, RUNS, RESULTS, REPORTS = Path("data"), Path("runs"), Path("results"), Path("reports")
+FILTERS = RESULTS / "filters"
 LOGS = Path("logs")
 """What a run is not made of: when, where and how fast. Not an output of any stage, so it may differ from run to run."""
 
@@ -70,6 +72,11 @@ class Meta(NamedTuple):
 def read_meta(task: str) -> Meta:
     meta = read_json(DATA / task / "meta.json")
     return Meta(meta["vocabulary"], meta["length"], tuple(meta["lengths"]), meta["goal"], meta["autoregressive"])
+
+
+def read_task(task: str) -> Task:
+    """The configuration that the task's data were generated from."""
+    return TypeAdapter(TaskConfiguration).validate_python(read_json(DATA / task / "meta.json")["config"])
 
 
 def read_split(task: str, split: str) -> Examples:

@@ -16,7 +16,16 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
-from cat.configuration import AttentionModel, Configuration, Count, Model, ModelConfiguration, Protocol, Schedule
+from cat.configuration import (
+    AttentionModel,
+    Configuration,
+    Count,
+    Protocol,
+    Schedule,
+    Theory,
+    Variant,
+    VariantConfiguration,
+)
 from cat.tasks import TaskConfiguration
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
@@ -38,8 +47,12 @@ class Ablation(Configuration):
     variants: Annotated[tuple[Name, ...], Field(strict=False)]
     beside: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Variants that another ablation trains and that belong in this figure as well."""
-    figure: Literal["heatmap", "sweep", "contrast", "lines"]
-    """heatmap: variants by tasks; sweep: against a number `x`; contrast: by `x`, filtered beside unfiltered; lines: by length."""
+    across: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    """Tasks on which other ablations train these variants and that belong in this figure as well."""
+    figure: Literal["heatmap", "sweep", "contrast", "lines", "attention", "rates"]
+    """heatmap: variants by tasks; sweep: against a number `x`; contrast: by `x`, filtered beside unfiltered; lines: by length;
+    attention: how many tokens share it and how much is on the answer; rates: by learning rate, how many seeds found a key filter
+    that solves every length."""
     x: str | None = None
     """The key of a variant that a sweep or a contrast has on its axis."""
 
@@ -47,14 +60,14 @@ class Ablation(Configuration):
     def _consistent(self) -> Self:
         if (self.x is not None) != (self.figure in ("sweep", "contrast")):
             raise ValueError(f"figure = {self.figure} " + ("needs x, the key on its axis" if self.x is None else "has no axis x"))
-        for key in ("tasks", "variants", "beside"):
+        for key in ("tasks", "variants", "beside", "across"):
             names = getattr(self, key)
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(f"{key} has {min(twice)!r} twice")
-        both = set(self.variants) & set(self.beside)
-        if both:
-            raise ValueError(f"{min(both)!r} is under variants and under beside")
+        for key, other in (("variants", "beside"), ("tasks", "across")):
+            if both := set(getattr(self, key)) & set(getattr(self, other)):
+                raise ValueError(f"{min(both)!r} is under {key} and under {other}")
         return self
 
 
@@ -88,7 +101,7 @@ class Study(Configuration):
     precision: Literal["float32", "bfloat16"]
     threads: Count | Literal["auto"]
     tasks: Annotated[dict[Name, TaskSection], Field(min_length=1)]
-    variants: Annotated[dict[Name, ModelConfiguration], Field(min_length=1)]
+    variants: Annotated[dict[Name, VariantConfiguration], Field(min_length=1)]
     ablations: Annotated[dict[Name, Ablation], Field(min_length=1)]
     train: Protocol
     evaluate: Evaluation
@@ -137,6 +150,16 @@ def load(path: str | Path = "params.yaml") -> Study:
     return study
 
 
+def shown_tasks(study: Study, ablation: Ablation) -> list[str]:
+    """The tasks of the ablation's figure, in the order of `tasks`."""
+    return [task for task in study.tasks if task in (*ablation.tasks, *ablation.across)]
+
+
+def shown_variants(ablation: Ablation) -> list[str]:
+    """The variants of the ablation's figure: what stands beside comes first."""
+    return [*ablation.beside, *ablation.variants]
+
+
 def _contradictions(study: Study) -> Iterator[str]:
     """What no section can see alone."""
     owner: dict[tuple[str, str], str] = {}
@@ -150,15 +173,25 @@ def _contradictions(study: Study) -> Iterator[str]:
                     " list it under beside"
                 )
     for name, ablation in study.ablations.items():
+        tasks, variants = shown_tasks(study, ablation), shown_variants(ablation)
         for variant in ablation.beside:
-            if variant in study.variants and ablation.tasks and not any((task, variant) in owner for task in ablation.tasks):
+            if variant in study.variants and tasks and not any((task, variant) in owner for task in tasks):
                 yield f"ablations.{name}.beside: {variant!r} is trained on none of its tasks; list it under variants"
+        for task in ablation.across:
+            if task in study.tasks and variants and not any((task, variant) in owner for variant in variants):
+                yield f"ablations.{name}.across: none of its variants is trained on {task!r}; list it under tasks"
     for task, variant in owner:
         if task in study.tasks and variant in study.variants:
+            data, model = study.tasks[task].data, study.variants[variant]
             try:
-                study.variants[variant].check_length(study.tasks[task].data.length)
+                model.check_length(data.length)
             except ValueError as error:
                 yield f"variants.{variant}: {error} of task {task!r}"
+            if isinstance(model, Theory):
+                try:
+                    data.check_theorem()
+                except ValueError as error:
+                    yield f"variants.{variant} on task {task!r}: {error}"
     for key, names in (("tasks", {task for task, _ in owner}), ("variants", {variant for _, variant in owner})):
         for name in getattr(study, key):
             if name not in names:
@@ -171,7 +204,7 @@ def _contradictions(study: Study) -> Iterator[str]:
 
 
 def _unknown_names(study: Study, name: str, ablation: Ablation) -> Iterator[str]:
-    for key, section in (("tasks", "tasks"), ("variants", "variants"), ("beside", "variants")):
+    for key, section in (("tasks", "tasks"), ("across", "tasks"), ("variants", "variants"), ("beside", "variants")):
         known = getattr(study, section)
         for entry in getattr(ablation, key):
             if entry not in known:
@@ -183,9 +216,9 @@ def _unknown_names(study: Study, name: str, ablation: Ablation) -> Iterator[str]
 def _unclear_axis(study: Study, subject: str, ablation: Ablation, x: str) -> Iterator[str]:
     """Two variants in one place of a figure would be drawn as their mean."""
     places: dict[object, str] = {}
-    for variant in (*ablation.beside, *ablation.variants):
+    for variant in shown_variants(ablation):
         model = study.variants.get(variant)
-        if model is None:
+        if model is None or isinstance(model, Theory):  # a theorem is drawn as a line across
             continue
         if x not in type(model).model_fields:
             yield f"{subject}: variant {variant!r} has no such key" + _nearest(x, type(model).model_fields)
@@ -235,9 +268,9 @@ def _in_words(error: Any, raw: object) -> tuple[str, str]:
     match kind:
         case "extra_forbidden":
             schema = _schema(path[:-1], raw)
-            if issubclass(schema, Model) and path[-1] in ("q", "k", "v"):
+            if issubclass(schema, Variant) and path[-1] in ("q", "k", "v"):
                 return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no stream {path[-1]} to filter"
-            if issubclass(schema, Model) and path[-1] in AttentionModel.model_fields:
+            if issubclass(schema, Variant) and path[-1] in AttentionModel.model_fields:
                 return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no {path[-1]}"
             return subject, "unknown key" + (
                 _nearest(path[-1], schema.model_fields) or f"; known are {', '.join(schema.model_fields)}"

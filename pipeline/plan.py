@@ -1,15 +1,18 @@
-"""The first stage: params.yaml checked as a whole, its grid written for the stages that walk it, its JSON schema for editors."""
+"""The first stage: params.yaml checked as a whole, what each stage runs written down for DVC, the JSON schema for editors."""
 
 from __future__ import annotations
 
 import math
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
 from tabulate import tabulate
 
+from cat.configuration import Theory, Variant
+from pipeline.code import listings
 from pipeline.files import whole, write_json
 from pipeline.grid import cells, variants_on
 from pipeline.params import ParamsError, Study
@@ -20,20 +23,36 @@ _STAGES = Path("dvc.yaml")
 
 
 def write(study: Study) -> None:
-    """plan/<task>.txt, one variant a line, and params.schema.json, which no parameter changes."""
+    """plan/<stage>/<name>.txt, what each stage depends on besides data and parameters; params.schema.json, which none changes.
+
+    That is the code that it runs, and for an evaluation the variants that it walks.
+    """
+    kinds = {task: f"cat/tasks/{section.data.kind}.py" for task, section in study.tasks.items()}
+    begin = {"render": ["pipeline/render.py", *kinds.values()]}
+    for task, kind in kinds.items():
+        models = [study.variants[variant] for variant in variants_on(study, task)]
+        begin[f"generate/{task}"] = ["pipeline/generate.py", kind]
+        begin[f"evaluate/{task}"] = ["pipeline/evaluate.py", "pipeline/grid.py", kind, *chain(*map(_code_of, models))]
+    for variant, model in study.variants.items():
+        begin[f"train/{variant}"] = ["pipeline/train.py", *_code_of(model)]
+    texts = listings(begin)
+    for task in study.tasks:
+        texts[f"evaluate/{task}"] += "".join(f"{variant}\n" for variant in variants_on(study, task))
     with whole(PLAN) as folder:
-        folder.mkdir()
-        for task in study.tasks:
-            (folder / f"{task}.txt").write_text("".join(f"{variant}\n" for variant in variants_on(study, task)))
+        for name, text in texts.items():
+            path = folder / f"{name}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
     with whole(SCHEMA) as path:
         write_json(path, Study.model_json_schema())
 
 
-def check_stages(study: Study, file: str = "params.yaml") -> None:
-    """Raises ParamsError unless dvc.yaml has one train stage for every ablation, and no other.
+def _code_of(model: Variant) -> list[str]:
+    return ["cat/theory.py", "cat/mixers/attention.py"] if isinstance(model, Theory) else [f"cat/mixers/{model.mixer}.py"]
 
-    A stage must depend on the mixers of its variants, or a change to one of them would not train them again.
-    """
+
+def check_stages(study: Study, file: str = "params.yaml") -> None:
+    """Raises ParamsError unless dvc.yaml has one train stage for every ablation, and no other."""
     if not _STAGES.exists():
         return
     try:
@@ -54,14 +73,6 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
         f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"
         for name in sorted(trained - set(study.ablations))
     ]
-    for name in sorted(trained & set(study.ablations)):
-        depends = str(stages[f"train_{name}"])
-        for mixer in sorted({study.variants[variant].mixer for variant in study.ablations[name].variants}):
-            if f"cat/mixers/{mixer}.py" not in depends:
-                faults.append(
-                    f"ablations.{name}: has variants with mixer {mixer}, and in dvc.yaml the deps of train_{name}"
-                    f" lack cat/mixers/{mixer}.py and what it imports from cat"
-                )
     if faults:
         raise ParamsError([f"{file}: {fault}" for fault in faults])
 
@@ -70,11 +81,15 @@ def table(study: Study) -> str:
     """The grid as text: a row a variant, a column a task; in a cell its seeds, learning rates and steps at most."""
     here = {(cell.task, cell.variant) for cell in cells(study)}
     size = {task: (len(study.seeds), len(s.train.learning_rates), s.train.steps) for task, s in study.tasks.items()}
-    rows = [
-        [variant, *(" x ".join(map(str, size[task])) if (task, variant) in here else "-" for task in study.tasks)]
-        for variant in study.variants
-    ]
-    steps = sum(math.prod(size[task]) for task, _ in here)
+    known = {variant for variant, model in study.variants.items() if isinstance(model, Theory)}
+
+    def shown(task: str, variant: str) -> str:
+        if (task, variant) not in here:
+            return "-"
+        return "theorem" if variant in known else " x ".join(map(str, size[task]))
+
+    rows = [[variant, *(shown(task, variant) for task in study.tasks)] for variant in study.variants]
+    steps = sum(math.prod(size[task]) for task, variant in here if variant not in known)
     return (
         tabulate(rows, headers=["variant", *study.tasks])
         + f"\n\n{len(here)} cells, in each: seeds x learning rates x steps at most; {steps:,} steps in all"

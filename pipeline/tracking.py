@@ -20,9 +20,9 @@ import pandas as pd
 from tqdm import tqdm
 
 from pipeline import runs
-from pipeline.files import DATA, LOGS, REPORTS, read_json
+from pipeline.files import DATA, FILTERS, LOGS, REPORTS, read_json
 from pipeline.grid import variants_on
-from pipeline.params import Study
+from pipeline.params import Study, shown_tasks, shown_variants
 from pipeline.provenance import provenance
 from pipeline.results import PRIMARY, read_history, read_results
 
@@ -188,11 +188,12 @@ def _task_records(study: Study) -> Iterator[Record]:
     for task, section in study.tasks.items():
         meta = read_json(DATA / task / "meta.json")
         digest = hashlib.sha256((DATA / task / "meta.json").read_bytes()).hexdigest()[:16]
+        filters = pd.read_csv(FILTERS / f"{task}.csv", dtype={"row": str})
         data_params = {f"data.{key}": str(value) for key, value in section.data.model_dump(mode="json").items()}
         for variant in variants_on(study, task):
             summary = runs.read_summary(task, variant)
             history = read_history(study, task, variant, summary["learning_rate"])
-            ablations = [n for n, a in study.ablations.items() if task in a.tasks and variant in (*a.variants, *a.beside)]
+            ablations = [n for n, a in study.ablations.items() if task in shown_tasks(study, a) and variant in shown_variants(a)]
             started, seconds = _when(task, variant)
             for seed in study.seeds:
                 run = next(r for r in summary["runs"] if (r["seed"], r["learning_rate"]) == (seed, summary["learning_rate"]))
@@ -220,12 +221,14 @@ def _task_records(study: Study) -> Iterator[Record]:
                         "seed": str(seed),
                         "ablations": ", ".join(ablations),
                         "stop": run["stop"],
+                        "solves_every_length": _shown(run["solves_every_length"]),
                         "device": summary["device"],
                         "data_digest": digest,
                     },
                     metrics=[
                         *_curves(history[history["seed"] == seed]),
                         *_scores(study, task, scores),
+                        *_filters(filters[(filters["variant"] == variant) & (filters["seed"] == seed)]),
                         ("steps_run", 0, float(run["steps"])),
                     ],
                     files={
@@ -240,7 +243,7 @@ def _task_records(study: Study) -> Iterator[Record]:
 
 def _report_record(study: Study) -> Record:
     """The figures and tables: not of one run but of all of them."""
-    tables = sorted([*REPORTS.glob("*.md"), *REPORTS.glob("*.csv"), *Path("results").glob("*.csv")])
+    tables = sorted([*REPORTS.glob("*.md"), *REPORTS.glob("*.csv"), *Path("results").rglob("*.csv")])
     headline = REPORTS / "headline.md"
     return Record(
         experiment=STUDY,
@@ -275,7 +278,8 @@ def _shown(value: Any) -> str:
 
 def _curves(history: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
     for column, name in (("train_loss", "train/loss"), ("valid_loss", "valid/loss"), ("valid_accuracy", "valid/accuracy")):
-        for step, value in zip(history["step"], history[column], strict=True):
+        known = history.dropna(subset=column)
+        for step, value in zip(known["step"], known[column], strict=True):
             yield name, int(step), float(value)
 
 
@@ -288,6 +292,13 @@ def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[tuple[str
     for multiple, value in zip(primary["multiple"], primary["value"], strict=True):
         if multiple in study.evaluate.multiples:
             yield f"{PRIMARY[study.tasks[task].data.goal]}_{multiple:g}x", 0, float(value)
+
+
+def _filters(filters: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
+    """A filter as a curve over its taps: `filter/1_k_0` is that of layer 1 on the keys of head 0."""
+    names = filters["layer"].astype(str) + "_" + filters["stream"] + "_" + filters["row"].str.replace(">", "_to_")
+    for name, tap, value in zip(names, filters["tap"], filters["value"], strict=True):
+        yield f"filter/{name}", int(tap), float(value)
 
 
 def _when(task: str, variant: str) -> tuple[float | None, float | None]:

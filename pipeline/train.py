@@ -14,12 +14,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cat.configuration import ModelConfiguration, Protocol, Schedule
-from cat.evaluation import Split
+from cat.configuration import Protocol, Schedule, Theory, VariantConfiguration
+from cat.diagnostics import key_filter_solves_every_length
+from cat.evaluation import Split, score
+from cat.model import SequenceModel
 from cat.tasks.base import derive_seed
 from cat.training import Row, build_model, fit
 from pipeline import compute, runs
-from pipeline.files import LOGS, Meta, read_meta, read_split, whole, write_csv, write_json
+from pipeline.files import LOGS, Meta, read_meta, read_split, read_task, whole, write_csv, write_json
 from pipeline.provenance import provenance
 
 COLUMNS = ("learning_rate", "seed", "step", "train_loss", "valid_loss", "valid_accuracy")
@@ -28,7 +30,7 @@ COLUMNS = ("learning_rate", "seed", "step", "train_loss", "valid_loss", "valid_a
 class Setting(NamedTuple):
     """What a cell is trained with: exactly what its stage declares."""
 
-    model: ModelConfiguration
+    model: VariantConfiguration
     protocol: Protocol
     schedule: Schedule
     seeds: tuple[int, ...]
@@ -50,6 +52,9 @@ class Trained(NamedTuple):
     steps: int
     stop: str
     parameters: int
+    solves_every_length: bool | None
+    """Whether the key filter meets the condition of cat/diagnostics.py; None where the condition is about something else."""
+    config: dict[str, Any]
     weights: dict[str, NDArray[Any]]
 
     @property
@@ -62,13 +67,13 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
     began, start = time.time(), time.perf_counter()
     where = compute.resolve_device(device)
     meta = read_meta(task)
-    jobs = [Job(rate, seed) for rate in setting.schedule.learning_rates for seed in setting.seeds]
+    rates = (0.0,) if isinstance(setting.model, Theory) else setting.schedule.learning_rates
+    jobs = [Job(rate, seed) for rate in rates for seed in setting.seeds]
     with tqdm(total=len(jobs) * setting.schedule.steps, desc=f"{task} {variant}", unit="step", disable=None) as bar:
-        run = functools.partial(_run, task, setting, meta, where)
+        run = functools.partial(_prescribe if isinstance(setting.model, Theory) else _run, task, setting, meta, where)
         outcomes = compute.spread(run, jobs, device=where, threads=threads, report=functools.partial(_advance, bar))
     chosen = choose(outcomes, meta.goal)
-    config = setting.model.model_dump(mode="json", exclude_defaults=True)
-    about = {"config": config, "vocabulary": meta.vocabulary, "length": meta.length}
+    about = {"config": outcomes[0].config, "vocabulary": meta.vocabulary, "length": meta.length}
     with whole(runs.folder(task, variant)) as folder:
         folder.mkdir()
         for outcome in outcomes:
@@ -103,7 +108,8 @@ def choose(outcomes: list[Trained], goal: str) -> float:
 
 
 def _run(task: str, setting: Setting, meta: Meta, device: torch.device, job: Job, report: compute.Report) -> Trained:
-    splits = (Split(*(torch.tensor(array, device=device) for array in read_split(task, name))) for name in ("train", "valid"))
+    train, valid = _splits(task, device)
+    assert not isinstance(setting.model, Theory)
     model = build_model(
         setting.model, vocabulary=meta.vocabulary, length=meta.length, seed=derive_seed(job.seed, task, "weights")
     ).to(device)
@@ -118,7 +124,8 @@ def _run(task: str, setting: Setting, meta: Meta, device: torch.device, job: Job
 
     run = fit(
         model,
-        *splits,
+        train,
+        valid,
         protocol=setting.protocol,
         schedule=setting.schedule,
         learning_rate=job.learning_rate,
@@ -128,9 +135,39 @@ def _run(task: str, setting: Setting, meta: Meta, device: torch.device, job: Job
         progress=progress,
     )
     report((setting.schedule.steps - told, None))
-    weights = {name: tensor.numpy(force=True).copy() for name, tensor in run.model.state_dict().items()}
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Trained(job, run.history, run.steps, run.stop, parameters, weights)
+    return _trained(job, run.model, run.history, run.steps, run.stop)
+
+
+def _prescribe(task: str, setting: Setting, meta: Meta, device: torch.device, job: Job, report: compute.Report) -> Trained:
+    """The weights of the theorem about the task, looked at once; they depend on no seed and no learning rate."""
+    from cat.theory import prescribed
+
+    model = prescribed(read_task(task)).to(device)
+    _, valid = _splits(task, device)
+    scores = score(model, valid, precision=setting.precision)
+    report((setting.schedule.steps, None))
+    row = Row(step=0, train_loss=math.nan, valid_loss=scores.loss, valid_accuracy=scores.accuracy)
+    return _trained(job, model, [row], 0, "theorem")
+
+
+def _splits(task: str, device: torch.device) -> tuple[Split, Split]:
+    train, valid = (
+        Split(*(torch.tensor(array, device=device) for array in read_split(task, name))) for name in ("train", "valid")
+    )
+    return train, valid
+
+
+def _trained(job: Job, model: SequenceModel, history: list[Row], steps: int, stop: str) -> Trained:
+    return Trained(
+        job,
+        history,
+        steps,
+        stop,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        solves_every_length=key_filter_solves_every_length(model),
+        config=model.config.model_dump(mode="json", exclude_defaults=True),
+        weights={name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()},
+    )
 
 
 def _advance(bar: tqdm, message: tuple[int, Row | None]) -> None:
@@ -148,6 +185,7 @@ def _summary(outcomes: list[Trained]) -> dict[str, Any]:
                 **outcome.job._asdict(),
                 "stop": outcome.stop,
                 "steps": outcome.steps,
+                "solves_every_length": outcome.solves_every_length,
                 "valid_loss": outcome.history[-1].valid_loss if outcome.history and not outcome.diverged else None,
                 "valid_accuracy": outcome.history[-1].valid_accuracy if outcome.history and not outcome.diverged else None,
             }

@@ -46,10 +46,14 @@ def finished_study(folder, *, tasks):
     raw["tasks"] = {name: raw["tasks"][name] for name in tasks}
     for task in raw["tasks"].values():
         task["train"]["steps"] = 5
-    raw["ablations"]["streams"]["tasks"] = tasks
-    for ablation in ("width", "position"):
-        raw["ablations"][ablation]["tasks"] = tasks[:1]
     raw["ablations"]["depth"]["tasks"] = ["copying"]
+    for ablation in raw["ablations"].values():
+        ablation["tasks"] = [task for task in ablation["tasks"] if task in tasks]
+        ablation["across"] = [task for task in ablation.get("across", ()) if task in tasks]
+        if not ablation["tasks"]:
+            ablation |= {"variants": [], "beside": [], "across": []}
+    trained = {variant for ablation in raw["ablations"].values() for variant in ablation["variants"]}
+    raw["variants"] = {name: line for name, line in raw["variants"].items() if name in trained}
     write_params(raw)
     stage("plan")
     for task in tasks:

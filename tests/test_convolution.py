@@ -1,35 +1,62 @@
-"""Filters: the three algorithms against the definition."""
+"""Filters: every algorithm against the definition, for every way to share taps."""
 
 import pytest
 import torch
 
 from cat import convolution
-from cat.convolution import filter_heads, naive_filter_heads, toeplitz
+from cat.convolution import (
+    filter_channels,
+    filter_heads,
+    mix_heads,
+    naive_filter_channels,
+    naive_filter_heads,
+    naive_mix_heads,
+    toeplitz,
+)
 from tests.twins import assert_twins, close, normal
 
 BATCH, HEADS, CHANNELS = 2, 3, 5
+KINDS = {
+    "head": (filter_heads, naive_filter_heads, (HEADS,), {"shifts": "_by_shifts", "fft": "_by_fft"}),
+    "channel": (filter_channels, naive_filter_channels, (HEADS, CHANNELS), {"shifts": "_by_shifts", "fft": "_by_fft"}),
+    "mixing": (mix_heads, naive_mix_heads, (HEADS, HEADS), {"shifts": "_mix_by_shifts", "fft": "_mix_by_fft"}),
+}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("length", "width", "algorithm"),
+    ("length", "width", "dilation", "algorithm"),
     [
-        (1, 1, "toeplitz"),
-        (1, 7, "toeplitz"),
-        (5, 11, "toeplitz"),
-        (19, 7, "toeplitz"),
-        (13, 1, "_by_shifts"),
-        (37, 3, "_by_shifts"),
-        (257, 29, "_by_fft"),
-        (257, 263, "_by_fft"),
+        (1, 1, 1, "toeplitz"),
+        (1, 7, 3, "toeplitz"),
+        (5, 11, 1, "toeplitz"),
+        (19, 7, 1, "toeplitz"),
+        (19, 5, 3, "toeplitz"),
+        (19, 9, 4, "toeplitz"),  # half of the taps reach past the first token
+        (13, 1, 1, "shifts"),
+        (37, 3, 1, "shifts"),
+        (37, 3, 11, "shifts"),
+        (257, 29, 1, "fft"),
+        (257, 31, 7, "fft"),
+        (257, 263, 1, "fft"),
     ],
 )
-def test_every_algorithm_is_the_definition(length, width, algorithm, monkeypatch):
+def test_every_algorithm_is_the_definition(kind, length, width, dilation, algorithm, monkeypatch):
+    fast, naive, rows, names = KINDS[kind]
+    if algorithm == "fft" and kind == "channel":  # the naive twin goes channel by channel: one of them is enough here
+        rows = (HEADS, 1)
+    channels = rows[1] if kind == "channel" else CHANNELS
     called = []
-    for name in ("toeplitz", "_by_shifts", "_by_fft"):
+    for name in ("toeplitz", "_by_shifts", "_by_fft", "_mix_by_shifts", "_mix_by_fft"):
         original = getattr(convolution, name)
         monkeypatch.setattr(convolution, name, lambda *args, n=name, f=original: called.append(n) or f(*args))
-    assert_twins(filter_heads, naive_filter_heads, normal(BATCH, HEADS, length, CHANNELS), normal(HEADS, width, seed=1))
-    assert called == [algorithm]
+    assert_twins(
+        lambda x, taps: fast(x, taps, dilation=dilation),
+        lambda x, taps: naive(x, taps, dilation=dilation),
+        normal(BATCH, HEADS, length, channels),
+        normal(*rows, width, seed=1),
+    )
+    assert called == [names.get(algorithm, algorithm)]
 
 
 @pytest.mark.parametrize("width", [1, 3, 7])
@@ -46,3 +73,24 @@ def test_filters_do_not_mix_heads_channels_or_rows():
     x, taps = normal(BATCH, HEADS, 11, CHANNELS), normal(HEADS, 3, seed=1)
     alone = filter_heads(x[1:, 2:, :, 4:], taps[2:])
     close(filter_heads(x, taps)[1:, 2:, :, 4:], alone)
+
+
+def test_a_filter_a_channel_with_equal_taps_is_a_filter_a_head():
+    x, taps = normal(BATCH, HEADS, 11, CHANNELS), normal(HEADS, 3, seed=1)
+    close(filter_channels(x, taps[:, None].expand(-1, CHANNELS, -1)), filter_heads(x, taps))
+
+
+def test_mixing_reads_the_head_that_its_taps_name():
+    x, taps = normal(BATCH, HEADS, 11, CHANNELS), torch.zeros(HEADS, HEADS, 2).double()
+    taps[0, 2, 1] = 1.0  # head 0 is head 2, one token late
+    y = mix_heads(x, taps)
+    close(y[:, 0, 1:], x[:, 2, :-1])
+    assert not y[:, 1:].any()
+    assert not y[:, 0, 0].any()
+
+
+def test_taps_are_dilation_tokens_apart():
+    x, taps = normal(BATCH, HEADS, 11, CHANNELS), torch.tensor([0.0, 0.0, 1.0]).double().expand(HEADS, -1)
+    y = filter_heads(x, taps, dilation=4)
+    close(y[:, :, 8:], x[:, :, :-8])
+    assert not y[:, :, :8].any()

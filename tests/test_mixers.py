@@ -11,19 +11,25 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from cat.attention import naive_attend
-from cat.configuration import Attention, AttentionModel, Model, ModelConfiguration
-from cat.convolution import naive_filter_heads
+from cat.configuration import Attention, AttentionModel, Delta, Model, ModelConfiguration
+from cat.convolution import naive_filter_channels, naive_filter_heads, naive_mix_heads
+from cat.delta import naive_delta_rule
 from cat.landmark import grouped_matmul, landmark_attend, naive_landmark_attend
 from cat.linear_attention import features, linear_attend, naive_linear_attend
 from cat.mixers import build_mixer
 from cat.model import SequenceModel
 from cat.position import alibi_bias, rotate
+from cat.random_features import naive_performer_attend
 from cat.state_space import naive_selective_scan, selective_scan
+from cat.taylor import naive_taylor_attend
 from tests.twins import assert_twins, close, normal
 
 BATCH, WIDTH, HEADS = 2, 18, 3
 
 STREAMS = {"heads": HEADS, "position": "none"}
+UNSCALED = {"q": 2, "k": 4, "v": 3, "filter_norm": True, "sharing": "channel", "dilation": 2, "filter_bias": True}
+FILTERED = {**UNSCALED, "qk_norm": True}
+GENERATED = {"q": "network", "k": "state", "v": "decay", "filter_size": 3, "filter_init": "random"}
 LANDMARK = {"mixer": "landmark", **STREAMS, "block": 5, "top": 2}
 BATTERY = {
     "attention": {"mixer": "attention", **STREAMS},
@@ -32,16 +38,66 @@ BATTERY = {
     "attention_v": {"mixer": "attention", **STREAMS, "v": 1, "position": "learned"},
     "attention_all": {"mixer": "attention", **STREAMS, "q": 2, "k": 4, "v": "full", "filter_norm": True, "qk_norm": True},
     "attention_sinusoidal": {"mixer": "attention", **STREAMS, "position": "sinusoidal", "qk_norm": True},
+    "attention_channel": {
+        "mixer": "attention",
+        **STREAMS,
+        "q": 3,
+        "k": "full",
+        "sharing": "channel",
+        "filter_bias": True,
+        "qk_norm": True,
+    },
+    "attention_mixing": {
+        "mixer": "attention",
+        **STREAMS,
+        "k": 3,
+        "v": "full",
+        "sharing": "mixing",
+        "filter_norm": True,
+        "dilation": 2,
+    },
+    "attention_network": {"mixer": "attention", **STREAMS, "q": "network", "v": "network", "filter_size": 5, "temperature": True},
+    "attention_decay": {
+        "mixer": "attention",
+        **STREAMS,
+        "q": "decay",
+        "k": "decay",
+        "v": 2,
+        "filter_size": 3,
+        "filter_init": "random",
+    },
+    "attention_state": {"mixer": "attention", **STREAMS, "k": "state", "v": "state", "filter_size": 3, "sharing": "channel"},
     "linear": {"mixer": "linear", **STREAMS},
     "linear_q": {"mixer": "linear", **STREAMS, "q": 3, "position": "rotary"},
     "linear_k": {"mixer": "linear", **STREAMS, "k": "full", "position": "learned"},
-    "linear_all": {"mixer": "linear", **STREAMS, "q": 2, "k": 4, "v": 3, "filter_norm": True, "qk_norm": True},
+    "linear_all": {"mixer": "linear", **STREAMS, **FILTERED},
+    "linear_state": {"mixer": "linear", **STREAMS, **GENERATED, "temperature": True},
     "linear_sinusoidal": {"mixer": "linear", **STREAMS, "position": "sinusoidal"},
     "landmark": LANDMARK,
     "landmark_q": {**LANDMARK, "q": 3, "position": "rotary", "top": 1},
     "landmark_k": {**LANDMARK, "k": "full", "position": "learned", "block": 3},
-    "landmark_all": {**LANDMARK, "q": 2, "k": 4, "v": 3, "filter_norm": True, "qk_norm": True, "block": 7},
+    "landmark_all": {**LANDMARK, **FILTERED, "block": 7},
+    "landmark_state": {**LANDMARK, **GENERATED, "temperature": True},
+    "landmark_summary": {**LANDMARK, "k": 2, "summary": 7, "qk_norm": True, "sharing": "mixing", "top": 1},
+    "landmark_summary_state": {**LANDMARK, "summary": "state", "filter_size": 2, "top": 1},
     "landmark_sinusoidal": {**LANDMARK, "position": "sinusoidal", "top": 100},
+    "based": {"mixer": "based", **STREAMS, "window": 4},
+    "based_q": {"mixer": "based", **STREAMS, "q": 3, "position": "rotary", "window": 1},
+    "based_k": {"mixer": "based", **STREAMS, "k": "full", "position": "learned", "window": 12},
+    "based_all": {"mixer": "based", **STREAMS, **FILTERED, "position": "sinusoidal", "window": 7},
+    "based_state": {"mixer": "based", **STREAMS, **GENERATED, "window": 2, "temperature": True},
+    "performer": {"mixer": "performer", **STREAMS, "features": 5},
+    "performer_q": {"mixer": "performer", **STREAMS, "q": 3, "position": "rotary", "features": 16},
+    "performer_k": {"mixer": "performer", **STREAMS, "k": "full", "position": "learned", "features": 7},
+    "performer_all": {"mixer": "performer", **STREAMS, **FILTERED, "position": "sinusoidal", "features": 6},
+    "performer_state": {"mixer": "performer", **STREAMS, **GENERATED, "features": 6, "temperature": True},
+    "delta": {"mixer": "delta", **STREAMS},
+    "delta_q": {"mixer": "delta", **STREAMS, "q": 3, "gate": True},
+    "delta_k": {"mixer": "delta", **STREAMS, "k": "full", "position": "learned"},
+    "delta_all": {"mixer": "delta", **STREAMS, **UNSCALED, "position": "sinusoidal", "gate": True},
+    "delta_state": {"mixer": "delta", **STREAMS, **GENERATED},
+    "hyena": {"mixer": "hyena", "conv": 3, "filter_size": 5},
+    "hyena_small": {"mixer": "hyena", "conv": 1, "filter_size": 2},
     "mamba": {"mixer": "mamba"},
     "mamba_small": {"mixer": "mamba", "expand": 1, "state": 3, "conv": 2},
     "mamba_single": {"mixer": "mamba", "state": 1, "conv": 1},
@@ -81,9 +137,11 @@ def test_the_battery_covers_every_mixer_and_every_switch():
     for member in members:
         for name in set(member.model_fields) - set(Model.model_fields) - {"mixer", "heads"}:
             values = {getattr(c, name) for c in configurations if type(c) is member}
+            if member is Delta and name in ("qk_norm", "temperature"):
+                continue  # refused: its rows have unit length always
             assert len(values) > 1, f"{member.__name__}.{name} has one value only"
         if issubclass(member, AttentionModel):
-            refused = set() if member is Attention else {"alibi"}
+            refused = {Attention: set(), Delta: {"alibi", "rotary"}}.get(member, {"alibi"})
             positions = {c.position for c in configurations if type(c) is member}
             assert positions == {"none", "rotary", "alibi", "learned", "sinusoidal"} - refused
 
@@ -162,11 +220,16 @@ def test_a_mixer_is_its_naive_twin(name, length, monkeypatch):
 
     def run_naively(x, *weights):
         with monkeypatch.context() as patch:
-            patch.setattr("cat.mixers.streams.filter_heads", naive_filter_heads)
+            patch.setattr("cat.filters.filter_heads", naive_filter_heads)
+            patch.setattr("cat.filters.filter_channels", naive_filter_channels)
+            patch.setattr("cat.filters.mix_heads", naive_mix_heads)
             patch.setattr("cat.mixers.attention.attend", naive_attend)
             patch.setattr("cat.mixers.linear.linear_attend", naive_linear_attend)
             patch.setattr("cat.mixers.landmark.landmark_attend", naive_landmark_attend)
             patch.setattr("cat.mixers.mamba.selective_scan", naive_selective_scan)
+            patch.setattr("cat.mixers.based.taylor_attend", naive_taylor_attend)
+            patch.setattr("cat.mixers.performer.performer_attend", naive_performer_attend)
+            patch.setattr("cat.mixers.delta.delta_rule", naive_delta_rule)
             return run(x, *weights)
 
     assert_twins(run, run_naively, hidden(length), *mixer.parameters())
@@ -270,37 +333,58 @@ def test_features_stay_positive_where_elu_rounds_to_zero():
 @pytest.mark.parametrize("top", [1, 2, 7])
 @pytest.mark.parametrize("length", [1, 5, 6, 10, 23])
 def test_landmark_attention_is_the_definition(length, top, reach):
-    q, k, v = (normal(2, 3, length, 7, seed=s) for s in range(3))
+    streams = [normal(2, 3, length, 7, seed=s) for s in range(4)]
     sizes = {"scale": 0.7, "block": 5, "top": top, "reach": reach}
-    assert_twins(partial(landmark_attend, **sizes), partial(naive_landmark_attend, **sizes), q, k, v)
+    assert_twins(partial(landmark_attend, **sizes), partial(naive_landmark_attend, **sizes), *streams)
 
 
 @pytest.mark.parametrize(("block", "top"), [(23, 1), (3, 7), (5, 100), (1, 22)])
 @pytest.mark.parametrize("position", ["none", "rotary"])
 def test_landmark_attention_that_reads_every_block_is_dense(block, top, position):
     streams = {**STREAMS, "position": position, "q": 3, "k": "full", "v": 2, "qk_norm": position == "rotary"}
-    landmark = build({"mixer": "landmark", **streams, "block": block, "top": top}, 23)
+    landmark = build({"mixer": "landmark", **streams, "block": block, "top": top, "summary": 3}, 23)
     dense = build({"mixer": "attention", **streams}, 23)
-    dense.load_state_dict(landmark.state_dict())
+    dense.load_state_dict({name: weight for name, weight in landmark.state_dict().items() if "summary" not in name})
     assert_twins(landmark, dense, hidden(23))
 
 
 @pytest.mark.parametrize("top", [1, 3])
 def test_a_query_reads_its_own_block_and_the_best_of_those_before(top):
     block, length = 5, 33
-    q, k, v = (normal(1, 1, length, 7, seed=s).requires_grad_() for s in range(3))
-    out = landmark_attend(q, k, v, scale=1.0, block=block, top=top, reach=0)[0, 0].sum(-1)
+    q, k, v, summary = (normal(1, 1, length, 7, seed=s).requires_grad_() for s in range(4))
+    out = landmark_attend(q, k, v, summary, scale=1.0, block=block, top=top, reach=0)[0, 0].sum(-1)
     for i in range(length):
         own = i // block
-        matches = [(k[0, 0, n * block + block - 1] @ q[0, 0, i]).item() for n in range(own)]
+        matches = [(summary[0, 0, n * block + block - 1] @ q[0, 0, i]).item() for n in range(own)]
         best = sorted(range(own), key=lambda n: -matches[n])[:top]
         expected = [j // block == own or j // block in best for j in range(i + 1)] + [False] * (length - i - 1)
         assert (torch.autograd.grad(out[i], v, retain_graph=True)[0][0, 0].abs().sum(-1) > 0).tolist() == expected
 
 
 def test_the_overlap_of_blocks_is_the_reach_of_the_longest_filter_and_at_most_a_block():
-    reaches = [build({**LANDMARK, **filters}, 13).reach for filters in ({}, {"q": 2, "v": 4}, {"k": 6}, {"k": "full"})]
-    assert reaches == [0, 3, 5, 5]
+    filters = [{}, {"q": 2, "v": 4}, {"k": 6}, {"k": "full"}, {"k": 3, "dilation": 2}, {"summary": 7}]
+    filters.append({"k": "state", "filter_size": 2})
+    assert [build({**LANDMARK, **filter_}, 13).reach for filter_ in filters] == [0, 3, 5, 5, 4, 0, 5]
+
+
+@pytest.mark.parametrize("sharing", ["head", "channel", "mixing"])
+def test_a_summary_begins_as_the_sum_of_the_block_s_keys(sharing):
+    mixer = build({**LANDMARK, "k": 2, "summary": 9, "sharing": sharing}, 13)
+    taps = mixer.filters["summary"].taps
+    one = torch.eye(HEADS)[..., None] if sharing == "mixing" else torch.ones(1)
+    assert ((taps[..., :5] - one).abs() < 0.2).all()
+    assert (taps[..., 5:].abs() < 0.2).all()
+    k = mixer.filtered(hidden(13))[1]
+    summary = mixer.streams(hidden(13))[3]
+    close(summary, mixer.filters["summary"](k))
+
+
+def test_a_summary_is_of_keys_before_they_are_normalised_and_is_normalised_itself():
+    mixer = build({**LANDMARK, "k": 2, "summary": 5, "qk_norm": True}, 13)
+    _, k, _ = mixer.filtered(hidden(13))
+    close(mixer.streams(hidden(13))[3], F.normalize(mixer.filters["summary"](k), dim=-1))
+    plain = build({**LANDMARK, "k": 2, "qk_norm": True}, 13)
+    close(plain.streams(hidden(13))[3], plain.streams(hidden(13))[1])
 
 
 def test_a_landmark_that_matches_better_gets_its_block_more_attention():
@@ -309,7 +393,7 @@ def test_a_landmark_that_matches_better_gets_its_block_more_attention():
     shares = []
     for match in (1.0, 2.0):
         k[..., 1, 0] = match
-        shares.append(landmark_attend(q, k, v, scale=1.0, block=2, top=1, reach=0)[0, 0, 6, 0].item())
+        shares.append(landmark_attend(q, k, v, k, scale=1.0, block=2, top=1, reach=0)[0, 0, 6, 0].item())
     assert shares == pytest.approx([math.e / (math.e + 1), math.e**2 / (math.e**2 + 1)])
 
 

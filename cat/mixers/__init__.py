@@ -6,10 +6,10 @@ imported, so a run depends on the code of its own mixer alone.
 
 from torch import nn
 
-from cat.configuration import Attention, Landmark, Linear, Mamba, ModelConfiguration
+from cat.configuration import Attention, Based, Delta, Hyena, Landmark, Linear, Mamba, Model, Performer
 
 
-def build_mixer(config: ModelConfiguration, length: int) -> nn.Module:
+def build_mixer(config: Model, length: int) -> nn.Module:
     """The mixer of one block of a model that is trained on `length` tokens."""
     match config:
         case Attention():
@@ -20,11 +20,29 @@ def build_mixer(config: ModelConfiguration, length: int) -> nn.Module:
             from cat.mixers.linear import LinearAttention
 
             return LinearAttention(config, length)
+        case Based():
+            from cat.mixers.based import TaylorAttention
+
+            return TaylorAttention(config, length)
+        case Performer():
+            from cat.mixers.performer import RandomFeatureAttention
+
+            return RandomFeatureAttention(config, length)
+        case Delta():
+            from cat.mixers.delta import DeltaRule
+
+            return DeltaRule(config, length)
         case Landmark():
             from cat.mixers.landmark import LandmarkAttention
 
             return LandmarkAttention(config, length)
+        case Hyena():
+            from cat.mixers.hyena import GatedConvolution
+
+            return GatedConvolution(config, length)
         case Mamba():
             from cat.mixers.mamba import Mamba as MambaMixer
 
             return MambaMixer(config, length)
+        case _:
+            raise TypeError(f"there is no mixer for {type(config).__name__}")

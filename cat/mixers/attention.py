@@ -6,13 +6,13 @@ Without a filter this is the transformer's attention.
 from cat.attention import attend
 from cat.mixers.streams import Streams
 from cat.position import alibi_bias, rotate
-from cat.types import Heads
+from cat.types import Heads, Values
 
 
 class CausalAttention(Streams):
     """Dense causal attention over (B, L, D) with a filter on the streams that its configuration names."""
 
-    def mix(self, q: Heads, k: Heads, v: Heads) -> Heads:
+    def mix(self, q: Heads, k: Heads, v: Values) -> Values:
         if self.config.position == "rotary":
             q, k = rotate(q), rotate(k)
         bias = alibi_bias(self.config.heads, q.shape[2], q) if self.config.position == "alibi" else None

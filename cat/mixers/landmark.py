@@ -3,25 +3,44 @@
 Figure 3 of arXiv 2407.05591; the formula is in cat/landmark.py.
 """
 
+from typing import cast
+
+import torch.nn.functional as F
+
 from cat.configuration import Landmark
+from cat.filters import ExplicitFilter
 from cat.landmark import landmark_attend
 from cat.mixers.streams import Streams
 from cat.position import rotate
-from cat.types import Heads
+from cat.types import Heads, Hidden, Values
 
 
 class LandmarkAttention(Streams):
     """Causal attention over (B, L, D) that reads `top + 1` blocks of `block` tokens a query, filters as its configuration names.
 
-    Blocks overlap by what the longest filter carries over their end, at most by a block.
+    Landmarks are filtered keys; with a `summary` filter, what that makes of them before they are scaled, so that a block is
+    summed up with the weights that its tokens have by their length. Blocks overlap by what the longest filter on queries, keys
+    and values carries over their end, at most by a block.
     """
 
     def __init__(self, config: Landmark, length: int):
         super().__init__(config, length)
         self.block, self.top = config.block, config.top
-        self.reach = min(self.block, max((taps.shape[1] for taps in self.filters.parameters()), default=1) - 1)
+        lags = [(t - 1) * config.dilation if isinstance(t, int) else length for s, t in config.filters.items() if s != "summary"]
+        self.reach = min(self.block, max(lags, default=0))
+        if isinstance(config.summary, int) or config.summary == "full":
+            cast(ExplicitFilter, self.filters["summary"]).begin_as_sum(self.block)
 
-    def mix(self, q: Heads, k: Heads, v: Heads) -> Heads:
+    def streams(self, x: Hidden) -> tuple[Heads, ...]:
+        """Filtered q, k and v, q and k scaled, then what landmarks are read from."""
+        q, k, v = self.filtered(x)
+        summary = self.filters["summary"](k) if "summary" in self.filters else k
+        if self.config.qk_norm:
+            summary = F.normalize(summary, dim=-1)
+        return *self.scaled(q, k), v, summary
+
+    def mix(self, q: Heads, k: Heads, v: Values, summary: Heads | None = None) -> Values:
+        summary = k if summary is None else summary
         if self.config.position == "rotary":
-            q, k = rotate(q), rotate(k)
-        return landmark_attend(q, k, v, scale=self.scale, block=self.block, top=self.top, reach=self.reach)
+            q, k, summary = rotate(q), rotate(k), rotate(summary)
+        return landmark_attend(q, k, v, summary, scale=self.scale, block=self.block, top=self.top, reach=self.reach)

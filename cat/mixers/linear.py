@@ -5,11 +5,11 @@ LinCAT of arXiv 2407.05591 at a cost that is linear in the sequence; the formula
 
 from cat.linear_attention import linear_attend
 from cat.mixers.streams import Streams
-from cat.types import Heads
+from cat.types import Heads, Values
 
 
 class LinearAttention(Streams):
     """Causal linear attention over (B, L, D) with a filter on the streams that its configuration names."""
 
-    def mix(self, q: Heads, k: Heads, v: Heads) -> Heads:
+    def mix(self, q: Heads, k: Heads, v: Values) -> Values:
         return linear_attend(q, k, v, rotary=self.config.position == "rotary")

@@ -2,19 +2,20 @@
 
     Q = (X * F_q) W_q    K = (X * F_k) W_k    V = (X * F_v) W_v        (arXiv 2407.05591, equation 2)
 
-Any of the filters may be absent. One filter a head, so it is applied after the projection, with which it commutes.
+Any of the filters may be absent. They are applied after the projection, with which one filter a head commutes.
 """
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from cat.configuration import AttentionModel
-from cat.convolution import filter_heads
-from cat.types import Heads, Hidden
+from cat.filters import Layout, build_filter
+from cat.types import Heads, Hidden, Values
 
 
 class Streams(nn.Module, ABC):
@@ -23,6 +24,9 @@ class Streams(nn.Module, ABC):
     `length` is the training length: what `full` stands for. `scale` is what a product of query and key is multiplied by.
     """
 
+    attends: ClassVar[bool] = True
+    """Whether `mix` reads off weighted means of the values."""
+
     def __init__(self, config: AttentionModel, length: int):
         super().__init__()
         self.config = config
@@ -30,47 +34,54 @@ class Streams(nn.Module, ABC):
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.filters = stream_filters(config, length)
         self.scale = 1 / math.sqrt(config.width // config.heads)
+        self.log_temperature: nn.Parameter | None = None
         if config.qk_norm:
             self.log_temperature = nn.Parameter(torch.full((config.heads,), math.log(8.0)))
             self.scale = 1.0
+        elif config.temperature:
+            self.log_temperature = nn.Parameter(torch.zeros(config.heads))
 
     def forward(self, x: Hidden) -> Hidden:
         return self.output(self.mix(*self.streams(x)).transpose(1, 2).flatten(2))
 
     @abstractmethod
-    def mix(self, q: Heads, k: Heads, v: Heads) -> Heads:
-        """What the heads read off, causally."""
+    def mix(self, q: Heads, k: Heads, v: Values) -> Values:
+        """What the heads read off the values, causally."""
 
-    def streams(self, x: Hidden) -> tuple[Heads, Heads, Heads]:
-        """Filtered q, k and v of (B, L, D), q and k of unit length times the temperature where `qk_norm` says so."""
+    def streams(self, x: Hidden) -> tuple[Heads, ...]:
+        """What is mixed of (B, L, D): filtered q, k and v, q and k scaled."""
+        q, k, v = self.filtered(x)
+        return *self.scaled(q, k), v
+
+    def filtered(self, x: Hidden) -> tuple[Heads, Heads, Heads]:
+        """Filtered projections q, k and v of (B, L, D)."""
         q, k, v = self.projection(x).unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = (self.filters[s](stream) if s in self.filters else stream for s, stream in zip("qkv", (q, k, v), strict=True))
-        if self.config.qk_norm:
-            q = F.normalize(q, dim=-1) * self.log_temperature.exp()[:, None, None]
-            k = F.normalize(k, dim=-1)
         return q, k, v
 
-
-class HeadFilter(nn.Module):
-    """One causal filter of `width` taps a head; it begins as the identity with a little noise."""
-
-    def __init__(self, heads: int, width: int, *, normalised: bool):
-        super().__init__()
-        self.normalised = normalised
-        self.taps = nn.Parameter(0.1 * torch.randn(heads, width) / math.sqrt(width))
-        with torch.no_grad():
-            self.taps[:, 0] += 1
-
-    def forward(self, x: Heads) -> Heads:
-        taps = F.normalize(self.taps, p=1.0, dim=-1) if self.normalised else self.taps
-        return filter_heads(x, taps)
+    def scaled(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
+        """Both of unit length where `qk_norm` says so, q times a learned temperature."""
+        if self.config.qk_norm:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        if self.log_temperature is not None:
+            q = q * self.log_temperature.exp()[:, None, None]
+        return q, k
 
 
 def stream_filters(config: AttentionModel, length: int) -> nn.ModuleDict:
-    """The filters of `config` by stream: q, k, v."""
+    """The filters of `config` by stream."""
+    layout = Layout(
+        heads=config.heads,
+        channels=config.width // config.heads,
+        sharing=config.sharing,
+        norm=config.filter_norm,
+        bias=config.filter_bias,
+    )
     return nn.ModuleDict(
         {
-            stream: HeadFilter(config.heads, length if taps == "full" else taps, normalised=config.filter_norm)
+            stream: build_filter(
+                layout, taps, init=config.filter_init, length=length, dilation=config.dilation, size=config.filter_size
+            )
             for stream, taps in config.filters.items()
         }
     )

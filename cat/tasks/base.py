@@ -14,6 +14,9 @@ from cat.configuration import Configuration, Count
 IGNORE = -100
 """The target where nothing is asked."""
 
+THEOREM_VOCABULARY = 1024
+"""Different tokens up to which the weights of a theorem are built: their number grows as its square."""
+
 
 class Examples(NamedTuple):
     """`inputs` and `targets`, both N x L: the answer at the position that asks for it, IGNORE elsewhere."""
@@ -69,6 +72,24 @@ class Task(Configuration):
     def goal(self) -> Literal["accuracy", "loss"]:
         """What a model is chosen and drawn by."""
         return "accuracy"
+
+    def check_theorem(self) -> None:
+        """Raises ValueError, in words, where no theorem prescribes weights that solve the task (cat/theory.py)."""
+        raise ValueError(f"no theorem is about tasks of kind {self.kind}")
+
+    def _check_width(self) -> None:
+        if self.vocabulary > THEOREM_VOCABULARY:
+            raise ValueError(
+                f"the theorem's layer is twice as wide as the vocabulary; it is built up to {THEOREM_VOCABULARY} tokens,"
+                f" not {self.vocabulary}"
+            )
+
+    def sources(self, examples: Examples) -> np.ndarray | None:
+        """Where each answer stands in its sequence, N x L: a position where something is asked, -1 elsewhere.
+
+        None for tasks whose answers stand nowhere.
+        """
+        return None
 
     @abstractmethod
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:

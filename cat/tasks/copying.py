@@ -52,6 +52,20 @@ class Copying(Task):
         """Tokens among which the signals are scattered: all but BOS, the separator, and the signals fed back."""
         return length - 1 - self.signals
 
+    def sources(self, examples: Examples) -> np.ndarray:
+        """The signal of the context that is to come next."""
+        inputs, targets = np.asarray(examples.inputs, dtype=np.int64), np.asarray(examples.targets)
+        context = inputs.shape[1] - self.signals
+        signal = (inputs[:, :context] >= 2) & (inputs[:, :context] < 2 + self.alphabet)
+        sources = np.full_like(inputs, -1)
+        sources[targets >= 0] = np.nonzero(signal)[1]
+        return sources
+
+    def check_theorem(self) -> None:
+        if not self.unique:
+            raise ValueError("the theorem about copying is about signals that occur once: unique: true")
+        self._check_width()
+
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """The splits differ by their generator alone."""
         context = self.context_at(length)

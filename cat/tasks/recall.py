@@ -95,6 +95,24 @@ class Recall(Task):
             np.put_along_axis(targets, where + n - 1, values, axis=1)
         return Examples(inputs, targets)
 
+    def sources(self, examples: Examples) -> np.ndarray:
+        """The value that follows the first occurrence of the key that is asked."""
+        tokens, n = np.asarray(examples.inputs, dtype=np.int64), self.ngram
+        ends = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1)
+        # The number of the N-gram that ends at a token; -1 where it is not all of key tokens, which are 1 .. keys.
+        numbers = np.full_like(tokens, -1)
+        numbers[:, n - 1 :] = ((ends - 1) * self.keys ** np.arange(n - 1, -1, -1)).sum(-1)
+        numbers[:, n - 1 :][((ends < 1) | (ends > self.keys)).any(-1)] = -1
+        sources = np.full_like(tokens, -1)
+        rows, asked = np.nonzero(np.asarray(examples.targets) >= 0)
+        sources[rows, asked] = (numbers[rows] == numbers[rows, asked][:, None]).argmax(1) + 1
+        return sources
+
+    def check_theorem(self) -> None:
+        if self.ngram > 4:
+            raise ValueError(f"ngram = {self.ngram} needs scores that 32-bit numbers do not tell apart; up to 4 is prescribed")
+        self._check_width()
+
     def _places(self, generator: np.random.Generator, rows: int, count: int, slots: int) -> np.ndarray:
         """`count` different slots a row, drawn in turn with weights w: the order of exponential variables over w."""
         weight = np.arange(1.0, slots + 1) ** (-0.99 if self.gaps == "power" else 0.0)

@@ -1,0 +1,125 @@
+"""What a trained model does: where its attention is, and whether its key filter solves associative recall at every length."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from cat.configuration import Attention
+from cat.filters import Filter
+from cat.mixers.streams import Streams
+from cat.model import SequenceModel
+from cat.types import Hidden, Tokens
+
+
+class AttentionStatistics(NamedTuple):
+    """Of one layer, over the positions that ask for an answer."""
+
+    entropy: float
+    """Nats, the mean over heads: the logarithm of how many tokens share a query's attention."""
+    on_answer: float | None
+    """Share of the attention that is on the token that holds the answer, in the head where that is largest."""
+
+
+@torch.no_grad()
+def attention_statistics(
+    model: SequenceModel, inputs: Tokens, asked: Bool[Tensor, "B L"], sources: Int[Tensor, "B L"] | None = None
+) -> list[AttentionStatistics | None]:
+    """What each layer attends to at the `asked` positions, whose answers stand at `sources`; None for layers without attention.
+
+    A filter on the values is left out of account: it changes what is read off, not where.
+    """
+    x = model.embedding(inputs)
+    statistics: list[AttentionStatistics | None] = []
+    for block in model.layers():
+        weights = attention_weights(block.mixer, block.mixer_norm(x))
+        if weights is None or weights.min() < 0:  # linear attention with rotary position has negative weights
+            statistics.append(None)
+        else:
+            rows = weights.transpose(1, 2)[asked]
+            entropy = torch.special.entr(rows).sum(-1).mean().item()
+            on_answer = None
+            if sources is not None:
+                at = sources[asked][:, None, None].expand(-1, rows.shape[1], 1)
+                on_answer = rows.gather(2, at)[..., 0].mean(0).max().item()
+            statistics.append(AttentionStatistics(entropy, on_answer))
+        x = block(x)
+    return statistics
+
+
+def attention_weights(mixer: nn.Module, x: Hidden) -> Float[Tensor, "B H L L"] | None:
+    """How much each token reads of each: what the mixer makes of values that are axes. None where it attends to nothing."""
+    if not isinstance(mixer, Streams) or not mixer.attends:
+        return None
+    q, k, v, *others = mixer.streams(x)
+    axes = torch.eye(x.shape[1], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+    return mixer.mix(q, k, axes, *others)
+
+
+class FilterTaps(NamedTuple):
+    """A trained filter as it is applied at the training length."""
+
+    layer: int
+    stream: str
+    row: str
+    """The head; `g>h` from head g to head h where heads are mixed. Where each channel has a filter, the head's mean."""
+    taps: list[float]
+
+
+@torch.no_grad()
+def filter_taps(model: SequenceModel) -> list[FilterTaps]:
+    """Every filter on a stream of every layer."""
+    found: list[FilterTaps] = []
+    for layer, block in enumerate(model.layers(), 1):
+        if not isinstance(block.mixer, Streams):
+            continue
+        for stream, module in block.mixer.filters.items():
+            causal_filter = cast(Filter, module)
+            taps = causal_filter.response(model.length)
+            match causal_filter.layout.sharing:
+                case "mixing":
+                    rows = {f"{g}>{h}": taps[h, g] for h in range(len(taps)) for g in range(len(taps))}
+                case "channel":
+                    rows = {str(h): taps[h].mean(0) for h in range(len(taps))}
+                case _:
+                    rows = {str(h): taps[h] for h in range(len(taps))}
+            found += [FilterTaps(layer, stream, row, numbers.tolist()) for row, numbers in rows.items()]
+    return found
+
+
+@torch.no_grad()
+def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
+    """Whether a trained key filter meets the condition of `solves_every_length` in any head, with the sign of its scores.
+
+    None unless the model is what the condition is about: one layer of attention without positions, its rows not normalised, whose
+    only filters are on the keys, one a head. The condition takes tokens for orthonormal, which trained ones are in part.
+    """
+    config = model.config
+    if not isinstance(config, Attention) or (config.layers, config.position, config.sharing) != (1, "none", "head"):
+        return None
+    if config.filters.keys() != {"k"} or config.filter_bias or config.qk_norm:
+        return None
+    (block,) = model.layers()
+    mixer = cast(Streams, block.mixer)
+    tokens = block.mixer_norm(model.embedding.token.weight)
+    q, k = mixer.projection(tokens).unflatten(-1, (3, config.heads, -1)).permute(1, 2, 0, 3)[:2]
+    same = (q * k).sum(-1).mean(-1)
+    any_two = (q.mean(-2) * k.mean(-2)).sum(-1)
+    taps = F.pad(cast(Filter, mixer.filters["k"]).response(model.length), (0, 1))
+    return bool(solves_every_length(taps * (same - any_two).sign()[:, None]).any())
+
+
+def solves_every_length(taps: Float[Tensor, "*filters W"]) -> Bool[Tensor, "*filters"]:
+    """Whether a causal filter of two taps or more on the keys solves associative recall (N = 1) at every length.
+
+    Exact at zero temperature for orthonormal tokens, queries without a filter and rows that are not normalised: the token after
+    the first occurrence must win over the question's own place, over every later trace of the token, and over places where two
+    traces add up:   F_1 > max(0, F_0, F_j, F_0 + F_j for every j >= 2)   and   F_0 + F_1 > 0.
+    """
+    first, second, rest = taps[..., 0], taps[..., 1], F.pad(taps[..., 2:], (0, 1))
+    rival = torch.maximum(rest, first[..., None] + rest).amax(-1)
+    return (second > rival.clamp(min=0)) & (first + second > 0)

@@ -1,0 +1,169 @@
+"""A causal filter on one stream: where its taps come from, and who shares them.
+
+    explicit   F_j is a weight, for j < W
+    decay      F_j = sum_n c_n a_n^j + d [j = 0]          a fixed: half-lives from a token to the training length
+    state      the same with a = exp(-exp(r)) learned     a diagonal state space, h_t = a h_{t-1} + x_t, y_t = <c, h_t> + d x_t
+    network    F_j = e^{-w j} <c, sin(U f(j) + b)> + d [j = 0]     f(j)_m = exp(-j / s_m): an implicit filter (arXiv 2302.10866)
+
+All but the first generate taps for a sequence of any length. State-space filters are open question 2 of arXiv 2407.05591.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cat.configuration import Taps
+from cat.convolution import filter_channels, filter_heads, mix_heads
+from cat.types import Heads
+
+FEATURES = 8
+"""Time scales in which the network of an implicit filter sees how far back a tap is."""
+
+
+Init = Literal["identity", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What a filter is applied to, and how."""
+
+    heads: int
+    channels: int
+    """Channels of a head."""
+    sharing: Literal["head", "channel", "mixing"] = "head"
+    norm: bool = False
+    """Divide the taps by the sum of their absolute values."""
+    bias: bool = False
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """(H,) where a head's channels share their taps, (H, C) where each has its own, (H, H) from every head to every head."""
+        return {"head": (self.heads,), "channel": (self.heads, self.channels), "mixing": (self.heads, self.heads)}[self.sharing]
+
+
+class Filter(nn.Module, ABC):
+    """Maps (B, H, L, C) to (B, H, L, C): the taps (*rows, W) of the subclass applied, a bias added where there is one."""
+
+    dilation = 1
+
+    def __init__(self, layout: Layout):
+        super().__init__()
+        self.layout = layout
+        self.bias = nn.Parameter(torch.zeros(layout.heads, 1, layout.channels)) if layout.bias else None
+
+    @abstractmethod
+    def generate(self, length: int) -> Tensor:
+        """The taps (*rows, W) for a sequence of `length` tokens."""
+
+    def response(self, length: int) -> Tensor:
+        """The taps that are applied to a sequence of `length` tokens, normalised where that is asked for."""
+        taps = self.generate(length)
+        if not self.layout.norm:
+            return taps
+        total = taps.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
+        return taps / total.clamp(min=1e-12)
+
+    def forward(self, x: Heads) -> Heads:
+        taps = self.response(x.shape[2])
+        match self.layout.sharing:
+            case "head":
+                y = filter_heads(x, taps, dilation=self.dilation)
+            case "channel":
+                y = filter_channels(x, taps, dilation=self.dilation)
+            case _:
+                y = mix_heads(x, taps, dilation=self.dilation)
+        return y if self.bias is None else y + self.bias
+
+    def _initial(self, size: int, init: Init) -> tuple[Tensor, Tensor]:
+        """`size` random numbers a row, and what tap 0 has besides them: little beside the identity, or all there is."""
+        rows = self.layout.rows
+        numbers = torch.randn(*rows, size) / math.sqrt(size)
+        if init == "random":
+            return numbers, torch.zeros(rows)
+        return 0.1 * numbers, torch.eye(*rows) if self.layout.sharing == "mixing" else torch.ones(rows)
+
+
+class ExplicitFilter(Filter):
+    """`width` taps that are weights, `dilation` tokens apart."""
+
+    def __init__(self, layout: Layout, width: int, *, init: Init, dilation: int = 1):
+        super().__init__(layout)
+        self.dilation = dilation
+        taps, self.direct = self._initial(width, init)
+        taps[..., 0] += self.direct
+        self.taps = nn.Parameter(taps)
+
+    @torch.no_grad()
+    def begin_as_sum(self, count: int) -> None:
+        """Begins as the sum of `count` tokens with a little noise, where it began as one token with a little noise."""
+        self.taps[..., 1:count] += self.direct[..., None]
+
+    def generate(self, length: int) -> Tensor:
+        return self.taps
+
+
+class DecayFilter(Filter):
+    """Exponential decays: `size` coefficients a row, over fixed decays or over learned ones, which make it a state space."""
+
+    log_rate: Tensor
+
+    def __init__(self, layout: Layout, size: int, *, init: Init, length: int, learned: bool):
+        super().__init__(layout)
+        coefficients, direct = self._initial(size, init)
+        self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
+        log_rate = -time_scales(size, length).log()
+        if learned:
+            self.log_rate = nn.Parameter(log_rate.repeat(*self.layout.rows, 1))
+        else:
+            self.register_buffer("log_rate", log_rate)
+
+    def generate(self, length: int) -> Tensor:
+        ages = torch.arange(length, device=self.coefficients.device)
+        decays = torch.exp(-ages * self.log_rate.exp()[..., None])
+        taps = (self.coefficients[..., None] * decays).sum(-2)
+        return taps + F.pad(self.direct[..., None], (0, length - 1))
+
+
+class NetworkFilter(Filter):
+    """Taps that a small network with `size` hidden units computes from how far back they are; they fade at a learned rate."""
+
+    scales: Tensor
+
+    def __init__(self, layout: Layout, size: int, *, init: Init, length: int):
+        super().__init__(layout)
+        coefficients, direct = self._initial(size, init)
+        self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
+        self.frequencies = nn.Parameter(math.pi * torch.randn(FEATURES, size))
+        self.phases = nn.Parameter(math.pi * torch.rand(size))
+        self.log_fading = nn.Parameter(torch.full(self.layout.rows, -math.log(length)))
+        self.register_buffer("scales", time_scales(FEATURES, length))
+
+    def generate(self, length: int) -> Tensor:
+        ages = torch.arange(length, device=self.scales.device)
+        features = torch.exp(-ages[:, None] / self.scales)
+        hidden = torch.sin(features @ self.frequencies + self.phases)
+        taps = self.coefficients @ hidden.mT * torch.exp(-ages * self.log_fading.exp()[..., None])
+        return taps + F.pad(self.direct[..., None], (0, length - 1))
+
+
+def time_scales(count: int, length: int) -> Tensor:
+    """`count` times in tokens, from 1 to `length` in equal ratios."""
+    return torch.logspace(0, math.log2(length), count, base=2)
+
+
+def build_filter(layout: Layout, taps: Taps, *, init: Init, length: int, dilation: int = 1, size: int | None = None) -> Filter:
+    """The filter that a configuration names by its `taps`, for a model that is trained on `length` tokens."""
+    match taps:
+        case int():
+            return ExplicitFilter(layout, taps, init=init, dilation=dilation)
+        case "full":
+            return ExplicitFilter(layout, length, init=init)
+    assert size is not None
+    if taps == "network":
+        return NetworkFilter(layout, size, init=init, length=length)
+    return DecayFilter(layout, size, init=init, length=length, learned=taps == "state")

@@ -1,0 +1,50 @@
+"""DeltaNet (arXiv 2406.06484): a linear recurrence by the delta rule; with a gate, Gated DeltaNet (arXiv 2412.06464).
+
+    beta = sigmoid(X W_beta)    log alpha = -rate * softplus(X W_step + b_step)
+    out = delta_rule(q / |q|, k / |k|, v, beta, alpha)
+
+The formula is in cat/delta.py. The streams are those of every mixer: the papers' layers have short convolutions and silu before
+the rule, on every stream, and a norm after it. That norm takes back the 1 / sqrt(C) of their code on the queries, so there is
+none here: a key reads back the value that was written under it, not a small share.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cat.configuration import Delta
+from cat.delta import Rates, delta_rule
+from cat.mixers.streams import Streams
+from cat.types import Heads, Hidden, Values
+
+
+class DeltaRule(Streams):
+    """The delta rule over (B, L, D) with a filter on the streams that its configuration names, and a gate if it says so."""
+
+    attends = False  # weights of either sign, and of any sum
+
+    def __init__(self, config: Delta, length: int):
+        super().__init__(config, length)
+        self.gate = config.gate
+        self.strength = nn.Linear(config.width, config.heads, bias=False)
+        if config.gate:
+            self.step = nn.Linear(config.width, config.heads)
+            # As in the code of Mamba-2 (arXiv 2405.21060): rates between 1 and 16, and steps log-uniform between 0.001 and 0.1
+            # before the input has a say.
+            self.log_rate = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
+            with torch.no_grad():
+                self.step.bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_()  # the inverse of softplus
+
+    def mix(self, q: Heads, k: Heads, v: Values, *rates: Rates) -> Values:
+        return delta_rule(q, k, v, *rates)
+
+    def streams(self, x: Hidden) -> tuple[Float[Tensor, "B H L ..."], ...]:
+        """Filtered q, k and v, q and k of unit length, then beta, and log alpha where there is a gate."""
+        q, k, v = super().streams(x)
+        streams = F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, self.strength(x).sigmoid().mT
+        if not self.gate:
+            return streams
+        return *streams, (-self.log_rate.exp() * F.softplus(self.step(x))).mT

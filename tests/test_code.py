@@ -1,0 +1,112 @@
+"""What DVC is told of the code of a stage: all that it runs, nothing else, and nothing that only people read."""
+
+import ast
+
+import pytest
+
+from pipeline import params
+from pipeline.code import ROOT, digest, listings, read_source
+from pipeline.plan import PLAN, write
+from tests.study import edit, read_params, write_params
+
+SOURCE = '''"""What it is."""
+
+# why
+def double(x):  # of a number
+    """Twice x.
+
+    Really.
+    """
+    return 2 * x
+
+
+class Sized:
+    size = 3
+    """How large."""
+'''
+
+
+def digest_of(text):
+    return digest(text, ast.parse(text))
+
+
+def files(listing):
+    return {line.split()[1] for line in listing.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("# why\n", ""),
+        ("# of a number", "# of anything"),
+        ('    """Twice x.\n\n    Really.\n    """\n', ""),
+        ('"""How large."""', '"""How many."""'),
+        ("\n\n\n", "\n"),
+    ],
+)
+def test_what_only_people_read_changes_no_digest(old, new):
+    assert old in SOURCE
+    assert digest_of(SOURCE.replace(old, new)) == digest_of(SOURCE)
+
+
+@pytest.mark.parametrize(("old", "new"), [("2 * x", "3 * x"), ("return 2", 'return "# 2"'), ("size = 3", 'size = "three"')])
+def test_what_is_run_changes_the_digest(old, new):
+    assert old in SOURCE
+    assert digest_of(SOURCE.replace(old, new)) != digest_of(SOURCE)
+
+
+def test_a_hash_in_a_string_is_no_comment():
+    assert digest_of('a = "b#c"') != digest_of('a = "b#d"')
+
+
+def test_a_listing_has_what_is_imported_by_what_is_imported_but_no_rules():
+    listed = files(listings({"here": ["cat/mixers/delta.py"]})["here"])
+    assert listed == {
+        "cat/convolution.py",
+        "cat/delta.py",
+        "cat/filters.py",
+        "cat/mixers/delta.py",
+        "cat/mixers/streams.py",
+        "cat/types.py",
+    }
+
+
+def test_modules_named_after_their_package_are_found():
+    assert {"pipeline/compute.py", "pipeline/runs.py"} <= set(read_source("pipeline/train.py").imports)
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_params(params.YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml"))
+
+    def planned():
+        write(params.load())
+        return {str(path.relative_to(PLAN)): path.read_text() for path in PLAN.rglob("*.txt")}
+
+    return planned
+
+
+def test_a_variant_is_trained_again_for_its_own_mixer_alone(plan):
+    texts = plan()
+    users = {name for name, text in texts.items() if "cat/mixers/mamba.py" in text}
+    assert users == {"train/mamba.txt", "evaluate/ar.txt"}
+    assert "cat/theory.py" in texts["train/theory.txt"]
+    assert "cat/tasks/text.py" in texts["generate/text.txt"]
+    assert not any("cat/tasks/text.py" in texts[f"train/{variant}.txt"] for variant in ("k", "mamba", "theory"))
+
+
+def test_a_new_cell_changes_the_evaluation_of_its_task_alone(plan):
+    before = plan()
+    edit(**{"variants.added": dict(read_params()["variants"]["k"])})
+    edit(**{"ablations.kinds.variants": ["qk_channel", "qk_mixing", "qk_network", "added"]})
+    after = plan()
+    assert {name for name in after if after[name] != before.get(name)} == {"train/added.txt", "evaluate/nar.txt"}
+
+
+def test_the_schema_is_the_same_for_every_study(plan):
+    plan()
+    before = (PLAN.parent / "params.schema.json").read_text()
+    edit(seeds=[4], **{"variants.k.k": 2})
+    plan()
+    assert (PLAN.parent / "params.schema.json").read_text() == before
