@@ -1,5 +1,6 @@
 # make repro   rebuild the study with `dvc repro`         make ui     browse the runs in MLflow, on this machine alone
-# make test    lint, types and tests                      make clean  remove the environment
+# make test    lint, types and tests                      make bench  measure speed and memory on this machine
+# make clean   remove the environment
 #
 # Each sets up .venv from requirements.lock where that is missing or older. PYTHON names the interpreter, 3.11 or newer.
 
@@ -8,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: repro test ui clean
+.PHONY: repro test ui bench clean
 
 repro: .venv/study
 	python -m pipeline validate
@@ -24,6 +25,9 @@ ui: .venv/study
 	python -m pipeline track
 	@echo 'Runs: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C ends)'
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1 --host 127.0.0.1 --port 5000
+
+bench: .venv/study
+	python -m benchmarks.landmark
 
 .venv/study: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 from mlflow.tracking import MlflowClient
 from ruamel.yaml import YAML
 
@@ -44,12 +45,16 @@ for cell in cells(study):
     lengths = {n for n in study.tasks[cell.task].data.lengths if longest is None or n <= longest}
     assert {*zip(here["seed"], here["length"], strict=True)} == {(s, n) for s in study.seeds for n in lengths}, cell
     assert here["value"].between(0, 1).all(), cell
-for name in study.ablations:
-    for kind in ("", "_length", "_training"):
+for name, ablation in study.ablations.items():
+    for kind in ("", "_training") if ablation.figure == "lines" else ("", "_length", "_training"):
         for folder, suffix in (("figures", "png"), ("svg", "svg")):
             assert Path(f"reports/{folder}/{name}{kind}.{suffix}").stat().st_size > 5000, (name, kind, suffix)
+for task in study.tasks:
+    filters = pd.read_csv(f"results/filters/{task}.csv")
+    filtered = {c.variant for c in cells(study) if c.task == task and study.variants[c.variant].filtered}
+    assert filtered <= set(filters["variant"]), (task, filtered)
 assert mlflow_runs() == expected
-print("complete: grid, figures, MLflow")
+print("complete: grid, figures, filters, MLflow")
 
 assert repro() == ["track"], "a second `dvc repro` ran more than the look at MLflow"
 assert mlflow_runs() == expected
@@ -70,6 +75,13 @@ shutil.copy("presets/smoke.yaml", "params.yaml")
 ran = repro()
 assert Path("dvc.lock").read_text() == lock
 print("reverted: dvc.lock is what it was")
+
+source = Path("cat/attention.py")
+text = source.read_text()
+source.write_text(text + "\n# A remark.\n")
+assert repro() == ["plan", "track"], "a comment ran more than the plan"
+source.write_text(text)
+print("exact: a comment reruns nothing")
 
 Path("mlflow.db").unlink()
 shutil.rmtree("mlartifacts")

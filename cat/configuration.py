@@ -34,6 +34,11 @@ class Variant(Configuration):
         """Whether a causal filter that an ablation can take away is in front of the mixer."""
         return False
 
+    @property
+    def attends(self) -> bool:
+        """Whether weighted means of the values are read, none of whose weights is negative."""
+        return False
+
     def check_length(self, length: int) -> None:
         """Raises ValueError, in words, where the model cannot be trained on sequences of `length` tokens."""
 
@@ -106,7 +111,7 @@ class AttentionModel(Model):
                 f"filter_size = {self.filter_size} is for filters whose taps are generated: {', '.join(get_args(Generator))}"
             )
         if self.dilation > 1 and not any(isinstance(taps, int) and taps > 1 for taps in self.filters.values()):
-            raise ValueError(f"dilation = {self.dilation} spaces the taps of a filter of two or more, and there is none")
+            raise ValueError(f"dilation = {self.dilation} spaces the taps of a filter that counts two or more, and there is none")
         if self.sharing == "mixing" and self.heads == 1:
             raise ValueError("sharing = mixing needs more than one head to mix")
         if self.temperature and self.qk_norm:
@@ -121,6 +126,10 @@ class AttentionModel(Model):
     @property
     def filtered(self) -> bool:
         return bool(self.filters)
+
+    @property
+    def attends(self) -> bool:
+        return True
 
     def check_length(self, length: int) -> None:
         for stream, taps in self.filters.items():
@@ -147,11 +156,21 @@ class Attention(AttentionModel):
 
     mixer: Literal["attention"]
 
+    @property
+    def keys_decide(self) -> bool:
+        """Whether recall hangs on one filter a head, on the keys: one layer, no other filter, no positions, no qk_norm."""
+        bare = (self.layers, self.position, self.qk_norm) == (1, "none", False)
+        return bare and self.filters.keys() == {"k"} and self.sharing == "head" and not self.filter_bias
+
 
 class Linear(AttentionModel):
     """Linear attention, elu + 1: with filters it is LinCAT."""
 
     mixer: Literal["linear"]
+
+    @property
+    def attends(self) -> bool:
+        return self.position != "rotary"  # features that are turned multiply to weights of either sign
 
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
@@ -172,7 +191,7 @@ class Based(AttentionModel):
     def check_length(self, length: int) -> None:
         super().check_length(length)
         if self.window >= length:
-            raise ValueError(f"window = {self.window} reads all of the training length of {length} exactly; use mixer attention")
+            raise ValueError(f"window = {self.window} leaves nothing to Taylor features in the training length of {length}")
 
 
 class Performer(AttentionModel):
@@ -194,12 +213,14 @@ class Delta(AttentionModel):
     gate: bool = False
     """Let the state decay by a share that each token decides."""
 
+    @property
+    def attends(self) -> bool:
+        return False  # weights of either sign, and of any sum
+
     @model_validator(mode="after")
     def _no_scores(self) -> Self:
         if self.position == "rotary":
-            raise ValueError(
-                "rotary position turns keys that the delta rule compares with one another; it has none, or embeds them"
-            )
+            raise ValueError("rotary position turns keys that the delta rule compares; use none, learned or sinusoidal")
         if self.qk_norm or self.temperature:
             key = "qk_norm" if self.qk_norm else "temperature"
             raise ValueError(f"{key} = true: the delta rule has unit keys and queries always, and no temperature")
@@ -262,6 +283,10 @@ class Theory(Variant):
     """One layer of attention with the weights that the theorem about its task prescribes, nothing trained (cat/theory.py)."""
 
     mixer: Literal["theory"]
+
+    @property
+    def attends(self) -> bool:
+        return True
 
 
 ModelConfiguration = Annotated[

@@ -13,34 +13,51 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.linear_attention import causal_sum
 from cat.types import Heads, Values
 
-LARGEST = 50.0
-"""The logarithm of the largest feature that a key can have: float32 holds e^88, and there are sums of them to come."""
+CHUNK = 64
+"""Tokens between two states."""
 SMALLEST = 1e-30
 """What the weights of a query add up to at least, as far above the smallest float32 as its gradients need."""
 
 Directions = Float[Tensor, "H M C"]
+Features = Float[Tensor, "B H N S M"]
+Logs = Float[Tensor, "B H N S 1"]
 
 
 def performer_attend(q: Heads, k: Heads, v: Values, *, scale: float, directions: Directions) -> Values:
-    """Attention by random features, at a cost of L (chunk + C) M a head.
+    """Attention by random features, at a cost of L (chunk + C) M a head, in float32 at least.
 
-    A factor of all weights of a query cancels out: the largest feature of a query is made 1, and what the largest feature of
-    any key could be, which is e^(|w|^2 / 2) by completing the square, is made e^LARGEST. So no key depends on later ones.
+    A factor of all weights of a query cancels out: the largest feature of a query is made 1, and so is the largest one of all
+    keys up to it. So no key depends on later ones, and no head is too wide and no row too long for the range of float32.
     """
-    dtype = v.dtype
+    length = q.shape[2]
+    chunk = min(CHUNK, length)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (x.to(directions.dtype) for x in (q, k, v))
-        q, k = math.sqrt(scale) * q, math.sqrt(scale) * k
-        q_logs, k_logs = q @ directions.mT, k @ directions.mT
+        # A last channel of ones adds up the weights; it is zero where there is no token.
+        q, k, ones = (x.to(directions.dtype) for x in (q, k, F.pad(v, (0, 1), value=1)))
+        q, k, ones = (F.pad(x, (0, 0, 0, -length % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, ones))
+        q_logs, k_logs = (math.sqrt(scale) * x @ directions.mT[:, None] for x in (q, k))
+        k_logs = k_logs - scale * k.square().sum(-1, keepdim=True) / 2
+        peak = k_logs.detach().amax(-1, keepdim=True)
         q_features = torch.exp(q_logs - q_logs.detach().amax(-1, keepdim=True))
-        bound = directions.square().sum(-1).amax() / 2
-        k_features = torch.exp(k_logs - (k.square().sum(-1, keepdim=True) / 2 + bound - LARGEST))
-        # A last channel of ones adds up the weights.
-        sums = causal_sum(q_features, k_features, F.pad(v, (0, 1), value=1))
-    return (sums[..., :-1] / sums[..., -1:].clamp(min=SMALLEST)).to(dtype)
+        sums = _causal_sum(q_features, torch.exp(k_logs - peak), ones, peak).flatten(2, 3)[:, :, :length]
+    return (sums[..., :-1] / sums[..., -1:].clamp(min=SMALLEST)).to(v.dtype)
+
+
+def _causal_sum(q: Features, k: Features, v: Float[Tensor, "B H N S E"], peak: Logs) -> Float[Tensor, "B H N S E"]:
+    """sum_{j <= i} e^(peak_j - highest_i) <q_i, k_j> v_j, where highest_i is the largest peak up to i: no factor is above 1."""
+    highest = peak.flatten(2, 3).cummax(2).values.view_as(peak)
+    future = torch.ones(q.shape[3], q.shape[3], dtype=torch.bool, device=q.device).triu(1)
+    factor = (peak.mT - highest).exp().masked_fill(future, 0)
+    end = highest[:, :, :, -1:]
+    start = F.pad(end[:, :, :-1], (0, 0, 0, 0, 1, 0), value=float("-inf"))
+    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
+    states = []
+    for kept, added in zip((start - end).exp().unbind(2), ((k * (peak - end).exp()).mT @ v).unbind(2), strict=True):
+        states.append(state)
+        state = kept * state + added
+    return (q @ k.mT * factor) @ v + (start - highest).exp() * (q @ torch.stack(states, dim=2))
 
 
 def naive_performer_attend(q: Heads, k: Heads, v: Values, *, scale: float, directions: Directions) -> Values:

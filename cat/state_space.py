@@ -2,9 +2,13 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t b_t x_t        y_t = <c_t, h_t>
 
-The recurrence is associative, so a chunk of it is summed as a tree, in a number of steps that is logarithmic in its length.
+The recurrence is associative, so a chunk of it is summed as a tree, in a number of steps that is logarithmic in its length. On a
+GPU the kernel of the package mamba_ssm does the same in one pass, where it is installed.
 """
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +28,9 @@ State = Float[Tensor, "B E S"]
 
 def selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
     """The outputs y of `x` with step sizes `delta` > 0, rates `a` < 0, input and output vectors `b` and `c`."""
+    if kernel := fused_scan(a.device.type, a.dtype, a.shape[1]):
+        x, delta, b, c = (t.to(a.dtype).mT for t in (x, delta, b, c))
+        return kernel(x, delta, a, b, c).mT
     state = a.new_zeros(x.shape[0], *a.shape)
     outputs = []
     for x_, delta_, b_, c_ in zip(*(t.split(CHUNK, dim=1) for t in (x, delta, b, c)), strict=True):
@@ -44,6 +51,17 @@ def naive_selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vector
         state = torch.exp(step * a) * state + step * b[:, t, None, :] * x[:, t, :, None]
         outputs.append((state * c[:, t, None, :]).sum(-1))
     return torch.stack(outputs, dim=1)
+
+
+@functools.cache
+def fused_scan(device: str, dtype: torch.dtype, size: int) -> Callable[..., Tensor] | None:
+    """mamba_ssm's kernel, f(x, delta, a, b, c) with L as the last axis, where it is there and takes states of `size` numbers."""
+    if device != "cuda" or dtype != torch.float32 or size > 256:
+        return None
+    try:
+        return importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    except ImportError:
+        return None
 
 
 def scan(decay: States, value: States, state: State) -> States:

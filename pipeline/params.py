@@ -17,16 +17,17 @@ from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from cat.configuration import (
-    AttentionModel,
+    Attention,
     Configuration,
     Count,
+    Landmark,
     Protocol,
     Schedule,
     Theory,
     Variant,
     VariantConfiguration,
 )
-from cat.tasks import TaskConfiguration
+from cat.tasks import Recall, TaskConfiguration
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
 """Names become stage names, folders and command lines."""
@@ -211,6 +212,27 @@ def _unknown_names(study: Study, name: str, ablation: Ablation) -> Iterator[str]
                 yield f"ablations.{name}.{key} = {json.dumps(entry)}: is not among {section}" + _nearest(entry, known)
     if ablation.x is not None:
         yield from _unclear_axis(study, f"ablations.{name}.x = {json.dumps(ablation.x)}", ablation, ablation.x)
+    yield from _nothing_to_draw(study, f"ablations.{name}: figure = {ablation.figure}", ablation)
+
+
+def _nothing_to_draw(study: Study, subject: str, ablation: Ablation) -> Iterator[str]:
+    """What a figure of attention, or of key filters, has no place for."""
+    models = {variant: study.variants[variant] for variant in shown_variants(ablation) if variant in study.variants}
+    if ablation.figure == "attention":
+        for variant, model in models.items():
+            if not model.attends:
+                yield f"{subject} shows weights of attention, and variant {variant!r} has none"
+    if ablation.figure == "rates":
+        for variant, model in models.items():
+            if not (isinstance(model, Attention) and model.keys_decide):
+                yield (
+                    f"{subject} is about one layer of attention without positions and qk_norm, its only filter on k,"
+                    f" one a head, which variant {variant!r} is not"
+                )
+        for task in shown_tasks(study, ablation):
+            data = study.tasks[task].data
+            if not (isinstance(data, Recall) and data.ngram == 1):
+                yield f"{subject} is about recall with ngram = 1, which task {task!r} is not"
 
 
 def _unclear_axis(study: Study, subject: str, ablation: Ablation, x: str) -> Iterator[str]:
@@ -231,6 +253,8 @@ def _unclear_axis(study: Study, subject: str, ablation: Ablation, x: str) -> Ite
             yield f"{subject}: does not tell variant {variant!r} from {places[place]!r}"
         places[place] = variant
 
+
+_MIXERS: tuple[type[Variant], ...] = get_args(get_args(VariantConfiguration)[0])
 
 _RULES = {
     "int_type": "is not a whole number",
@@ -268,10 +292,9 @@ def _in_words(error: Any, raw: object) -> tuple[str, str]:
     match kind:
         case "extra_forbidden":
             schema = _schema(path[:-1], raw)
-            if issubclass(schema, Variant) and path[-1] in ("q", "k", "v"):
-                return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no stream {path[-1]} to filter"
-            if issubclass(schema, Variant) and path[-1] in AttentionModel.model_fields:
-                return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no {path[-1]}"
+            if issubclass(schema, Variant) and any(path[-1] in mixer.model_fields for mixer in _MIXERS):
+                what = f"stream {path[-1]} to filter" if path[-1] in Landmark.streams else path[-1]
+                return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no {what}"
             return subject, "unknown key" + (
                 _nearest(path[-1], schema.model_fields) or f"; known are {', '.join(schema.model_fields)}"
             )

@@ -24,7 +24,10 @@ def build(**parameters):
 
 
 def recall_task(ngram, questions):
-    return Recall(kind="recall", ngram=ngram, keys=4, values=5, filler=2, pairs=4, questions=questions, gaps="uniform", **SIZES)
+    pairs = 4 if ngram < 4 else 2
+    return Recall(
+        kind="recall", ngram=ngram, keys=4, values=5, filler=2, pairs=pairs, questions=questions, gaps="uniform", **SIZES
+    )
 
 
 def copying_task(unique=True):
@@ -32,7 +35,7 @@ def copying_task(unique=True):
 
 
 TASKS = {
-    **{f"{n}-gram, {q} asked": recall_task(n, q) for n in (1, 2, 3) for q in ("one", "all")},
+    **{f"{n}-gram, {q} asked": recall_task(n, q) for n in range(1, 9) for q in ("one", "all")},
     "copying": copying_task(),
     "repeated copying": copying_task(unique=False),
 }
@@ -103,6 +106,7 @@ def test_attention_that_is_spread_evenly_has_the_entropy_of_its_tokens():
 )
 def test_weights_are_causal_shares_and_what_the_mixer_reads_with(parameters):
     mixer = build(**parameters).blocks[0].mixer
+    assert mixer.config.attends
     x = normal(2, LENGTH, 12).float()
     weights = attention_weights(mixer, x)
     assert weights.shape == (2, 2, LENGTH, LENGTH)
@@ -120,6 +124,8 @@ def test_what_attends_to_nothing_has_no_statistics(parameters):
     model = build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=0)
     asked = torch.ones(2, LENGTH, dtype=torch.bool)
     assert attention_statistics(model, torch.zeros(2, LENGTH, dtype=torch.long), asked) == [None, None]
+    assert attention_weights(model.blocks[0].mixer, normal(2, LENGTH, 12).float()) is None
+    assert not config.attends
 
 
 def test_weights_that_are_negative_have_no_statistics():
@@ -129,17 +135,33 @@ def test_weights_that_are_negative_have_no_statistics():
     x = block.mixer_norm(model.embedding(inputs))
     with torch.no_grad():  # the channel that turns by one radian a token is the largest by far
         block.mixer.projection.weight[0] = block.mixer.projection.weight[12] = x[0, 0]
+    assert not model.config.attends
     assert attention_weights(block.mixer, x).min() < 0
     assert attention_statistics(model, inputs, torch.ones(1, LENGTH, dtype=torch.bool)) == [None]
 
 
-def test_every_layer_is_looked_at_with_what_the_layers_before_made():
+def test_every_layer_is_looked_at_with_what_its_mixer_is_given():
     model = build(mixer="attention", layers=2, k=3)
-    inputs, asked = torch.arange(LENGTH)[None] % VOCABULARY, torch.ones(1, LENGTH, dtype=torch.bool)
-    first, second = attention_statistics(model, inputs, asked)
-    (alone,) = attention_statistics(build(mixer="attention", k=3), inputs, asked)
-    assert first == alone
-    assert second != first
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    given = []
+    for block in model.blocks:
+        block.mixer.register_forward_hook(lambda mixer, arguments, _: given.append((mixer, *arguments)))
+    inputs = torch.arange(2 * LENGTH).view(2, -1) % VOCABULARY
+    asked, sources = torch.zeros(2, LENGTH, dtype=torch.bool), torch.full((2, LENGTH), -1)
+    for row, place, source in ((0, 4, 1), (0, 12, 9), (1, 7, 7)):
+        asked[row, place], sources[row, place] = True, source
+    model(inputs)
+    expected = []
+    for mixer, x in list(given):
+        rows = attention_weights(mixer, x)[[0, 0, 1], :, [4, 12, 7]].double()  # a question, a head, a token
+        entropies = [-sum(w * math.log(w) for w in row if w > 0) for row in rows.flatten(0, 1).tolist()]
+        on_answer = rows[[0, 1, 2], :, [1, 9, 7]].mean(0).max().item()
+        expected += [sum(entropies) / len(entropies), on_answer]
+    seen = [number for layer in attention_statistics(model, inputs, asked, sources) for number in layer]
+    assert seen == pytest.approx(expected, rel=1e-4)
+    assert expected[:2] != expected[2:]
 
 
 # Filters.
@@ -202,12 +224,26 @@ def test_scores_of_the_other_sign_turn_the_condition_round():
     assert key_filter_solves_every_length(model) is True
 
 
+def test_the_sign_is_that_of_a_token_s_own_key_beside_any_other():
+    model = solver([0.2, 1.0, 0.5])
+    keys = model.blocks[0].mixer.projection.weight[2 * VOCABULARY : 3 * VOCABULARY]
+    with torch.no_grad():
+        keys[:, :VOCABULARY] = 10 - torch.eye(VOCABULARY)  # every score is positive, and least where the tokens are the same
+    assert key_filter_solves_every_length(model) is False
+    with torch.no_grad():
+        model.blocks[0].mixer.filters["k"].taps.neg_()
+    assert key_filter_solves_every_length(model) is True
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"qk_norm": True}, {"layers": 2}, {"position": "rotary"}, {"q": 2}, {"sharing": "channel"}, {"filter_bias": True}],
     ids=str,
 )
 def test_the_condition_is_about_one_kind_of_model_alone(changes):
-    assert key_filter_solves_every_length(build(mixer="attention", k=3)) is not None
-    assert key_filter_solves_every_length(build(**{"mixer": "attention", "k": 3, **changes})) is None
+    it, other = build(mixer="attention", k=3), build(**{"mixer": "attention", "k": 3, **changes})
+    assert key_filter_solves_every_length(it) is not None
+    assert key_filter_solves_every_length(other) is None
+    assert it.config.keys_decide
+    assert not other.config.keys_decide
     assert key_filter_solves_every_length(build(mixer="linear", k=3)) is None

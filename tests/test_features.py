@@ -211,6 +211,18 @@ def test_keys_that_are_directions_do_not_overflow():
     torch.testing.assert_close(performer_attend(q, k, v, scale=1.0, directions=w), v)
 
 
+@pytest.mark.parametrize(("channels", "size"), [(5, 10.0), (64, 6.0), (300, 1.0), (300, 4.0)])
+def test_performer_attention_holds_for_wide_heads_and_long_rows(channels, size):
+    """Features that are e^100 apart, and queries none of whose keys is near the largest that there could be."""
+    q, k, v = streams(131, channels=channels)
+    q, k, w = size * q, size * k, directions(3, 13, channels)
+    attend = partial(performer_attend, scale=channels**-0.5)
+    exact = naive_performer_attend(q, k, v, scale=channels**-0.5, directions=w)
+    close(attend(q, k, v, directions=w), exact)
+    single = attend(q.float(), k.float(), v.float(), directions=w.float())
+    torch.testing.assert_close(single, exact.float(), rtol=1e-3, atol=1e-3)
+
+
 def test_performer_attention_is_causal():
     assert_blind_to_what_comes(partial(performer_attend, scale=0.7, directions=directions(3, 13, 5)), 131)
 
@@ -230,6 +242,7 @@ def test_performer_turns_queries_and_keys():
 def test_directions_are_drawn_once_and_saved_with_the_weights():
     mixer, other = build(**PERFORMER), build(**PERFORMER)
     assert mixer.directions.shape == (3, 11, 6)
+    assert build(**{**PERFORMER, "features": 997}).directions.square().sum(-1).mean().item() == pytest.approx(6, rel=0.1)
     assert torch.equal(mixer.directions, other.directions)
     assert "directions" in mixer.state_dict()
     assert "directions" not in dict(mixer.named_parameters())

@@ -1,7 +1,9 @@
 """Every mixer: one battery for all of them, and for each what makes it that mixer."""
 
 import math
+import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -20,7 +22,7 @@ from cat.mixers import build_mixer
 from cat.model import SequenceModel
 from cat.position import alibi_bias, rotate
 from cat.random_features import naive_performer_attend
-from cat.state_space import naive_selective_scan, selective_scan
+from cat.state_space import fused_scan, naive_selective_scan, selective_scan
 from cat.taylor import naive_taylor_attend
 from tests.twins import assert_twins, close, normal
 
@@ -417,6 +419,48 @@ def test_the_selective_scan_is_the_definition(length):
     assert_twins(selective_scan, naive_selective_scan, x, delta, a, normal(2, length, 3, seed=3), normal(2, length, 3, seed=4))
 
 
+@pytest.fixture
+def mamba_ssm(monkeypatch):
+    """In the place of its kernel, the naive scan in its layout, (B, E, L), and (B, S, L) for the vectors, all of one dtype."""
+
+    def kernel(u, delta, a, b, c):
+        assert u.shape == delta.shape == (len(u), len(a), u.shape[2])
+        assert b.shape == c.shape == (len(u), a.shape[1], u.shape[2])
+        assert {t.dtype for t in (u, delta, b, c)} == {a.dtype}
+        return naive_selective_scan(u.mT, delta.mT, a, b.mT, c.mT).mT
+
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", SimpleNamespace(selective_scan_fn=kernel))
+    fused_scan.cache_clear()
+    yield kernel
+    fused_scan.cache_clear()
+
+
+def test_the_kernel_of_mamba_ssm_is_taken_on_a_gpu_for_states_that_it_takes(mamba_ssm):
+    assert fused_scan("cuda", torch.float32, 16) is mamba_ssm
+    assert fused_scan("cuda", torch.float32, 256) is mamba_ssm
+    assert fused_scan("cuda", torch.float32, 257) is None
+    assert fused_scan("cuda", torch.float64, 16) is None
+    assert fused_scan("cpu", torch.float32, 16) is None
+
+
+def test_without_mamba_ssm_there_is_no_kernel(mamba_ssm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mamba_ssm.ops.selective_scan_interface", None)  # as where it is not installed
+    assert fused_scan("cuda", torch.float32, 16) is None
+
+
+def test_the_kernel_of_mamba_ssm_is_given_its_own_layout(mamba_ssm, monkeypatch):
+    asked = []
+    monkeypatch.setattr("cat.state_space.fused_scan", lambda *about: asked.append(about) or mamba_ssm)
+    x, delta, a = normal(2, 7, 5), normal(2, 7, 5, seed=1).exp(), -normal(5, 3, seed=2).exp()
+    b, c = normal(2, 7, 3, seed=3), normal(2, 7, 3, seed=4)
+    assert_twins(selective_scan, naive_selective_scan, x, delta, a, b, c)
+    assert asked == [("cpu", torch.float64, 3)]
+
+    rough = [t.bfloat16() for t in (x, delta, b, c)]
+    exact = [t.double() for t in rough]
+    close(selective_scan(*rough[:2], a, *rough[2:]), naive_selective_scan(*exact[:2], a, *exact[2:]))
+
+
 def test_a_state_that_is_never_forgotten_is_a_sum():
     x, ones = normal(2, 37, 5), torch.ones(2, 37, 1).double()
     close(selective_scan(x, torch.ones_like(x), torch.zeros(5, 1).double(), ones, ones), x.cumsum(1))
@@ -454,6 +498,77 @@ def test_mamba_is_gated_skips_and_convolves():
     delta = F.softplus(step @ mixer.step.weight.T + mixer.step.bias)
     y = naive_selective_scan(u, delta, -mixer.log_rate.exp(), b, c) + mixer.skip * u
     close(mixer(x), (y * F.silu(gate)) @ mixer.output.weight.T)
+
+
+# Hyena.
+
+
+def test_hyena_is_a_gated_long_convolution_of_what_is_convolved_shortly():
+    mixer, x = build(BATTERY["hyena"], 13), hidden(29)
+    convolved = naive_filter_channels((x @ mixer.projection.weight.T)[:, None], mixer.short.taps)[:, 0]
+    q, k, v = convolved.split(WIDTH, dim=-1)
+    long = naive_filter_channels((k * v)[:, None], mixer.long.response(29))[:, 0]
+    close(mixer(x), (q * long) @ mixer.output.weight.T)
+
+
+def test_hyena_has_a_filter_a_channel_that_begins_short_as_the_identity_and_long_at_random():
+    mixer = build({**BATTERY["hyena"], "conv": 4}, 13)
+    assert mixer.short.taps.shape == (1, 3 * WIDTH, 4)
+    assert ((mixer.short.taps - torch.eye(4)[0]).abs() < 0.3).all()
+    assert mixer.long.response(29).shape == (1, WIDTH, 29)
+    assert not mixer.long.direct.any()
+
+
+# Parameters.
+
+CAT = {"mixer": "attention", "width": 64, "heads": 1, "position": "none", "qk_norm": True, "q": 4, "k": 4}
+AS_LARGE = {
+    "transformer": {**CAT, "q": None, "k": None},
+    "all streams": {**CAT, "v": 4},
+    "full": {**CAT, "q": "full", "k": "full"},
+    "channel": {**CAT, "sharing": "channel", "filter_bias": True},
+    "mixing": {**CAT, "heads": 2, "sharing": "mixing"},
+    "network": {**CAT, "q": "network", "k": "network", "filter_size": 16},
+    "decay": {**CAT, "q": "decay", "k": "decay", "filter_size": 4},
+    "state": {**CAT, "q": "state", "k": "state", "filter_size": 4},
+    "state a channel": {**CAT, "q": "state", "k": "state", "filter_size": 4, "sharing": "channel"},
+    "landmark": {**CAT, "mixer": "landmark", "summary": 16, "block": 16, "top": 4},
+    "linear": {**CAT, "mixer": "linear", "q": None, "k": None, "qk_norm": False},
+    "lincat": {**CAT, "mixer": "linear", "qk_norm": False},
+    "based": {**CAT, "mixer": "based", "window": 8, "q": None, "k": None, "qk_norm": False},
+    "performer": {**CAT, "mixer": "performer", "features": 64, "q": None, "k": None, "qk_norm": False},
+    "delta": {**CAT, "mixer": "delta", "v": 4, "sharing": "channel", "qk_norm": False},
+    "gated delta": {**CAT, "mixer": "delta", "v": 4, "sharing": "channel", "qk_norm": False, "gate": True},
+    "mamba": {"mixer": "mamba", "width": 64, "expand": 1},
+    "hyena": {"mixer": "hyena", "width": 64, "conv": 4, "filter_size": 32},
+}
+"""One layer of width 64 at a training length of 128."""
+LARGER = {
+    "mamba": {"mixer": "mamba", "width": 64},  # three maps of 2 d channels, 6 d^2, where attention has 4 d^2
+    "full a channel": {**CAT, "q": "full", "k": "full", "sharing": "channel"},  # 2 L d taps
+    "learned": {**CAT, "position": "learned"},  # L d positions
+}
+
+
+def count_parameters(parameters: dict[str, object]) -> int:
+    """Of a whole model with the vocabulary of 64 keys, 64 values, BOS and a blank."""
+    model = SequenceModel(configure(**parameters), vocabulary=130, length=128)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", AS_LARGE)
+def test_a_baseline_has_as_many_parameters_as_cat(name):
+    assert count_parameters(AS_LARGE[name]) == pytest.approx(count_parameters(CAT), rel=0.1)
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_these_have_more_and_are_no_equal_baselines(name):
+    assert count_parameters(LARGER[name]) > 1.2 * count_parameters(CAT)
+
+
+def test_every_mixer_is_compared_with_cat_at_its_size():
+    members = get_args(get_args(ModelConfiguration)[0])
+    assert {type(configure(**parameters)) for parameters in AS_LARGE.values()} == set(members)
 
 
 # What cannot be built, in words.

@@ -58,6 +58,11 @@ def edited(edits: dict) -> Any:
     return mapping
 
 
+def without(mapping: dict) -> dict:
+    """What is left when all that is missing is left out."""
+    return {key: value for key, value in mapping.items() if value is not MISSING}
+
+
 def dump(mapping: Any, file: Path) -> None:
     writer = YAML(typ="safe")
     writer.allow_unicode = True
@@ -201,6 +206,81 @@ ITEMS = [
     ("ablations.streams.variants", ["Q"], f'ablations.streams.variants.0 = "Q": {NAME}'),
     ("ablations.streams.variants", [1], "ablations.streams.variants.0 = 1: is not text"),
 ]
+PLAIN = {"mixer": "attention", "width": 16, "layers": 1, "heads": 2, "position": "none"}
+BASED, PERFORMER = PLAIN | {"mixer": "based", "window": 4}, PLAIN | {"mixer": "performer", "features": 8}
+DELTA, HYENA = PLAIN | {"mixer": "delta"}, {"mixer": "hyena", "width": 16, "layers": 1, "conv": 3, "filter_size": 4}
+KNOWN = {"mixer": "theory"}
+WITHOUT = "without a filter on q, k or v"
+TAPS = "is not full or network or decay or state"
+SOFTMAX = ": alibi position is added to the scores before a softmax, and"
+CONDITION = "is about one layer of attention without positions and qk_norm, its only filter on k, one a head"
+OF_COPYING = "the training length of 16 of task 'copying'"
+LINES = [
+    # What a filter is, where there is none or another one.
+    (PLAIN, {"sharing": "channel"}, f': sharing = "channel" {WITHOUT}'),
+    (PLAIN, {"dilation": 2}, f": dilation = 2 {WITHOUT}"),
+    (PLAIN, {"filter_init": "random"}, f': filter_init = "random" {WITHOUT}'),
+    (PLAIN, {"filter_bias": True}, f": filter_bias = true {WITHOUT}"),
+    (LANDMARK, {"k": None, "filter_norm": True}, ": filter_norm = true without a filter on q, k, v or summary"),
+    (PLAIN, {"k": "state"}, ": k = state needs filter_size, its hidden units or decays"),
+    (PLAIN, {"q": 3, "v": "network"}, ": v = network needs filter_size, its hidden units or decays"),
+    (LANDMARK, {"summary": "decay"}, ": summary = decay needs filter_size, its hidden units or decays"),
+    (PLAIN, {"k": 3, "filter_size": 2}, ": filter_size = 2 is for filters whose taps are generated: network, decay, state"),
+    (PLAIN, {"k": "full", "filter_size": 2}, ": filter_size = 2 is for filters whose taps are generated: network, decay, state"),
+    (PLAIN, {"k": 1, "dilation": 2}, ": dilation = 2 spaces the taps of a filter that counts two or more, and there is none"),
+    (
+        PLAIN,
+        {"k": "full", "dilation": 2},
+        ": dilation = 2 spaces the taps of a filter that counts two or more, and there is none",
+    ),
+    (PLAIN, {"k": 4, "dilation": 6}, f": k = 4 taps 6 tokens apart reach past {OF_COPYING}"),
+    (PLAIN, {"k": 3, "heads": 1, "sharing": "mixing"}, ": sharing = mixing needs more than one head to mix"),
+    (
+        PLAIN,
+        {"qk_norm": True, "temperature": True},
+        ": temperature = true with qk_norm = true, which learns the temperature already",
+    ),
+    # What a mixer has not.
+    (BASED, {"position": "alibi"}, f"{SOFTMAX} Taylor features have none"),
+    (PERFORMER, {"position": "alibi"}, f"{SOFTMAX} random features have none"),
+    (DELTA, {"position": "alibi"}, f"{SOFTMAX} the delta rule has none"),
+    (DELTA, {"position": "rotary"}, ": rotary position turns keys that the delta rule compares; use none, learned or sinusoidal"),
+    (DELTA, {"qk_norm": True}, ": qk_norm = true: the delta rule has unit keys and queries always, and no temperature"),
+    (DELTA, {"temperature": True}, ": temperature = true: the delta rule has unit keys and queries always, and no temperature"),
+    (PLAIN, {"window": 4}, ".window = 4: mixer 'attention' has no window"),
+    (PLAIN, {"features": 4}, ".features = 4: mixer 'attention' has no features"),
+    (PLAIN, {"gate": True}, ".gate = true: mixer 'attention' has no gate"),
+    (PLAIN, {"summary": 4}, ".summary = 4: mixer 'attention' has no stream summary to filter"),
+    (HYENA, {"k": 3}, ".k = 3: mixer 'hyena' has no stream k to filter"),
+    (HYENA, {"sharing": "head"}, ".sharing = \"head\": mixer 'hyena' has no sharing"),
+    (MAMBA, {"filter_size": 3}, ".filter_size = 3: mixer 'mamba' has no filter_size"),
+    (KNOWN, {"width": 16}, ".width = 16: mixer 'theory' has no width"),
+    (KNOWN, {}, " on task 'text': no theorem is about tasks of kind text"),
+    # What cannot be trained at its length.
+    (BASED, {"window": 16}, f": window = 16 leaves nothing to Taylor features in {OF_COPYING}"),
+    (HYENA, {"conv": 17}, f": conv = 17 taps reach past {OF_COPYING}"),
+    (LANDMARK, {"summary": 17}, f": summary = 17 taps is longer than {OF_COPYING}"),
+    # Values that are none.
+    (PLAIN, {"k": "ful"}, f".k = \"ful\": is not a whole number, and {TAPS}; did you mean 'full'?"),
+    (PLAIN, {"k": 1.5}, f".k = 1.5: is not a whole number, and {TAPS}"),
+    (PLAIN, {"k": 3, "sharing": "heads"}, ".sharing = \"heads\": is not head or channel or mixing; did you mean 'head'?"),
+    (PLAIN, {"k": 3, "dilation": 0}, ".dilation = 0: must be greater than or equal to 1"),
+    (PLAIN, {"k": 3, "filter_init": "zero"}, '.filter_init = "zero": is not identity or random'),
+    (PLAIN, {"k": 3, "filter_bias": 1}, ".filter_bias = 1: is not true or false"),
+    (PLAIN, {"k": "state", "filter_size": 0}, ".filter_size = 0: must be greater than or equal to 1"),
+    (PLAIN, {"temperature": 8.0}, ".temperature = 8.0: is not true or false"),
+    (BASED, {"window": 0}, ".window = 0: must be greater than or equal to 1"),
+    (BASED, {"window": "full"}, '.window = "full": is not a whole number'),
+    (PERFORMER, {"features": 0}, ".features = 0: must be greater than or equal to 1"),
+    (DELTA, {"gate": 1}, ".gate = 1: is not true or false"),
+    (HYENA, {"conv": 0}, ".conv = 0: must be greater than or equal to 1"),
+    (HYENA, {"filter_size": "network"}, '.filter_size = "network": is not a whole number'),
+    # Values that are missing.
+    (PLAIN, {"mixer": "based"}, ".window: is missing"),
+    (PLAIN, {"mixer": "performer"}, ".features: is missing"),
+    (HYENA, {"conv": MISSING}, ".conv: is missing"),
+    (HYENA, {"filter_size": MISSING}, ".filter_size: is missing"),
+]
 BAD_NAMES = ["a-b", "AR", "../x", "a b", ";rm", "a.b", "$(id)", "\N{CYRILLIC SMALL LETTER A}r", "\N{ARABIC-INDIC DIGIT TWO}"]
 RULES = {
     "filter on a stream that the mixer lacks": (
@@ -212,11 +292,11 @@ RULES = {
         "variants.k: k = 17 taps is longer than the training length of 16 of task 'copying'",
     ),
     "block longer than training": (
-        {"variants.k": LANDMARK | {"block": 17}},
+        {"variants.k": LANDMARK | {"block": 17}, "ablations.rates.figure": "lines"},
         "variants.k: block = 17 is longer than the training length of 16 of task 'copying'",
     ),
     "mamba's filter longer than training": (
-        {"variants.k": MAMBA | {"conv": 17}},
+        {"variants.k": MAMBA | {"conv": 17}, "ablations.rates.figure": "lines"},
         "variants.k: conv = 17 taps reach past the training length of 16 of task 'copying'",
     ),
     "more pairs than N-grams": (
@@ -288,6 +368,72 @@ RULES = {
         {"ablations.depth.beside": ["learned", "qk"]},
         "ablations.depth.beside: 'learned' is trained on none of its tasks; list it under variants",
     ),
+    "unknown task across": (
+        {"ablations.ngram.across": ["ar", "nra"]},
+        "ablations.ngram.across = \"nra\": is not among tasks; did you mean 'nar'?",
+    ),
+    "across, and trained nowhere there": (
+        {"ablations.dilation.across": ["ar_rates"]},
+        "ablations.dilation.across: none of its variants is trained on 'ar_rates'; list it under tasks",
+    ),
+    "task trained and across": (
+        {"ablations.ngram.across": ["ar", "nar3"]},
+        "ablations.ngram: 'nar3' is under tasks and under across",
+    ),
+    "task twice across": ({"ablations.ngram.across": ["ar", "ar"]}, "ablations.ngram: across has 'ar' twice"),
+    "figure that there is not": (
+        {"ablations.ngram.figure": "line"},
+        'ablations.ngram.figure = "line": is not heatmap or sweep or contrast or lines or attention or rates;'
+        " did you mean 'lines'?",
+    ),
+    "attention of what attends to nothing": (
+        {"ablations.baselines.figure": "attention"},
+        *(
+            f"ablations.baselines: figure = attention shows weights of attention, and variant {variant!r} has none"
+            for variant in ("delta", "mamba", "hyena")
+        ),
+    ),
+    "attention with turned features": (
+        {"variants.linear.position": "rotary", "ablations.baselines.figure": "attention"}
+        | {"ablations.baselines.variants": ["linear"], "ablations.kinds.variants": ["qk_channel", "qk_mixing", "qk_network"]}
+        | {"ablations.streams.beside": ["theory", "linear"]}
+        | {"ablations.state.variants": ["qk_state", "based", "performer", "delta", "mamba", "hyena"]},
+        "ablations.baselines: figure = attention shows weights of attention, and variant 'linear' has none",
+    ),
+    "rates of a filter on other streams": (
+        {"ablations.rates.beside": ["none"], "ablations.rates.across": ["ar"], "variants.k.v": 3},
+        *(f"ablations.rates: figure = rates {CONDITION}, which variant {variant!r} is not" for variant in ("none", "k")),
+    ),
+    "rates of a theorem": (
+        {"ablations.rates.beside": ["theory"], "ablations.rates.across": ["ar"]},
+        f"ablations.rates: figure = rates {CONDITION}, which variant 'theory' is not",
+    ),
+    "rates of a task with another condition": (
+        {"ablations.rates.across": ["nar", "copying"]},
+        "ablations.rates: figure = rates is about recall with ngram = 1, which task 'nar' is not",
+        "ablations.rates: figure = rates is about recall with ngram = 1, which task 'copying' is not",
+    ),
+    "attention by an axis": (
+        {"ablations.norm.x": "k"},
+        "ablations.norm: figure = attention has no axis x",
+    ),
+    "sweep over what generates the taps": (
+        {"ablations.width.variants": ["qk_full", "qk_network"], "ablations.kinds.variants": ["qk_channel", "qk_mixing"]},
+        'ablations.width.x = "q": a sweep needs a number, and variant \'qk_network\' has "network"',
+    ),
+    "theorem about signals that occur twice": (
+        {"tasks.copying.data.unique": False},
+        "variants.theory on task 'copying': the theorem about copying is about signals that occur once: unique: true",
+    ),
+    "theorem about long keys": (
+        {"tasks.nar3.data.ngram": 5, "tasks.nar3.data.length": 32},
+        "variants.theory on task 'nar3': ngram = 5 needs scores that 32-bit numbers do not tell apart; up to 4 is prescribed",
+    ),
+    "theorem about many tokens": (
+        {"tasks.ar.data.values": 1008},
+        "variants.theory on task 'ar': the theorem's layer is twice as wide as the vocabulary; it is built up to 1024 tokens,"
+        " not 1026",
+    ),
     "task in no ablation": (
         {"tasks.extra": TASK},
         "tasks.extra: belongs to no ablation, so it would not be trained; name it in one or take it out",
@@ -343,6 +489,14 @@ FAULTS = [
     pytest.param({("ablations", "A"): SMOKE["ablations"]["width"]}, [f'ablations.A = "A": {NAME}'], id="ablation named A"),
     pytest.param({("tasks", "a" * 300): TASK}, [f'tasks.{"a" * 300} = "{"a" * 56}...: {NAME}'], id="named with 300 letters"),
     *(pytest.param(edits, lines, id=name) for name, (edits, *lines) in RULES.items()),
+    *(
+        pytest.param(
+            {"variants.k": without(line | keys), "ablations.rates.figure": "lines"},
+            [f"variants.k{end}"],
+            id=f"{line['mixer']} {keys}",
+        )
+        for line, keys, end in LINES
+    ),
 ]
 
 

@@ -16,7 +16,7 @@ from pipeline.code import CHOICES, RULES
 from pipeline.files import read_meta, read_split, whole, write_csv
 from pipeline.grid import cells, variants_on
 from pipeline.params import ParamsError
-from pipeline.results import read_results, strays
+from pipeline.results import primary, read_results, strays
 from pipeline.train import Job, Trained, choose
 from tests.study import ROOT, edit, finished_study, read_params, stage, write_params
 
@@ -240,6 +240,41 @@ def test_a_variant_looks_the_same_in_every_figure(study):
     edit(**{"variants.added": dict(read_params()["variants"]["k"])})
     edit(**{"ablations.streams.variants": ["none", "k", "qk", "added"]})
     assert {v: style(params.load(), v) for v in looks} == looks
+
+
+def test_a_theorem_is_a_line_across_a_sweep_and_a_contrast(study):
+    from pipeline.render import contrast, sweep
+
+    study_params = params.load()
+    scores = primary(study_params, read_results(study_params))
+    for figure, name in ((sweep, "width"), (contrast, "position")):
+        axes = figure(study_params, study_params.ablations[name], scores).axes
+        lines = [line for a in axes for line in a.lines if line.get_label() == "theory"]
+        assert [set(line.get_ydata()) for line in lines] == [{1.0}] * len(axes)
+        assert all("theory" not in label.get_text() for a in axes for label in a.get_xticklabels())
+
+
+def test_found_are_the_runs_whose_key_filter_meets_the_condition(study):
+    from pipeline.render import found
+
+    path = Path("runs/ar/k/summary.json")
+    summary = json.loads(path.read_text())
+    for run in summary["runs"]:
+        assert run["solves_every_length"] in (True, False)
+        run["solves_every_length"] = (run["seed"], run["learning_rate"]) == (1, 0.01)
+    path.write_text(json.dumps(summary))
+    ablation = params.Ablation(question="?", tasks=["ar"], variants=["none", "k", "qk"], figure="rates")
+    table = found(params.load(), ablation)
+    assert table[["variant", "learning rate", "runs", "found"]].to_numpy().tolist() == [["k", 0.005, 2, 0], ["k", 0.01, 2, 1]]
+    assert runs.read_summary("ar", "qk")["runs"][0]["solves_every_length"] is None
+
+
+def test_a_theorem_s_weights_are_prescribed_once_for_every_seed(study):
+    summary = runs.read_summary("copying", "theory")
+    assert [(run["stop"], run["steps"], run["valid_accuracy"]) for run in summary["runs"]] == [("theorem", 0, 1.0)] * 2
+    results = read_results(params.load()).query("variant == 'theory' and metric == 'accuracy'")
+    assert set(results["task"]) == {"ar", "copying"}
+    assert (results["value"] == 1).all()
 
 
 def test_an_output_appears_whole_or_not_at_all(tmp_path):

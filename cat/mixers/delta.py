@@ -4,8 +4,8 @@
     out = delta_rule(q / |q|, k / |k|, v, beta, alpha)
 
 The formula is in cat/delta.py. The streams are those of every mixer: the papers' layers have short convolutions and silu before
-the rule, on every stream, and a norm after it. That norm takes back the 1 / sqrt(C) of their code on the queries, so there is
-none here: a key reads back the value that was written under it, not a small share.
+the rule, on every stream, and a norm after it; the second paper's an output gate too. The norm takes back the 1 / sqrt(C) of
+their code on the queries, so there is none here: a key reads back the value that was written under it, not a small share.
 """
 
 import math
