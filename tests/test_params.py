@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +33,7 @@ SMOKE_JSON = json.dumps(SMOKE)
 MIXERS = " or ".join(get_args(mixer.model_fields["mixer"].annotation)[0] for mixer in get_args(get_args(VariantConfiguration)[0]))
 
 ALL = pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
-MISSING = object()
+MISSING = Enum("Edit", ["MISSING"]).MISSING  # unlike an object's, its name is the same in every process of the tests
 
 
 @pytest.fixture
