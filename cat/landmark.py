@@ -9,6 +9,9 @@ The choice is hard, and the landmark's score also says how much of the attention
 attention (arXiv 2305.16300, section 3.1), and the gradient by which landmarks are learnt. A query that reads every earlier block
 has chosen nothing, and its weights are exp <q_i, k_j> throughout: dense attention.
 
+A landmark is a sum over the tokens of its block. It tells which tokens are there, not which stood side by side: a key of two
+tokens is found by the blocks that have both, and where many have, `top` must be larger than for keys of one token.
+
 Filters carry what belongs together over the end of a block, so a chosen block is read on by `reach` tokens; a token that is in
 two of the blocks counts once.
 """

@@ -381,6 +381,17 @@ def test_a_summary_begins_as_the_sum_of_the_block_s_keys(sharing):
     close(summary, mixer.filters["summary"](k))
 
 
+def test_a_sum_of_keys_does_not_see_which_tokens_stood_side_by_side():
+    mixer = build({**LANDMARK, "k": 2, "summary": 5}, 13)
+    with torch.no_grad():
+        mixer.filters["summary"].taps.fill_(1)
+    x = hidden(13)
+    swapped = x[:, [0, 1, 2, 3, 4, 5, 7, 6, 8, 9, 10, 11, 12]]  # inside the block of tokens 5 to 9
+    landmarks = [mixer.streams(tokens)[3][:, :, 9] for tokens in (x, swapped)]
+    assert not torch.equal(mixer.streams(x)[1], mixer.streams(swapped)[1])
+    close(*landmarks)
+
+
 def test_a_summary_is_of_keys_before_they_are_normalised_and_is_normalised_itself():
     mixer = build({**LANDMARK, "k": 2, "summary": 5, "qk_norm": True}, 13)
     _, k, _ = mixer.filtered(hidden(13))
