@@ -79,8 +79,9 @@ print("reverted: dvc.lock is what it was")
 source = Path("cat/attention.py")
 text = source.read_text()
 source.write_text(text + "\n# A remark.\n")
-assert repro() == ["plan", "track"], "a comment ran more than the plan"
+assert set(repro()) == {"plan", "track"}, "a comment ran more than the plan"
 source.write_text(text)
+assert set(repro()) <= {"plan", "track"}, "the comment taken out again ran more than the plan"
 print("exact: a comment reruns nothing")
 
 Path("mlflow.db").unlink()
