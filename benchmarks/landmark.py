@@ -29,8 +29,8 @@ CHANNELS, TOP, REPEATS = 64, 2, 3
 
 
 def block_of(length: int) -> int:
-    """Tokens of a block: about the square root, where L / B landmarks and TOP + 1 blocks cost alike."""
-    return 1 << round((length.bit_length() - 1) / 2)
+    """Tokens of a block: the power of two at or below the square root, where landmarks and blocks cost alike."""
+    return 1 << (length.bit_length() - 1) // 2
 
 
 def measure(kind: str, length: int, device: str, threads: int) -> dict[str, Any]:
