@@ -5,15 +5,27 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.types import Heads, Values
+from cat.position import take
+from cat.types import Asked, Heads, Values
 
 
-def attend(q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Values:
-    """Dense causal attention. A `bias` holds -inf above the diagonal; without one the mask is the causal one."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
+def attend(
+    q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None, at: Asked | None = None
+) -> Float[Tensor, "B H _ E"]:
+    """Dense causal attention, or its rows at positions `at`.
+
+    A `bias` holds -inf above the diagonal; without one the mask is the causal one.
+    """
+    if at is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
+    seen = torch.arange(k.shape[2], device=k.device) <= at[:, None, :, None]
+    mask = seen if bias is None else bias[:, at].transpose(0, 1)
+    return F.scaled_dot_product_attention(take(q, at), k, v, attn_mask=mask, scale=scale)
 
 
-def naive_attend(q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Values:
+def naive_attend(
+    q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None, at: Asked | None = None
+) -> Float[Tensor, "B H _ E"]:
     """The definition, one query at a time; the twin that `attend` is tested against."""
     outputs = []
     for i in range(q.shape[2]):
@@ -23,4 +35,4 @@ def naive_attend(q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Ten
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))
         weights = weights / weights.sum(-1, keepdim=True)
         outputs.append((weights[..., None] * v[:, :, : i + 1]).sum(2))
-    return torch.stack(outputs, dim=2)
+    return take(torch.stack(outputs, dim=2), at)

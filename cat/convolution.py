@@ -4,53 +4,48 @@ One filter a head has the same taps for every channel of it, so that filtering c
 filter a channel is the depthwise convolution; filters from every head to every head are those of multi-head CAT.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cat.types import ChannelFilter, HeadFilter, HeadMixingFilter, Heads
 
-SHORT, DENSE = 12, 256
-"""Fewer taps than a 12th of the sequence are summed as shifted copies; up to 256 tokens, more of them are a Toeplitz matrix.
 
-Beyond that they are applied by FFT, whose rounding, unlike the other two's, is not causal. The three agree to rounding; which one
-runs depends on the shapes alone.
-"""
+class Limits(NamedTuple):
+    """Up to where each of the three algorithms is used: measured on one CPU thread, forwards and backwards.
+
+    They agree to rounding; which one runs depends on the shapes alone. That of the FFT, unlike the others', is not causal.
+    """
+
+    taps: int
+    """At most so many taps,"""
+    part: int
+    """and at most one for so many tokens of the sequence, are summed as shifted copies;"""
+    tokens: int
+    """more of them are a Toeplitz matrix up to this length, and are applied by FFT beyond it."""
+
+
+OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(48, 8, 256), Limits(24, 8, 128), Limits(8, 64, 256)
 
 
 def filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
     """Filters head h of `x` (B, H, L, C) along L with row h of `taps` (H, W); any W >= 1, longer than L too."""
-    length = x.shape[2]
-    taps = _within(taps, length, dilation)
-    if length > SHORT * taps.shape[1]:
-        return _by_shifts(x, taps[:, None], dilation)
-    taps = _spaced(taps, dilation)
-    return toeplitz(taps, length) @ x if length <= DENSE else _by_fft(x, taps[:, None])
+    return _filter(x, taps[:, None], dilation, OF_HEADS, _by_shifts, _by_matrix_a_head, _by_fft)
 
 
 def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Heads:
     """Filters channel c of head h of `x` (B, H, L, C) along L with `taps[h, c]`."""
-    length = x.shape[2]
-    taps = _within(taps, length, dilation)
-    if length > SHORT * taps.shape[2]:
-        return _by_shifts(x, taps, dilation)
-    taps = _spaced(taps, dilation)
-    return (toeplitz(taps, length) @ x.permute(1, 3, 2, 0)).permute(3, 0, 2, 1) if length <= DENSE else _by_fft(x, taps)
+    return _filter(x, taps, dilation, OF_CHANNELS, _by_shifts, _by_matrix_a_channel, _by_fft)
 
 
 def mix_heads(x: Heads, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
     """Head h of the outcome is the sum over heads g of `x` (B, H, L, C), filtered with `taps[h, g]`."""
-    length = x.shape[2]
-    taps = _within(taps, length, dilation)
-    if length > SHORT * taps.shape[2]:
-        return _mix_by_shifts(x, taps, dilation)
-    taps = _spaced(taps, dilation)
-    if length > DENSE:
-        return _mix_by_fft(x, taps)
-    # One matrix over heads and tokens: (H L) x (H L).
-    matrix = toeplitz(taps, length).transpose(1, 2).flatten(2).flatten(0, 1)
-    return (matrix @ x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+    return _filter(x, taps, dilation, OF_MIXING, _mix_by_shifts, _mix_by_matrix, _mix_by_fft)
 
 
 def naive_filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
@@ -80,9 +75,21 @@ def toeplitz(taps: Float[Tensor, "*rows W"], length: int) -> Float[Tensor, "*row
     return padded.unfold(-1, length, 1).flip(-1)
 
 
-def _within(taps: Tensor, length: int, dilation: int) -> Tensor:
-    """The taps that reach back no further than the first token."""
-    return taps[..., : -(-length // dilation)]
+def _filter(
+    x: Heads,
+    taps: Tensor,
+    dilation: int,
+    limits: Limits,
+    by_shifts: Callable[[Heads, Tensor, int], Heads],
+    by_matrix: Callable[[Heads, Tensor], Heads],
+    by_fft: Callable[[Heads, Tensor], Heads],
+) -> Heads:
+    length = x.shape[2]
+    taps = taps[..., : -(-length // dilation)]  # the others reach back beyond the first token
+    if taps.shape[-1] <= min(limits.taps, length // limits.part):
+        return by_shifts(x, taps, dilation)
+    taps = _spaced(taps, dilation)
+    return by_matrix(x, taps) if length <= limits.tokens else by_fft(x, taps)
 
 
 def _spaced(taps: Tensor, dilation: int) -> Tensor:
@@ -93,11 +100,47 @@ def _spaced(taps: Tensor, dilation: int) -> Tensor:
 
 
 def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
-    y = x * taps[:, None, :, 0]
-    for j in range(1, taps.shape[2]):
-        shift = j * dilation
-        y = y + F.pad(x[:, :, :-shift] * taps[:, None, :, j], (0, 0, shift, 0))
-    return y
+    return _Shifts.apply(x, taps, dilation)
+
+
+class _Shifts(torch.autograd.Function):
+    """One pass over the sequence a tap, forwards and for the gradient of `x`, which is the filter run backwards in time."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
+        y = x * taps[:, None, :, 0]
+        for j in range(1, taps.shape[2]):
+            shift = j * dilation
+            y[:, :, shift:].addcmul_(x[:, :, :-shift], taps[:, None, :, j])
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Heads, ChannelFilter, int], output: Heads) -> None:
+        x, taps, ctx.dilation = inputs
+        ctx.save_for_backward(x, taps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Heads) -> tuple[Heads, ChannelFilter, None]:
+        x, taps = ctx.saved_tensors
+        of_x = gradient * taps[:, None, :, 0]
+        shared = (0, 2, 3) if taps.shape[1] == 1 else (0, 2)
+        of_taps = [(gradient * x).sum(shared)]
+        for j in range(1, taps.shape[2]):
+            shift = j * ctx.dilation
+            of_x[:, :, :-shift].addcmul_(gradient[:, :, shift:], taps[:, None, :, j])
+            of_taps.append((gradient[:, :, shift:] * x[:, :, :-shift]).sum(shared))
+        return of_x, torch.stack(of_taps, -1).view_as(taps), None
+
+
+def _by_matrix_a_head(x: Heads, taps: ChannelFilter) -> Heads:
+    return toeplitz(taps[:, 0], x.shape[2]) @ x
+
+
+def _by_matrix_a_channel(x: Heads, taps: ChannelFilter) -> Heads:
+    return (toeplitz(taps, x.shape[2]) @ x.permute(1, 3, 2, 0)).permute(3, 0, 2, 1)
 
 
 def _by_fft(x: Heads, taps: ChannelFilter) -> Heads:
@@ -114,6 +157,12 @@ def _mix_by_shifts(x: Heads, taps: HeadMixingFilter, dilation: int) -> Heads:
         shift = j * dilation * x.shape[3]
         y = y + F.pad(taps[..., j] @ rows[..., :-shift], (shift, 0))
     return y.view_as(x)
+
+
+def _mix_by_matrix(x: Heads, taps: HeadMixingFilter) -> Heads:
+    # One matrix over heads and tokens: (H L) x (H L).
+    matrix = toeplitz(taps, x.shape[2]).transpose(1, 2).flatten(2).flatten(0, 1)
+    return (matrix @ x.flatten(1, 2)).unflatten(1, x.shape[1:3])
 
 
 def _mix_by_fft(x: Heads, taps: HeadMixingFilter) -> Heads:

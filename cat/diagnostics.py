@@ -55,7 +55,7 @@ def attention_weights(mixer: nn.Module, x: Hidden) -> Float[Tensor, "B H L L"] |
     """How much each token reads of each: what the mixer makes of values that are axes. None where it attends to nothing."""
     if not isinstance(mixer, Streams) or not mixer.attends:
         return None
-    q, k, v, *others = mixer.streams(x)
+    q, k, v, *others = mixer.streams(mixer.project(x))
     axes = torch.eye(x.shape[1], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
     return mixer.mix(q, k, axes, *others)
 
@@ -106,7 +106,7 @@ def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
     (block,) = model.layers()
     mixer = cast(Streams, block.mixer)
     tokens = block.mixer_norm(model.embedding.token.weight)
-    q, k = mixer.projection(tokens).unflatten(-1, (3, config.heads, -1)).permute(1, 2, 0, 3)[:2]
+    q, k = mixer.project(tokens).unflatten(-1, (3, config.heads, -1)).permute(1, 2, 0, 3)[:2]
     same = (q * k).sum(-1).mean(-1)
     any_two = (q.mean(-2) * k.mean(-2)).sum(-1)
     taps = F.pad(cast(Filter, mixer.filters["k"]).response(model.length), (0, 1))

@@ -8,20 +8,36 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 from cat.model import SequenceModel
+from cat.tasks.base import IGNORE
 
 TOKENS_AT_ONCE = 1 << 15
 """Bounds the memory of an evaluation; sequences longer than this are taken one by one."""
 
 
 class Split(NamedTuple):
-    """Examples as tensors on a device; a target below zero asks nothing."""
+    """Examples as tensors on a device: what is read, where an answer is asked, and which."""
 
-    inputs: Int[Tensor, "N L"]
-    targets: Int[Tensor, "N L"]
+    inputs: Integer[Tensor, "N L"]
+    at: Integer[Tensor, "N A"]
+    """Positions in rising order, as many for every example as the one with most questions has."""
+    answers: Integer[Tensor, "N A"]
+    """IGNORE where an example has fewer questions."""
+
+    @classmethod
+    def of(cls, inputs: Integer[Tensor, "N L"], targets: Integer[Tensor, "N L"]) -> Split:
+        """A split of examples whose targets are below zero where nothing is asked."""
+        asked = targets >= 0
+        most = int(asked.sum(1).max())
+        at = asked.int().argsort(dim=1, descending=True, stable=True)[:, :most].sort(dim=1).values
+        return cls(inputs, at.int(), targets.masked_fill(~asked, IGNORE).gather(1, at))
+
+    def rows(self, index: Int[Tensor, " B"] | slice) -> Split:
+        """Some of the examples, as 64-bit numbers."""
+        return Split(*(tensor[index].long() for tensor in self))
 
 
 class Scores(NamedTuple):
@@ -51,30 +67,29 @@ def score(model: SequenceModel, split: Split, *, precision: str = "float32", aut
     Autoregressive: from the first asked position on, the model reads what it answered itself; the asked positions must then
     be the same in every sequence, and the last ones of it. The loss stays that of the true answers.
     """
-    rows = max(1, TOKENS_AT_ONCE // split.inputs.shape[1])
-    loss = right = answers = sequences = 0.0
-    for inputs, targets in zip(split.inputs.split(rows), split.targets.split(rows), strict=True):
-        inputs, targets = inputs.long(), targets.long()
-        asked = targets >= 0
+    count, length = split.inputs.shape
+    size = max(1, TOKENS_AT_ONCE // length)
+    loss = right = asked = sequences = 0.0
+    for start in range(0, count, size):
+        inputs, at, answers = split.rows(slice(start, start + size))
         with autocast(inputs.device, precision):
             if autoregressive:
-                inputs = continuation(model, inputs, first=int(asked[0].int().argmax()))
-            logits = model.answers(inputs, asked).float()
-        loss += F.cross_entropy(logits, targets[asked], reduction="sum").item()
-        correct = torch.ones_like(asked)
-        correct[asked] = logits.argmax(-1) == targets[asked]
-        right += correct[asked].sum().item()
-        answers += asked.sum().item()
-        sequences += correct.all(1).sum().item()
-    return Scores(loss / answers, right / answers, sequences / len(split.inputs))
+                inputs = continuation(model, inputs, first=int(at[0, 0]))
+            logits = model.answers(inputs, at).float()
+        loss += F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE, reduction="sum").item()
+        correct, unasked = logits.argmax(-1) == answers, answers == IGNORE
+        right += correct.sum().item()
+        asked += (~unasked).sum().item()
+        sequences += (correct | unasked).all(1).sum().item()
+    return Scores(loss / asked, right / asked, sequences / count)
 
 
 def continuation(model: SequenceModel, inputs: Int[Tensor, "B L"], *, first: int) -> Int[Tensor, "B L"]:
     """`inputs` with every token after position `first` replaced by the model's own greedy choice."""
     inputs = inputs.clone()
     for position in range(first, inputs.shape[1] - 1):
-        hidden = model.hidden(inputs[:, : position + 1])[:, -1]
-        inputs[:, position + 1] = model.head(hidden).argmax(-1)
+        last = torch.full((len(inputs), 1), position, device=inputs.device)
+        inputs[:, position + 1] = model.answers(inputs[:, : position + 1], last)[:, 0].argmax(-1)
     return inputs
 
 

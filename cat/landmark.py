@@ -22,41 +22,57 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cat.attention import attend
-from cat.types import Heads, Values
+from cat.position import take
+from cat.types import Asked, Heads, Values
 
-Chosen = Int[Tensor, "B H L T"]
+Chosen = Int[Tensor, "B H A T"]
+Own = Int[Tensor, "#B A"]
+"""The block that each query stands in."""
 
 
-def landmark_attend(q: Heads, k: Heads, v: Values, s: Heads, *, scale: float, block: int, top: int, reach: int) -> Values:
-    """Landmark attention at a cost of L (L / block + (top + 1) block) C a head; 0 <= reach <= block.
+def landmark_attend(
+    q: Heads, k: Heads, v: Values, s: Heads, *, scale: float, block: int, top: int, reach: int, at: Asked | None = None
+) -> Float[Tensor, "B H _ E"]:
+    """Landmark attention, or its rows at positions `at`, at a cost of A (L / block + (top + 1) block) C a head.
+
+    0 <= reach <= block.
 
     `s` sums up the tokens before each and itself; only the last one's of a block is read.
     """
     length = q.shape[2]
     if length <= block:
-        return attend(q, k, v, scale=scale)
+        return attend(q, k, v, scale=scale, at=at)
     earlier = (length - 1) // block
     q, k, v = (F.pad(x, (0, 0, 0, -length % block)) for x in (q * scale, k, v))
-    chosen, matches = choose(q, s[:, :, block - 1 : earlier * block : block], block=block, top=top)
+    q = take(q, at)
+    place = torch.arange(q.shape[2], device=q.device)[None] if at is None else at
+    own = place // block
+    chosen, matches = choose(q, s[:, :, block - 1 : earlier * block : block], own, top=top)
 
-    near = q.unflatten(2, (-1, block)) @ k.unflatten(2, (-1, block)).mT
-    causal = torch.ones(block, block, dtype=torch.bool, device=q.device).tril()
-    near = near.masked_fill(~causal, float("-inf")).flatten(2, 3)
+    def read_own(rows: Float[Tensor, "B H A X"], blocks: Float[Tensor, "B H N X Y"]) -> Float[Tensor, "B H A Y"]:
+        if at is None:  # they are all there and in order
+            return (rows.unflatten(2, (-1, block)) @ blocks).flatten(2, 3)
+        return read(rows[:, :, :, None], blocks, own[:, None, :, None].expand(-1, rows.shape[1], -1, 1))[:, :, :, 0]
+
+    k_blocks, v_blocks = (x.unflatten(2, (-1, block)) for x in (k, v))
+    later = torch.arange(block, device=q.device) > (place % block)[:, None, :, None]
+    near = read_own(q, k_blocks.mT).masked_fill(later, float("-inf"))
 
     # One window a block that can be chosen: (B, H, blocks, C, block + reach).
     k_windows, v_windows = (x[:, :, : earlier * block + reach].unfold(2, block + reach, block) for x in (k, v))
     far = read(q[:, :, :, None].expand(*chosen.shape, -1), k_windows, chosen)
-    far = far.masked_fill(~visible(chosen, block=block, reach=reach), float("-inf"))
-    choosing = torch.arange(q.shape[2], device=q.device) // block > top
-    far = torch.where(choosing[:, None, None], far.log_softmax(-1) + matches[..., None], far)
+    far = far.masked_fill(~visible(chosen, own, block=block, reach=reach), float("-inf"))
+    choosing = (own > top)[:, None, :, None, None]
+    far = torch.where(choosing, far.log_softmax(-1) + matches[..., None], far)
 
     weights = torch.cat([near, far.flatten(3)], dim=-1).softmax(-1)
     near, far = weights[..., :block], weights[..., block:].unflatten(3, (-1, block + reach))
-    out = (near.unflatten(2, (-1, block)) @ v.unflatten(2, (-1, block))).flatten(2, 3)
-    return (out + read(far, v_windows.mT, chosen).sum(3))[:, :, :length]
+    return (read_own(near, v_blocks) + read(far, v_windows.mT, chosen).sum(3))[:, :, :length]
 
 
-def naive_landmark_attend(q: Heads, k: Heads, v: Values, s: Heads, *, scale: float, block: int, top: int, reach: int) -> Values:
+def naive_landmark_attend(
+    q: Heads, k: Heads, v: Values, s: Heads, *, scale: float, block: int, top: int, reach: int, at: Asked | None = None
+) -> Float[Tensor, "B H _ E"]:
     """The definition, one query at a time; the twin that `landmark_attend` is tested against."""
     out = torch.empty_like(v)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
@@ -72,34 +88,36 @@ def naive_landmark_attend(q: Heads, k: Heads, v: Values, s: Heads, *, scale: flo
             share = landmarks[n] / scores[tokens].sum() if len(chosen) < len(landmarks) else 1
             weights |= {j: scores[j] * share for j in tokens}
         out[b, h, i] = sum(weight * v[b, h, j] for j, weight in weights.items()) / sum(weights.values())
-    return out
+    return take(out, at)
 
 
-def choose(q: Heads, landmarks: Float[Tensor, "B H N C"], *, block: int, top: int) -> tuple[Chosen, Float[Tensor, "B H L T"]]:
+def choose(
+    q: Float[Tensor, "B H A C"], landmarks: Float[Tensor, "B H N C"], own: Own, *, top: int
+) -> tuple[Chosen, Float[Tensor, "B H A T"]]:
     """The blocks that each query retrieves, and how well they match.
 
     A query that has fewer blocks before its own than there are to choose gets later ones too, which are not `visible` to it.
     """
     matches = q @ landmarks.mT
-    own = torch.arange(q.shape[2], device=q.device)[:, None] // block
-    matches = matches.masked_fill(torch.arange(landmarks.shape[2], device=q.device) >= own, float("-inf"))
+    later = torch.arange(landmarks.shape[2], device=q.device) >= own[:, None, :, None]
+    matches = matches.masked_fill(later, float("-inf"))
     best = matches.topk(min(top, landmarks.shape[2]))
     return best.indices, best.values
 
 
-def visible(chosen: Chosen, *, block: int, reach: int) -> Bool[Tensor, "B H L T W"]:
+def visible(chosen: Chosen, own: Own, *, block: int, reach: int) -> Bool[Tensor, "B H A T W"]:
     """Whether a query reads a token of a chosen window, W = block + reach.
 
     It reads none of a block that was chosen for want of earlier ones, and does not read on into a block that it reads anyway.
     """
-    own = torch.arange(chosen.shape[2], device=chosen.device)[:, None] // block
+    own = own[:, None, :, None]
     inside = torch.arange(block + reach, device=chosen.device) < block
     after = chosen + 1
     read_anyway = (after >= own) | (after[..., None] == chosen[..., None, :]).any(-1)
     return (chosen < own)[..., None] & (inside | ~read_anyway[..., None])
 
 
-def read(rows: Float[Tensor, "B H L T X"], windows: Float[Tensor, "B H N X Y"], chosen: Chosen) -> Float[Tensor, "B H L T Y"]:
+def read(rows: Float[Tensor, "B H A T X"], windows: Float[Tensor, "B H N X Y"], chosen: Chosen) -> Float[Tensor, "B H A T Y"]:
     """Each row times the window that was chosen for it."""
     sequences = torch.arange(chosen.shape[0] * chosen.shape[1], device=chosen.device).view(*chosen.shape[:2], 1, 1)
     group = (sequences * windows.shape[2] + chosen).flatten()

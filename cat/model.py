@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import AttentionModel, ModelConfiguration
 from cat.mixers import build_mixer
-from cat.position import sinusoidal
-from cat.types import Hidden, Tokens
+from cat.position import sinusoidal, take
+from cat.types import Asked, Hidden, Tokens
 
 
 class SequenceModel(nn.Module):
@@ -40,17 +41,26 @@ class SequenceModel(nn.Module):
         """Logits of the next token at every position."""
         return self.head(self.hidden(tokens))
 
-    def answers(self, tokens: Tokens, asked: Bool[Tensor, "B L"]) -> Float[Tensor, "N V"]:
-        """Logits at the `asked` positions alone, in row-major order: most positions of a recall task ask nothing."""
-        return self.head(self.hidden(tokens)[asked])
+    def answers(self, tokens: Tokens, at: Asked) -> Float[Tensor, "B A V"]:
+        """Logits at positions `at` alone: most positions of a recall task ask nothing.
 
-    def hidden(self, tokens: Tokens) -> Hidden:
-        """What the head reads. Raises ValueError where the sequence is longer than learned positions reach."""
+        Of the last block, only what they read is computed.
+        """
+        return self.head(self.hidden(tokens, None if at.shape == tokens.shape else at))
+
+    def hidden(self, tokens: Tokens, at: Asked | None = None) -> Float[Tensor, "B _ D"]:
+        """What the head reads at positions `at`. Raises ValueError where the sequence is longer than learned positions reach."""
         if self.longest is not None and tokens.shape[1] > self.longest:
             raise ValueError(f"learned positions reach {self.longest} tokens, not {tokens.shape[1]}")
+        first, *others = self.layers()
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
+        projected = None
+        if self.embedding.scheme == "none" and tokens.numel() > len(self.embedding.token.weight):
+            # What a token is projected to depends on nothing else: computed once for all places where it stands.
+            projected = F.embedding(tokens, first.project(self.embedding.token.weight))
+        x = first(x, None if others else at, projected)
+        for block in others:
+            x = block(x, at if block is others[-1] else None)
         return self.norm(x)
 
     def layers(self) -> list[Block]:
@@ -65,7 +75,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, config.width)
         nn.init.normal_(self.token.weight, std=config.width**-0.5)
-        self.scheme = config.position if isinstance(config, AttentionModel) else "none"
+        scheme = config.position if isinstance(config, AttentionModel) else "none"
+        self.scheme = scheme if scheme in ("learned", "sinusoidal") else "none"
         if self.scheme == "learned":
             self.position = nn.Parameter(torch.randn(length, config.width) * config.width**-0.5)
 
@@ -93,6 +104,13 @@ class Block(nn.Module):
                 nn.LayerNorm(config.width), nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width)
             )
 
-    def forward(self, x: Hidden) -> Hidden:
-        x = x + self.mixer(self.mixer_norm(x))
+    def forward(
+        self, x: Hidden, at: Asked | None = None, projected: Float[Tensor, "B L P"] | None = None
+    ) -> Float[Tensor, "B _ D"]:
+        """The block's output at positions `at`; `projected` is what `project` makes of `x`, where that is known already."""
+        x = take(x, at) + self.mixer.combine(self.project(x) if projected is None else projected, at)
         return x if self.mlp is None else x + self.mlp(x)
+
+    def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
+        """What the mixer makes of each token alone."""
+        return self.mixer.project(self.mixer_norm(x))

@@ -1,4 +1,6 @@
-"""Position schemes: rotary (arXiv 2104.09864), ALiBi (2108.12409), sinusoidal and learned (1706.03762), none.
+"""Taking what stands at a position, and position schemes.
+
+They are rotary (arXiv 2104.09864), ALiBi (2108.12409), sinusoidal and learned (1706.03762), none.
 
 Rotary and ALiBi act inside attention, after the filters; sinusoidal and learned vectors are added to the embedding.
 """
@@ -7,7 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.types import Heads
+from cat.types import Asked, Heads
+
+
+def take(x: Float[Tensor, "B *H L C"], at: Asked | None) -> Float[Tensor, "B *H A C"]:
+    """What stands at positions `at` of each sequence; all of it for None."""
+    if at is None:
+        return x
+    index = at.view(len(at), *[1] * (x.dim() - 3), -1, 1)
+    return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
 def rotate(x: Heads, base: float = 10_000.0) -> Heads:

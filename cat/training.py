@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from cat.configuration import ModelConfiguration, Protocol, Schedule
 from cat.evaluation import Split, autocast, score
 from cat.model import SequenceModel
+from cat.optimizer import AdamW
+from cat.tasks.base import IGNORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +64,17 @@ def fit(
     The order of the batches depends on `seed` and the size of `train` alone. `progress` is told every step, with the row where
     there was a look at the validation split.
     """
-    optimizer = torch.optim.AdamW(_parameter_groups(model, protocol.weight_decay), lr=learning_rate, fused=True)
+    decayed, others = decayed_or_not(model)
+    optimizer = AdamW(decayed, others, weight_decay=protocol.weight_decay, clip=protocol.clip)
     batches = _batches(len(train.inputs), schedule.batch, seed)
     history: list[Row] = []
     losses: list[Tensor] = []
     for step in range(1, schedule.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * rate(step, schedule.steps, protocol.warmup)
-        rows = next(batches).to(train.inputs.device)
-        losses.append(_step(model, optimizer, train.inputs[rows], train.targets[rows], protocol.clip, precision))
+        batch = train.rows(next(batches).to(train.inputs.device))
+        loss = mean_loss(model, batch, precision=precision)
+        loss.backward()
+        optimizer.step(learning_rate * rate(step, schedule.steps, protocol.warmup))
+        losses.append(loss.detach())
         if step % protocol.validate_every and step < schedule.steps:
             progress(step, None)
             continue
@@ -97,18 +101,11 @@ def rate(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
-def _step(
-    model: SequenceModel, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, clip: float, precision: str
-) -> Tensor:
-    inputs, targets = inputs.long(), targets.long()
-    asked = targets >= 0
-    with autocast(inputs.device, precision):
-        loss = F.cross_entropy(model.answers(inputs, asked).float(), targets[asked])
-    optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    return loss.detach()
+def mean_loss(model: SequenceModel, batch: Split, *, precision: str = "float32") -> Tensor:
+    """Nats an answer, the mean over a batch."""
+    with autocast(batch.inputs.device, precision):
+        logits = model.answers(batch.inputs, batch.at).float()
+    return F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten(), ignore_index=IGNORE)
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -121,9 +118,10 @@ def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
             yield order[start : start + size]
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def decayed_or_not(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters with weight decay, which are those of linear maps, and the others."""
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     matrices -= {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = [p for p in model.parameters() if id(p) in matrices]
     others = [p for p in model.parameters() if id(p) not in matrices]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return decayed, others

@@ -1,13 +1,15 @@
 """Axis letters and the tensors made of them.
 
-B batch, L sequence length, H heads, C channels of a head, E of its values, D channels of the residual stream, W filter taps,
-N answers, V vocabulary.
+B batch, L sequence length, A positions asked of a sequence, H heads, C channels of a head, E of its values, D channels of the
+residual stream, W filter taps, V vocabulary.
 """
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 Tokens = Int[Tensor, "B L"]
+Asked = Int[Tensor, "B A"]
+"""The positions of each sequence whose output is wanted, in rising order."""
 Hidden = Float[Tensor, "B L D"]
 Heads = Float[Tensor, "B H L C"]
 Values = Float[Tensor, "B H L E"]

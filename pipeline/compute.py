@@ -6,13 +6,16 @@ the last bits. `threads` is how many jobs run at a time, so that every number of
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any, Literal, TypeVar
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -33,6 +36,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def resolve_devices(name: str) -> list[torch.device]:
+    """All devices that `name` stands for here: every GPU for auto and cuda, one for cuda:N. Raises ParamsError for none."""
+    device = resolve_device(name)
+    if device.type == "cpu" or device.index is not None:
+        return [device]
+    return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+
+
 def describe(device: torch.device) -> str:
     """What results depend on: the kind of GPU, or the instruction set that PyTorch uses on this CPU."""
     if device.type == "cuda":
@@ -40,59 +51,139 @@ def describe(device: torch.device) -> str:
     return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
 
 
+class Failure(NamedTuple):
+    """A job without a result."""
+
+    error: BaseException
+    trace: str
+    """The traceback, as Python prints it."""
+
+
 def spread(
-    function: Callable[[Job, Report], Result],
+    function: Callable[[Job, torch.device, Report], Result],
     jobs: Sequence[Job],
     *,
     device: torch.device,
     threads: int | Literal["auto"],
     report: Report = lambda message: None,
 ) -> list[Result]:
-    """`function` of every job, in the order of `jobs`; what the jobs report is passed on to `report` as it comes.
+    """`function(job, device, report)` of every job, in the order of `jobs`; reports are passed on to `report` as they come.
 
-    On a CPU the jobs run in forked processes, on a GPU one after the other in this one.
+    On a CPU the jobs run side by side in processes, on a GPU one after the other in this one. Raises what a job raises.
     """
     torch.set_num_threads(1)
-    workers = _workers(len(jobs), threads)
-    if device.type != "cpu" or workers == 1:
-        return [function(job, report) for job in jobs]
-    # Forked workers start in milliseconds, with torch imported; where there is no fork they import it again.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    messages: Any = context.SimpleQueue()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(messages,)) as pool:
-        futures = [pool.submit(_work, function, job) for job in jobs]
-        listener = threading.Thread(target=_listen, args=(messages, report))
-        listener.start()
+    count = _processes(len(jobs), threads)
+    if device.type != "cpu" or count == 1:
+        return [function(job, device, report) for job in jobs]
+    results: dict[int, Result] = {}
+    # Forked processes start in milliseconds, with torch imported; where there is no fork they import it again.
+    method = "fork" if sys.platform == "linux" else "spawn"
+    for index, outcome in work(function, jobs, devices=[device] * count, method=method, report=lambda _, told: report(told)):
+        if isinstance(outcome, Failure):
+            raise outcome.error
+        results[index] = outcome
+    return [results[index] for index in range(len(jobs))]
+
+
+def work(
+    function: Callable[[Job, torch.device, Report], Result],
+    jobs: Sequence[Job],
+    *,
+    devices: Sequence[torch.device],
+    method: str,
+    report: Callable[[int, Any], None],
+) -> Iterator[tuple[int, Result | Failure]]:
+    """Index and outcome of each job as it ends. A process for each of `devices` takes one job after the other.
+
+    A job that raises, or whose process is killed, fails alone. `report` is told the index of the job that reports, and what.
+    The processes end with this one, however it ends.
+    """
+    context = multiprocessing.get_context(method)
+    waiting = list(range(len(jobs)))[::-1]
+    workers = [_Worker(context, function, device) for device in devices[: len(jobs)]]
+    try:
+        for worker in workers:
+            worker.begin(waiting.pop(), jobs)
+        while busy := [worker for worker in workers if worker.job is not None]:
+            ready = connection.wait([worker.pipe for worker in busy])
+            for place, worker in enumerate(workers):
+                if worker.pipe not in ready or (job := worker.job) is None:
+                    continue
+                try:
+                    kind, content = worker.pipe.recv()
+                except (EOFError, OSError):
+                    kind, content = "done", worker.death()
+                    worker = workers[place] = _Worker(context, function, worker.device)
+                if kind == "report":
+                    report(job, content)
+                    continue
+                worker.job = None
+                if waiting:
+                    worker.begin(waiting.pop(), jobs)
+                yield job, content
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+
+
+class _Worker:
+    """A process that takes jobs from its end of a pipe, and what this process knows of it."""
+
+    def __init__(self, context: Any, function: Callable[..., Any], device: torch.device):
+        self.device = device
+        self.job: int | None = None
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, function, device), daemon=True)
+        self.process.start()
+        other.close()  # or the end of the process would not be the end of the pipe
+
+    def begin(self, index: int, jobs: Sequence[Any]) -> None:
+        self.job = index
+        # A process that is gone is found out by the next look at the pipe.
+        with contextlib.suppress(OSError):
+            self.pipe.send(jobs[index])
+
+    def death(self) -> Failure:
+        self.process.join()
+        code = self.process.exitcode
+        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        words = f"its process ended by {how}" + (", as when memory runs out" if code == -signal.SIGKILL else "")
+        return Failure(RuntimeError(words), words)
+
+
+def _serve(pipe: Any, function: Callable[..., Any], device: torch.device) -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that gave the jobs decides what becomes of them
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
         try:
-            return [future.result() for future in futures]
-        finally:
-            messages.put(None)
-            listener.join()
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            outcome = function(job, device, lambda message: pipe.send(("report", message)))
+        except Exception as error:
+            outcome = Failure(error, traceback.format_exc())
+        pipe.send(("done", outcome))
 
 
-def _workers(jobs: int, threads: int | Literal["auto"]) -> int:
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _processes(jobs: int, threads: int | Literal["auto"]) -> int:
     """As many processes as threads, or a few more where that ends the jobs together: 3 jobs on 2 threads take 3 processes."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = available if threads == "auto" else threads
+    threads = available() if threads == "auto" else threads
     if threads == 1 or jobs <= threads:
         return min(jobs, threads)
     rounds = jobs // threads
     return -(-jobs // rounds)
 
 
-_messages: Any = None
-
-
-def _start(messages: Any) -> None:
-    global _messages
-    _messages = messages
-    torch.set_num_threads(1)
-
-
-def _work(function: Callable[[Job, Report], Result], job: Job) -> Result:
-    return function(job, _messages.put)
-
-
-def _listen(messages: Any, report: Report) -> None:
-    while (message := messages.get()) is not None:
-        report(message)
+def available() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

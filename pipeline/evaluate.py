@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from cat.diagnostics import attention_statistics, filter_taps
-from cat.evaluation import Scores, Split, score
+from cat.evaluation import Scores, score
 from cat.model import SequenceModel
 from pipeline import compute, runs
 from pipeline.files import FILTERS, RESULTS, Meta, read_meta, read_split, read_task, whole, write_csv
@@ -44,7 +44,7 @@ def evaluate(
         def advance(done: int) -> None:
             bar.update(done)
 
-        work = functools.partial(_rows, task, meta, precision, where)
+        work = functools.partial(_rows, task, meta, precision)
         tables = compute.spread(work, jobs, device=where, threads=threads, report=advance)
     with whole(RESULTS / f"{task}.csv") as path:
         write_csv(path, (row for scored, _ in tables for row in scored), COLUMNS)
@@ -60,7 +60,7 @@ def metrics(scores: Scores, goal: str, *, autoregressive: bool) -> dict[str, flo
     return shares if autoregressive else {**shares, "loss": scores.loss}
 
 
-def _rows(task: str, meta: Meta, precision: str, device: torch.device, job: Job, report: compute.Report) -> tuple[Rows, Rows]:
+def _rows(task: str, meta: Meta, precision: str, job: Job, device: torch.device, report: compute.Report) -> tuple[Rows, Rows]:
     path = runs.weights_path(task, job.variant, job.seed)
     model = runs.load_model(path).to(device) if path.exists() else None
     longest = runs.longest(task, job.variant)
@@ -73,7 +73,7 @@ def _rows(task: str, meta: Meta, precision: str, device: torch.device, job: Job,
         if model is None:
             values = dict.fromkeys(metrics(Scores(0, 0, 0), meta.goal, autoregressive=meta.autoregressive), math.nan)
         else:
-            split = Split(*(torch.tensor(array, device=device) for array in read_split(task, f"test_{length}")))
+            split = runs.split(task, f"test_{length}", device)
             scores = score(model, split, precision=precision, autoregressive=meta.autoregressive)
             values = metrics(scores, meta.goal, autoregressive=meta.autoregressive)
         rows += _tidy({"task": task, **job._asdict(), "length": length}, values.items())

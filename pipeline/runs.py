@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from cat.configuration import ModelConfiguration
-from pipeline.files import RUNS, read_json
+from pipeline.files import RUNS, read_json, read_split
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from cat.evaluation import Split
     from cat.model import SequenceModel
 
 
@@ -52,6 +54,15 @@ def load_model(path: str | Path) -> SequenceModel:
     model = SequenceModel(config, vocabulary=about["vocabulary"], length=about["length"])
     model.load_state_dict(weights)
     return model.eval()
+
+
+def split(task: str, name: str, device: torch.device) -> Split:
+    """The split `name` of the task's data as tensors on a device."""
+    import torch
+
+    from cat.evaluation import Split
+
+    return Split.of(*(torch.tensor(array, device=device) for array in read_split(task, name)))
 
 
 def longest(task: str, variant: str) -> int | None:

@@ -3,6 +3,8 @@
 A run is found by a digest of everything that is logged in it. What is there already is left alone, what is missing is
 logged, what the files no longer say is deleted; so the store can be thrown away, and repeats change nothing. Runs made under
 `dvc exp run` bear the experiment's name and are not touched by the runs of the workspace, nor touch them.
+
+A store on this machine that was left complete, and the files that it shows, are known again by their sizes and times.
 """
 
 from __future__ import annotations
@@ -16,20 +18,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-from tqdm import tqdm
-
 from pipeline import runs
-from pipeline.files import DATA, FILTERS, LOGS, REPORTS, read_json
+from pipeline.files import DATA, FILTERS, LOGS, REPORTS, RESULTS, RUNS, read_json, whole
 from pipeline.grid import variants_on
 from pipeline.params import Study, shown_tasks, shown_variants
 from pipeline.provenance import provenance
-from pipeline.results import PRIMARY, read_history, read_results
 
 if TYPE_CHECKING:
+    import pandas as pd
     from mlflow.entities import Experiment, Run
     from mlflow.tracking import MlflowClient
 
+STORE, ARTIFACTS = Path("mlflow.db"), Path("mlartifacts")
+REST = ARTIFACTS / ".complete"
+"""What the files and the store looked like when the store was complete."""
 STUDY = "study"
 """The experiment that holds the run of the report."""
 _KEY = "cat.key"
@@ -74,6 +76,9 @@ class Record:
 
 def track(study: Study) -> None:
     """Brings the store up to date. Raises ValueError where a result is missing or the store cannot be reached."""
+    local = not os.environ.get("MLFLOW_TRACKING_URI")
+    if local and REST.exists() and REST.read_text(encoding="utf-8") == _appearance():
+        return
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -82,13 +87,26 @@ def track(study: Study) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    uri = f"sqlite:///{STORE.resolve()}" if local else os.environ["MLFLOW_TRACKING_URI"]
     try:
-        _sync(
-            MlflowClient(uri), records, artifacts=None if os.environ.get("MLFLOW_TRACKING_URI") else Path("mlartifacts").resolve()
-        )
+        _sync(MlflowClient(uri), records, artifacts=ARTIFACTS.resolve() if local else None)
     except MlflowException as error:
         raise ValueError(f"MLflow at {uri}: {' '.join(str(error).split())[:200]}") from None
+    if local:
+        with whole(REST) as path:
+            path.write_text(_appearance(), encoding="utf-8")
+
+
+def _appearance() -> str:
+    """A digest of the names, sizes and times of all that is logged, of what logs it, and of the store."""
+    folders = (path for folder in (RUNS, RESULTS, REPORTS, LOGS) for path in folder.rglob("*"))
+    files = sorted([*folders, *DATA.glob("*/meta.json"), Path("params.yaml"), Path(__file__), STORE])
+    digest = hashlib.sha256(os.environ.get("DVC_EXP_NAME", "").encode())
+    for path in files:
+        if path.is_file():
+            about = path.stat()
+            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def _sync(client: MlflowClient, records: Mapping[str, Record], *, artifacts: Path | None) -> None:
@@ -105,6 +123,8 @@ def _sync(client: MlflowClient, records: Mapping[str, Record], *, artifacts: Pat
             there.add(key)
         else:
             client.delete_run(run.info.run_id)
+    from tqdm import tqdm
+
     missing = {key: record for key, record in records.items() if key not in there}
     commit = provenance()
     for key, record in tqdm(missing.items(), desc="mlflow", unit="run", disable=None):
@@ -183,6 +203,10 @@ def _log(client: MlflowClient, experiment: str, key: str, record: Record, commit
 
 
 def _task_records(study: Study) -> Iterator[Record]:
+    import pandas as pd
+
+    from pipeline.results import read_history, read_results
+
     results = read_results(study)
     shared = _shared_params(study)
     for task, section in study.tasks.items():
@@ -285,6 +309,8 @@ def _curves(history: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
 
 def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
     """Every test metric with the length as its step, and the primary one once more by name for each length of the tables."""
+    from pipeline.results import PRIMARY
+
     scores = scores.dropna(subset="value")
     for metric, length, value in zip(scores["metric"], scores["length"], scores["value"], strict=True):
         yield f"test/{metric}", int(length), float(value)

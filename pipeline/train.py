@@ -21,7 +21,7 @@ from cat.model import SequenceModel
 from cat.tasks.base import derive_seed
 from cat.training import Row, build_model, fit
 from pipeline import compute, runs
-from pipeline.files import LOGS, Meta, read_meta, read_split, read_task, whole, write_csv, write_json
+from pipeline.files import LOGS, Meta, read_meta, read_task, whole, write_csv, write_json
 from pipeline.provenance import provenance
 
 COLUMNS = ("learning_rate", "seed", "step", "train_loss", "valid_loss", "valid_accuracy")
@@ -35,6 +35,21 @@ class Setting(NamedTuple):
     schedule: Schedule
     seeds: tuple[int, ...]
     precision: Literal["float32", "bfloat16"]
+
+
+class Cell(NamedTuple):
+    """A variant on a task, what it is trained with, and on what data."""
+
+    task: str
+    variant: str
+    setting: Setting
+    meta: Meta
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Its runs; the weights of a theorem depend on no learning rate."""
+        rates = (0.0,) if isinstance(self.setting.model, Theory) else self.setting.schedule.learning_rates
+        return [Job(rate, seed) for rate in rates for seed in self.setting.seeds]
 
 
 class Job(NamedTuple):
@@ -56,6 +71,8 @@ class Trained(NamedTuple):
     """Whether the key filter meets the condition of cat/diagnostics.py; None where the condition is about something else."""
     config: dict[str, Any]
     weights: dict[str, NDArray[Any]]
+    device: str
+    """What the results depend on, in words."""
 
     @property
     def diverged(self) -> bool:
@@ -66,12 +83,16 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
     """Trains the cell and writes its folder. Raises ParamsError where the device does not exist."""
     began, start = time.time(), time.perf_counter()
     where = compute.resolve_device(device)
-    meta = read_meta(task)
-    rates = (0.0,) if isinstance(setting.model, Theory) else setting.schedule.learning_rates
-    jobs = [Job(rate, seed) for rate in rates for seed in setting.seeds]
-    with tqdm(total=len(jobs) * setting.schedule.steps, desc=f"{task} {variant}", unit="step", disable=None) as bar:
-        run = functools.partial(_prescribe if isinstance(setting.model, Theory) else _run, task, setting, meta, where)
-        outcomes = compute.spread(run, jobs, device=where, threads=threads, report=functools.partial(_advance, bar))
+    cell = Cell(task, variant, setting, read_meta(task))
+    with tqdm(total=len(cell.jobs) * setting.schedule.steps, desc=f"{task} {variant}", unit="step", disable=None) as bar:
+        run = functools.partial(run_job, cell)
+        outcomes = compute.spread(run, cell.jobs, device=where, threads=threads, report=functools.partial(_advance, bar))
+    write(cell, outcomes, began=began, seconds=time.perf_counter() - start)
+
+
+def write(cell: Cell, outcomes: list[Trained], *, began: float, seconds: float) -> None:
+    """Writes the cell's folder: summary, history, and the weights of the learning rate that is chosen; and its log."""
+    task, variant, meta = cell.task, cell.variant, cell.meta
     chosen = choose(outcomes, meta.goal)
     about = {"config": outcomes[0].config, "vocabulary": meta.vocabulary, "length": meta.length}
     with whole(runs.folder(task, variant)) as folder:
@@ -82,9 +103,9 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
                 safetensors.numpy.save_file(outcome.weights, path, metadata={"model": json.dumps(about, sort_keys=True)})
         rows = [{**outcome.job._asdict(), **asdict(row)} for outcome in outcomes for row in outcome.history]
         write_csv(folder / "history.csv", rows, COLUMNS)
-        head = {"task": task, "variant": variant, "model": about, "device": compute.describe(where), "learning_rate": chosen}
+        head = {"task": task, "variant": variant, "model": about, "device": outcomes[0].device, "learning_rate": chosen}
         write_json(folder / "summary.json", {**head, **_summary(outcomes)})
-    log = {**provenance(), "started": began, "seconds": time.perf_counter() - start, "summary": runs.digest(task, variant)}
+    log = {**provenance(), "started": began, "seconds": seconds, "summary": runs.digest(task, variant)}
     with whole(LOGS / task / f"{variant}.json") as path:
         write_json(path, log)
 
@@ -107,9 +128,13 @@ def choose(outcomes: list[Trained], goal: str) -> float:
     return max(dict.fromkeys(o.job.learning_rate for o in outcomes), key=merit)
 
 
-def _run(task: str, setting: Setting, meta: Meta, device: torch.device, job: Job, report: compute.Report) -> Trained:
-    train, valid = _splits(task, device)
+def run_job(cell: Cell, job: Job, device: torch.device, report: compute.Report) -> Trained:
+    """Trains one model of the cell; `report` is told (steps done since it was last told, row of the history or None)."""
+    if isinstance(cell.setting.model, Theory):
+        return _prescribe(cell, job, device, report)
+    task, _, setting, meta = cell
     assert not isinstance(setting.model, Theory)
+    train, valid = _splits(task, device)
     model = build_model(
         setting.model, vocabulary=meta.vocabulary, length=meta.length, seed=derive_seed(job.seed, task, "weights")
     ).to(device)
@@ -135,29 +160,27 @@ def _run(task: str, setting: Setting, meta: Meta, device: torch.device, job: Job
         progress=progress,
     )
     report((setting.schedule.steps - told, None))
-    return _trained(job, run.model, run.history, run.steps, run.stop)
+    return _trained(job, run.model, run.history, run.steps, run.stop, device)
 
 
-def _prescribe(task: str, setting: Setting, meta: Meta, device: torch.device, job: Job, report: compute.Report) -> Trained:
+def _prescribe(cell: Cell, job: Job, device: torch.device, report: compute.Report) -> Trained:
     """The weights of the theorem about the task, looked at once; they depend on no seed and no learning rate."""
     from cat.theory import prescribed
 
-    model = prescribed(read_task(task)).to(device)
-    _, valid = _splits(task, device)
-    scores = score(model, valid, precision=setting.precision)
-    report((setting.schedule.steps, None))
+    model = prescribed(read_task(cell.task)).to(device)
+    _, valid = _splits(cell.task, device)
+    scores = score(model, valid, precision=cell.setting.precision)
+    report((cell.setting.schedule.steps, None))
     row = Row(step=0, train_loss=math.nan, valid_loss=scores.loss, valid_accuracy=scores.accuracy)
-    return _trained(job, model, [row], 0, "theorem")
+    return _trained(job, model, [row], 0, "theorem", device)
 
 
+@functools.lru_cache(maxsize=2)
 def _splits(task: str, device: torch.device) -> tuple[Split, Split]:
-    train, valid = (
-        Split(*(torch.tensor(array, device=device) for array in read_split(task, name))) for name in ("train", "valid")
-    )
-    return train, valid
+    return runs.split(task, "train", device), runs.split(task, "valid", device)
 
 
-def _trained(job: Job, model: SequenceModel, history: list[Row], steps: int, stop: str) -> Trained:
+def _trained(job: Job, model: SequenceModel, history: list[Row], steps: int, stop: str, device: torch.device) -> Trained:
     return Trained(
         job,
         history,
@@ -167,6 +190,7 @@ def _trained(job: Job, model: SequenceModel, history: list[Row], steps: int, sto
         solves_every_length=key_filter_solves_every_length(model),
         config=model.config.model_dump(mode="json", exclude_defaults=True),
         weights={name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()},
+        device=compute.describe(device),
     )
 
 

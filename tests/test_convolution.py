@@ -33,11 +33,11 @@ KINDS = {
         (19, 7, 1, "toeplitz"),
         (19, 5, 3, "toeplitz"),
         (19, 9, 4, "toeplitz"),  # half of the taps reach past the first token
-        (13, 1, 1, "shifts"),
-        (37, 3, 1, "shifts"),
-        (37, 3, 11, "shifts"),
-        (257, 29, 1, "fft"),
-        (257, 31, 7, "fft"),
+        (67, 1, 1, "shifts"),
+        (131, 2, 1, "shifts"),
+        (131, 2, 11, "shifts"),
+        (257, 37, 1, "fft"),
+        (257, 37, 6, "fft"),
         (257, 263, 1, "fft"),
     ],
 )

@@ -128,7 +128,7 @@ def test_the_mixer_scales_filtered_keys_and_takes_its_rates_from_its_input(gate)
     plain = build(mixer="attention", q=2, k=3)
     plain.load_state_dict(mixer.state_dict(), strict=False)
     x = normal(BATCH, 41, WIDTH)
-    q, k, v = plain.streams(x)
+    q, k, v = plain.streams(plain.project(x))
     rates = [torch.sigmoid(x @ mixer.strength.weight.T).mT]
     if gate:
         step = torch.log1p(torch.exp(x @ mixer.step.weight.T + mixer.step.bias))
@@ -175,5 +175,5 @@ def test_a_key_reads_back_the_value_that_was_written_under_it():
     with torch.no_grad():
         mixer.projection.weight[:WIDTH] = mixer.projection.weight[WIDTH : 2 * WIDTH]
     x = 1 + normal(BATCH, 1, WIDTH).abs()
-    _, _, v, *_ = mixer.streams(x)
+    _, _, v, *_ = mixer.streams(mixer.project(x))
     close(mixer(x), v[:, :, 0].flatten(1)[:, None] @ mixer.output.weight.T)

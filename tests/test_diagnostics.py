@@ -112,7 +112,7 @@ def test_weights_are_causal_shares_and_what_the_mixer_reads_with(parameters):
     assert weights.shape == (2, 2, LENGTH, LENGTH)
     assert (weights.triu(1) == 0).all()
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, LENGTH))
-    q, k, v, *others = mixer.streams(x)
+    q, k, v, *others = mixer.streams(mixer.project(x))
     torch.testing.assert_close(weights @ v, mixer.mix(q, k, v, *others), rtol=1e-4, atol=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_every_layer_is_looked_at_with_what_its_mixer_is_given():
             parameter.mul_(3)
     given = []
     for block in model.blocks:
-        block.mixer.register_forward_hook(lambda mixer, arguments, _: given.append((mixer, *arguments)))
+        block.register_forward_hook(lambda block, given_, _: given.append((block.mixer, block.mixer_norm(given_[0]))))
     inputs = torch.arange(2 * LENGTH).view(2, -1) % VOCABULARY
     asked, sources = torch.zeros(2, LENGTH, dtype=torch.bool), torch.full((2, LENGTH), -1)
     for row, place, source in ((0, 4, 1), (0, 12, 9), (1, 7, 7)):

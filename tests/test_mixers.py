@@ -168,6 +168,42 @@ def test_a_token_depends_on_all_tokens_up_to_it_and_on_none_after(name):
 
 
 @every_mixer
+@pytest.mark.parametrize("length", [3, 29])  # within one block of landmarks, and over several
+def test_asked_positions_are_those_rows_of_the_whole(name, length):
+    mixer, at = build(BATTERY[name], 29), torch.tensor([[0, 2], [1, length - 1]])
+    x = hidden(length).requires_grad_()
+    inputs = (x, *mixer.parameters())
+    outputs = mixer(x, at), mixer(x)[torch.arange(2)[:, None], at]
+    close(*outputs)
+    cotangent = normal(BATCH, 2, WIDTH, seed=3)
+    close(*(torch.autograd.grad(out, inputs, cotangent, materialize_grads=True) for out in outputs))
+
+
+@every_mixer
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_model_looks_projections_up_where_tokens_are_many(name, layers):
+    """29 tokens of a vocabulary of 5, and the same model with 1,000 more tokens that never stand anywhere."""
+    config = configure(**BATTERY[name], mlp=2).model_copy(update={"layers": layers})
+    small, large = (SequenceModel(config, vocabulary=size, length=29).double() for size in (5, 1005))
+    large.load_state_dict(
+        {
+            n: F.pad(w, (0, 0, 0, 1000)) if n in ("embedding.token.weight", "head.weight") else w
+            for n, w in small.state_dict().items()
+        }
+    )
+    tokens, at = torch.randint(5, (2, 29), generator=torch.Generator().manual_seed(0)), torch.tensor([[3, 7], [0, 28]])
+    logits = small.answers(tokens, at)
+    close(logits, small(tokens)[torch.arange(2)[:, None], at])
+    close(logits, large.answers(tokens, at)[..., :5])
+    cotangent = normal(2, 2, 5, seed=1)
+    gradients = [
+        torch.autograd.grad(model.answers(tokens, at)[..., :5], [*model.parameters()], cotangent, materialize_grads=True)
+        for model in (small, large)
+    ]
+    close(gradients[0], tuple(g[: len(s)] if s.dim() else g for s, g in zip(*gradients, strict=True)))
+
+
+@every_mixer
 def test_every_weight_gets_a_gradient(name):
     mixer = build(BATTERY[name], 13)
     (mixer(hidden(13)) * hidden(13, seed=1)).sum().backward()
@@ -247,7 +283,8 @@ def test_a_filter_acts_on_its_own_stream(stream):
     plain.load_state_dict(filtered.state_dict(), strict=False)
     with torch.no_grad():
         filtered.filters[stream].taps.copy_(torch.tensor([0.0, 1.0]))
-    for s, before, after in zip("qkv", plain.streams(hidden(13)), filtered.streams(hidden(13)), strict=True):
+    unfiltered, streams = (mixer.streams(mixer.project(hidden(13))) for mixer in (plain, filtered))
+    for s, before, after in zip("qkv", unfiltered, streams, strict=True):
         close(after, F.pad(before[:, :, :-1], (0, 0, 1, 0)) if s == stream else before)
 
 
@@ -277,7 +314,8 @@ def test_normalised_filters_are_divided_by_the_sum_of_their_absolute_taps():
 
 
 def test_normalised_rows_have_unit_length_after_the_filter_and_a_temperature():
-    q, k, _ = build(BATTERY["attention_all"], 13).streams(hidden(13))
+    mixer = build(BATTERY["attention_all"], 13)
+    q, k, _ = mixer.streams(mixer.project(hidden(13)))
     close(k.norm(dim=-1), torch.ones(BATCH, HEADS, 13).double())
     torch.testing.assert_close(q.norm(dim=-1), torch.full((BATCH, HEADS, 13), 8.0).double())
 
@@ -286,7 +324,7 @@ def test_normalised_rows_have_unit_length_after_the_filter_and_a_temperature():
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_positions_and_the_scale_act_after_the_filters(position, qk_norm):
     mixer = build({**BATTERY["attention"], "k": 3, "position": position, "qk_norm": qk_norm}, 13)
-    q, k, v = mixer.streams(hidden(13))
+    q, k, v = mixer.streams(mixer.project(hidden(13)))
     if position == "rotary":
         q, k = rotate(q), rotate(k)
     bias = alibi_bias(HEADS, 13, q) if position == "alibi" else None
@@ -306,7 +344,7 @@ def test_linear_attention_is_the_definition(length, rotary):
 
 def test_linear_attention_without_a_filter_is_that_of_its_paper():
     mixer = build(BATTERY["linear"], 13)
-    q, k, v = mixer.streams(hidden(13))
+    q, k, v = mixer.streams(mixer.project(hidden(13)))
     weights = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
     heads = weights / weights.sum(-1, keepdim=True) @ v
     close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
@@ -314,7 +352,7 @@ def test_linear_attention_without_a_filter_is_that_of_its_paper():
 
 def test_linear_attention_with_rotary_position_turns_the_features():
     mixer = build({**BATTERY["linear"], "position": "rotary"}, 13)
-    q, k, v = (stream for stream in mixer.streams(hidden(13)))
+    q, k, v = (stream for stream in mixer.streams(mixer.project(hidden(13))))
     weights = (rotate(F.elu(q) + 1) @ rotate(F.elu(k) + 1).mT).tril()
     total = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril().sum(-1, keepdim=True)
     heads = weights / total @ v
@@ -376,8 +414,8 @@ def test_a_summary_begins_as_the_sum_of_the_block_s_keys(sharing):
     one = torch.eye(HEADS)[..., None] if sharing == "mixing" else torch.ones(1)
     assert ((taps[..., :5] - one).abs() < 0.2).all()
     assert (taps[..., 5:].abs() < 0.2).all()
-    k = mixer.filtered(hidden(13))[1]
-    summary = mixer.streams(hidden(13))[3]
+    k = mixer.filtered(mixer.project(hidden(13)))[1]
+    summary = mixer.streams(mixer.project(hidden(13)))[3]
     close(summary, mixer.filters["summary"](k))
 
 
@@ -387,17 +425,17 @@ def test_a_sum_of_keys_does_not_see_which_tokens_stood_side_by_side():
         mixer.filters["summary"].taps.fill_(1)
     x = hidden(13)
     swapped = x[:, [0, 1, 2, 3, 4, 5, 7, 6, 8, 9, 10, 11, 12]]  # inside the block of tokens 5 to 9
-    landmarks = [mixer.streams(tokens)[3][:, :, 9] for tokens in (x, swapped)]
-    assert not torch.equal(mixer.streams(x)[1], mixer.streams(swapped)[1])
+    landmarks = [mixer.streams(mixer.project(tokens))[3][:, :, 9] for tokens in (x, swapped)]
+    assert not torch.equal(mixer.streams(mixer.project(x))[1], mixer.streams(mixer.project(swapped))[1])
     close(*landmarks)
 
 
 def test_a_summary_is_of_keys_before_they_are_normalised_and_is_normalised_itself():
     mixer = build({**LANDMARK, "k": 2, "summary": 5, "qk_norm": True}, 13)
-    _, k, _ = mixer.filtered(hidden(13))
-    close(mixer.streams(hidden(13))[3], F.normalize(mixer.filters["summary"](k), dim=-1))
+    _, k, _ = mixer.filtered(mixer.project(hidden(13)))
+    close(mixer.streams(mixer.project(hidden(13)))[3], F.normalize(mixer.filters["summary"](k), dim=-1))
     plain = build({**LANDMARK, "k": 2, "qk_norm": True}, 13)
-    close(plain.streams(hidden(13))[3], plain.streams(hidden(13))[1])
+    close(plain.streams(plain.project(hidden(13)))[3], plain.streams(plain.project(hidden(13)))[1])
 
 
 def test_a_landmark_that_matches_better_gets_its_block_more_attention():

@@ -103,7 +103,7 @@ def test_a_trained_model_comes_back_from_its_weights(study):
     valid = read_split("ar", "valid")
     from cat.evaluation import Split, score
 
-    accuracy = score(model, Split(torch.tensor(valid.inputs), torch.tensor(valid.targets))).accuracy
+    accuracy = score(model, Split.of(torch.tensor(valid.inputs), torch.tensor(valid.targets))).accuracy
     (run,) = [r for r in summary["runs"] if (r["seed"], r["learning_rate"]) == (1, summary["learning_rate"])]
     assert accuracy == run["valid_accuracy"]
 
@@ -119,7 +119,7 @@ def trained(rate, seed, *, accuracy=0.5, loss=1.0, stop="steps"):
     from cat.training import Row
 
     row = Row(step=1, train_loss=loss, valid_loss=loss, valid_accuracy=accuracy)
-    return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, None, {}, {})
+    return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, None, {}, {}, "CPU")
 
 
 def test_the_validation_split_chooses_the_learning_rate():
@@ -299,7 +299,7 @@ def test_numbers_are_written_so_that_they_come_back(tmp_path):
     ("jobs", "threads", "workers"), [(1, 4, 1), (3, 1, 1), (3, 2, 3), (4, 2, 2), (5, 2, 3), (6, 4, 6), (2, 4, 2)]
 )
 def test_workers_end_together(jobs, threads, workers):
-    assert compute._workers(jobs, threads) == workers
+    assert compute._processes(jobs, threads) == workers
 
 
 def test_jobs_keep_their_order_and_pass_on_what_they_report():
@@ -309,7 +309,7 @@ def test_jobs_keep_their_order_and_pass_on_what_they_report():
     assert sorted(heard) == [1, 2, 3]
 
 
-def _squared(number, report):
+def _squared(number, device, report):
     report(number)
     assert torch.get_num_threads() == 1
     return number**2

@@ -59,7 +59,7 @@ def copying_task(signals: int, alphabet: int, length: int = 64, noise: int = 7, 
 
 
 def draw(task: Task, length: int, count: int) -> Split:
-    return Split(*map(torch.tensor, task.examples("test", length, count, generator(0, "theory", "test"))))
+    return Split.of(*map(torch.tensor, task.examples("test", length, count, generator(0, "theory", "test"))))
 
 
 def accuracy(model: SequenceModel, task: Task, length: int, count: int = 32) -> float:
@@ -76,8 +76,9 @@ def error(model: SequenceModel, inputs: Tensor, asked: Tensor, answers: Tensor) 
 
 
 def largest_error(model: SequenceModel, split: Split) -> float:
-    asked = split.targets >= 0
-    return error(model, split.inputs, asked, split.targets[asked])
+    inputs, at, answers = split.rows(slice(None))
+    asked = torch.zeros_like(inputs).scatter(1, at, 1).bool()
+    return error(model, inputs, asked, answers.flatten())
 
 
 def sequence(*tokens: int) -> tuple[Tensor, Tensor]:
@@ -349,7 +350,7 @@ def wrong_blocks(mixer: LandmarkAttention, blocks: int, count: int) -> float:
         width=mixer.config.width, length=blocks * BLOCK, block=BLOCK, count=count, generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
-        q, k, v, *others = mixer.streams(x)
+        q, k, v, *others = mixer.streams(mixer.project(x))
     # The gradient is the attention; it may go on behind the end of the block, so its first token tells the block.
     v.requires_grad_()
     attention = torch.autograd.grad(mixer.mix(q, k, v, *others)[:, 0, -1, 0].sum(), v)[0][:, 0, :, 0]

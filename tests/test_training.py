@@ -8,7 +8,8 @@ import torch
 
 from cat.configuration import Attention, Protocol, Schedule
 from cat.evaluation import Scores, Split, continuation, score
-from cat.training import _batches, _parameter_groups, build_model, fit, rate
+from cat.optimizer import AdamW
+from cat.training import _batches, build_model, decayed_or_not, fit, rate
 
 VOCABULARY, LENGTH = 11, 7
 PROTOCOL = Protocol(weight_decay=0.0, clip=1.0, warmup=0.1, validate_every=5, stop_at=1.0, stop_after=2)
@@ -20,10 +21,14 @@ def config(**changes):
 
 def successor(count=96, seed=0):
     """An easy task: at every other token, the next number."""
+    return Split.of(*examples(count, seed))
+
+
+def examples(count=96, seed=0):
     inputs = torch.randint(0, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
     targets = torch.full_like(inputs, -100)
     targets[:, 2::2] = (inputs[:, 2::2] + 1) % VOCABULARY
-    return Split(inputs, targets)
+    return inputs, targets
 
 
 def run(*, seed=0, steps=30, rate=0.03, batch=16, protocol=PROTOCOL, stop_early=True, **changes):
@@ -75,9 +80,9 @@ def test_divergence_is_recorded_with_its_step(monkeypatch):
 
     cross_entropy, calls = cat.training.F.cross_entropy, []
 
-    def breaks_at_seven(logits, targets):
+    def breaks_at_seven(*arguments, **options):
         calls.append(None)
-        return cross_entropy(logits, targets) * (math.nan if len(calls) == 7 else 1.0)
+        return cross_entropy(*arguments, **options) * (math.nan if len(calls) == 7 else 1.0)
 
     monkeypatch.setattr(cat.training.F, "cross_entropy", breaks_at_seven)
     monkeypatch.setattr(cat.training, "score", lambda *_, **__: Scores(1.0, 0.5, 0.5))
@@ -119,7 +124,7 @@ def test_an_epoch_has_every_example_once_in_a_new_order():
 @pytest.mark.parametrize("tied", [False, True])
 def test_weight_decay_is_on_linear_maps_alone(tied):
     model = build_model(config(tied=tied, mlp=2, position="learned", qk_norm=True), vocabulary=VOCABULARY, length=LENGTH, seed=0)
-    decayed, others = (group["params"] for group in _parameter_groups(model, 0.1))
+    decayed, others = decayed_or_not(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)] for p in decayed} == {
         "blocks.0.mixer.projection.weight", "blocks.0.mixer.output.weight", "blocks.0.mlp.1.weight", "blocks.0.mlp.3.weight",
@@ -130,9 +135,14 @@ def test_weight_decay_is_on_linear_maps_alone(tied):
 
 def test_answers_are_the_logits_at_the_asked_positions():
     model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
-    split = successor(5)
-    asked = split.targets >= 0
-    torch.testing.assert_close(model.answers(split.inputs, asked), model(split.inputs)[asked])
+    inputs, targets = examples(5)
+    targets[2, 4] = -100  # one question less than the others have
+    split = Split.of(inputs, targets)
+    assert split.at.tolist() == [[2, 4, 6]] * 2 + [[0, 2, 6]] + [[2, 4, 6]] * 2
+    assert split.answers.tolist() == targets.gather(1, split.at.long()).tolist()
+    logits = model(inputs)
+    expected = torch.stack([logits[row, at] for row, at in enumerate(split.at)])
+    torch.testing.assert_close(model.answers(inputs, split.at.long()), expected)
 
 
 def test_scores_are_those_counted_by_hand(monkeypatch):
@@ -140,13 +150,15 @@ def test_scores_are_those_counted_by_hand(monkeypatch):
 
     monkeypatch.setattr(cat.evaluation, "TOKENS_AT_ONCE", 3 * LENGTH)  # several batches, the last one short
     model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
-    split = successor(23)
-    logits = model(split.inputs)
+    inputs, targets = examples(23)
+    targets[3, 2] = -1  # below zero, nothing is asked
+    split = Split.of(inputs, targets)
+    logits = model(inputs)
     losses, rights, all_right = [], [], 0
     for row in range(23):
         good = True
         for at in range(LENGTH):
-            if (target := int(split.targets[row, at])) >= 0:
+            if (target := int(targets[row, at])) >= 0:
                 losses.append(-logits[row, at].log_softmax(-1)[target].item())
                 rights.append(int(logits[row, at].argmax()) == target)
                 good &= rights[-1]
@@ -172,10 +184,10 @@ def test_autoregressive_scores_read_the_model_s_own_answers():
     targets = torch.full_like(inputs, -100)
     targets[:, first:] = model(own)[:, first:].argmax(-1)
     targets[0, -1] = (targets[0, -1] + 1) % VOCABULARY
-    scores = score(model, Split(inputs, targets), autoregressive=True)
+    scores = score(model, Split.of(inputs, targets), autoregressive=True)
     assert scores.accuracy == pytest.approx(1 - 1 / (9 * (LENGTH - first)))
     assert scores.sequence_accuracy == 8 / 9
-    assert score(model, Split(inputs, targets)).accuracy < scores.accuracy
+    assert score(model, Split.of(inputs, targets)).accuracy < scores.accuracy
 
 
 def test_learned_positions_say_how_far_they_reach():
@@ -191,3 +203,29 @@ def test_a_filter_longer_than_the_training_sequence_is_refused():
         build_model(config(k=8), vocabulary=VOCABULARY, length=LENGTH, seed=0)
     full = build_model(config(k="full"), vocabulary=VOCABULARY, length=LENGTH, seed=0)
     assert full.blocks[0].mixer.filters["k"].taps.shape == (2, LENGTH)
+
+
+@pytest.mark.parametrize("clip", [0.05, 1e9])
+def test_a_step_is_that_of_torch(clip):
+    """Twenty steps of the same gradients, some of them missing, at a learning rate that changes."""
+    shapes = [(3, 4), (5,), (2, 1), ()]
+    first = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))) for shape in shapes]
+    second = [torch.nn.Parameter(p.detach().clone()) for p in first]
+    ours = AdamW(first[:2], first[2:], weight_decay=0.3, clip=clip)
+    theirs = torch.optim.AdamW(
+        [{"params": second[:2], "weight_decay": 0.3}, {"params": second[2:], "weight_decay": 0.0}], lr=1.0, foreach=False
+    )
+    generator = torch.Generator().manual_seed(7)
+    for step in range(20):
+        for mine, other in zip(first, second, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        first[3].grad = None
+        second[3].grad = torch.zeros(())
+        ours.step(0.01 * (step + 1))
+        assert all(p.grad is None for p in first)
+        torch.nn.utils.clip_grad_norm_(second, clip)
+        for group in theirs.param_groups:
+            group["lr"] = 0.01 * (step + 1)
+        theirs.step()
+    torch.testing.assert_close(first, second)

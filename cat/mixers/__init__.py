@@ -1,15 +1,14 @@
 """The sequence mixers: one file each, chosen by the class of its configuration.
 
-A mixer is built as `Mixer(config, length)` and maps (B, L, D) to (B, L, D) causally. Only the file that is asked for is
+A mixer is built as `Class(config, length)`; base.py says what it does. Only the file that is asked for is
 imported, so a run depends on the code of its own mixer alone.
 """
 
-from torch import nn
-
 from cat.configuration import Attention, Based, Delta, Hyena, Landmark, Linear, Mamba, Model, Performer
+from cat.mixers.base import Mixer
 
 
-def build_mixer(config: Model, length: int) -> nn.Module:
+def build_mixer(config: Model, length: int) -> Mixer:
     """The mixer of one block of a model that is trained on `length` tokens."""
     match config:
         case Attention():

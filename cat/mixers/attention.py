@@ -3,17 +3,20 @@
 Without a filter this is the transformer's attention.
 """
 
+from jaxtyping import Float
+from torch import Tensor
+
 from cat.attention import attend
 from cat.mixers.streams import Streams
 from cat.position import alibi_bias, rotate
-from cat.types import Heads, Values
+from cat.types import Asked, Heads, Values
 
 
 class CausalAttention(Streams):
     """Dense causal attention over (B, L, D) with a filter on the streams that its configuration names."""
 
-    def mix(self, q: Heads, k: Heads, v: Values) -> Values:
+    def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         if self.config.position == "rotary":
             q, k = rotate(q), rotate(k)
         bias = alibi_bias(self.config.heads, q.shape[2], q) if self.config.position == "alibi" else None
-        return attend(q, k, v, scale=self.scale, bias=bias)
+        return attend(q, k, v, scale=self.scale, bias=bias, at=at)

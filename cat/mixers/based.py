@@ -3,11 +3,14 @@
 After arXiv 2402.18668; the formula, and how it differs from the paper's layers, are in cat/taylor.py.
 """
 
+from jaxtyping import Float
+from torch import Tensor
+
 from cat.configuration import Based
 from cat.mixers.streams import Streams
-from cat.position import rotate
+from cat.position import rotate, take
 from cat.taylor import taylor_attend
-from cat.types import Heads, Values
+from cat.types import Asked, Heads, Values
 
 
 class TaylorAttention(Streams):
@@ -17,7 +20,7 @@ class TaylorAttention(Streams):
         super().__init__(config, length)
         self.window = config.window
 
-    def mix(self, q: Heads, k: Heads, v: Values) -> Values:
+    def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         if self.config.position == "rotary":
             q, k = rotate(q), rotate(k)
-        return taylor_attend(q, k, v, scale=self.scale, window=self.window)
+        return take(taylor_attend(q, k, v, scale=self.scale, window=self.window), at)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from cat.configuration import Delta
 from cat.delta import Rates, delta_rule
-from cat.mixers.streams import Streams
-from cat.types import Heads, Hidden, Values
+from cat.mixers.streams import Projected, Streams
+from cat.position import take
+from cat.types import Asked, Heads, Values
 
 
 class DeltaRule(Streams):
@@ -38,13 +39,17 @@ class DeltaRule(Streams):
             with torch.no_grad():
                 self.step.bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_()  # the inverse of softplus
 
-    def mix(self, q: Heads, k: Heads, v: Values, *rates: Rates) -> Values:
-        return delta_rule(q, k, v, *rates)
+    def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
+        rates = [self.strength(x), self.step(x)] if self.gate else [self.strength(x)]
+        return torch.cat([self.projection(x), *rates], dim=-1)
 
-    def streams(self, x: Hidden) -> tuple[Float[Tensor, "B H L ..."], ...]:
+    def mix(self, q: Heads, k: Heads, v: Values, *rates: Rates, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+        return take(delta_rule(q, k, v, *rates), at)
+
+    def streams(self, projected: Projected) -> tuple[Float[Tensor, "B H L ..."], ...]:
         """Filtered q, k and v, q and k of unit length, then beta, and log alpha where there is a gate."""
-        q, k, v = super().streams(x)
-        streams = F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, self.strength(x).sigmoid().mT
-        if not self.gate:
-            return streams
-        return *streams, (-self.log_rate.exp() * F.softplus(self.step(x))).mT
+        width = self.projection.out_features
+        q, k, v = super().streams(projected[..., :width])
+        strength, *step = projected[..., width:].split(self.config.heads, dim=-1)
+        streams = F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, strength.sigmoid().mT
+        return *streams, *((-self.log_rate.exp() * F.softplus(s)).mT for s in step)

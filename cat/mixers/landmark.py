@@ -6,13 +6,15 @@ Figure 3 of arXiv 2407.05591; the formula is in cat/landmark.py.
 from typing import cast
 
 import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from cat.configuration import Landmark
 from cat.filters import ExplicitFilter
 from cat.landmark import landmark_attend
-from cat.mixers.streams import Streams
+from cat.mixers.streams import Projected, Streams
 from cat.position import rotate
-from cat.types import Heads, Hidden, Values
+from cat.types import Asked, Heads, Values
 
 
 class LandmarkAttention(Streams):
@@ -31,16 +33,18 @@ class LandmarkAttention(Streams):
         if isinstance(config.summary, int) or config.summary == "full":
             cast(ExplicitFilter, self.filters["summary"]).begin_as_sum(self.block)
 
-    def streams(self, x: Hidden) -> tuple[Heads, ...]:
+    def streams(self, projected: Projected) -> tuple[Heads, ...]:
         """Filtered q, k and v, q and k scaled, then what landmarks are read from."""
-        q, k, v = self.filtered(x)
+        q, k, v = self.filtered(projected)
         summary = self.filters["summary"](k) if "summary" in self.filters else k
         if self.config.qk_norm:
             summary = F.normalize(summary, dim=-1)
         return *self.scaled(q, k), v, summary
 
-    def mix(self, q: Heads, k: Heads, v: Values, summary: Heads | None = None) -> Values:
+    def mix(
+        self, q: Heads, k: Heads, v: Values, summary: Heads | None = None, *, at: Asked | None = None
+    ) -> Float[Tensor, "B H _ E"]:
         summary = k if summary is None else summary
         if self.config.position == "rotary":
             q, k, summary = rotate(q), rotate(k), rotate(summary)
-        return landmark_attend(q, k, v, summary, scale=self.scale, block=self.block, top=self.top, reach=self.reach)
+        return landmark_attend(q, k, v, summary, scale=self.scale, block=self.block, top=self.top, reach=self.reach, at=at)

@@ -3,13 +3,17 @@
 LinCAT of arXiv 2407.05591 at a cost that is linear in the sequence; the formula is in cat/linear_attention.py.
 """
 
+from jaxtyping import Float
+from torch import Tensor
+
 from cat.linear_attention import linear_attend
 from cat.mixers.streams import Streams
-from cat.types import Heads, Values
+from cat.position import take
+from cat.types import Asked, Heads, Values
 
 
 class LinearAttention(Streams):
     """Causal linear attention over (B, L, D) with a filter on the streams that its configuration names."""
 
-    def mix(self, q: Heads, k: Heads, v: Values) -> Values:
-        return linear_attend(q, k, v, rotary=self.config.position == "rotary")
+    def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+        return take(linear_attend(q, k, v, rotary=self.config.position == "rotary"), at)

@@ -7,14 +7,17 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from cat.configuration import Mamba as MambaConfiguration
+from cat.mixers.base import Mixer
+from cat.position import take
 from cat.state_space import selective_scan
-from cat.types import Hidden
+from cat.types import Asked
 
 
-class Mamba(nn.Module):
+class Mamba(Mixer):
     """Maps (B, L, D) to (B, L, D) causally, with no positions, heads or attention; `length` changes nothing."""
 
     def __init__(self, config: MambaConfiguration, length: int):
@@ -34,10 +37,13 @@ class Mamba(nn.Module):
         with torch.no_grad():
             self.step.bias.uniform_(1e-3, 1e-1).expm1_().log_()  # the inverse of softplus
 
-    def forward(self, x: Hidden) -> Hidden:
-        u, gate = self.input(x).chunk(2, dim=-1)
+    def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
+        return self.input(x)
+
+    def combine(self, projected: Float[Tensor, "B L P"], at: Asked | None = None) -> Float[Tensor, "B _ D"]:
+        u, gate = projected.chunk(2, dim=-1)
         u = F.silu(self.convolution(F.pad(u.mT, (self.convolution.kernel_size[0] - 1, 0))).mT)
         step, b, c = self.selection(u).split([self.rank, self.state, self.state], dim=-1)
         delta = F.softplus(self.step(step))
         y = selective_scan(u, delta, -self.log_rate.exp(), b, c) + self.skip * u
-        return self.output(y * F.silu(gate))
+        return self.output(take(y, at) * F.silu(take(gate, at)))

@@ -3,13 +3,14 @@
 FAVOR+ of arXiv 2009.14794; the formula is in cat/random_features.py.
 """
 
+from jaxtyping import Float
 from torch import Tensor
 
 from cat.configuration import Performer
 from cat.mixers.streams import Streams
-from cat.position import rotate
+from cat.position import rotate, take
 from cat.random_features import orthogonal_directions, performer_attend
-from cat.types import Heads, Values
+from cat.types import Asked, Heads, Values
 
 
 class RandomFeatureAttention(Streams):
@@ -21,7 +22,7 @@ class RandomFeatureAttention(Streams):
         super().__init__(config, length)
         self.register_buffer("directions", orthogonal_directions(config.heads, config.features, config.width // config.heads))
 
-    def mix(self, q: Heads, k: Heads, v: Values) -> Values:
+    def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         if self.config.position == "rotary":
             q, k = rotate(q), rotate(k)
-        return performer_attend(q, k, v, scale=self.scale, directions=self.directions)
+        return take(performer_attend(q, k, v, scale=self.scale, directions=self.directions), at)

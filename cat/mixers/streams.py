@@ -6,19 +6,24 @@ Any of the filters may be absent. They are applied after the projection, with wh
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from cat.configuration import AttentionModel
 from cat.filters import Layout, build_filter
-from cat.types import Heads, Hidden, Values
+from cat.mixers.base import Mixer
+from cat.types import Asked, Heads, Values
+
+Projected = Float[Tensor, "B L P"]
+"""Queries, keys and values of every token, side by side, as `project` makes them."""
 
 
-class Streams(nn.Module, ABC):
+class Streams(Mixer):
     """Maps (B, L, D) to (B, L, D): queries, keys and values, mixed along L by the subclass, then projected back.
 
     `length` is the training length: what `full` stands for. `scale` is what a product of query and key is multiplied by.
@@ -41,21 +46,24 @@ class Streams(nn.Module, ABC):
         elif config.temperature:
             self.log_temperature = nn.Parameter(torch.zeros(config.heads))
 
-    def forward(self, x: Hidden) -> Hidden:
-        return self.output(self.mix(*self.streams(x)).transpose(1, 2).flatten(2))
+    def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
+        return self.projection(x)
+
+    def combine(self, projected: Projected, at: Asked | None = None) -> Float[Tensor, "B _ D"]:
+        return self.output(self.mix(*self.streams(projected), at=at).transpose(1, 2).flatten(2))
 
     @abstractmethod
-    def mix(self, q: Heads, k: Heads, v: Values) -> Values:
-        """What the heads read off the values, causally."""
+    def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+        """What the heads read off the values, causally, at every position or at positions `at`."""
 
-    def streams(self, x: Hidden) -> tuple[Heads, ...]:
-        """What is mixed of (B, L, D): filtered q, k and v, q and k scaled."""
-        q, k, v = self.filtered(x)
+    def streams(self, projected: Projected) -> tuple[Heads, ...]:
+        """What is mixed: filtered q, k and v, q and k scaled."""
+        q, k, v = self.filtered(projected)
         return *self.scaled(q, k), v
 
-    def filtered(self, x: Hidden) -> tuple[Heads, Heads, Heads]:
-        """Filtered projections q, k and v of (B, L, D)."""
-        q, k, v = self.projection(x).unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+    def filtered(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
+        """The filtered q, k and v."""
+        q, k, v = projected.unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = (self.filters[s](stream) if s in self.filters else stream for s, stream in zip("qkv", (q, k, v), strict=True))
         return q, k, v
 

@@ -1,0 +1,208 @@
+"""Many cells at a time: what `dvc repro` would train one after the other is trained in warm processes, then given to DVC.
+
+    plan, generate     DVC reproduces what comes before training
+    train              stale cells, all their runs side by side; a folder of runs/ is written when the last run of a cell ends
+    the rest           DVC reproduces everything; a train stage whose outcome is there is recorded instead of run
+
+The outcome, dvc.lock too, is that of `dvc repro`. A cell is recorded only if everything that its stage declares is still as it
+was when its training began. DVC's lock is not held while cells are trained. This is the only module that knows DVC from inside.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.repo.reproduce import _reproduce_stage
+from dvc.stage import PipelineStage
+from dvc.stage.cache import RunCacheNotFoundError
+from filelock import FileLock, Timeout
+
+from cat.training import Row
+from pipeline import compute, params
+from pipeline.files import LOGS, read_meta, whole
+from pipeline.params import Study
+from pipeline.progress import Progress
+from pipeline.train import Cell, Job, Setting, Trained, run_job, write
+
+FIRST = ("plan", "generate")
+LOCK = Path(".dvc/tmp/pipeline.lock")
+
+
+class StageCell(NamedTuple):
+    """A stage that trains a cell, and what it declared when training began."""
+
+    stage: str
+    cell: Cell
+    declared: dict[str, Any]
+
+
+class FailedCellsError(Exception):
+    """Cells that could not be trained, each with the reason and where its log is."""
+
+
+def run(*, jobs: int | None = None) -> None:
+    """Reproduces the study with `jobs` runs at a time, as many as there are cores or GPUs for None.
+
+    Raises FailedCellsError where cells failed, once the others are trained and recorded; ValueError where a stage failed, or
+    another call is at work here.
+    """
+    study = params.load()
+    devices = assign(compute.resolve_devices(study.device), jobs)
+    with _alone(), _readable_errors():
+        reproduce(FIRST)
+        stale = stale_cells(study)
+        failures = train(stale, devices)
+        done = {stage.stage: stage.declared for stage in stale if stage.stage not in failures}
+        if done or not failures:
+            reproduce(done if failures else None, done)
+    if failures:
+        raise FailedCellsError("\n".join(f"{stage}: {reason}" for stage, reason in failures.items()))
+
+
+def assign(devices: list[torch.device], jobs: int | None) -> list[torch.device]:
+    """The device of each of `jobs` processes: round robin, by default one a core or one a GPU."""
+    count = jobs or (compute.available() if devices[0].type == "cpu" else len(devices))
+    return [devices[i % len(devices)] for i in range(count)]
+
+
+def stale_cells(study: Study) -> list[StageCell]:
+    """The train stages that `dvc repro` would run, in its order: changed, and not to be had from DVC's cache."""
+    stale = []
+    repo = Repo()
+    with repo.lock:
+        for stage in repo.index.stages:
+            words = shlex.split(stage.cmd) if isinstance(stage.cmd, str) else []
+            if words[:4] != ["python", "-m", "pipeline", "train"] or not stage.changed():
+                continue
+            declared = _declared(stage)
+            try:
+                repo.stage_cache.restore(stage, dry=True)
+            except RunCacheNotFoundError:
+                task, variant = words[4:]
+                section, model = study.tasks[task], study.variants[variant]
+                setting = Setting(model, study.train, section.train, study.seeds, study.precision)
+                stale.append(StageCell(stage.addressing, Cell(task, variant, setting, read_meta(task)), declared))
+    return stale
+
+
+def train(stale: list[StageCell], devices: list[torch.device]) -> dict[str, str]:
+    """Trains the cells; the reason and the log of each that failed, by stage. A cell's folder is written when it is complete."""
+    jobs = [(stage.cell, job) for stage in sorted(stale, key=_cost, reverse=True) for job in stage.cell.jobs]
+    stages = {stage.cell[:2]: stage.stage for stage in stale}
+    outcomes: dict[str, dict[Job, Trained]] = {name: {} for name in stages.values()}
+    failures: dict[str, str] = {}
+    began: dict[str, float] = {}
+
+    def report(index: int, message: tuple[int, Row | None]) -> None:
+        cell, _ = jobs[index]
+        progress.advance(cell, *message)
+
+    with Progress([stage.cell for stage in stale], len(devices)) as progress:
+        for index, outcome in compute.work(_run, jobs, devices=devices, method=_method(), report=report):
+            cell, job = jobs[index]
+            name = stages[cell[:2]]
+            if isinstance(outcome, compute.Failure):
+                failures[name] = _log_failure(cell, job, outcome)
+                progress.fail(cell)
+                continue
+            seconds, trained = outcome
+            began[name] = min(began.get(name, time.time()), time.time() - seconds)
+            outcomes[name][job] = trained
+            if len(outcomes[name]) == len(cell.jobs):
+                write(cell, [outcomes[name].pop(j) for j in cell.jobs], began=began[name], seconds=time.time() - began[name])
+                progress.end(cell)
+    return failures
+
+
+def _run(cell_and_job: tuple[Cell, Job], device: torch.device, report: compute.Report) -> tuple[float, Trained]:
+    start = time.perf_counter()
+    trained = run_job(*cell_and_job, device, report)
+    return time.perf_counter() - start, trained
+
+
+def _method() -> str:
+    """Processes are forked from one that has torch imported and has done nothing else, so that no thread and no GPU is copied."""
+    if sys.platform == "win32":
+        return "spawn"
+    import multiprocessing
+
+    multiprocessing.set_forkserver_preload(["pipeline.train"])
+    return "forkserver"
+
+
+def _cost(stage: StageCell) -> int:
+    """Tokens of a run: the longest first, so that none is left to run alone at the end."""
+    schedule, length = stage.cell.setting.schedule, stage.cell.meta.length
+    return schedule.steps * schedule.batch * length
+
+
+def _log_failure(cell: Cell, job: Job, failure: compute.Failure) -> str:
+    with whole(LOGS / cell.task / f"{cell.variant}.error.txt") as path:
+        path.write_text(f"{cell.task} {cell.variant}, learning rate {job.learning_rate:g}, seed {job.seed}\n\n{failure.trace}\n")
+    return f"{failure.error or type(failure.error).__name__} (see {LOGS / cell.task / f'{cell.variant}.error.txt'})"
+
+
+def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) -> None:
+    """`dvc repro` of `targets`, of everything for None, but for the stages `trained`: recorded if what they declare is as given.
+
+    DVC writes the whole lock file for every stage. What is recorded is held back until a stage is run, and written at once.
+    """
+    trained = trained or {}
+    held: list[PipelineStage] = []
+
+    def record(stage: PipelineStage, **options: Any) -> PipelineStage | None:
+        if stage.addressing in trained and _declared(stage) == trained[stage.addressing]:
+            stage.save()
+            stage.commit()
+            held.append(stage)
+            return stage
+        if not options["force"] and not stage.changed(False, options["upstream"]):
+            return None
+        write_held()
+        return _reproduce_stage(stage, **options)
+
+    def write_held() -> None:
+        if held:
+            held[0].dvcfile.dump_stages(held, update_pipeline=False)
+            held.clear()
+
+    try:
+        Repo().reproduce(targets and list(targets), single_item=bool(trained and targets), repro_fn=record)
+    finally:
+        write_held()
+
+
+def _declared(stage: PipelineStage) -> dict[str, Any]:
+    """The command, and the digest or the values of every dependency as it is now."""
+    stage.save_deps()
+    return {"cmd": stage.cmd, **{str(dep): dep.hash_info.value for dep in stage.deps}}
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    LOCK.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise ValueError("another `python -m pipeline run` is at work in this folder; wait for it, or end it") from None
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    try:
+        yield
+    except DvcException as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__) is not None:
+            causes.append(cause)
+        raise ValueError("; ".join(str(cause) for cause in causes)) from None
