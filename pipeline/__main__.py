@@ -29,6 +29,9 @@ def command(function: Callable[..., None]) -> click.Command:
             for line in error.lines:
                 click.echo(line, err=True)
             sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo(f"{function.__name__}: interrupted", err=True)
+            sys.exit(130)
         except (ValueError, OSError) as error:
             click.echo(f"{function.__name__}: {error}", err=True)
             sys.exit(2)
@@ -58,6 +61,19 @@ def plan() -> None:
 
 
 @command
+@click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time; as many as there are cores or GPUs by default.")
+def run(jobs: int | None) -> None:
+    """Reproduce the study as `dvc repro` does, with many cells in training at a time."""
+    from pipeline import scheduler
+
+    try:
+        scheduler.run(jobs=jobs)
+    except scheduler.FailedCellsError as error:
+        click.echo(f"failed:\n{error}", err=True)
+        sys.exit(1)
+
+
+@command
 @click.argument("task")
 def generate(task: str) -> None:
     """Generate the data of TASK."""
@@ -80,6 +96,23 @@ def train(task: str, variant: str) -> None:
     model = params.entry(study.variants, "variants", variant)
     setting = Setting(model, study.train, section.train, study.seeds, study.precision)
     train(task, variant, setting, device=study.device, threads=study.threads)
+
+
+@command
+@click.argument("task")
+@click.argument("variant")
+@click.option("--steps", default=50, show_default=True, type=click.IntRange(min=1), help="Steps to time and to profile.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="That of params.yaml by default.")
+def profile(task: str, variant: str, steps: int, device: str | None) -> None:
+    """Say where a training step of VARIANT on TASK spends its time; write nothing."""
+    from pipeline.profile import profile
+    from pipeline.train import Setting
+
+    study = params.load()
+    section = params.entry(study.tasks, "tasks", task)
+    model = params.entry(study.variants, "variants", variant)
+    setting = Setting(model, study.train, section.train, study.seeds, study.precision)
+    click.echo(profile(task, variant, setting, steps=steps, device=device or study.device))
 
 
 @command

@@ -1,0 +1,37 @@
+"""python -m benchmarks: measures the rows that are named, or all of them."""
+
+from __future__ import annotations
+
+import click
+from tabulate import tabulate
+
+from benchmarks import suite
+from benchmarks.measure import Place
+from pipeline.compute import resolve_device
+from pipeline.files import read_json
+from pipeline.params import ParamsError
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("names", nargs=-1)
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of a CPU.")
+@click.option("--list", "listed", is_flag=True, help="Say what the rows are, and measure nothing.")
+def main(names: tuple[str, ...], device: str, threads: int, listed: bool) -> None:
+    """Measure the rows NAMES, all without a name: benchmarks/results/<device>.json and .md, and the table here."""
+    if listed:
+        click.echo(tabulate([[name, row.what, row.target] for name, row in suite.SUITE.items()], ["row", "what", "target"]))
+        return
+    if unknown := [name for name in names if name not in suite.SUITE]:
+        raise click.UsageError(f"no row is called {unknown[0]}; --list says which there are")
+    try:
+        place = Place(resolve_device(device).type, threads)
+    except ParamsError:
+        raise click.UsageError("there is no GPU here") from None
+    chosen = [name for name in suite.SUITE if not names or name in names]
+    path = suite.measure(suite.SUITE, chosen, place, lambda name: click.echo(f"{name} ..", err=True))
+    click.echo(suite.table(read_json(path)))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks")

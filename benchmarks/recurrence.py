@@ -1,0 +1,60 @@
+"""Recurrences against the loops over tokens that define them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.measure import Benchmark, Case, compared, normal, passes
+from cat.delta import delta_rule, naive_delta_rule
+from cat.linear_attention import linear_attend, naive_linear_attend
+from cat.state_space import naive_selective_scan, selective_scan
+
+TARGET = 20
+
+Operation = Callable[..., Tensor]
+
+
+def scan(*, length: int = 1024, batch: int = 1) -> Benchmark:
+    """Each at width 64: one head for the delta rule and linear attention, 128 channels of 16 numbers for the state space."""
+    operations: dict[str, tuple[Operation, Operation, Callable[[int, int], list[Tensor]]]] = {
+        "selective state space": (selective_scan, naive_selective_scan, state_space),
+        "gated delta rule": (delta_rule, naive_delta_rule, gated),
+        "linear attention": (linear_attend, naive_linear_attend, plain),
+    }
+    cases = [
+        Case(
+            name=f"{name}, batch {batch}, {length:,} tokens",
+            ours=partial(passes, ours, partial(inputs, batch, length)),
+            other=partial(passes, naive, partial(inputs, batch, length)),
+            sides=("this project", "token by token"),
+            target=TARGET,
+            count=(batch * length, "tokens"),
+        )
+        for name, (ours, naive, inputs) in operations.items()
+    ]
+    return Benchmark(
+        what="Recurrences, forward and backward, against their definitions token by token",
+        target=f"{TARGET} times as fast",
+        figures=compared(lambda device: cases),
+    )
+
+
+def state_space(batch: int, length: int) -> list[Tensor]:
+    channels, size = 128, 16
+    x, step, b, c = normal((batch, length, channels), (batch, length, channels), (batch, length, size), (batch, length, size))
+    rates = -torch.arange(1.0, size + 1).repeat(channels, 1)
+    return [x, F.softplus(step - 3), rates, b, c]
+
+
+def gated(batch: int, length: int) -> list[Tensor]:
+    q, k, v, beta, step = normal(*[(batch, 1, length, 64)] * 3, *[(batch, 1, length)] * 2)
+    return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta.sigmoid(), -F.softplus(step - 3)]
+
+
+def plain(batch: int, length: int) -> list[Tensor]:
+    return normal(*[(batch, 1, length, 64)] * 3)

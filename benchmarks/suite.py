@@ -1,0 +1,117 @@
+"""The rows, and what came of them: results/<device>.json, and the same as a table in results/<device>.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from benchmarks.attention import landmark
+from benchmarks.convolution import filters, long_convolution, short_convolution
+from benchmarks.data import data
+from benchmarks.measure import REPEATS, Benchmark, NotRun, Place
+from benchmarks.recurrence import scan
+from benchmarks.startup import startup
+from benchmarks.training import replicas, step
+from pipeline.compute import describe
+from pipeline.files import read_json, whole, write_json
+
+RESULTS = Path(__file__).parent / "results"
+CONDITIONS = ("threads", "torch", "repeats")
+"""What else a figure depends on, besides the device."""
+
+SUITE: dict[str, Benchmark] = {
+    "step_8192": step(8192, target=20),
+    "step_256": step(256, target=2.5),
+    "filters_128": filters(128),
+    "filters_512": filters(512),
+    "filters_1024": filters(1024),
+    "filters_4096": filters(4096),
+    "short_convolution": short_convolution(),
+    "long_convolution": long_convolution(),
+    "landmark": landmark(),
+    "scan": scan(),
+    "data": data(),
+    "replicas": replicas(),
+    "startup": startup(),
+}
+
+
+def measure(suite: Mapping[str, Benchmark], names: list[str], place: Place, tell: Callable[[str], None]) -> Path:
+    """Runs the rows of `suite` that are named and writes them, each as it is done, beside what is there of the others."""
+    device = describe(torch.device(place.device))
+    path = RESULTS / f"{slug(device)}.json"
+    for name in names:
+        tell(name)
+        row = run(suite[name], place)
+        before = read_json(path)["rows"] if path.exists() else {}
+        rows = {key: row if key == name else before[key] for key in suite if key == name or key in before}
+        results = {"device": device, "rows": rows}
+        with whole(path) as part:
+            write_json(part, results)
+        with whole(path.with_suffix(".md")) as part:
+            part.write_text(table(results) + "\n", encoding="utf-8")
+    return path
+
+
+def run(benchmark: Benchmark, place: Place) -> dict[str, Any]:
+    """A row: what was measured with what, and the figures, or why there are none."""
+    conditions = dict(zip(CONDITIONS, (place.threads, torch.__version__, REPEATS), strict=True))
+    about = {"what": benchmark.what, "target": benchmark.target, **conditions}
+    try:
+        figures = [asdict(figure) for figure in benchmark.figures(place)]
+    except NotRun as reason:
+        return {**about, "met": None, "not_run": str(reason), "figures": []}
+    return {
+        **about,
+        "met": all(figure["met"] for figure in figures if figure["met"] is not None),
+        "not_run": None,
+        "figures": figures,
+    }
+
+
+def slug(device: str) -> str:
+    return "_".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+
+
+def table(results: dict[str, Any]) -> str:
+    """What was asked and whether it is met, a line a row; then every figure, its range, and what both sides took."""
+    rows = results["rows"]
+    verdicts = [[name, row["what"], row["target"], verdict(row["met"], row["not_run"])] for name, row in rows.items()]
+    parts = [f"# {results['device']}", tabulate(verdicts, ["row", "what", "target", "verdict"], tablefmt="github")]
+    for (threads, version, repeats), group in groupby(rows.items(), lambda item: itemgetter(*CONDITIONS)(item[1])):
+        lines = [line(name, figure) for name, row in group for figure in row["figures"]]
+        if lines:
+            threaded = f"{threads} {'thread' if threads == 1 else 'threads'}"
+            parts.append(f"{threaded}, torch {version}; of {repeats} repeats in turn the median (lowest to highest):")
+            head = ["row", "case", "figure", "target", "ours", "ms", "peak MB", "other", "ms", "peak MB", "ours a second"]
+            parts.append(tabulate(lines, head, tablefmt="github", disable_numparse=True))
+    return "\n\n".join(parts)
+
+
+def line(name: str, figure: dict[str, Any]) -> list[str]:
+    target = "" if figure["target"] is None else f"{figure['target']:g}: {verdict(figure['met'])}"
+    sides = [
+        cell
+        for side in (figure["ours"], figure["other"])
+        for cell in (side["name"], number(1e3 * side["seconds"]), number(side["bytes"] / 1e6))
+    ]
+    shown = f"{number(figure['value'])} ({number(figure['low'])} to {number(figure['high'])}) {figure['unit']}"
+    return [name, figure["case"], shown, target, *sides, figure["rate"] or ""]
+
+
+def verdict(met: bool | None, not_run: str | None = None) -> str:
+    if not_run is not None:
+        return f"not run: {not_run}"
+    return "met" if met else "not met"
+
+
+def number(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,101 @@
+"""A training step of recall, and all runs of a cell at once."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.data import mqar
+from benchmarks.measure import Benchmark, Case, NotRun, Work, compared
+from cat.configuration import Attention
+from cat.evaluation import Split
+from cat.model import SequenceModel
+from cat.optimizer import AdamW
+from cat.tasks.base import IGNORE, generator
+from cat.training import build_model, decayed_or_not, mean_loss
+
+MODEL = Attention(mixer="attention", width=64, layers=1, heads=1, position="none", q=4, k=4, v=4)
+RATE, CLIP = 1e-3, 1.0
+
+
+def step(vocabulary: int, *, target: float, batch: int = 64) -> Benchmark:
+    """Forward, loss, backward, clip and AdamW, as `fit` does them and as a plain loop does."""
+    case = Case(
+        name=f"batch {batch}, 4 pairs in 64 tokens, width 64, 1 layer",
+        ours=partial(project_step, vocabulary, batch),
+        other=partial(plain_step, vocabulary, batch),
+        sides=("this project", "plain loop"),
+        target=target,
+        count=(64 * batch, "tokens"),
+    )
+    return Benchmark(
+        what=f"A training step of recall, vocabulary {vocabulary:,}, against one that computes logits at every position",
+        target=f"{target:g} times as fast",
+        figures=compared(lambda device: [case]),
+    )
+
+
+def project_step(vocabulary: int, size: int, device: str) -> Work:
+    """The step of `cat.training.fit`."""
+    model, inputs, targets = ready(vocabulary, size, device)
+    batch = Split.of(inputs, targets).rows(slice(None))
+    decayed, others = decayed_or_not(model)
+    optimizer = AdamW(decayed, others, weight_decay=0.0, clip=CLIP)
+
+    def work() -> Tensor:
+        loss = mean_loss(model, batch)
+        loss.backward()
+        optimizer.step(RATE)
+        return loss.detach()
+
+    return work
+
+
+def plain_step(vocabulary: int, size: int, device: str) -> Work:
+    """The same in the way of most training loops, Zoology's among them."""
+    model, inputs, targets = ready(vocabulary, size, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+
+    def work() -> Tensor:
+        loss = F.cross_entropy(plain_logits(model, inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        return loss.detach()
+
+    return work
+
+
+def plain_logits(model: SequenceModel, tokens: Tensor) -> Tensor:
+    """Every layer at every position, nothing looked up."""
+    x = model.embedding(tokens)
+    for block in model.layers():
+        x = x + block.mixer(block.mixer_norm(x))
+    return model.head(model.norm(x))
+
+
+def ready(vocabulary: int, size: int, device: str) -> tuple[SequenceModel, Tensor, Tensor]:
+    """The same weights, inputs and targets at every call."""
+    task = mqar(vocabulary)
+    examples = task.examples("train", task.length, size, generator(0, "benchmark", "train"))
+    inputs, targets = (torch.tensor(array, device=device) for array in examples)
+    return build_model(MODEL, vocabulary=task.vocabulary, length=task.length, seed=0).to(device), inputs, targets
+
+
+def replicas() -> Benchmark:
+    """All seeds and learning rates of a cell at once, against one after the other."""
+
+    def cases(device: str) -> list[Case]:
+        if device != "cuda":
+            raise NotRun("needs a GPU")
+        raise NotRun("the runs of a cell are trained one after the other")  # until there are two ways: then a case of both
+
+    return Benchmark(
+        what="The seeds and learning rates of a cell trained together on a GPU, against one after the other",
+        target="5 times as fast",
+        figures=compared(cases),
+    )
