@@ -1,4 +1,4 @@
-# make repro   rebuild the study with `dvc repro`         make ui     browse the runs in MLflow, on this machine alone
+# make repro   rebuild the study, JOBS runs at a time      make ui     browse the runs in MLflow, on this machine alone
 # make test    lint, types and tests                      make bench  measure speed and memory on this machine
 # make clean   remove the environment
 #
@@ -13,7 +13,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 
 repro: .venv/study
 	python -m pipeline validate
-	dvc repro
+	python -m pipeline run $(if $(JOBS),--jobs $(JOBS))
 
 test: .venv/test
 	ruff check

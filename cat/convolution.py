@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cat.folding import fold
 from cat.types import ChannelFilter, HeadFilter, HeadMixingFilter, Heads
 
 
@@ -106,8 +107,6 @@ def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
 class _Shifts(torch.autograd.Function):
     """One pass over the sequence a tap, forwards and for the gradient of `x`, which is the filter run backwards in time."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
         y = x * taps[:, None, :, 0]
@@ -133,6 +132,12 @@ class _Shifts(torch.autograd.Function):
             of_taps.append(_sum_over_tokens(gradient[:, :, shift:] * x[:, :, :-shift], taps.shape[1]))
         return of_x, torch.stack(of_taps, -1), None
 
+    @staticmethod
+    def vmap(info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor, dilation: int) -> tuple[Tensor, int]:
+        heads = fold(x, mapped[0], info.batch_size, into=1)
+        y = _Shifts.apply(heads, fold(taps, mapped[1], info.batch_size, into=0), dilation)
+        return y.unflatten(1, (info.batch_size, -1)), 1
+
 
 def _sum_over_tokens(x: Heads, channels: int) -> Float[Tensor, "H _"]:
     """Over sequences and tokens, and over the channels of a head where they are one."""
@@ -151,7 +156,7 @@ def _by_matrix_a_channel(x: Heads, taps: ChannelFilter) -> Heads:
 def _by_fft(x: Heads, taps: ChannelFilter) -> Heads:
     length = x.shape[2]
     size = _fast_size(length + taps.shape[2] - 1)
-    spectrum = torch.fft.rfft(x, n=size, dim=2) * torch.fft.rfft(taps, n=size).mT
+    spectrum = _spectrum(x, size, dim=2) * _spectrum(taps, size, dim=-1).mT
     return torch.fft.irfft(spectrum, n=size, dim=2)[:, :, :length]
 
 
@@ -173,10 +178,15 @@ def _mix_by_matrix(x: Heads, taps: HeadMixingFilter) -> Heads:
 def _mix_by_fft(x: Heads, taps: HeadMixingFilter) -> Heads:
     length = x.shape[2]
     size = _fast_size(length + taps.shape[2] - 1)
-    spectrum = torch.einsum("hgf,bgfc->bhfc", torch.fft.rfft(taps, n=size), torch.fft.rfft(x, n=size, dim=2))
+    spectrum = torch.einsum("hgf,bgfc->bhfc", _spectrum(taps, size, dim=-1), _spectrum(x, size, dim=2))
     return torch.fft.irfft(spectrum, n=size, dim=2)[:, :, :length]
 
 
 def _fast_size(size: int) -> int:
     """The smallest number from `size` on that is a power of two times 1, 3, 5, 9 or 15: transforms of primes are slow."""
     return min(odd << (-(-size // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15))
+
+
+def _spectrum(x: Float[Tensor, "*shape"], size: int, *, dim: int) -> Tensor:
+    """In float32 at least: there is no FFT of bfloat16, and on a GPU autocast leaves it as it is."""
+    return torch.fft.rfft(x.to(torch.promote_types(x.dtype, torch.float32)), n=size, dim=dim)

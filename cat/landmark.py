@@ -134,12 +134,12 @@ def grouped_matmul(
     """
     groups, size = len(matrices), max(1, len(rows) // (2 * len(matrices)))
     tiles = len(rows) // size + groups  # as many as there can be
-    count = group.bincount(minlength=groups)
+    count = group.new_zeros(groups).scatter_add(0, group, torch.ones_like(group))
     end = (count // size + 1).cumsum(0)
     begin = F.pad(end[:-1], (1, 0))
     order = group.argsort(stable=True)
     rank = torch.arange(len(rows), device=rows.device) - (count.cumsum(0) - count)[group[order]]
     place = torch.empty_like(group).index_copy(0, order, begin[group[order]] * size + rank)
-    owner = torch.searchsorted(end, torch.arange(tiles, device=rows.device), right=True).clamp(max=groups - 1)
+    owner = end.new_zeros(tiles + 1).scatter(0, end, 1).cumsum(0)[:-1].clamp(max=groups - 1)
     tiled = rows.new_zeros(tiles * size, rows.shape[1]).index_copy(0, place, rows).unflatten(0, (tiles, size))
     return (tiled @ matrices.index_select(0, owner)).flatten(0, 1).index_select(0, place)

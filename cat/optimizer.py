@@ -1,45 +1,73 @@
 """AdamW (arXiv 1711.05101, algorithm 2) behind a clip of the gradient's norm, over all parameters laid out in one vector.
 
-A step is a dozen operations however many tensors there are. torch.optim.AdamW computes the same, which a test holds it to, in as
-many as there are tensors, and takes most of a second of every process before its first step, for imports that nothing here uses.
+A step is a handful of operations however many tensors there are. torch.optim.AdamW does the same, which a test holds it to,
+tensor by tensor; before its first step it takes most of a second of every process, for imports that nothing here uses.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class AdamW:
-    """The parameters become views of the vector; they must not be moved to another device or replaced afterwards."""
+    """The parameters become views of the vector; they must not be moved to another device or replaced afterwards.
+
+    Those in `decayed` have weight decay; `clip` is the largest norm of the gradient of all of them together.
+    """
 
     def __init__(self, decayed: Sequence[nn.Parameter], others: Sequence[nn.Parameter], *, weight_decay: float, clip: float):
         self.parameters = [*decayed, *others]
-        self.weight_decay, self.clip = weight_decay, clip
-        self.steps = 0
-        self.vector = torch.cat([p.detach().flatten() for p in self.parameters])
-        self.decayed = self.vector[: sum(p.numel() for p in decayed)]
-        self.mean, self.square = torch.zeros_like(self.vector), torch.zeros_like(self.vector)
-        views = self.vector.split([p.numel() for p in self.parameters])
-        for parameter, view in zip(self.parameters, views, strict=True):
+        self.clip = clip
+        vector = torch.cat([p.detach().flatten() for p in self.parameters])
+        for parameter, view in zip(self.parameters, vector.split([p.numel() for p in self.parameters]), strict=True):
             parameter.data = view.view_as(parameter)
+        self.sizes = [sum(p.numel() for p in group) for group in (decayed, others)]
+        self.parts = [_Part(part, decay) for part, decay in zip(vector.split(self.sizes), (weight_decay, 0.0), strict=True)]
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """Moves the parameters against the gradients that a backward pass has left, and takes those away."""
-        gradient = torch.cat([self._taken(p) for p in self.parameters])
-        gradient *= (self.clip / (gradient.norm() + 1e-6)).clamp(max=1)
-        self.steps += 1
-        first, second = BETAS
-        self.mean.lerp_(gradient, 1 - first)
-        self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        self.decayed.mul_(1 - learning_rate * self.weight_decay)
-        size = (self.square / (1 - second**self.steps)).sqrt_().add_(EPSILON)
-        self.vector.addcdiv_(self.mean, size, value=-learning_rate / (1 - first**self.steps))
+        gradient = torch.cat([_taken(p) for p in self.parameters])
+        excess = (gradient.norm() / self.clip).clamp(min=1)
+        for part, its_gradient in zip(self.parts, gradient.split(self.sizes), strict=True):
+            if its_gradient.numel():
+                part.step(its_gradient, excess, learning_rate)
 
-    @staticmethod
-    def _taken(parameter: nn.Parameter) -> Tensor:
-        gradient, parameter.grad = parameter.grad, None
-        return parameter.new_zeros(parameter.numel()) if gradient is None else gradient.flatten()
+
+class _Part:
+    """The parameters with one weight decay, as a vector, and what the optimizer remembers of their gradients."""
+
+    def __init__(self, vector: Tensor, weight_decay: float):
+        self.vector, self.weight_decay = vector, weight_decay
+        self.mean, self.square = torch.zeros_like(vector), torch.zeros_like(vector)
+        self.steps = torch.zeros((), device=vector.device)
+
+    def step(self, gradient: Tensor, excess: Tensor, learning_rate: float) -> None:
+        """One pass over the vectors; the gradient is divided by `excess`."""
+        first, second = BETAS
+        adamw(
+            [self.vector],
+            [gradient],
+            [self.mean],
+            [self.square],
+            [],
+            [self.steps],
+            fused=True,
+            grad_scale=excess,
+            amsgrad=False,
+            beta1=first,
+            beta2=second,
+            lr=learning_rate,
+            weight_decay=self.weight_decay,
+            eps=EPSILON,
+            maximize=False,
+        )
+
+
+def _taken(parameter: nn.Parameter) -> Tensor:
+    gradient, parameter.grad = parameter.grad, None
+    return parameter.new_zeros(parameter.numel()) if gradient is None else gradient.flatten()

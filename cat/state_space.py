@@ -2,8 +2,8 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t b_t x_t        y_t = <c_t, h_t>
 
-The recurrence is associative, so a chunk of it is summed as a tree, in a number of steps that is logarithmic in its length. On a
-GPU the kernel of the package mamba_ssm does the same in one pass, where it is installed.
+A chunk of tokens at a time, so that memory does not grow with the sequence. On a GPU the kernel of the package mamba_ssm does the
+same in one pass, where it is installed.
 """
 
 import functools
@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from cat.folding import fold
 
 CHUNK = 16
 """Tokens whose states are in memory at a time; only the last one's is carried on."""
@@ -70,33 +72,35 @@ def scan(decay: States, value: States, state: State) -> States:
 
 
 class _Scan(torch.autograd.Function):
-    """The gradient of a scan is a scan backwards in time, so that the tree itself need not be kept for it."""
+    """One operation a token, each on the states of all sequences; its gradient is a scan backwards in time."""
 
     @staticmethod
-    def forward(ctx: Any, decay: States, value: States, state: State) -> States:
-        states = _tree_scan(decay, value, state)
-        ctx.save_for_backward(decay, state, states)
+    def forward(decay: States, value: States, state: State) -> States:
+        states = torch.empty_like(value)
+        for t in range(value.shape[1]):
+            state = torch.addcmul(value[:, t], decay[:, t], state, out=states[:, t])
         return states
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[States, States, State], output: States) -> None:
+        decay, _, state = inputs
+        ctx.save_for_backward(decay, state, output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: States) -> tuple[States, States, State]:
         decay, state, states = ctx.saved_tensors
-        # Of value_t: g_t = gradient_t + decay_{t+1} g_{t+1}; the decay rolled round to the last place meets a zero state.
-        of_value = _tree_scan(decay.roll(-1, 1).flip(1), gradient.flip(1), torch.zeros_like(state)).flip(1)
-        before = torch.cat([state[:, None], states[:, :-1]], dim=1)
-        return of_value * before, of_value, of_value[:, 0] * decay[:, 0]
+        # Of value_t: g_t = gradient_t + decay_{t+1} g_{t+1}.
+        of_value = torch.empty_like(states)
+        of_value[:, -1] = gradient[:, -1]
+        for t in range(states.shape[1] - 2, -1, -1):
+            torch.addcmul(gradient[:, t], decay[:, t + 1], of_value[:, t + 1], out=of_value[:, t])
+        of_decay = torch.empty_like(states)
+        torch.mul(of_value[:, 1:], states[:, :-1], out=of_decay[:, 1:])
+        torch.mul(of_value[:, 0], state, out=of_decay[:, 0])
+        return of_decay, of_value, of_value[:, 0] * decay[:, 0]
 
-
-def _tree_scan(decay: States, value: States, state: State) -> States:
-    """Pairs of steps are steps of a scan of half the length, which gives every second state; the others are one step more."""
-    length = value.shape[1]
-    if length == 1:
-        return decay * state[:, None] + value
-    first, second = slice(0, -1, 2), slice(1, None, 2)
-    pairs = _tree_scan(decay[:, first] * decay[:, second], decay[:, second] * value[:, first] + value[:, second], state)
-    before = torch.cat([state[:, None], pairs], dim=1)[:, : (length + 1) // 2]
-    states = torch.empty_like(value)
-    states[:, ::2] = decay[:, ::2] * before + value[:, ::2]
-    states[:, 1::2] = pairs
-    return states
+    @staticmethod
+    def vmap(info: Any, mapped: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
+        batches = (fold(x, axis, info.batch_size, into=0) for x, axis in zip(tensors, mapped, strict=True))
+        return _Scan.apply(*batches).unflatten(0, (info.batch_size, -1)), 0

@@ -29,8 +29,7 @@ class _State:
     """Tokens of a step."""
     done: int = 0
     began: float | None = None
-    ended: float | None = None
-    failed: bool = False
+    ended: bool = False
     row: Row | None = None
 
     @property
@@ -75,24 +74,20 @@ class Progress:
         state.row = row or state.row
         self._draw()
 
-    def end(self, cell: Cell) -> None:
-        """Every run of the cell has ended."""
-        self._end(cell, failed=False)
+    def end(self, cell: Cell, seconds: float) -> None:
+        """Every run of the cell has ended, `seconds` after the first began."""
+        self._end(cell, f"trained in {seconds:.1f} s{_seen(self.states[cell[:2]].row)}")
 
     def fail(self, cell: Cell) -> None:
         """A run of the cell has failed."""
-        self._end(cell, failed=True)
+        self._end(cell, "failed", style="red")
 
-    def _end(self, cell: Cell, *, failed: bool) -> None:
+    def _end(self, cell: Cell, words: str, style: str | None = None) -> None:
         state = self.states[cell[:2]]
-        first = state.ended is None
-        state.ended, state.failed, state.done = time.monotonic(), state.failed or failed, state.total
-        if first:
-            ended = sum(s.ended is not None for s in self.states.values())
-            told = "failed" if failed else f"trained in {state.ended - (state.began or state.ended):.1f} s{_seen(state.row)}"
-            self.console.print(
-                f"[{ended}/{len(self.states)}] {state.name}: {told}", style="red" if failed else None, markup=False
-            )
+        if not state.ended:
+            state.ended, state.done = True, state.total
+            ended = sum(s.ended for s in self.states.values())
+            self.console.print(f"[{ended}/{len(self.states)}] {state.name}: {words}", style=style, markup=False)
         self._draw()
 
     def _draw(self) -> None:
@@ -105,7 +100,7 @@ class Progress:
         """What is in work now, and a line about all of it."""
         table = Table("cell", "steps", "loss", "accuracy", "time left", box=None, pad_edge=False)
         now = time.monotonic()
-        working = [s for s in self.states.values() if s.began is not None and s.ended is None]
+        working = [s for s in self.states.values() if s.began is not None and not s.ended]
         for state in working[:SHOWN]:
             row = state.row
             table.add_row(
@@ -118,7 +113,7 @@ class Progress:
         done = sum(s.done * s.weight for s in self.states.values())
         total = sum(s.total * s.weight for s in self.states.values())
         left = (now - self.began) * (total - done) / done if done else None
-        ended = sum(s.ended is not None for s in self.states.values())
+        ended = sum(s.ended for s in self.states.values())
         return Group(table, Text(f"{ended} of {len(self.states)} cells, {done / total:.0%} of the steps, {_clock(left)} left"))
 
     def _left(self, state: _State, now: float) -> float | None:

@@ -23,7 +23,6 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from dvc.repo.reproduce import _reproduce_stage
 from dvc.stage import PipelineStage
-from dvc.stage.cache import RunCacheNotFoundError
 from filelock import FileLock, Timeout
 
 from cat.training import Row
@@ -31,7 +30,7 @@ from pipeline import compute, params
 from pipeline.files import LOGS, read_meta, whole
 from pipeline.params import Study
 from pipeline.progress import Progress
-from pipeline.train import Cell, Job, Setting, Trained, run_job, write
+from pipeline.train import Cell, Job, Setting, Trained, groups, run_jobs, write
 
 FIRST = ("plan", "generate")
 LOCK = Path(".dvc/tmp/pipeline.lock")
@@ -83,20 +82,18 @@ def stale_cells(study: Study) -> list[StageCell]:
             words = shlex.split(stage.cmd) if isinstance(stage.cmd, str) else []
             if words[:4] != ["python", "-m", "pipeline", "train"] or not stage.changed():
                 continue
-            declared = _declared(stage)
-            try:
-                repo.stage_cache.restore(stage, dry=True)
-            except RunCacheNotFoundError:
+            if not _restorable(repo, stage):
                 task, variant = words[4:]
                 section, model = study.tasks[task], study.variants[variant]
                 setting = Setting(model, study.train, section.train, study.seeds, study.precision)
-                stale.append(StageCell(stage.addressing, Cell(task, variant, setting, read_meta(task)), declared))
+                stale.append(StageCell(stage.addressing, Cell(task, variant, setting, read_meta(task)), _declared(stage)))
     return stale
 
 
 def train(stale: list[StageCell], devices: list[torch.device]) -> dict[str, str]:
     """Trains the cells; the reason and the log of each that failed, by stage. A cell's folder is written when it is complete."""
-    jobs = [(stage.cell, job) for stage in sorted(stale, key=_cost, reverse=True) for job in stage.cell.jobs]
+    order = sorted(stale, key=_cost, reverse=True)
+    jobs = [(stage.cell, group) for stage in order for group in groups(stage.cell, devices[0])]
     stages = {stage.cell[:2]: stage.stage for stage in stale}
     outcomes: dict[str, dict[Job, Trained]] = {name: {} for name in stages.values()}
     failures: dict[str, str] = {}
@@ -108,24 +105,27 @@ def train(stale: list[StageCell], devices: list[torch.device]) -> dict[str, str]
 
     with Progress([stage.cell for stage in stale], len(devices)) as progress:
         for index, outcome in compute.work(_run, jobs, devices=devices, method=_method(), report=report):
-            cell, job = jobs[index]
+            cell, group = jobs[index]
             name = stages[cell[:2]]
             if isinstance(outcome, compute.Failure):
-                failures[name] = _log_failure(cell, job, outcome)
+                failures[name] = _log_failure(cell, group, outcome)
                 progress.fail(cell)
                 continue
             seconds, trained = outcome
             began[name] = min(began.get(name, time.time()), time.time() - seconds)
-            outcomes[name][job] = trained
+            outcomes[name] |= zip(group, trained, strict=True)
             if len(outcomes[name]) == len(cell.jobs):
-                write(cell, [outcomes[name].pop(j) for j in cell.jobs], began=began[name], seconds=time.time() - began[name])
-                progress.end(cell)
+                took = time.time() - began[name]
+                write(cell, [outcomes[name].pop(j) for j in cell.jobs], began=began[name], seconds=took)
+                progress.end(cell, took)
     return failures
 
 
-def _run(cell_and_job: tuple[Cell, Job], device: torch.device, report: compute.Report) -> tuple[float, Trained]:
+def _run(
+    cell_and_jobs: tuple[Cell, tuple[Job, ...]], device: torch.device, report: compute.Report
+) -> tuple[float, list[Trained]]:
     start = time.perf_counter()
-    trained = run_job(*cell_and_job, device, report)
+    trained = run_jobs(*cell_and_jobs, device, report)
     return time.perf_counter() - start, trained
 
 
@@ -145,9 +145,10 @@ def _cost(stage: StageCell) -> int:
     return schedule.steps * schedule.batch * length
 
 
-def _log_failure(cell: Cell, job: Job, failure: compute.Failure) -> str:
+def _log_failure(cell: Cell, jobs: tuple[Job, ...], failure: compute.Failure) -> str:
+    which = "; ".join(f"learning rate {job.learning_rate:g}, seed {job.seed}" for job in jobs)
     with whole(LOGS / cell.task / f"{cell.variant}.error.txt") as path:
-        path.write_text(f"{cell.task} {cell.variant}, learning rate {job.learning_rate:g}, seed {job.seed}\n\n{failure.trace}\n")
+        path.write_text(f"{cell.task} {cell.variant}, {which}\n\n{failure.trace}\n")
     return f"{failure.error or type(failure.error).__name__} (see {LOGS / cell.task / f'{cell.variant}.error.txt'})"
 
 
@@ -179,6 +180,15 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
         Repo().reproduce(targets and list(targets), single_item=bool(trained and targets), repro_fn=record)
     finally:
         write_held()
+
+
+def _restorable(repo: Repo, stage: PipelineStage) -> bool:
+    """Whether DVC has the outcome of the stage as it is now, from this or from an earlier run of it."""
+    if not (stage.changed_stage() or stage.changed_deps()):
+        return stage.outs_cached()
+    stage.save_deps()
+    entry = repo.stage_cache._load(stage)
+    return entry is not None and repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached()
 
 
 def _declared(stage: PipelineStage) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from dataclasses import asdict
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import safetensors.numpy
@@ -18,12 +19,15 @@ from cat.configuration import Protocol, Schedule, Theory, VariantConfiguration
 from cat.diagnostics import key_filter_solves_every_length
 from cat.evaluation import Split, score
 from cat.model import SequenceModel
+from cat.replicas import can_be_stacked, fit_together
 from cat.tasks.base import derive_seed
 from cat.training import Row, build_model, fit
 from pipeline import compute, runs
 from pipeline.files import LOGS, Meta, read_meta, read_task, whole, write_csv, write_json
 from pipeline.provenance import provenance
 
+TOGETHER = 1 << 18
+"""Tokens of a step in which several runs are trained at once; bounds their memory."""
 COLUMNS = ("learning_rate", "seed", "step", "train_loss", "valid_loss", "valid_accuracy")
 
 
@@ -85,9 +89,9 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
     where = compute.resolve_device(device)
     cell = Cell(task, variant, setting, read_meta(task))
     with tqdm(total=len(cell.jobs) * setting.schedule.steps, desc=f"{task} {variant}", unit="step", disable=None) as bar:
-        run = functools.partial(run_job, cell)
-        outcomes = compute.spread(run, cell.jobs, device=where, threads=threads, report=functools.partial(_advance, bar))
-    write(cell, outcomes, began=began, seconds=time.perf_counter() - start)
+        run = functools.partial(run_jobs, cell)
+        trained = compute.spread(run, groups(cell, where), device=where, threads=threads, report=functools.partial(_advance, bar))
+    write(cell, list(chain.from_iterable(trained)), began=began, seconds=time.perf_counter() - start)
 
 
 def write(cell: Cell, outcomes: list[Trained], *, began: float, seconds: float) -> None:
@@ -128,39 +132,53 @@ def choose(outcomes: list[Trained], goal: str) -> float:
     return max(dict.fromkeys(o.job.learning_rate for o in outcomes), key=merit)
 
 
-def run_job(cell: Cell, job: Job, device: torch.device, report: compute.Report) -> Trained:
-    """Trains one model of the cell; `report` is told (steps done since it was last told, row of the history or None)."""
-    if isinstance(cell.setting.model, Theory):
-        return _prescribe(cell, job, device, report)
+def groups(cell: Cell, device: torch.device) -> list[tuple[Job, ...]]:
+    """The runs of the cell that are trained at once.
+
+    On a GPU, which one small model does not fill, they are as many as have TOGETHER tokens in a step. On a CPU every run is
+    by itself, and so are its last bits.
+    """
+    setting, jobs = cell.setting, cell.jobs
+    size = max(1, TOGETHER // (setting.schedule.batch * cell.meta.length))
+    if device.type == "cpu" or isinstance(setting.model, Theory) or not can_be_stacked(setting.model):
+        size = 1
+    return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
+
+
+def run_jobs(cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: compute.Report) -> list[Trained]:
+    """Trains these models of the cell at once; `report` is told (steps done since it was last told, row or None)."""
     task, _, setting, meta = cell
-    assert not isinstance(setting.model, Theory)
+    if isinstance(setting.model, Theory):
+        return [_prescribe(cell, job, device, report) for job in jobs]
     train, valid = _splits(task, device)
-    model = build_model(
-        setting.model, vocabulary=meta.vocabulary, length=meta.length, seed=derive_seed(job.seed, task, "weights")
-    ).to(device)
+    models = [
+        build_model(
+            setting.model, vocabulary=meta.vocabulary, length=meta.length, seed=derive_seed(job.seed, task, "weights")
+        ).to(device)
+        for job in jobs
+    ]
+    told = [0] * len(jobs)
 
-    told = 0
-
-    def progress(step: int, row: Row | None) -> None:
-        nonlocal told
+    def progress(place: int, step: int, row: Row | None) -> None:
         if row is not None:
-            report((step - told, row))
-            told = step
+            report((step - told[place], row))
+            told[place] = step
 
-    run = fit(
-        model,
-        train,
-        valid,
-        protocol=setting.protocol,
-        schedule=setting.schedule,
-        learning_rate=job.learning_rate,
-        seed=derive_seed(job.seed, task, "batches"),
-        stop_early=meta.goal == "accuracy",
-        precision=setting.precision,
-        progress=progress,
-    )
-    report((setting.schedule.steps - told, None))
-    return _trained(job, run.model, run.history, run.steps, run.stop, device)
+    seeds = [derive_seed(job.seed, task, "batches") for job in jobs]
+    rates = [job.learning_rate for job in jobs]
+    options: dict[str, Any] = {
+        "protocol": setting.protocol,
+        "schedule": setting.schedule,
+        "stop_early": meta.goal == "accuracy",
+        "precision": setting.precision,
+    }
+    if len(jobs) == 1:
+        alone = functools.partial(progress, 0)
+        trained = [fit(models[0], train, valid, learning_rate=rates[0], seed=seeds[0], progress=alone, **options)]
+    else:
+        trained = fit_together(models, train, valid, learning_rates=rates, seeds=seeds, progress=progress, **options)
+    report((sum(setting.schedule.steps - steps for steps in told), None))
+    return [_trained(job, run.model, run.history, run.steps, run.stop, device) for job, run in zip(jobs, trained, strict=True)]
 
 
 def _prescribe(cell: Cell, job: Job, device: torch.device, report: compute.Report) -> Trained:

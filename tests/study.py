@@ -40,6 +40,19 @@ def edit(**changes):
 
 def finished_study(folder, *, tasks):
     """Every stage but the store of MLflow, for the tasks named, of which `copying` is one."""
+    tiny_study(folder, tasks=tasks)
+    stage("plan")
+    for task in tasks:
+        stage("generate", task)
+    for cell in cells(params.load()):
+        stage("train", cell.task, cell.variant)
+    for task in tasks:
+        stage("evaluate", task)
+    stage("render")
+
+
+def tiny_study(folder, *, tasks):
+    """The parameters and stages of a tiny study on the tasks named, of which `copying` is one."""
     shutil.copy(ROOT / "dvc.yaml", folder)
     raw = YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml")
     raw["threads"] = 1
@@ -55,11 +68,3 @@ def finished_study(folder, *, tasks):
     trained = {variant for ablation in raw["ablations"].values() for variant in ablation["variants"]}
     raw["variants"] = {name: line for name, line in raw["variants"].items() if name in trained}
     write_params(raw)
-    stage("plan")
-    for task in tasks:
-        stage("generate", task)
-    for cell in cells(params.load()):
-        stage("train", cell.task, cell.variant)
-    for task in tasks:
-        stage("evaluate", task)
-    stage("render")

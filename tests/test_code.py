@@ -65,6 +65,7 @@ def test_a_listing_has_what_is_imported_by_what_is_imported_but_no_rules():
         "cat/convolution.py",
         "cat/delta.py",
         "cat/filters.py",
+        "cat/folding.py",
         "cat/mixers/base.py",
         "cat/mixers/delta.py",
         "cat/mixers/streams.py",

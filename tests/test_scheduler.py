@@ -1,0 +1,183 @@
+"""Many cells at a time: what `dvc repro` makes, to the byte; failures that stay alone; nothing recorded that is not so."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import compute, scheduler
+from pipeline.files import read_json
+from pipeline.grid import cells
+from pipeline.params import load
+from tests.study import ROOT, edit, read_params, stage, tiny_study, write_params
+
+CPU = torch.device("cpu")
+
+
+def dvc(*arguments):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A tiny study under DVC, its plan and data there, nothing trained."""
+    folder = tmp_path_factory.mktemp("planned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny_study(folder, tasks=["copying"])
+        raw = read_params()
+        for name, ablation in raw["ablations"].items():
+            ablation["variants"] = ablation["variants"][:2] if name in ("streams", "kinds") else []
+            ablation["tasks"] = ["copying"] if ablation["variants"] else []
+            ablation |= {"beside": [], "across": []}
+        raw["variants"] = {n: v for n, v in raw["variants"].items() if any(n in a["variants"] for a in raw["ablations"].values())}
+        write_params(raw)
+        for package in ("cat", "pipeline"):
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in (".gitignore", ".dvcignore"):
+            shutil.copy(ROOT / name, folder)
+        subprocess.run(["git", "init", "--quiet"], check=True)
+        dvc("init", "--quiet")
+        dvc("repro", "plan", "generate")
+    return folder
+
+
+@pytest.fixture
+def study(planned, tmp_path, monkeypatch):
+    """A copy of it to run, the working folder of the test; the commands of its stages find this Python first."""
+    shutil.copytree(planned, tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    return tmp_path / "study"
+
+
+def test_parallel_and_serial_give_the_same_lock_and_results(study, tmp_path):
+    shutil.copytree(study, tmp_path / "serial")
+    scheduler.run(jobs=2)
+    parallel = {p: p.read_bytes() for p in [Path("dvc.lock"), *Path("results").rglob("*.csv"), *Path("runs").rglob("*.*")]}
+    assert len([p for p in parallel if p.suffix == ".safetensors"]) == len(load().seeds) * len(cells(load()))
+    os.chdir(tmp_path / "serial")
+    dvc("repro")
+    assert {p: p.read_bytes() for p in parallel} == parallel
+    os.chdir(study)
+    ran = [line for line in dvc("repro").splitlines() if line.startswith("Running")]
+    assert ran == ["Running stage 'track':"]
+
+
+def test_only_what_is_stale_is_trained_and_what_the_cache_has_is_restored(study):
+    study = load()
+    named = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
+    assert [s.stage for s in scheduler.stale_cells(study)] == named
+    scheduler.run(jobs=2)
+    assert scheduler.stale_cells(load()) == []
+    edit(**{"variants.k.k": 2})
+    stage("plan")
+    (changed,) = scheduler.stale_cells(load())
+    assert changed.cell[:2] == ("copying", "k")
+    edit(**{"variants.k.k": 3})
+    stage("plan")
+    shutil.rmtree("runs/copying/k")
+    assert scheduler.stale_cells(load()) == []  # DVC has it
+    scheduler.run(jobs=2)
+    assert Path("runs/copying/k/summary.json").exists()
+
+
+def test_a_cell_that_fails_is_reported_while_the_others_are_recorded(study, monkeypatch):
+    monkeypatch.setattr(scheduler, "_run", breaks_on_k)
+    with pytest.raises(
+        scheduler.FailedCellsError, match=r"train_streams@copying-k: no such luck \(see logs/copying/k.error.txt\)"
+    ):
+        scheduler.run(jobs=2)
+    assert "ZeroDivisionError: no such luck" in Path("logs/copying/k.error.txt").read_text()
+    assert not Path("runs/copying/k").exists()
+    assert [s.cell.variant for s in scheduler.stale_cells(load())] == ["k"]
+
+
+def breaks_on_k(cell_and_jobs, device, report):
+    if cell_and_jobs[0].variant == "k":
+        raise ZeroDivisionError("no such luck")
+    return scheduler._run(cell_and_jobs, device, report)  # in this process, it is what it was
+
+
+def test_a_cell_whose_parameters_change_meanwhile_is_not_recorded(study, monkeypatch):
+    train = scheduler.train
+
+    def edits(*arguments):
+        failures = train(*arguments)
+        edit(**{"variants.k.k": 2})
+        return failures
+
+    monkeypatch.setattr(scheduler, "train", edits)
+    scheduler.run(jobs=2)
+    assert read_json(Path("runs/copying/k/summary.json"))["model"]["config"]["k"] == 2
+
+
+def test_two_at_once_are_refused_in_words(study):
+    with scheduler._alone(), pytest.raises(ValueError, match="another `python -m pipeline run` is at work in this folder"):
+        scheduler.run()
+
+
+def test_a_job_that_raises_or_is_killed_fails_alone():
+    told = []
+    outcomes = dict(compute.work(unlucky, [1, 2, 3, 4, 5], devices=[CPU, CPU], method="fork", report=lambda *a: told.append(a)))
+    assert {job: outcomes[job] for job in (0, 2, 4)} == {0: 1, 2: 9, 4: 25}
+    assert isinstance(outcomes[1].error, ValueError)
+    assert "two is even" in outcomes[1].trace
+    assert str(outcomes[3].error) == "its process ended by signal SIGKILL, as when memory runs out"
+    assert sorted(told) == [(i, i + 1) for i in range(5)]
+
+
+def unlucky(number, device, report):
+    report(number)
+    if number == 2:
+        raise ValueError("two is even")
+    if number == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number**2
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    script = (
+        "import torch; from pipeline import compute; from tests.test_scheduler import waits\n"
+        "devices = [torch.device('cpu')] * 2\n"
+        f"for _ in compute.work(waits, [{str(tmp_path)!r}] * 2, devices=devices, method='fork', report=print): pass"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in pids)
+
+
+def waits(folder, device, report):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(120)
+
+
+def alive(pid):
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_processes_are_spread_over_the_gpus():
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert scheduler.assign(gpus, 5) == [gpus[0], gpus[1], gpus[0], gpus[1], gpus[0]]
+    assert scheduler.assign(gpus, None) == gpus
+    assert scheduler.assign([CPU], None) == [CPU] * compute.available()
