@@ -28,6 +28,8 @@ from cat.types import Asked, Heads, Values
 Chosen = Int[Tensor, "B H A T"]
 Own = Int[Tensor, "#B A"]
 """The block that each query stands in."""
+MANY = 8
+"""More windows than so many for each that is chosen are not computed with one and all."""
 
 
 def landmark_attend(
@@ -35,9 +37,7 @@ def landmark_attend(
 ) -> Float[Tensor, "B H _ E"]:
     """Landmark attention, or its rows at positions `at`, at a cost of A (L / block + (top + 1) block) C a head.
 
-    0 <= reach <= block.
-
-    `s` sums up the tokens before each and itself; only the last one's of a block is read.
+    0 <= reach <= block. `s` sums up the tokens before each and itself; only the last one's of a block is read.
     """
     length = q.shape[2]
     if length <= block:
@@ -49,25 +49,29 @@ def landmark_attend(
     own = place // block
     chosen, matches = choose(q, s[:, :, block - 1 : earlier * block : block], own, top=top)
 
-    def read_own(rows: Float[Tensor, "B H A X"], blocks: Float[Tensor, "B H N X Y"]) -> Float[Tensor, "B H A Y"]:
-        if at is None:  # they are all there and in order
-            return (rows.unflatten(2, (-1, block)) @ blocks).flatten(2, 3)
-        return read(rows[:, :, :, None], blocks, own[:, None, :, None].expand(-1, rows.shape[1], -1, 1))[:, :, :, 0]
-
     k_blocks, v_blocks = (x.unflatten(2, (-1, block)) for x in (k, v))
     later = torch.arange(block, device=q.device) > (place % block)[:, None, :, None]
-    near = read_own(q, k_blocks.mT).masked_fill(later, float("-inf"))
+    if at is None:  # the queries of a block are all there and in order
+        near = (q.unflatten(2, (-1, block)) @ k_blocks.mT).flatten(2, 3)
+    else:
+        its_own = own[:, None, :, None].expand(-1, q.shape[1], -1, 1)
+        near = score(q, k_blocks.mT, its_own)[:, :, :, 0]
+    near = near.masked_fill(later, float("-inf"))
 
     # One window a block that can be chosen: (B, H, blocks, C, block + reach).
     k_windows, v_windows = (x[:, :, : earlier * block + reach].unfold(2, block + reach, block) for x in (k, v))
-    far = read(q[:, :, :, None].expand(*chosen.shape, -1), k_windows, chosen)
+    far = score(q, k_windows, chosen)
     far = far.masked_fill(~visible(chosen, own, block=block, reach=reach), float("-inf"))
     choosing = (own > top)[:, None, :, None, None]
     far = torch.where(choosing, far.log_softmax(-1) + matches[..., None], far)
 
     weights = torch.cat([near, far.flatten(3)], dim=-1).softmax(-1)
     near, far = weights[..., :block], weights[..., block:].unflatten(3, (-1, block + reach))
-    return (read_own(near, v_blocks) + read(far, v_windows.mT, chosen).sum(3))[:, :, :length]
+    if at is None:
+        out = (near.unflatten(2, (-1, block)) @ v_blocks).flatten(2, 3)
+    else:
+        out = read(near[:, :, :, None], v_blocks, its_own)
+    return (out + read(far, v_windows.mT, chosen))[:, :, :length]
 
 
 def naive_landmark_attend(
@@ -117,7 +121,31 @@ def visible(chosen: Chosen, own: Own, *, block: int, reach: int) -> Bool[Tensor,
     return (chosen < own)[..., None] & (inside | ~read_anyway[..., None])
 
 
-def read(rows: Float[Tensor, "B H A T X"], windows: Float[Tensor, "B H N X Y"], chosen: Chosen) -> Float[Tensor, "B H A T Y"]:
+def score(q: Float[Tensor, "B H A C"], windows: Float[Tensor, "B H N C W"], chosen: Chosen) -> Float[Tensor, "B H A T W"]:
+    """Each query times the keys of the windows that were chosen for it."""
+    if _few(windows, chosen):
+        every = (q @ windows.transpose(2, 3).flatten(3)).unflatten(3, (windows.shape[2], -1))
+        return every.gather(3, chosen[..., None].expand(*chosen.shape, windows.shape[4]))
+    return _by_window(q[:, :, :, None].expand(*chosen.shape, -1), windows, chosen)
+
+
+def read(weights: Float[Tensor, "B H A T W"], windows: Float[Tensor, "B H N W E"], chosen: Chosen) -> Float[Tensor, "B H A E"]:
+    """The sum of the values in the windows that were chosen, by their weights."""
+    if _few(windows, chosen):
+        every = weights.new_zeros(*weights.shape[:3], *windows.shape[2:4])
+        every = every.scatter(3, chosen[..., None].expand_as(weights), weights)
+        return every.flatten(3) @ windows.flatten(2, 3)
+    return _by_window(weights, windows, chosen).sum(3)
+
+
+def _few(windows: Float[Tensor, "B H N X Y"], chosen: Chosen) -> bool:
+    """Whether to compute with all windows and pick: one large product is sooner done than many small ones."""
+    return windows.shape[2] <= MANY * chosen.shape[3]
+
+
+def _by_window(
+    rows: Float[Tensor, "B H A T X"], windows: Float[Tensor, "B H N X Y"], chosen: Chosen
+) -> Float[Tensor, "B H A T Y"]:
     """Each row times the window that was chosen for it."""
     sequences = torch.arange(chosen.shape[0] * chosen.shape[1], device=chosen.device).view(*chosen.shape[:2], 1, 1)
     group = (sequences * windows.shape[2] + chosen).flatten()

@@ -32,7 +32,7 @@ class AdamW:
     def step(self, learning_rate: float) -> None:
         """Moves the parameters against the gradients that a backward pass has left, and takes those away."""
         gradient = torch.cat([_taken(p) for p in self.parameters])
-        excess = (gradient.norm() / self.clip).clamp(min=1)
+        excess = (gradient.norm() / self.clip).clamp(min=1).float()
         for part, its_gradient in zip(self.parts, gradient.split(self.sizes), strict=True):
             if its_gradient.numel():
                 part.step(its_gradient, excess, learning_rate)

@@ -137,7 +137,7 @@ class Stack:
         self.decayed = sum(parameter.numel() for parameter in decayed)
         self.weights = torch.stack([torch.cat([p.detach().flatten() for p in self._parameters(model)]) for model in models])
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
-        self.peaks = torch.tensor(learning_rates).to(self.weights)[:, None]
+        self.peaks = torch.tensor(learning_rates).to(self.weights).view(len(models), 1)
         self.steps = 0
         buffers = [dict(model.named_buffers()) for model in models]
         self.buffers = {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
@@ -155,7 +155,7 @@ class Stack:
     def score(self, split: Split) -> list[tuple[float, float]]:
         """Loss and accuracy of each model, as `cat.evaluation.score` has them, and with no more tokens at a time."""
         count, length = split.inputs.shape
-        size = max(1, TOKENS_AT_ONCE // (length * len(self.weights)))
+        size = max(1, TOKENS_AT_ONCE[split.inputs.device.type] // (length * len(self.weights)))
         marks = partial(_marks, precision=self.precision)
         parts = [
             self._each(marks, self.weights, split.rows(slice(start, start + size)), mapped=None)

@@ -369,12 +369,16 @@ def test_features_stay_positive_where_elu_rounds_to_zero():
 # Landmark attention.
 
 
+@pytest.mark.parametrize("many", [0, 100])
 @pytest.mark.parametrize("reach", [0, 2, 5])
 @pytest.mark.parametrize("top", [1, 2, 7])
 @pytest.mark.parametrize("length", [1, 5, 6, 10, 23])
-def test_landmark_attention_is_the_definition(length, top, reach):
+@pytest.mark.parametrize("asked", [False, True])
+def test_landmark_attention_is_the_definition(length, top, reach, many, asked, monkeypatch):
+    monkeypatch.setattr("cat.landmark.MANY", many)
     streams = [normal(2, 3, length, 7, seed=s) for s in range(4)]
-    sizes = {"scale": 0.7, "block": 5, "top": top, "reach": reach}
+    at = torch.tensor([[0, length // 2, length - 1], [length // 3, length // 2, length - 1]]) if asked else None
+    sizes = {"scale": 0.7, "block": 5, "top": top, "reach": reach, "at": at}
     assert_twins(partial(landmark_attend, **sizes), partial(naive_landmark_attend, **sizes), *streams)
 
 
@@ -448,7 +452,7 @@ def test_a_landmark_that_matches_better_gets_its_block_more_attention():
     assert shares == pytest.approx([math.e / (math.e + 1), math.e**2 / (math.e**2 + 1)])
 
 
-@pytest.mark.parametrize("group", [[0], [0, 0, 0, 0, 0, 0, 0], [4, 1, 4, 4, 0, 1, 4, 4, 3, 4, 4], [2, 2, 1]])
+@pytest.mark.parametrize("group", [[0], [0] * 7, [2] * 21 + [4, 1], [4, 1, 4, 4, 0, 1, 4, 4, 3, 4, 4], [2, 2, 1]])
 def test_grouped_matmul_multiplies_each_row_by_its_matrix(group):
     group = torch.tensor(group)
     assert_twins(

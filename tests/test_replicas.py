@@ -135,7 +135,7 @@ def test_bfloat16_trains_float32_weights_as_it_does_alone(name, length):
 
 
 def test_scores_of_a_few_sequences_at_a_time_are_those_of_all(monkeypatch):
-    monkeypatch.setattr(cat.replicas, "TOKENS_AT_ONCE", 3 * len(GRID) * LENGTH)  # seven by threes: the last is short
+    monkeypatch.setitem(cat.replicas.TOKENS_AT_ONCE, "cpu", 3 * len(GRID) * LENGTH)  # seven by threes: the last is short
     assert_same(*train_both(CAT))
 
 

@@ -148,7 +148,7 @@ def test_answers_are_the_logits_at_the_asked_positions():
 def test_scores_are_those_counted_by_hand(monkeypatch):
     import cat.evaluation
 
-    monkeypatch.setattr(cat.evaluation, "TOKENS_AT_ONCE", 3 * LENGTH)  # several batches, the last one short
+    monkeypatch.setitem(cat.evaluation.TOKENS_AT_ONCE, "cpu", 3 * LENGTH)  # several batches, the last one short
     model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
     inputs, targets = examples(23)
     targets[3, 2] = -1  # below zero, nothing is asked
