@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -10,15 +11,17 @@ from torch import Tensor
 
 from benchmarks.data import mqar
 from benchmarks.measure import Benchmark, Case, NotRun, Work, compared
-from cat.configuration import Attention
+from cat.configuration import Attention, Protocol
 from cat.evaluation import Split
 from cat.model import SequenceModel
 from cat.optimizer import AdamW
+from cat.replicas import Stack
 from cat.tasks.base import IGNORE, generator
 from cat.training import build_model, decayed_or_not, mean_loss
 
 MODEL = Attention(mixer="attention", width=64, layers=1, heads=1, position="none", q=4, k=4, v=4)
-RATE, CLIP = 1e-3, 1.0
+RATE, CLIP, REPLICAS_TARGET = 1e-3, 1.0, 6
+PROTOCOL = Protocol(weight_decay=0.0, clip=CLIP, warmup=0.0, validate_every=1, stop_at=1.0, stop_after=1)
 
 
 def step(vocabulary: int, *, target: float, batch: int = 64) -> Benchmark:
@@ -38,9 +41,9 @@ def step(vocabulary: int, *, target: float, batch: int = 64) -> Benchmark:
     )
 
 
-def project_step(vocabulary: int, size: int, device: str) -> Work:
+def project_step(vocabulary: int, size: int, device: str, seed: int = 0) -> Work:
     """The step of `cat.training.fit`."""
-    model, inputs, targets = ready(vocabulary, size, device)
+    model, inputs, targets = ready(vocabulary, size, device, seed)
     batch = Split.of(inputs, targets).rows(slice(None))
     decayed, others = decayed_or_not(model)
     optimizer = AdamW(decayed, others, weight_decay=0.0, clip=CLIP)
@@ -78,24 +81,48 @@ def plain_logits(model: SequenceModel, tokens: Tensor) -> Tensor:
     return model.head(model.norm(x))
 
 
-def ready(vocabulary: int, size: int, device: str) -> tuple[SequenceModel, Tensor, Tensor]:
-    """The same weights, inputs and targets at every call."""
+def ready(vocabulary: int, size: int, device: str, seed: int = 0) -> tuple[SequenceModel, Tensor, Tensor]:
+    """The same weights, inputs and targets whenever it is called with the same."""
     task = mqar(vocabulary)
-    examples = task.examples("train", task.length, size, generator(0, "benchmark", "train"))
+    examples = task.examples("train", task.length, size, generator(seed, "benchmark", "train"))
     inputs, targets = (torch.tensor(array, device=device) for array in examples)
-    return build_model(MODEL, vocabulary=task.vocabulary, length=task.length, seed=0).to(device), inputs, targets
+    return build_model(MODEL, vocabulary=task.vocabulary, length=task.length, seed=seed).to(device), inputs, targets
 
 
-def replicas() -> Benchmark:
-    """All seeds and learning rates of a cell at once, against one after the other."""
+def replicas(*, count: int = 12, batch: int = 32, devices: Sequence[str] = ("cuda",)) -> Benchmark:
+    """A step of as many runs of a cell at once, against a step of one after the other."""
 
     def cases(device: str) -> list[Case]:
-        if device != "cuda":
+        if device not in devices:
             raise NotRun("needs a GPU")
-        raise NotRun("the runs of a cell are trained one after the other")  # until there are two ways: then a case of both
+        return [
+            Case(
+                name=f"{count} replicas, batch {batch}, 4 pairs in 64 tokens, vocabulary 256, width 64, 1 layer",
+                ours=partial(together, count, batch),
+                other=partial(one_by_one, count, batch),
+                sides=("together", "one after the other"),
+                target=REPLICAS_TARGET,
+                count=(64 * batch * count, "tokens"),
+            )
+        ]
 
     return Benchmark(
         what="The seeds and learning rates of a cell trained together on a GPU, against one after the other",
-        target="5 times as fast",
+        target=f"{REPLICAS_TARGET} times as fast",
         figures=compared(cases),
     )
+
+
+def together(count: int, size: int, device: str) -> Work:
+    """The step of `cat.replicas.fit_together`: the losses of all replicas."""
+    models, inputs, targets = zip(*(ready(256, size, device, seed) for seed in range(count)), strict=True)
+    stack = Stack(models, [RATE] * count, protocol=PROTOCOL, precision="float32")
+    alone = [Split.of(*examples).rows(slice(None)) for examples in zip(inputs, targets, strict=True)]
+    batches = Split(*(torch.stack(tensors) for tensors in zip(*alone, strict=True)))
+    return lambda: stack.step(batches, 1.0)
+
+
+def one_by_one(count: int, size: int, device: str) -> Work:
+    """The steps of `cat.training.fit`."""
+    steps = [project_step(256, size, device, seed) for seed in range(count)]
+    return lambda: torch.stack([step() for step in steps])

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from dvc.repo.reproduce import _reproduce_stage
 from dvc.stage import PipelineStage
 from filelock import FileLock, Timeout
 
@@ -155,31 +154,27 @@ def _log_failure(cell: Cell, jobs: tuple[Job, ...], failure: compute.Failure) ->
 def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) -> None:
     """`dvc repro` of `targets`, of everything for None, but for the stages `trained`: recorded if what they declare is as given.
 
-    DVC writes the whole lock file for every stage. What is recorded is held back until a stage is run, and written at once.
+    DVC writes the whole lock file after every stage; here it is written once, when all are done or one has failed.
     """
     trained = trained or {}
-    held: list[PipelineStage] = []
+    done: list[PipelineStage] = []
 
     def record(stage: PipelineStage, **options: Any) -> PipelineStage | None:
         if stage.addressing in trained and _declared(stage) == trained[stage.addressing]:
             stage.save()
             stage.commit()
-            held.append(stage)
-            return stage
-        if not options["force"] and not stage.changed(False, options["upstream"]):
+        elif not options["force"] and not stage.changed(False, options["upstream"]):
             return None
-        write_held()
-        return _reproduce_stage(stage, **options)
-
-    def write_held() -> None:
-        if held:
-            held[0].dvcfile.dump_stages(held, update_pipeline=False)
-            held.clear()
+        elif stage.reproduce(**options) is None:
+            return None
+        done.append(stage)
+        return stage
 
     try:
         Repo().reproduce(targets and list(targets), single_item=bool(trained and targets), repro_fn=record)
     finally:
-        write_held()
+        if done:
+            done[0].dvcfile.dump_stages(done, update_pipeline=False)
 
 
 def _restorable(repo: Repo, stage: PipelineStage) -> bool:

@@ -20,7 +20,7 @@ from benchmarks.convolution import filters, long_convolution, short_convolution
 from benchmarks.data import all_at_once, data, mqar, one_by_one
 from benchmarks.measure import COST, POWER, SECONDS, SPEEDUP, Benchmark, Case, Place, Question, answer, compared
 from benchmarks.recurrence import scan
-from benchmarks.training import replicas, step
+from benchmarks.training import one_by_one, replicas, step, together
 from pipeline import params
 from pipeline.grid import cells
 from tests import oracles
@@ -264,3 +264,10 @@ def test_a_study_that_is_not_at_rest_is_not_measured():
     assert startup.at_rest(rest) is rest
     with pytest.raises(RuntimeError, match="ran render where there was nothing to do"):
         startup.at_rest(startup.Run(1.0, 1, rest.output + "\nRunning stage 'render':"))
+
+
+def test_replicas_together_are_those_one_after_the_other():
+    """Two steps: the second has the weights that the first one made."""
+    ways = [way(3, 4, "cpu") for way in (together, one_by_one)]
+    for _ in range(2):
+        torch.testing.assert_close(*(way() for way in ways))
