@@ -24,15 +24,15 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from filelock import FileLock, Timeout
 
-from cat.training import Row
 from pipeline import compute, params
 from pipeline.files import LOGS, read_meta, whole
-from pipeline.params import Study
 from pipeline.progress import Progress
 from pipeline.train import Cell, Job, Setting, Trained, groups, run_jobs, write
 
 FIRST = ("plan", "generate")
 LOCK = Path(".dvc/tmp/pipeline.lock")
+RECORDED = 300
+"""Seconds after which what has been trained is recorded, so that no more is lost if this process is killed."""
 
 
 class StageCell(NamedTuple):
@@ -53,15 +53,35 @@ def run(*, jobs: int | None = None) -> None:
     Raises FailedCellsError where cells failed, once the others are trained and recorded; ValueError where a stage failed, or
     another call is at work here.
     """
-    study = params.load()
-    devices = assign(compute.resolve_devices(study.device), jobs)
+    devices = assign(compute.resolve_devices(params.load().device), jobs)
     with _alone(), _readable_errors():
         reproduce(FIRST)
-        stale = stale_cells(study)
-        failures = train(stale, devices)
-        done = {stage.stage: stage.declared for stage in stale if stage.stage not in failures}
-        if done or not failures:
-            reproduce(done if failures else None, done)
+        stale = stale_cells()
+        declared: dict[str, dict[str, Any]] = {}
+
+        def record() -> None:
+            if declared:
+                reproduce(declared, declared)
+                declared.clear()
+
+        failures: dict[str, str] = {}
+        since = time.monotonic()
+        try:
+            for stage, failure in train(stale, devices):
+                if failure is not None:
+                    failures[stage.stage] = failure
+                    continue
+                declared[stage.stage] = stage.declared
+                if time.monotonic() - since > RECORDED:
+                    record()
+                    since = time.monotonic()
+        except KeyboardInterrupt:
+            record()
+            raise
+        if failures:
+            record()
+        else:
+            reproduce(None, declared)
     if failures:
         raise FailedCellsError("\n".join(f"{stage}: {reason}" for stage, reason in failures.items()))
 
@@ -72,9 +92,14 @@ def assign(devices: list[torch.device], jobs: int | None) -> list[torch.device]:
     return [devices[i % len(devices)] for i in range(count)]
 
 
-def stale_cells(study: Study) -> list[StageCell]:
-    """The train stages that `dvc repro` would run, in its order: changed, and not to be had from DVC's cache."""
+def stale_cells() -> list[StageCell]:
+    """The train stages that `dvc repro` would run, in its order: changed, and not to be had from DVC's cache.
+
+    Raises ValueError where params.yaml is edited meanwhile.
+    """
     stale = []
+    text = Path("params.yaml").read_bytes()
+    study = params.load()
     repo = Repo()
     with repo.lock:
         for stage in repo.index.stages:
@@ -86,38 +111,40 @@ def stale_cells(study: Study) -> list[StageCell]:
                 section, model = study.tasks[task], study.variants[variant]
                 setting = Setting(model, study.train, section.train, study.seeds, study.precision)
                 stale.append(StageCell(stage.addressing, Cell(task, variant, setting, read_meta(task)), _declared(stage)))
+    if Path("params.yaml").read_bytes() != text:
+        raise ValueError("params.yaml was changed while it was read; run it again")
     return stale
 
 
-def train(stale: list[StageCell], devices: list[torch.device]) -> dict[str, str]:
-    """Trains the cells; the reason and the log of each that failed, by stage. A cell's folder is written when it is complete."""
+def train(stale: list[StageCell], devices: list[torch.device]) -> Iterator[tuple[StageCell, str | None]]:
+    """Trains the cells: each once its folder is written, and each that failed with the reason and where its log is."""
     order = sorted(stale, key=_cost, reverse=True)
-    jobs = [(stage.cell, group) for stage in order for group in groups(stage.cell, devices[0])]
-    stages = {stage.cell[:2]: stage.stage for stage in stale}
-    outcomes: dict[str, dict[Job, Trained]] = {name: {} for name in stages.values()}
-    failures: dict[str, str] = {}
+    jobs = [(stage, group) for stage in order for group in groups(stage.cell, devices[0])]
+    outcomes: dict[str, dict[Job, Trained]] = {stage.stage: {} for stage in stale}
     began: dict[str, float] = {}
-
-    def report(index: int, message: tuple[int, Row | None]) -> None:
-        cell, _ = jobs[index]
-        progress.advance(cell, *message)
-
+    work = compute.work(
+        _run,
+        [(stage.cell, group) for stage, group in jobs],
+        devices=devices,
+        method=_method(),
+        report=lambda index, message: progress.advance(jobs[index][0].cell, *message),
+    )
     with Progress([stage.cell for stage in stale], len(devices)) as progress:
-        for index, outcome in compute.work(_run, jobs, devices=devices, method=_method(), report=report):
-            cell, group = jobs[index]
-            name = stages[cell[:2]]
+        for index, outcome in work:
+            stage, group = jobs[index]
+            name, cell = stage.stage, stage.cell
             if isinstance(outcome, compute.Failure):
-                failures[name] = _log_failure(cell, group, outcome)
                 progress.fail(cell)
+                yield stage, _log_failure(cell, group, outcome)
                 continue
             seconds, trained = outcome
             began[name] = min(began.get(name, time.time()), time.time() - seconds)
             outcomes[name] |= zip(group, trained, strict=True)
             if len(outcomes[name]) == len(cell.jobs):
                 took = time.time() - began[name]
-                write(cell, [outcomes[name].pop(j) for j in cell.jobs], began=began[name], seconds=took)
+                write(cell, [outcomes[name].pop(job) for job in cell.jobs], began=began[name], seconds=took)
                 progress.end(cell, took)
-    return failures
+                yield stage, None
 
 
 def _run(
@@ -163,9 +190,7 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
         if stage.addressing in trained and _declared(stage) == trained[stage.addressing]:
             stage.save()
             stage.commit()
-        elif not options["force"] and not stage.changed(False, options["upstream"]):
-            return None
-        elif stage.reproduce(**options) is None:
+        elif not (options["force"] or stage.changed(False, options["upstream"])) or stage.reproduce(**options) is None:
             return None
         done.append(stage)
         return stage

@@ -13,14 +13,14 @@ import torch
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
-from benchmarks import measure, startup, suite
+from benchmarks import measure, startup, suite, training
 from benchmarks.__main__ import main
 from benchmarks.attention import landmark
 from benchmarks.convolution import filters, long_convolution, short_convolution
 from benchmarks.data import all_at_once, data, mqar, one_by_one
 from benchmarks.measure import COST, POWER, SECONDS, SPEEDUP, Benchmark, Case, Place, Question, answer, compared
 from benchmarks.recurrence import scan
-from benchmarks.training import one_by_one, replicas, step, together
+from benchmarks.training import replicas, step
 from pipeline import params
 from pipeline.grid import cells
 from tests import oracles
@@ -268,6 +268,6 @@ def test_a_study_that_is_not_at_rest_is_not_measured():
 
 def test_replicas_together_are_those_one_after_the_other():
     """Two steps: the second has the weights that the first one made."""
-    ways = [way(3, 4, "cpu") for way in (together, one_by_one)]
+    ways = [way(3, 4, "cpu") for way in (training.together, training.one_by_one)]
     for _ in range(2):
         torch.testing.assert_close(*(way() for way in ways))

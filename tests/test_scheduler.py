@@ -36,7 +36,7 @@ def planned(tmp_path_factory):
         tiny_study(folder, tasks=["copying"])
         raw = read_params()
         for name, ablation in raw["ablations"].items():
-            ablation["variants"] = ablation["variants"][:2] if name in ("streams", "kinds") else []
+            ablation["variants"] = ablation["variants"][:2] if name == "streams" else []
             ablation["tasks"] = ["copying"] if ablation["variants"] else []
             ablation |= {"beside": [], "across": []}
         raw["variants"] = {n: v for n, v in raw["variants"].items() if any(n in a["variants"] for a in raw["ablations"].values())}
@@ -76,17 +76,17 @@ def test_parallel_and_serial_give_the_same_lock_and_results(study, tmp_path):
 def test_only_what_is_stale_is_trained_and_what_the_cache_has_is_restored(study):
     study = load()
     named = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
-    assert [s.stage for s in scheduler.stale_cells(study)] == named
+    assert [s.stage for s in scheduler.stale_cells()] == named
     scheduler.run(jobs=2)
-    assert scheduler.stale_cells(load()) == []
+    assert scheduler.stale_cells() == []
     edit(**{"variants.k.k": 2})
     stage("plan")
-    (changed,) = scheduler.stale_cells(load())
+    (changed,) = scheduler.stale_cells()
     assert changed.cell[:2] == ("copying", "k")
     edit(**{"variants.k.k": 3})
     stage("plan")
     shutil.rmtree("runs/copying/k")
-    assert scheduler.stale_cells(load()) == []  # DVC has it
+    assert scheduler.stale_cells() == []  # DVC has it
     scheduler.run(jobs=2)
     assert Path("runs/copying/k/summary.json").exists()
 
@@ -99,7 +99,7 @@ def test_a_cell_that_fails_is_reported_while_the_others_are_recorded(study, monk
         scheduler.run(jobs=2)
     assert "ZeroDivisionError: no such luck" in Path("logs/copying/k.error.txt").read_text()
     assert not Path("runs/copying/k").exists()
-    assert [s.cell.variant for s in scheduler.stale_cells(load())] == ["k"]
+    assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
 
 
 def breaks_on_k(cell_and_jobs, device, report):
@@ -112,13 +112,45 @@ def test_a_cell_whose_parameters_change_meanwhile_is_not_recorded(study, monkeyp
     train = scheduler.train
 
     def edits(*arguments):
-        failures = train(*arguments)
+        yield from train(*arguments)
         edit(**{"variants.k.k": 2})
-        return failures
 
     monkeypatch.setattr(scheduler, "train", edits)
     scheduler.run(jobs=2)
     assert read_json(Path("runs/copying/k/summary.json"))["model"]["config"]["k"] == 2
+
+
+def test_what_is_trained_is_recorded_when_the_study_is_interrupted(study, monkeypatch):
+    train = scheduler.train
+
+    def interrupted(*arguments):
+        for cell, failure in train(*arguments):
+            yield cell, failure
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(scheduler, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.run(jobs=1)
+    assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
+    assert not Path("results").exists()
+
+
+def test_what_is_trained_is_recorded_now_and_then(study, monkeypatch):
+    recorded = []
+    reproduce = scheduler.reproduce
+    monkeypatch.setattr(scheduler, "RECORDED", 0)
+    monkeypatch.setattr(scheduler, "reproduce", lambda *a: recorded.append(list(a[0] or ())) or reproduce(*a))
+    scheduler.run(jobs=2)
+    assert recorded[0] == ["plan", "generate"]
+    assert sorted(recorded[1:3]) == [["train_streams@copying-k"], ["train_streams@copying-none"]]
+    assert recorded[3:] == [[]]
+    assert [line for line in dvc("repro").splitlines() if line.startswith("Running")] == ["Running stage 'track':"]
+
+
+def test_parameters_that_change_while_they_are_read_are_refused(study, monkeypatch):
+    monkeypatch.setattr(scheduler, "_restorable", lambda *_: edit(**{"variants.k.k": 2}) or False)
+    with pytest.raises(ValueError, match=r"params.yaml was changed while it was read; run it again"):
+        scheduler.stale_cells()
 
 
 def test_two_at_once_are_refused_in_words(study):
