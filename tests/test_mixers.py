@@ -180,7 +180,7 @@ def test_asked_positions_are_those_rows_of_the_whole(name, length):
 
 
 @every_mixer
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layers", [1, 3])
 def test_a_model_looks_projections_up_where_tokens_are_many(name, layers):
     """29 tokens of a vocabulary of 5, and the same model with 1,000 more tokens that never stand anywhere."""
     config = configure(**BATTERY[name], mlp=2).model_copy(update={"layers": layers})
@@ -192,9 +192,15 @@ def test_a_model_looks_projections_up_where_tokens_are_many(name, layers):
         }
     )
     tokens, at = torch.randint(5, (2, 29), generator=torch.Generator().manual_seed(0)), torch.tensor([[3, 7], [0, 28]])
+    projected = []
+    for model in (small, large):
+        first, project = model.blocks[0], model.blocks[0].project
+        first.project = lambda x, project=project: projected.append(x.shape[:-1]) or project(x)
     logits = small.answers(tokens, at)
     close(logits, small(tokens)[torch.arange(2)[:, None], at])
     close(logits, large.answers(tokens, at)[..., :5])
+    added = small.embedding.scheme != "none"  # what is added to a token depends on its place
+    assert projected == [(2, 29) if added else (5,)] * 2 + [(2, 29)]
     cotangent = normal(2, 2, 5, seed=1)
     gradients = [
         torch.autograd.grad(model.answers(tokens, at)[..., :5], [*model.parameters()], cotangent, materialize_grads=True)

@@ -171,6 +171,16 @@ def test_scores_are_those_counted_by_hand(monkeypatch):
     assert scores.bits == pytest.approx(scores.loss / math.log(2))
 
 
+def test_what_is_not_asked_is_neither_right_nor_wrong():
+    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    inputs, targets = examples(6)
+    targets = model(inputs).argmax(-1).masked_fill(targets < 0, -100)
+    targets[2, 4] = -100
+    assert score(model, Split.of(inputs, targets))[1:] == (1, 1)
+    targets[4, 6] = (targets[4, 6] + 1) % VOCABULARY
+    assert score(model, Split.of(inputs, targets))[1:] == (16 / 17, 5 / 6)
+
+
 def test_autoregressive_scores_read_the_model_s_own_answers():
     model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=2)
     inputs = successor(9).inputs
