@@ -169,6 +169,7 @@ def test_a_job_that_raises_or_is_killed_fails_alone():
 
 def unlucky(number, device, report):
     report(number)
+    time.sleep(0.05)  # so that the end of a process is noticed while there is still something to do
     if number == 2:
         raise ValueError("two is even")
     if number == 4:
