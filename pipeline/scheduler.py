@@ -10,6 +10,7 @@ was when its training began. DVC's lock is not held while cells are trained. Thi
 
 from __future__ import annotations
 
+import multiprocessing
 import shlex
 import sys
 import time
@@ -143,6 +144,7 @@ def train(stale: list[StageCell], devices: list[torch.device]) -> Iterator[tuple
             if len(outcomes[name]) == len(cell.jobs):
                 took = time.time() - began[name]
                 write(cell, [outcomes[name].pop(job) for job in cell.jobs], began=began[name], seconds=took)
+                _error_log(cell).unlink(missing_ok=True)
                 progress.end(cell, took)
                 yield stage, None
 
@@ -159,8 +161,6 @@ def _method() -> str:
     """Processes are forked from one that has torch imported and has done nothing else, so that no thread and no GPU is copied."""
     if sys.platform == "win32":
         return "spawn"
-    import multiprocessing
-
     multiprocessing.set_forkserver_preload(["pipeline.train"])
     return "forkserver"
 
@@ -173,30 +173,36 @@ def _cost(stage: StageCell) -> int:
 
 def _log_failure(cell: Cell, jobs: tuple[Job, ...], failure: compute.Failure) -> str:
     which = "; ".join(f"learning rate {job.learning_rate:g}, seed {job.seed}" for job in jobs)
-    with whole(LOGS / cell.task / f"{cell.variant}.error.txt") as path:
+    with whole(_error_log(cell)) as path:
         path.write_text(f"{cell.task} {cell.variant}, {which}\n\n{failure.trace}\n")
-    return f"{failure.error or type(failure.error).__name__} (see {LOGS / cell.task / f'{cell.variant}.error.txt'})"
+    return f"{failure.error or type(failure.error).__name__} (see {_error_log(cell)})"
+
+
+def _error_log(cell: Cell) -> Path:
+    return LOGS / cell.task / f"{cell.variant}.error.txt"
 
 
 def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) -> None:
     """`dvc repro` of `targets`, of everything for None, but for the stages `trained`: recorded if what they declare is as given.
 
-    DVC writes the whole lock file after every stage; here it is written once, when all are done or one has failed.
+    Where both are given nothing is run: what is not as given is left as it is. DVC writes the whole lock file after every stage;
+    here it is written once, when all are done or one has failed.
     """
     trained = trained or {}
+    alone = bool(trained and targets)
     done: list[PipelineStage] = []
 
     def record(stage: PipelineStage, **options: Any) -> PipelineStage | None:
         if stage.addressing in trained and _declared(stage) == trained[stage.addressing]:
             stage.save()
             stage.commit()
-        elif not (options["force"] or stage.changed(False, options["upstream"])) or stage.reproduce(**options) is None:
+        elif alone or not stage.changed(False, options["upstream"]) or stage.reproduce(**options) is None:
             return None
         done.append(stage)
         return stage
 
     try:
-        Repo().reproduce(targets and list(targets), single_item=bool(trained and targets), repro_fn=record)
+        Repo().reproduce(targets and list(targets), single_item=alone, repro_fn=record)
     finally:
         if done:
             done[0].dvcfile.dump_stages(done, update_pipeline=False)

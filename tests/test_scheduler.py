@@ -1,6 +1,8 @@
 """Many cells at a time: what `dvc repro` makes, to the byte; failures that stay alone; nothing recorded that is not so."""
 
+import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from cat.training import Row
 from pipeline import compute, scheduler
 from pipeline.files import read_json
 from pipeline.grid import cells
 from pipeline.params import load
+from pipeline.progress import Progress
 from tests.study import ROOT, edit, read_params, stage, tiny_study, write_params
 
 CPU = torch.device("cpu")
@@ -99,6 +104,11 @@ def test_a_cell_that_fails_is_reported_while_the_others_are_recorded(study, monk
         scheduler.run(jobs=2)
     assert "ZeroDivisionError: no such luck" in Path("logs/copying/k.error.txt").read_text()
     assert not Path("runs/copying/k").exists()
+    monkeypatch.undo()
+    os.chdir(study)
+    assert [failure for _, failure in scheduler.train(scheduler.stale_cells(), [CPU])] == [None]
+    assert not Path("logs/copying/k.error.txt").exists()
+    shutil.rmtree("runs/copying/k")
     assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
 
 
@@ -133,6 +143,17 @@ def test_what_is_trained_is_recorded_when_the_study_is_interrupted(study, monkey
         scheduler.run(jobs=1)
     assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
     assert not Path("results").exists()
+
+
+def test_nothing_is_trained_while_what_is_done_is_recorded(study):
+    (none, k) = scheduler.stale_cells()
+    assert [failure for _, failure in scheduler.train([none, k], [CPU])] == [None, None]
+    before = Path("runs/copying/k/summary.json").read_bytes()
+    edit(**{"variants.k.k": 2})
+    given = {cell.stage: cell.declared for cell in (none, k)}
+    scheduler.reproduce(given, given)
+    assert Path("runs/copying/k/summary.json").read_bytes() == before
+    assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
 
 
 def test_what_is_trained_is_recorded_now_and_then(study, monkeypatch):
@@ -213,3 +234,22 @@ def test_processes_are_spread_over_the_gpus():
     assert scheduler.assign(gpus, 5) == [gpus[0], gpus[1], gpus[0], gpus[1], gpus[0]]
     assert scheduler.assign(gpus, None) == gpus
     assert scheduler.assign([CPU], None) == [CPU] * compute.available()
+
+
+def test_progress_shows_what_is_in_work_and_says_what_has_ended(study):
+    (none, k) = (stage.cell for stage in scheduler.stale_cells())
+    said = io.StringIO()
+    with Progress([none, k], 2, Console(file=said, width=100)) as progress:
+        progress.advance(none, 2, Row(step=2, train_loss=2.5, valid_loss=3.5, valid_accuracy=0.25))
+        shown = io.StringIO()
+        Console(file=shown, width=100).print(progress.table())
+        assert re.search(r"copying none +2 of 10 +2.500 +0.250 +0:00 *\n0 of 2 cells, 10% of the steps", shown.getvalue())
+        assert "copying k" not in shown.getvalue()
+        progress.end(none, 1.25)
+        progress.fail(k)
+        progress.fail(k)
+    assert said.getvalue().splitlines() == [
+        "2 cells to train, 2 runs at a time",
+        "[1/2] copying none: trained in 1.2 s, loss 2.500, accuracy 0.250",
+        "[2/2] copying k: failed",
+    ]
