@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, Integer
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from cat.model import SequenceModel
@@ -40,6 +40,15 @@ class Split(NamedTuple):
         return Split(*(tensor[index].long() for tensor in self))
 
 
+class Tally(NamedTuple):
+    """What a model answered, sequence by sequence: the sums that scores are quotients of."""
+
+    loss: Float[Tensor, " N"]
+    """Nats."""
+    right: Float[Tensor, " N"]
+    asked: Float[Tensor, " N"]
+
+
 class Scores(NamedTuple):
     """Means over a split."""
 
@@ -49,6 +58,11 @@ class Scores(NamedTuple):
     """Share of the answers that are right."""
     sequence_accuracy: float
     """Share of the sequences in which every answer is right."""
+
+    @classmethod
+    def of(cls, tally: Tally) -> Scores:
+        loss, right, asked = (column.sum().item() for column in tally)
+        return cls(loss / asked, right / asked, (tally.right == tally.asked).double().mean().item())
 
     @property
     def perplexity(self) -> float:
@@ -60,28 +74,31 @@ class Scores(NamedTuple):
         return self.loss / math.log(2)
 
 
-@torch.no_grad()
 def score(model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False) -> Scores:
-    """Scores `model` on `split`, a bounded number of tokens at a time.
+    """The scores of `model` on `split`: those of its `tally`."""
+    return Scores.of(tally(model, split, precision=precision, autoregressive=autoregressive))
+
+
+@torch.no_grad()
+def tally(model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False) -> Tally:
+    """What `model` answers in each sequence of `split`, a bounded number of tokens at a time; in float64, on the CPU.
 
     Autoregressive: from the first asked position on, the model reads what it answered itself; the asked positions must then
     be the same in every sequence, and the last ones of it. The loss stays that of the true answers.
     """
     count, length = split.inputs.shape
     size = max(1, TOKENS_AT_ONCE[split.inputs.device.type] // length)
-    loss = right = asked = sequences = 0.0
+    parts = []
     for start in range(0, count, size):
         inputs, at, answers = split.rows(slice(start, start + size))
         with autocast(inputs.device, precision):
             if autoregressive:
                 inputs = continuation(model, inputs, first=int(at[0, 0]))
             logits = model.answers(inputs, at).float()
-        loss += F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE, reduction="sum").item()
-        correct, unasked = logits.argmax(-1) == answers, answers == IGNORE
-        right += correct.sum().item()
-        asked += (~unasked).sum().item()
-        sequences += (correct | unasked).all(1).sum().item()
-    return Scores(loss / asked, right / asked, sequences / count)
+        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE, reduction="none")
+        columns = loss.view_as(answers), logits.argmax(-1) == answers, answers != IGNORE
+        parts.append([column.sum(1).double().cpu() for column in columns])
+    return Tally(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def continuation(model: SequenceModel, inputs: Int[Tensor, "B L"], *, first: int) -> Int[Tensor, "B L"]:

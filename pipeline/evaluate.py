@@ -1,4 +1,7 @@
-"""results/<task>.csv: every metric of every variant, seed and length, one long tidy table; filters/<task>.csv: the filters."""
+"""results/<task>.csv: every metric of every variant, seed and length, one long tidy table; filters/<task>.csv: the filters.
+
+scores/<task>.npz has what the metric of the task is a mean of, sequence by sequence, for intervals.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,24 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cat.diagnostics import attention_statistics, filter_taps
-from cat.evaluation import Scores, score
+from cat.evaluation import Scores, Tally, tally
 from cat.model import SequenceModel
 from pipeline import compute, runs
-from pipeline.files import FILTERS, RESULTS, Meta, read_meta, read_split, read_task, whole, write_csv
+from pipeline.files import FILTERS, RESULTS, SCORES, Meta, read_meta, read_split, read_task, whole, write_csv
 
 COLUMNS = ("task", "variant", "seed", "length", "metric", "value")
 FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "tap", "value")
 
 
 Rows = list[dict[str, Any]]
+Sequences = dict[str, NDArray[np.float32]]
+"""`variant/seed/length` -> two rows with a column a sequence: answers right, or bits on text; and answers asked."""
 
 
 class Job(NamedTuple):
@@ -47,9 +54,12 @@ def evaluate(
         work = functools.partial(_rows, task, meta, precision)
         tables = compute.spread(work, jobs, device=where, threads=threads, report=advance)
     with whole(RESULTS / f"{task}.csv") as path:
-        write_csv(path, (row for scored, _ in tables for row in scored), COLUMNS)
+        write_csv(path, (row for scored, _, _ in tables for row in scored), COLUMNS)
     with whole(FILTERS / f"{task}.csv") as path:
-        write_csv(path, (row for _, filters in tables for row in filters), FILTER_COLUMNS)
+        write_csv(path, (row for _, filters, _ in tables for row in filters), FILTER_COLUMNS)
+    with whole(SCORES / f"{task}.npz") as path, path.open("wb") as file:
+        arrays = {key: columns for *_, sequences in tables for key, columns in sequences.items()}
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def metrics(scores: Scores, goal: str, *, autoregressive: bool) -> dict[str, float]:
@@ -60,11 +70,14 @@ def metrics(scores: Scores, goal: str, *, autoregressive: bool) -> dict[str, flo
     return shares if autoregressive else {**shares, "loss": scores.loss}
 
 
-def _rows(task: str, meta: Meta, precision: str, job: Job, device: torch.device, report: compute.Report) -> tuple[Rows, Rows]:
+def _rows(
+    task: str, meta: Meta, precision: str, job: Job, device: torch.device, report: compute.Report
+) -> tuple[Rows, Rows, Sequences]:
     path = runs.weights_path(task, job.variant, job.seed)
     model = runs.load_model(path).to(device) if path.exists() else None
     longest = runs.longest(task, job.variant)
     rows: Rows = []
+    sequences: Sequences = {}
     if model is not None:
         rows += _tidy({"task": task, **job._asdict(), "length": meta.length}, _attention(task, meta, model, device))
     for length in meta.lengths:
@@ -74,11 +87,17 @@ def _rows(task: str, meta: Meta, precision: str, job: Job, device: torch.device,
             values = dict.fromkeys(metrics(Scores(0, 0, 0), meta.goal, autoregressive=meta.autoregressive), math.nan)
         else:
             split = runs.split(task, f"test_{length}", device)
-            scores = score(model, split, precision=precision, autoregressive=meta.autoregressive)
-            values = metrics(scores, meta.goal, autoregressive=meta.autoregressive)
+            answered = tally(model, split, precision=precision, autoregressive=meta.autoregressive)
+            sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(answered, meta.goal)
+            values = metrics(Scores.of(answered), meta.goal, autoregressive=meta.autoregressive)
         rows += _tidy({"task": task, **job._asdict(), "length": length}, values.items())
     report(1)
-    return rows, [] if model is None else _filters({"task": task, **job._asdict()}, model)
+    return rows, [] if model is None else _filters({"task": task, **job._asdict()}, model), sequences
+
+
+def _sequences(answered: Tally, goal: str) -> NDArray[np.float32]:
+    amount = answered.right if goal == "accuracy" else answered.loss / math.log(2)
+    return torch.stack([amount, answered.asked]).numpy().astype(np.float32)
 
 
 def _attention(task: str, meta: Meta, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:
