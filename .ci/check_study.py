@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path.cwd()))
 
+from pipeline.claims import load as load_claims
 from pipeline.grid import cells
 from pipeline.params import load
 from pipeline.results import read_results
@@ -53,8 +54,10 @@ for task in study.tasks:
     filters = pd.read_csv(f"results/filters/{task}.csv")
     filtered = {c.variant for c in cells(study) if c.task == task and study.variants[c.variant].filtered}
     assert filtered <= set(filters["variant"]), (task, filtered)
+assert pd.read_csv("verdicts/claims.csv")["claim"].tolist() == list(load_claims())
+assert Path("reports/report.html").read_text().count("<svg ") == len(list(Path("reports/svg").iterdir()))
 assert mlflow_runs() == expected
-print("complete: grid, figures, filters, MLflow")
+print("complete: grid, figures, filters, verdicts, report, MLflow")
 
 assert repro() == ["track"], "a second `dvc repro` ran more than the look at MLflow"
 assert mlflow_runs() == expected

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from pipeline import params
+from pipeline import claims, params
 from pipeline.params import ParamsError
 
 
@@ -42,11 +42,12 @@ def command(function: Callable[..., None]) -> click.Command:
 @command
 @click.argument("file", default="params.yaml")
 def validate(file: str) -> None:
-    """Check a parameter FILE and print its grid; write nothing."""
+    """Check a parameter FILE, and claims.yaml; print the grid; write nothing."""
     from pipeline.plan import check_stages, table
 
     study = params.load(file)
     check_stages(study, file)
+    claims.load()
     click.echo(table(study))
 
 
@@ -57,6 +58,7 @@ def plan() -> None:
 
     study = params.load()
     check_stages(study)
+    claims.load()
     write(study)
 
 
@@ -125,6 +127,27 @@ def evaluate(task: str) -> None:
     study = params.load()
     params.entry(study.tasks, "tasks", task)
     evaluate(task, variants_on(study, task), study.seeds, study.precision, device=study.device, threads=study.threads)
+
+
+@command
+def judge() -> None:
+    """Give every claim of claims.yaml its verdict."""
+    from pipeline.judge import judge
+
+    study = params.load()
+    judge(study, claims.load())
+
+
+@command
+@click.argument("task", required=False)
+def show(task: str | None) -> None:
+    """Print the verdicts and the results, of one TASK or of all."""
+    from pipeline.show import show
+
+    study = params.load()
+    if task is not None:
+        params.entry(study.tasks, "tasks", task)
+    show(study, task)
 
 
 @command

@@ -17,7 +17,7 @@ from cat.tasks import Examples, Task, TaskConfiguration
 
 DATA, RUNS, RESULTS, REPORTS = Path("data"), Path("runs"), Path("results"), Path("reports")
 FILTERS = RESULTS / "filters"
-SCORES = Path("scores")
+SCORES, VERDICTS = Path("scores"), Path("verdicts")
 LOGS = Path("logs")
 """What a run is not made of: when, where and how fast. Not an output of any stage, so it may differ from run to run."""
 

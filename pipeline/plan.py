@@ -28,7 +28,10 @@ def write(study: Study) -> None:
     That is the code that it runs, and for an evaluation the variants that it walks.
     """
     kinds = {task: f"cat/tasks/{section.data.kind}.py" for task, section in study.tasks.items()}
-    begin = {"render": ["pipeline/render.py", *kinds.values()]}
+    begin = {
+        "judge": ["pipeline/judge.py", "pipeline/claims.py", *kinds.values()],
+        "render": ["pipeline/render.py", *kinds.values()],
+    }
     for task, kind in kinds.items():
         models = [study.variants[variant] for variant in variants_on(study, task)]
         begin[f"generate/{task}"] = ["pipeline/generate.py", kind]

@@ -1,4 +1,4 @@
-"""reports/: three figures an ablation, the tables, the metrics, and report.md, each a group-by over the one results table."""
+"""reports/: three figures an ablation, tables, metrics, the report as Markdown and HTML: group-bys over the one results table."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from cat.configuration import Theory
 from pipeline import runs
 from pipeline.files import REPORTS, whole, write_json
 from pipeline.grid import variants_on
+from pipeline.html import page
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import PRIMARY, primary, read_history, read_results, strays
+from pipeline.verdicts import read_verdicts, verdict_table
 
 LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
 README_MARKS = ("<!-- results: written by `python -m pipeline readme` -->", "<!-- end of results -->")
@@ -43,8 +45,12 @@ def render(study: Study) -> None:
                 sections.append(_section(folder, study, results, name, ablation))
         headline = next((a for a in study.ablations.values() if a.tasks and a.variants), None)
         if headline is not None:
-            (folder / "headline.md").write_text(table(study, scores, headline) + "\n\n" + _what_was_run(study) + "\n")
-        (folder / "report.md").write_text("\n\n".join(["# What the study shows", _what_was_run(study), *sections]) + "\n")
+            parts = [_verdicts(), table(study, scores, headline), _what_was_run(study)]
+            (folder / "headline.md").write_text("\n\n".join(filter(None, parts)) + "\n")
+        parts = ["# What the study shows", _verdicts(), _what_was_run(study), *sections]
+        report = "\n\n".join(filter(None, parts)) + "\n"
+        (folder / "report.md").write_text(report, encoding="utf-8")
+        (folder / "report.html").write_text(page(report, folder / "svg"), encoding="utf-8")
         _curves(study, scores).to_csv(folder / "lengths.csv", index=False, lineterminator="\n")
         for variant, values in _metrics(study, scores).items():
             write_json(folder / "metrics" / f"{variant}.json", values)
@@ -77,6 +83,22 @@ def _section(folder: Path, study: Study, results: pd.DataFrame, name: str, ablat
         plt.close(figure)
         lines.append(f"![{file.replace('_', ' ')}](figures/{file}.png)")
     return "\n\n".join(lines)
+
+
+def _verdicts() -> str:
+    """The claims of claims.yaml with their verdicts, as Markdown; empty where there are none."""
+    verdicts = read_verdicts()
+    if not len(verdicts):
+        return ""
+    counts = verdicts["verdict"].value_counts()
+    said = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in ("supported", "contradicted", "undecided"))
+    table = verdict_table(verdicts).to_markdown(index=False, disable_numparse=True)
+    return (
+        f"{table}\n\n{len(verdicts)} claims: {said}. An effect is the mean of the metric less that of the other side, in the"
+        " comparison that decides; its interval is a bootstrap over seeds and test sequences, p that of Student's test over"
+        " seeds, corrected for all claims; a dash where no seed differs from another. claims.yaml says what decides a claim,"
+        " verdicts/comparisons.csv has every comparison."
+    )
 
 
 def lengths(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:

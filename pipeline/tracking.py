@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import runs
-from pipeline.files import DATA, FILTERS, LOGS, REPORTS, RESULTS, RUNS, read_json, whole
+from pipeline.files import DATA, FILTERS, LOGS, REPORTS, RESULTS, RUNS, VERDICTS, read_json, whole
 from pipeline.grid import variants_on
 from pipeline.params import Study, shown_tasks, shown_variants
 from pipeline.provenance import provenance
@@ -99,7 +99,7 @@ def track(study: Study) -> None:
 
 def _appearance() -> str:
     """A digest of the names, sizes and times of all that is logged, of what logs it, and of the store."""
-    folders = (path for folder in (RUNS, RESULTS, REPORTS, LOGS) for path in folder.rglob("*"))
+    folders = (path for folder in (RUNS, RESULTS, VERDICTS, REPORTS, LOGS) for path in folder.rglob("*"))
     files = sorted([*folders, *DATA.glob("*/meta.json"), Path("params.yaml"), Path(__file__), STORE])
     digest = hashlib.sha256(os.environ.get("DVC_EXP_NAME", "").encode())
     for path in files:
@@ -267,7 +267,9 @@ def _task_records(study: Study) -> Iterator[Record]:
 
 def _report_record(study: Study) -> Record:
     """The figures and tables: not of one run but of all of them."""
-    tables = sorted([*REPORTS.glob("*.md"), *REPORTS.glob("*.csv"), *Path("results").rglob("*.csv")])
+    tables = sorted(
+        [*REPORTS.glob("*.md"), *REPORTS.glob("*.html"), *REPORTS.glob("*.csv"), *RESULTS.rglob("*.csv"), *VERDICTS.glob("*.csv")]
+    )
     headline = REPORTS / "headline.md"
     return Record(
         experiment=STUDY,
@@ -277,7 +279,7 @@ def _report_record(study: Study) -> Record:
         tags={},
         metrics=[],
         files={
-            "": [Path("params.yaml")],
+            "": [path for name in ("params.yaml", "claims.yaml") if (path := Path(name)).exists()],
             "figures": sorted((REPORTS / "figures").glob("*.png")),
             "svg": sorted((REPORTS / "svg").glob("*.svg")),
             "tables": tables,

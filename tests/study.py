@@ -48,12 +48,14 @@ def finished_study(folder, *, tasks):
         stage("train", cell.task, cell.variant)
     for task in tasks:
         stage("evaluate", task)
+    stage("judge")
     stage("render")
 
 
 def tiny_study(folder, *, tasks):
     """The parameters and stages of a tiny study on the tasks named, of which `copying` is one."""
     shutil.copy(ROOT / "dvc.yaml", folder)
+    shutil.copy(ROOT / "claims.yaml", folder)
     raw = YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml")
     raw["threads"] = 1
     raw["tasks"] = {name: raw["tasks"][name] for name in tasks}

@@ -1,0 +1,55 @@
+"""report.html: the report as one file that opens offline, its figures drawn within it; for phones, in light and in dark."""
+
+from __future__ import annotations
+
+import html
+import re
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+
+STYLE = """
+:root { color-scheme: light dark; --ink: light-dark(#1d2126, #dfe3e8); --paper: light-dark(#ffffff, #15181c);
+  --line: light-dark(#d9dde2, #343a42); --good: light-dark(#1a7f37, #4ac26b); --bad: light-dark(#b3261e, #ff7b72);
+  --open: light-dark(#7a5c00, #d9a72c); }
+body { margin: 0 auto; padding: 1rem; max-width: 75rem; color: var(--ink); background: var(--paper);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+h1, h2 { line-height: 1.25; } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+a { color: inherit; } nav ul { columns: 22rem; padding-left: 1.2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+th, td { min-width: 5.5rem; } td:first-child { min-width: 9rem; }
+figure { margin: 1rem 0; background: #ffffff; border-radius: .5rem; padding: .5rem; overflow-x: auto; }
+figure svg { display: block; max-width: 100%; min-width: 34rem; height: auto; margin: auto; }
+.supported { color: var(--good); } .contradicted { color: var(--bad); } .undecided { color: var(--open); }
+"""
+
+
+def page(markdown: str, figures: Path) -> str:
+    """The report of `markdown`; each image is replaced by the SVG of its name in the folder `figures`."""
+    body = MarkdownIt("commonmark").enable("table").render(markdown)
+    body = re.sub(r"<p>(<img [^>]*>)</p>", r"\1", body)
+    body = re.sub(r'<img src="[^"]*?([^"/]+)\.png" alt="([^"]*)" ?/?>', lambda match: _figure(figures, *match.groups()), body)
+    body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
+    body = re.sub(r"<strong>(supported|contradicted|undecided)</strong>", r'<strong class="\1">\1</strong>', body)
+    questions = re.findall(r"<h2>(.*?)</h2>", body)
+    for number, question in enumerate(questions):
+        body = body.replace(f"<h2>{question}</h2>", f'<h2 id="q{number}">{question}</h2>', 1)
+    links = "".join(f'<li><a href="#q{number}">{question}</a></li>' for number, question in enumerate(questions))
+    (title,) = re.findall(r"<h1>(.*?)</h1>", body)[:1] or ["report"]
+    heading, rest = body.split("</h1>", 1) if "</h1>" in body else ("<h1>report", body)
+    return f"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
+<style>{STYLE}</style></head>
+<body>{heading}</h1><nav><ul>{links}</ul></nav>{rest}</body>
+</html>
+"""
+
+
+def _figure(figures: Path, name: str, alt: str) -> str:
+    drawing = (figures / f"{name}.svg").read_text(encoding="utf-8")
+    drawing = drawing[drawing.index("<svg ") :]
+    # The figures share names of their parts, and a page has each once.
+    drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", drawing)
+    return f'<figure role="img" aria-label="{html.escape(html.unescape(alt))}">{drawing}</figure>'

@@ -1,0 +1,60 @@
+"""The verdicts and the results in the terminal."""
+
+from __future__ import annotations
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.grid import variants_on
+from pipeline.params import Study
+from pipeline.results import PRIMARY, primary, read_results
+from pipeline.verdicts import read_verdicts, verdict_table
+
+COLOURS = {"supported": "green", "contradicted": "red", "undecided": "yellow"}
+
+
+def show(study: Study, task: str | None, console: Console | None = None) -> None:
+    """Prints a table a task, of `task` alone where it is given, and the verdicts that speak of it.
+
+    Raises ValueError where results or verdicts are missing.
+    """
+    console = console or Console()
+    scores = primary(study, read_results(study))
+    for name in [task] if task else study.tasks:
+        console.print(_scores(study, name, scores[scores["task"] == name]))
+    verdicts = read_verdicts()
+    if task:
+        of_task = pd.read_csv("verdicts/comparisons.csv")
+        verdicts = verdicts[verdicts["claim"].isin(of_task.loc[of_task["task"] == task, "claim"])]
+    table = Table(title="claims", title_justify="left", show_lines=True)
+    shown = verdict_table(verdicts)
+    for column in shown.columns:
+        table.add_column(column, overflow="fold", ratio=2 if column in ("claim", "decided by") else None)
+    for verdict, row in zip(verdicts["verdict"], shown.itertuples(index=False), strict=True):
+        claim, _, *rest = row
+        table.add_row(claim, f"[{COLOURS[verdict]}]{verdict}[/]", *rest)
+    console.print(table)
+
+
+def _scores(study: Study, task: str, scores: pd.DataFrame) -> Table:
+    """A row a variant, best first at the last length of the tables; mean over seeds and the range where they differ."""
+    section = study.tasks[task]
+    multiples = [m for m in section.data.multiples if m in set(scores["multiple"])]
+    means = scores.pivot_table(index="variant", columns="multiple", values="value", aggfunc=["mean", "min", "max"])
+    last = max((m for m in study.evaluate.multiples if m in multiples), default=multiples[-1])
+    order = means["mean"][last].sort_values(ascending=section.data.goal != "accuracy").index
+    metric = PRIMARY[section.data.goal].replace("_", " ")
+    table = Table(title=f"{task}: {metric} over {len(study.seeds)} seeds, by training lengths", title_justify="left")
+    table.add_column("variant")
+    for multiple in multiples:
+        table.add_column(f"{multiple:g}x", justify="right")
+    for variant in [*order, *(v for v in variants_on(study, task) if v not in order)]:
+        cells = []
+        for multiple in multiples:
+            mean, low, high = ((means[k].get(multiple, pd.Series()).get(variant, float("nan"))) for k in ("mean", "min", "max"))
+            cells.append(
+                "-" if mean != mean else f"{mean:.3f}" + ("" if high - low < 5e-4 else f" [dim]±{(high - low) / 2:.3f}[/]")
+            )
+        table.add_row(variant, *cells)
+    return table

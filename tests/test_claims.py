@@ -1,0 +1,259 @@
+"""Verdicts on planted results: each way to each verdict; chance decides nothing; bad claims are refused in one line."""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import claims, params
+from pipeline.claims import Claim
+from pipeline.judge import Evidence, compare, decide
+from pipeline.params import ParamsError
+from pipeline.results import read_results
+from pipeline.verdicts import verdict_table
+from tests.study import ROOT, finished_study, stage
+
+STUDY = params.load(ROOT / "params.yaml")
+SEQUENCES, ASKED = 64, 8
+
+
+def claim(**changes):
+    about = {
+        "says": "k beats none.", "source": "ours", "tasks": ("ar",), "multiples": (1.0,), "variants": ("k",), "than": ("none",),
+        "direction": "higher", "by": 0.1, "seeds": 3, "figure": "streams",
+    }  # fmt: skip
+    return Claim(**(about | changes))
+
+
+def planted(scores, *, task="ar", length=36, metric="accuracy", noise=0.0, seed=0):
+    """Evidence in which each variant has these values by seed, its sequences scattered around them by `noise`."""
+    rng = np.random.default_rng(seed)
+    rows, sequences = [], {}
+    for (variant, at), values in {(name if isinstance(name, tuple) else (name, length)): v for name, v in scores.items()}.items():
+        for number, value in enumerate(values):
+            right = ASKED * (value + noise * rng.standard_normal(SEQUENCES))
+            right += ASKED * value - right.mean()
+            sequences[f"{variant}/{number}/{at}"] = np.stack([right, np.full(SEQUENCES, ASKED)])
+            rows.append((task, variant, number, at, metric, value))
+    columns = ["task", "variant", "seed", "length", "metric", "value"]
+    return Evidence(STUDY, pd.DataFrame(rows, columns=columns), {task: sequences})
+
+
+def verdict(evidence, **changes):
+    one = claim(**changes)
+    (row,) = decide({"it": one}, {"it": list(compare(evidence, "it", one))}).to_dict("records")
+    return row
+
+
+LOW, HIGH = [0.10, 0.12, 0.11], [0.90, 0.92, 0.91]
+
+
+@pytest.mark.parametrize(
+    ("scores", "changes", "expected"),
+    [
+        ({"k": HIGH, "none": LOW}, {}, "supported"),
+        ({"k": LOW, "none": HIGH}, {}, "contradicted"),
+        ({"k": [0.50, 0.52, 0.51], "none": [0.49, 0.51, 0.50]}, {}, "contradicted"),  # a difference that does not matter
+        ({"k": [0.2, 0.9, 0.5], "none": [0.4, 0.1, 0.3]}, {}, "undecided"),
+        ({"k": [0.90, 0.91], "none": [0.10, 0.11]}, {}, "undecided"),
+        ({"k": [0.9, math.nan, 0.9], "none": LOW}, {}, "undecided"),
+        ({"k": HIGH}, {}, "undecided"),
+        ({"k": LOW, "none": HIGH}, {"direction": "lower"}, "supported"),
+        ({"k": HIGH, "none": LOW}, {"direction": "lower"}, "contradicted"),
+        ({"k": [0.50, 0.52, 0.51], "none": [0.49, 0.51, 0.50]}, {"direction": "not_lower"}, "supported"),
+        ({"k": [0.50, 0.52, 0.51], "none": [0.49, 0.51, 0.50]}, {"direction": "not_higher"}, "supported"),
+        ({"k": LOW, "none": HIGH}, {"direction": "not_lower"}, "contradicted"),
+        ({"k": HIGH, "none": LOW}, {"direction": "not_higher"}, "contradicted"),
+        ({"k": HIGH}, {"than": 0.7}, "supported"),
+        ({"k": LOW}, {"than": 0.7}, "contradicted"),
+        ({"k": [0.7, 0.95, 0.8]}, {"than": 0.7}, "undecided"),
+        ({"k": [1.0, 1.0, 1.0]}, {"than": 1.0, "direction": "not_lower"}, "supported"),  # nothing varies, nothing to test
+        ({"k": [0.8, 0.8, 0.8]}, {"than": 1.0, "direction": "not_lower"}, "contradicted"),
+        (
+            {"k": HIGH, ("k", 288): [0.89, 0.91, 0.90]},
+            {"than": None, "than_multiple": 8.0, "direction": "not_higher"},
+            "supported",
+        ),
+        ({"k": HIGH, ("k", 288): LOW}, {"than": None, "than_multiple": 8.0, "direction": "not_higher"}, "contradicted"),
+        ({"k": HIGH, "none": LOW, "q": HIGH}, {"than": ("none", "q")}, "contradicted"),  # true of none, false of q
+        ({"k": HIGH, "none": LOW, "q": [0.2, 0.9, 0.5]}, {"than": ("none", "q")}, "undecided"),
+    ],
+)
+def test_planted_results_get_the_verdict_that_was_planted(scores, changes, expected):
+    assert verdict(planted(scores), **changes)["verdict"] == expected
+
+
+def test_what_is_undecided_says_why():
+    def reason(scores, **changes):
+        return verdict(planted(scores), **changes)["reason"]
+
+    assert reason({"k": [0.9, 0.9], "none": [0.1, 0.1]}) == "too few seeds: 2 of 3"
+    assert reason({"k": [0.9, math.nan, 0.9], "none": LOW}) == "k diverged on ar with 1 of 3 seeds"
+    assert reason({"k": HIGH}) == "the study has no accuracy of none on ar at 1x"
+    assert reason({"k": HIGH}, tasks=("absent",)) == "the study has no score of k on absent at 1x"
+    assert reason({"k": HIGH, "none": LOW}, multiples=(3.0,)) == "the study has no accuracy of k on ar at 3x"
+    assert reason({"k": [0.2, 0.9, 0.5], "none": [0.4, 0.1, 0.3]}).startswith("interval across the threshold: k against none")
+
+
+def test_the_effect_is_the_difference_of_means_and_lies_in_its_interval():
+    row = verdict(planted({"k": HIGH, "none": LOW}, noise=0.1))
+    assert row["effect"] == pytest.approx(np.mean(HIGH) - np.mean(LOW))
+    assert row["low"] < row["effect"] < row["high"]
+
+
+def test_the_interval_counts_sequences_as_well_as_seeds():
+    still, noisy = (verdict(planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=noise)) for noise in (0, 0.5))
+    assert still["high"] - still["low"] == pytest.approx(0, abs=1e-9)
+    assert noisy["high"] - noisy["low"] > 0.05
+
+
+def test_an_interval_over_sequences_has_the_width_of_theory():
+    row = verdict(planted({"k": [0.5] * 3}, noise=0.3), than=0.2)
+    # The sequences are drawn alike for all seeds, but what the seeds answer in them is planted without correlation.
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * 0.3 / math.sqrt(SEQUENCES * 3), rel=0.45)
+
+
+def test_what_is_the_mean_of_no_sequences_has_an_interval_over_seeds():
+    evidence = planted({"k": HIGH, "none": LOW}, metric="attention_entropy_1", noise=0.5)
+    row = verdict(evidence, metric="attention_entropy_1")
+    assert row["verdict"] == "supported"
+    assert 0 < row["high"] - row["low"] < 0.05
+
+
+def test_many_claims_are_corrected_for():
+    scores = {"k": [0.55, 0.60, 0.65], "none": [0.40, 0.36, 0.38]}
+    alone = claim()
+    rows = list(compare(planted(scores), "it", alone))
+    assert rows[0].verdict == "supported"
+    chance = list(compare(planted({"k": [0.1, 0.5, 0.3], "none": [0.3, 0.5, 0.1]}), "it", alone))
+    table = decide({"it": alone, **dict.fromkeys("abcdefghi", alone)}, {"it": rows, **dict.fromkeys("abcdefghi", chance)})
+    assert table["verdict"].tolist() == ["undecided"] * 10
+    assert table["reason"][0].startswith("not significant once corrected")
+
+
+def test_a_study_whose_variants_are_shuffled_decides_nothing():
+    """The committed results with the names of the variants exchanged within each seed, so that no name differs from another.
+
+    Only of claims that set variants against each other: that a name reaches a number is false of exchanged names, not undecided.
+    """
+    results = pd.concat([pd.read_csv(ROOT / "results" / f"{task}.csv") for task in STUDY.tasks], ignore_index=True)
+    between = {name: one for name, one in claims.load(ROOT / "claims.yaml").items() if isinstance(one.than, tuple)}
+    verdicts = []
+    for draw in range(8):
+        rng = np.random.default_rng(draw)
+        shuffled = []
+        for _, rows in results.groupby(["task", "seed"]):
+            names = rows["variant"].unique()
+            shuffled.append(rows.assign(variant=rows["variant"].map(dict(zip(names, rng.permutation(names), strict=True)))))
+        evidence = Evidence(STUDY, pd.concat(shuffled), {})
+        verdicts += decide(between, {name: list(compare(evidence, name, one)) for name, one in between.items()})[
+            "verdict"
+        ].tolist()
+    decided = sum(verdict != "undecided" for verdict in verdicts)
+    assert decided <= 0.05 * len(verdicts), f"{decided} of {len(verdicts)} claims about exchanged names were decided"
+
+
+# The file.
+
+
+@pytest.fixture
+def file(tmp_path):
+    raw = YAML(typ="safe").load(ROOT / "claims.yaml")
+
+    def edited(**changes):
+        path = tmp_path / "claims.yaml"
+        for key, value in changes.items():
+            raw["little_on_text"][key] = value
+            if value is None:
+                del raw["little_on_text"][key]
+        with path.open("w") as handle:
+            YAML().dump(raw, handle)
+        return path
+
+    return edited
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"says": None}, "little_on_text.says: is missing"),
+        ({"sayz": "x"}, "little_on_text.sayz: unknown key; known are says, source, tasks"),
+        ({"direction": "up"}, "little_on_text.direction: must be 'higher', 'lower', 'not_lower' or 'not_higher', not 'up'"),
+        ({"by": -1}, "little_on_text.by: must be greater than or equal to 0, not -1"),
+        ({"seeds": 1}, "little_on_text.seeds: must be greater than or equal to 2, not 1"),
+        ({"than": None}, "little_on_text: needs either than, variants or a number, or than_multiple, a length"),
+        ({"than": ["qk"]}, "little_on_text: 'qk' is under variants and under than"),
+        ({"than": None, "than_multiple": 1}, "little_on_text: than_multiple = 1 is among multiples"),
+        ({"multiples": []}, "little_on_text.multiples: "),
+    ],
+)
+def test_a_bad_claim_is_one_line_that_names_it(file, changes, line):
+    with pytest.raises(ParamsError) as error:
+        claims.load(file(**changes))
+    assert len(error.value.lines) == 1
+    assert error.value.lines[0].split("claims.yaml: ")[1].startswith(line)
+
+
+def test_a_file_that_is_not_yaml_is_one_line(tmp_path):
+    (tmp_path / "claims.yaml").write_text("a: [")
+    with pytest.raises(ParamsError, match=r"claims\.yaml: "):
+        claims.load(tmp_path / "claims.yaml")
+    assert claims.load(tmp_path / "absent.yaml") == {}
+
+
+def test_every_claim_of_the_repository_is_about_cells_of_its_study():
+    """A misspelt name would be undecided for ever."""
+    from pipeline.grid import variants_on
+
+    for name, one in claims.load(ROOT / "claims.yaml").items():
+        assert one.figure in STUDY.ablations, name
+        rivals = one.than if isinstance(one.than, tuple) else ()
+        for task, variant in itertools.product(one.tasks, (*one.variants, *rivals)):
+            assert variant in variants_on(STUDY, task), (name, task, variant)
+        for task in one.tasks:
+            assert {*one.multiples, *filter(None, [one.than_multiple])} <= set(STUDY.tasks[task].data.multiples), (name, task)
+
+
+# The stage.
+
+
+def test_the_stage_judges_and_the_report_and_the_terminal_tell(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    finished_study(tmp_path, tasks=["ar", "copying"])
+    verdicts = pd.read_csv("verdicts/claims.csv")
+    assert verdicts["claim"].tolist() == list(claims.load())
+    assert (verdicts["verdict"] == "undecided").all()  # two seeds, and most variants are not there
+    solved = verdicts.set_index("claim").loc["cat_solves_recall"]
+    assert solved["reason"].startswith(("too few seeds: 2 of 3", "the study has no accuracy of kv"))
+    with np.load("scores/ar.npz") as arrays:
+        results = read_results(params.load())
+        for name in arrays.files:
+            variant, seed, length = name.split("/")
+            mine = (results["variant"] == variant) & (results["seed"] == int(seed)) & (results["length"] == int(length))
+            (value,) = results[mine & (results["metric"] == "accuracy") & (results["task"] == "ar")]["value"]
+            right, asked = arrays[name].sum(1)
+            assert right / asked == pytest.approx(value), name
+    for file in ("reports/report.md", "reports/headline.md"):
+        assert "18 claims: 0 supported, 0 contradicted, 18 undecided" in Path(file).read_text(encoding="utf-8")
+    capsys.readouterr()
+    stage("show", "ar")
+    shown = capsys.readouterr().out
+    assert "ar: accuracy over 2 seeds" in shown
+    assert "copying: " not in shown
+    assert "undecided" in shown
+
+
+def test_nothing_is_printed_for_a_task_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as error:
+        stage("show", "arr")
+    assert error.value.code == 2
+
+
+def test_an_effect_of_nothing_is_a_dash():
+    table = verdict_table(pd.DataFrame([verdict(planted({"k": HIGH}))]))
+    assert table["effect (95 % interval)"].tolist() == ["-"]
