@@ -121,10 +121,14 @@ def compare(evidence: Evidence, name: str, claim: Claim) -> Iterator[Comparison]
         section = tasks.get(task)
         lengths = dict(zip(section.data.multiples, section.data.lengths, strict=True)) if section else {}
         metric = claim.metric or (PRIMARY[section.data.goal] if section else "")
-        rival = Side(str(other), multiple) if isinstance(other, str) else None
-        if claim.than_multiple is not None:
-            rival = Side(variant, claim.than_multiple)
-        than = f"{other:g}" if isinstance(other, float) else f"at {claim.than_multiple:g}x" if other is None else str(other)
+        rival: Side | None = None
+        if isinstance(other, float):
+            than = f"{other:g}"
+        elif isinstance(other, str):
+            than, rival = other, Side(other, multiple)
+        else:
+            assert claim.than_multiple is not None
+            than, rival = f"itself at {claim.than_multiple:g}x", Side(variant, claim.than_multiple)
         blank = Comparison(name, task, metric, lengths.get(multiple, 0), variant, than)
         sides = [Side(variant, multiple), *([rival] if rival else [])]
         keys = [(task, metric, side.variant, lengths.get(side.multiple, 0)) for side in sides]
