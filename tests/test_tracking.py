@@ -66,7 +66,8 @@ def test_there_is_a_run_for_every_variant_and_seed(store):
     assert {item.path for item in store.list_artifacts(run.info.run_id)} == {"history.csv", "summary.json", "weights"}
     assert [item.path for item in store.list_artifacts(run.info.run_id, "weights")] == ["weights/seed_1.safetensors"]
     (report,) = found(store, "study").values()
-    assert {item.path for item in store.list_artifacts(report.info.run_id)} == {"figures", "params.yaml", "svg", "tables"}
+    there = {item.path for item in store.list_artifacts(report.info.run_id)}
+    assert there == {"claims.yaml", "figures", "params.yaml", "svg", "tables"}
 
 
 def test_repeating_changes_nothing(store):
@@ -123,7 +124,7 @@ def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monk
 
 
 def test_a_lost_store_is_rebuilt(store, tmp_path, monkeypatch):
-    for name in ("params.yaml", "data", "runs", "results", "reports"):
+    for name in ("params.yaml", "claims.yaml", "data", "runs", "results", "verdicts", "reports"):
         (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     names = set(ids(store))
