@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 
 from pipeline import claims, params
 from pipeline.claims import Claim
-from pipeline.judge import Evidence, compare, decide
+from pipeline.judge import Comparison, Evidence, compare, decide
 from pipeline.params import ParamsError
 from pipeline.results import read_results
 from pipeline.verdicts import verdict_table
@@ -122,6 +122,22 @@ def test_what_is_the_mean_of_no_sequences_has_an_interval_over_seeds():
     row = verdict(evidence, metric="attention_entropy_1")
     assert row["verdict"] == "supported"
     assert 0 < row["high"] - row["low"] < 0.05
+
+
+def test_seeds_that_are_compared_with_themselves_are_drawn_together():
+    evidence = planted({"k": [0.9, 0.5, 0.1], ("k", 288): [0.9, 0.5, 0.1]})
+    row = verdict(evidence, than=None, than_multiple=8.0, direction="not_lower")
+    assert (row["low"], row["high"]) == pytest.approx((0, 0), abs=1e-9)
+    assert row["verdict"] == "supported"
+
+
+def test_a_claim_is_as_sure_as_its_least_sure_comparison_and_against_it_each_counts():
+    row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported")
+    rows = [row._replace(p_for=0.001, p_against=0.3), row._replace(p_for=0.01, p_against=0.2)]
+    harmonic = 1 + 1 / 2  # two hypotheses, of any dependence
+    assert decide({"it": claim()}, {"it": rows})["p"].tolist() == pytest.approx([0.01 * 2 * harmonic])
+    against = [r._replace(p_for=0.9, p_against=p, verdict="contradicted") for r, p in zip(rows, (0.002, 0.2), strict=True)]
+    assert decide({"it": claim()}, {"it": against})["p"].tolist() == pytest.approx([2 * 0.002 * 2 * harmonic])
 
 
 def test_many_claims_are_corrected_for():
