@@ -1,4 +1,63 @@
 """The Convolution-Augmented Transformer as a library: layers, tasks, training, evaluation (arXiv 2407.05591).
 
-Knows no files, no YAML and no tracking; `pipeline` makes a study of it.
+    from cat import ConvolutionAugmentedAttention
+    layer = ConvolutionAugmentedAttention(width=256, heads=4, q=4, k=4, v=4)
+    y = layer(x)  # (batch, length, width), causal
+
+Knows no files, no YAML and no tracking; `pipeline` makes a study of it. A name is imported when it is first asked for, so that
+whoever wants the configuration alone does not wait for torch.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cat.configuration import (
+        Attention,
+        Based,
+        Delta,
+        Hyena,
+        Landmark,
+        Linear,
+        Mamba,
+        ModelConfiguration,
+        Performer,
+        Protocol,
+        Schedule,
+        Theory,
+        VariantConfiguration,
+    )
+    from cat.layer import ConvolutionAugmentedAttention
+    from cat.mixers import build_mixer
+    from cat.model import SequenceModel
+
+__all__ = [
+    "Attention",
+    "Based",
+    "ConvolutionAugmentedAttention",
+    "Delta",
+    "Hyena",
+    "Landmark",
+    "Linear",
+    "Mamba",
+    "ModelConfiguration",
+    "Performer",
+    "Protocol",
+    "Schedule",
+    "SequenceModel",
+    "Theory",
+    "VariantConfiguration",
+    "build_mixer",
+]
+
+_HOMES = {"ConvolutionAugmentedAttention": "cat.layer", "SequenceModel": "cat.model", "build_mixer": "cat.mixers"}
+
+if not TYPE_CHECKING:  # a type checker reads the imports above, and would take every other name for one of these
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_HOMES.get(name, "cat.configuration")), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

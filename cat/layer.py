@@ -1,0 +1,112 @@
+"""CAT as one layer for somebody's own model: the study's mixer, built from plain arguments (arXiv 2407.05591, equation 2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ValidationError
+from torch import nn
+
+from cat.configuration import Attention, Count, Taps
+from cat.mixers import build_mixer
+from cat.types import Hidden
+
+
+class ConvolutionAugmentedAttention(nn.Module):
+    """Causal softmax attention whose queries, keys and values pass through short causal filters first.
+
+    Maps `x` (batch, length, width) to the same shape, for any length; what stands at a position depends on nothing after it.
+    Each of `q`, `k` and `v` is the number of taps of the filter on that stream, `full` for as many as `length`, or what
+    generates them: a `network` or a basis of fixed `decay` or a `state` space of learned ones, of size `filter_size`. None is
+    no filter, and without any the layer is the transformer's attention. The filters begin close to the identity.
+
+    width         channels of `x`
+    heads         heads, which divide `width`
+    position      none, or rotary or alibi positions, which are the layer's own; the filters do without
+    sharing       one filter a head, one a channel, or one from every head to every head (mixing)
+    dilation      tokens between two taps
+    filter_size   hidden units of a network, or decays
+    filter_init   begin close to the identity, or at random
+    filter_bias   add a learned vector to what is filtered
+    filter_norm   divide every filter by the sum of its absolute taps
+    qk_norm       queries and keys of unit length, with a learned temperature a head
+    temperature   a learned temperature a head without that
+    length        tokens of a training sequence; only `full` and generated taps need it
+
+    Raises ValueError, in one line that names the argument, where one is wrong or two contradict each other, and where `x` has
+    another shape. Source: arXiv 2407.05591.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        q: Taps | None = None,
+        k: Taps | None = None,
+        v: Taps | None = None,
+        position: Literal["none", "rotary", "alibi"] = "none",
+        sharing: Literal["head", "channel", "mixing"] = "head",
+        dilation: int = 1,
+        filter_size: int | None = None,
+        filter_init: Literal["identity", "random"] = "identity",
+        filter_bias: bool = False,
+        filter_norm: bool = False,
+        qk_norm: bool = False,
+        temperature: bool = False,
+        length: int | None = None,
+    ):
+        super().__init__()
+        try:
+            config = _Arguments(
+                mixer="attention",
+                layers=1,
+                width=width,
+                heads=heads,
+                q=q,
+                k=k,
+                v=v,
+                position=position,
+                sharing=sharing,
+                dilation=dilation,
+                filter_size=filter_size,
+                filter_init=filter_init,
+                filter_bias=filter_bias,
+                filter_norm=filter_norm,
+                qk_norm=qk_norm,
+                temperature=temperature,
+                length=length,
+            )
+        except ValidationError as error:
+            raise ValueError(_in_words(error)) from None
+        for stream, taps in config.filters.items():
+            if isinstance(taps, str) and length is None:
+                raise ValueError(f"{stream} = {taps} needs length, the tokens of a training sequence")
+        if length is not None:
+            config.check_length(length)
+        self.width = width
+        self.mixer = build_mixer(config, 1 if length is None else length)
+
+    def forward(self, x: Hidden) -> Hidden:
+        if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.width:
+            raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, length, {self.width}) with at least one token")
+        return self.mixer(x)
+
+
+class _Arguments(Attention):
+    """What a layer can be told: learned and sinusoidal positions are added to an embedding, which a layer has not."""
+
+    position: Literal["none", "rotary", "alibi"]
+    length: Count | None = None
+
+
+def _in_words(error: ValidationError) -> str:
+    """What is wrong first, in one line."""
+    first, *others = error.errors()
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    # A value that can be of several types is told of each of them.
+    about_it = [first, *(other for other in others if other["loc"][0] == first["loc"][0])]
+    wanted = " or ".join(part["msg"].removeprefix("Input should be ") for part in about_it)
+    shown = " ".join(repr(first["input"]).split())
+    return f"{first['loc'][0]} = {shown} should be {wanted}"
