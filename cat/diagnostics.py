@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -33,22 +34,27 @@ def attention_statistics(
 
     A filter on the values is left out of account: it changes what is read off, not where.
     """
-    x = model.embedding(inputs)
     statistics: list[AttentionStatistics | None] = []
-    for block in model.layers():
-        weights = attention_weights(block.mixer, block.mixer_norm(x))
+    for weights in attention_maps(model, inputs):
         if weights is None or weights.min() < 0:  # linear attention with rotary position has negative weights
             statistics.append(None)
-        else:
-            rows = weights.transpose(1, 2)[asked]
-            entropy = torch.special.entr(rows).sum(-1).mean().item()
-            on_answer = None
-            if sources is not None:
-                at = sources[asked][:, None, None].expand(-1, rows.shape[1], 1)
-                on_answer = rows.gather(2, at)[..., 0].mean(0).max().item()
-            statistics.append(AttentionStatistics(entropy, on_answer))
-        x = block(x)
+            continue
+        rows = weights.transpose(1, 2)[asked]
+        entropy = torch.special.entr(rows).sum(-1).mean().item()
+        on_answer = None
+        if sources is not None:
+            at = sources[asked][:, None, None].expand(-1, rows.shape[1], 1)
+            on_answer = rows.gather(2, at)[..., 0].mean(0).max().item()
+        statistics.append(AttentionStatistics(entropy, on_answer))
     return statistics
+
+
+def attention_maps(model: SequenceModel, inputs: Tokens) -> Iterator[Float[Tensor, "B H L L"] | None]:
+    """The attention weights of one layer after the other; None for layers without attention."""
+    x = model.embedding(inputs)
+    for block in model.layers():
+        yield attention_weights(block.mixer, block.mixer_norm(x))
+        x = block(x)
 
 
 def attention_weights(mixer: nn.Module, x: Hidden) -> Float[Tensor, "B H L L"] | None:

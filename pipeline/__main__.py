@@ -159,6 +159,14 @@ def render() -> None:
 
 
 @command
+def report() -> None:
+    """Write the report: verdicts, figures, tables, what fails, what was run and when."""
+    from pipeline.report import report
+
+    report(params.load())
+
+
+@command
 def track() -> None:
     """Bring the MLflow store up to date with the files: every run once, none missing."""
     from pipeline.tracking import track

@@ -15,27 +15,27 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 75rem; color: var(--ink); background: var(--paper);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1, h2 { line-height: 1.25; } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-a { color: inherit; } nav ul { columns: 22rem; padding-left: 1.2rem; }
+a { color: inherit; } nav ul { columns: 22rem; column-gap: 3rem; padding-left: 1.2rem; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th, td { min-width: 5.5rem; } td:first-child { min-width: 9rem; }
 figure { margin: 1rem 0; background: #ffffff; border-radius: .5rem; padding: .5rem; overflow-x: auto; }
+details { margin: 1rem 0; } summary { cursor: pointer; }
 figure svg { display: block; max-width: 100%; min-width: 34rem; height: auto; margin: auto; }
 .supported { color: var(--good); } .contradicted { color: var(--bad); } .undecided { color: var(--open); }
 """
 
 
-def page(markdown: str, figures: Path) -> str:
-    """The report of `markdown`; each image is replaced by the SVG of its name in the folder `figures`."""
+def page(markdown: str, folder: Path) -> str:
+    """The report of `markdown` in `folder`; for figures/x.png svg/x.svg is drawn, for y.png y.svg. A link out of it is words."""
     body = MarkdownIt("commonmark").enable("table").render(markdown)
     body = re.sub(r"<p>(<img [^>]*>)</p>", r"\1", body)
-    body = re.sub(r'<img src="[^"]*?([^"/]+)\.png" alt="([^"]*)" ?/?>', lambda match: _figure(figures, *match.groups()), body)
+    body = re.sub(r'<img src="([^"]+)\.png" alt="([^"]*)" ?/?>', lambda match: _figure(folder, *match.groups()), body)
+    body = re.sub(r'<a href="(?!#)[^"]*">(.*?)</a>', r"\1", body)
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     body = re.sub(r"<strong>(supported|contradicted|undecided)</strong>", r'<strong class="\1">\1</strong>', body)
-    questions = re.findall(r"<h2>(.*?)</h2>", body)
-    for number, question in enumerate(questions):
-        body = body.replace(f"<h2>{question}</h2>", f'<h2 id="q{number}">{question}</h2>', 1)
-    links = "".join(f'<li><a href="#q{number}">{question}</a></li>' for number, question in enumerate(questions))
+    body = re.sub(r'<p><a id="(\w+)"></a></p>\s*<h2>', r'<h2 id="\1">', body)
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body))
     (title,) = re.findall(r"<h1>(.*?)</h1>", body)[:1] or ["report"]
     heading, rest = body.split("</h1>", 1) if "</h1>" in body else ("<h1>report", body)
     return f"""<!doctype html>
@@ -47,9 +47,9 @@ def page(markdown: str, figures: Path) -> str:
 """
 
 
-def _figure(figures: Path, name: str, alt: str) -> str:
-    drawing = (figures / f"{name}.svg").read_text(encoding="utf-8")
+def _figure(folder: Path, source: str, alt: str) -> str:
+    drawing = (folder / f"{source.replace('figures/', 'svg/')}.svg").read_text(encoding="utf-8")
     drawing = drawing[drawing.index("<svg ") :]
     # The figures share names of their parts, and a page has each once.
-    drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", drawing)
+    drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{Path(source).name}-", drawing)
     return f'<figure role="img" aria-label="{html.escape(html.unescape(alt))}">{drawing}</figure>'

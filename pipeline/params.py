@@ -50,12 +50,17 @@ class Ablation(Configuration):
     """Variants that another ablation trains and that belong in this figure as well."""
     across: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Tasks on which other ablations train these variants and that belong in this figure as well."""
-    figure: Literal["heatmap", "sweep", "contrast", "lines", "attention", "rates"]
+    figure: Literal["heatmap", "sweep", "contrast", "lines", "attention", "rates", "example", "filters"]
     """heatmap: variants by tasks; sweep: against a number `x`; contrast: by `x`, filtered beside unfiltered; lines: by length;
     attention: how many tokens share it and how much is on the answer; rates: by learning rate, how many seeds found a key filter
-    that solves every length."""
+    that solves every length; example: what attention reads in one sequence of recall; filters: taps beside the theorem's."""
     x: str | None = None
     """The key of a variant that a sweep or a contrast has on its axis."""
+
+    @property
+    def looks_inside(self) -> bool:
+        """Whether its figure is of models rather than of their scores."""
+        return self.figure in ("example", "filters")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -218,10 +223,18 @@ def _unknown_names(study: Study, name: str, ablation: Ablation) -> Iterator[str]
 def _nothing_to_draw(study: Study, subject: str, ablation: Ablation) -> Iterator[str]:
     """What a figure of attention, or of key filters, has no place for."""
     models = {variant: study.variants[variant] for variant in shown_variants(ablation) if variant in study.variants}
-    if ablation.figure == "attention":
+    if ablation.figure in ("attention", "example"):
         for variant, model in models.items():
             if not model.attends:
                 yield f"{subject} shows weights of attention, and variant {variant!r} has none"
+    if ablation.figure == "example":
+        for task in shown_tasks(study, ablation):
+            if not isinstance(study.tasks[task].data, Recall):
+                yield f"{subject} shows one sequence of recall, which task {task!r} is not"
+    if ablation.figure == "filters":
+        for variant, model in models.items():
+            if not (model.filtered or isinstance(model, Theory)):
+                yield f"{subject} shows filters, and variant {variant!r} has none"
     if ablation.figure == "rates":
         for variant, model in models.items():
             if not (isinstance(model, Attention) and model.keys_decide):

@@ -15,7 +15,7 @@ from cat.configuration import Theory, Variant
 from pipeline.code import listings
 from pipeline.files import whole, write_json
 from pipeline.grid import cells, variants_on
-from pipeline.params import ParamsError, Study
+from pipeline.params import ParamsError, Study, shown_variants
 
 PLAN = Path("plan")
 SCHEMA = Path("params.schema.json")
@@ -28,10 +28,13 @@ def write(study: Study) -> None:
     That is the code that it runs, and for an evaluation the variants that it walks.
     """
     kinds = {task: f"cat/tasks/{section.data.kind}.py" for task, section in study.tasks.items()}
+    looked_at = {v for a in study.ablations.values() if a.figure == "example" for v in shown_variants(a)}
     begin = {
         "judge": ["pipeline/judge.py", "pipeline/claims.py", *kinds.values()],
         "render": ["pipeline/render.py", *kinds.values()],
     }
+    if looked_at:
+        begin["render"] += ["cat/diagnostics.py", *chain(*(_code_of(study.variants[variant]) for variant in looked_at))]
     for task, kind in kinds.items():
         models = [study.variants[variant] for variant in variants_on(study, task)]
         begin[f"generate/{task}"] = ["pipeline/generate.py", kind]
@@ -55,7 +58,7 @@ def _code_of(model: Variant) -> list[str]:
 
 
 def check_stages(study: Study, file: str = "params.yaml") -> None:
-    """Raises ParamsError unless dvc.yaml has one train stage for every ablation, and no other."""
+    """Raises ParamsError unless dvc.yaml has one train stage for every ablation that trains something, and for no other."""
     if not _STAGES.exists():
         return
     try:
@@ -69,8 +72,8 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
     trained = {match[1] for name in stages if (match := re.fullmatch(r"train_(\w+)", name))}
     faults = [
         f"ablations.{name}: dvc.yaml has no stage for it; copy another train_ stage to train_{name} and put {name} in its matrix"
-        for name in study.ablations
-        if name not in trained
+        for name, ablation in study.ablations.items()
+        if ablation.tasks and ablation.variants and name not in trained
     ]
     faults += [
         f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"

@@ -50,6 +50,7 @@ def finished_study(folder, *, tasks):
         stage("evaluate", task)
     stage("judge")
     stage("render")
+    stage("report")
 
 
 def tiny_study(folder, *, tasks):
@@ -65,7 +66,8 @@ def tiny_study(folder, *, tasks):
     for ablation in raw["ablations"].values():
         ablation["tasks"] = [task for task in ablation["tasks"] if task in tasks]
         ablation["across"] = [task for task in ablation.get("across", ()) if task in tasks]
-        if not ablation["tasks"]:
+        inside = ablation["figure"] in ("example", "filters")  # of models that other questions train
+        if not ablation["across" if inside else "tasks"]:
             ablation |= {"variants": [], "beside": [], "across": []}
     trained = {variant for ablation in raw["ablations"].values() for variant in ablation["variants"]}
     raw["variants"] = {name: line for name, line in raw["variants"].items() if name in trained}

@@ -16,13 +16,19 @@ REPORT = """# Title & all
 |:--|:--|
 | one `x` < 2 | **supported** |
 
+<a id="one"></a>
+
 ## Which & why?
 
 ![one](figures/one.png)
 
+<a id="two"></a>
+
 ## Which & why?
 
-![two "2"](figures/two.png)
+Numbers: [results/ar.csv](../results/ar.csv), see [one](#one).
+
+![two "2"](two.png)
 """
 
 
@@ -43,7 +49,8 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def report(tmp_path):
-    for name in ("one", "two"):
+    (tmp_path / "svg").mkdir()
+    for name in ("svg/one", "two"):
         (tmp_path / f"{name}.svg").write_text(SVG)
     return page(REPORT, tmp_path)
 
@@ -67,8 +74,9 @@ def test_names_within_the_figures_do_not_collide(report):
 
 def test_the_questions_are_linked_and_the_verdicts_coloured(report):
     elements = Elements(report)
-    assert [link["href"] for link in elements.named("a")] == ["#q0", "#q1"]
-    assert [heading["id"] for heading in elements.named("h2")] == ["q0", "q1"]
+    assert [link["href"] for link in elements.named("a")] == ["#one", "#two", "#one"]
+    assert [heading["id"] for heading in elements.named("h2")] == ["one", "two"]
+    assert "Numbers: results/ar.csv, see" in report
     assert elements.named("strong") == [{"class": "supported"}]
     assert "<title>Title &amp; all</title>" in report
     assert "width=device-width" in report

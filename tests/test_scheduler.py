@@ -75,7 +75,7 @@ def test_parallel_and_serial_give_the_same_lock_and_results(study, tmp_path):
     assert {p: p.read_bytes() for p in parallel} == parallel
     os.chdir(study)
     ran = [line for line in dvc("repro").splitlines() if line.startswith("Running")]
-    assert ran == ["Running stage 'track':"]
+    assert ran == ["Running stage 'report':", "Running stage 'track':"]
 
 
 def test_only_what_is_stale_is_trained_and_what_the_cache_has_is_restored(study):
@@ -165,7 +165,10 @@ def test_what_is_trained_is_recorded_now_and_then(study, monkeypatch):
     assert recorded[0] == ["plan", "generate"]
     assert sorted(recorded[1:3]) == [["train_streams@copying-k"], ["train_streams@copying-none"]]
     assert recorded[3:] == [[]]
-    assert [line for line in dvc("repro").splitlines() if line.startswith("Running")] == ["Running stage 'track':"]
+    assert [line for line in dvc("repro").splitlines() if line.startswith("Running")] == [
+        "Running stage 'report':",
+        "Running stage 'track':",
+    ]
 
 
 def test_parameters_that_change_while_they_are_read_are_refused(study, monkeypatch):

@@ -1,0 +1,270 @@
+"""The report says what was found, what fails, and what was run; the figures of what is inside show the models as they are."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline import params, runs
+from pipeline.claims import load as load_claims
+from pipeline.diagnosis import diagnose
+from pipeline.examples import attention_on, read_example
+from pipeline.figures import example, filters, pareto_front
+from pipeline.report import read_log
+from pipeline.results import primary, read_results
+from tests.study import edit, finished_study, stage
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        finished_study(folder, tasks=["ar", "copying"])
+    return folder
+
+
+@pytest.fixture
+def study(finished, tmp_path, monkeypatch):
+    """A copy of a finished study is the working folder."""
+    shutil.copytree(finished, tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
+    return params.load()
+
+
+def written():
+    stage("report")
+    return Path("reports/report.md").read_text()
+
+
+def later(path):
+    """As if written after the report."""
+    newest = max(f.stat().st_mtime_ns for f in Path("reports").iterdir()) + 10**9
+    os.utime(path, ns=(newest, newest))
+
+
+def test_every_question_has_a_section_and_every_link_a_target(study):
+    text = Path("reports/report.md").read_text()
+    anchors = re.findall(r'^<a id="(\w+)"></a>$', text, flags=re.MULTILINE)
+    assert anchors == [*(n for n, a in study.ablations.items() if a.variants or a.beside), "cost"]
+    assert set(re.findall(r"\]\(#(\w+)\)", text)) <= {*anchors, *(claim.figure for claim in load_claims().values())}
+    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert {path for path in images if not (Path("reports") / path).exists()} == set()
+    assert {f"figures/{path.name}" for path in Path("reports/figures").iterdir()} | {"cost.png"} == set(images)
+    links = set(re.findall(r"\]\((\.\./[^)]+)\)", text))
+    assert links >= {"../results/ar.csv", "../results/copying.csv", "../results/filters/ar.csv"}
+    assert all((Path("reports") / link).exists() for link in links)
+
+
+def test_what_was_run_is_what_the_logs_say(study):
+    for path in Path("logs").rglob("*.json"):
+        log = json.loads(path.read_text())
+        path.write_text(json.dumps(log | {"commit": "abcdef0123456789", "dirty": False, "started": 0.0, "seconds": 100.0}))
+        later(path)
+    cells = len(list(Path("logs").rglob("*.json")))
+    text = written()
+    assert f"{cells} cells, seeds 0, 1, float32. Trained on CPU" in text
+    assert f"1970-01-01, by commit `abcdef0123`, in {100 * cells:,} seconds" in text
+    assert re.search(r"\| copying +\| k +\| +\d,?\d+ \| +50\.000 \|", text), "two runs took 100 seconds"
+
+
+def test_a_cell_that_was_not_trained_here_is_not_given_another_s_time(study):
+    summary = Path("runs/ar/k/summary.json")
+    summary.write_text(summary.read_text() + "\n")
+    later(summary)
+    assert read_log("ar", "k") is None
+    assert "; 1 restored from a cache." in written()
+    shutil.rmtree("logs")
+    later(summary)
+    Path("logs").mkdir()
+    later("logs")
+    text = written()
+    assert "Trained on CPU" in text
+    assert "; not here, but restored from a cache." in text
+    assert "seconds a run" in text
+
+
+def test_the_report_is_written_again_only_where_something_is_newer(study):
+    path = Path("reports/report.md")
+    path.write_text("as it was")
+    later(path)
+    later("reports/report.html")
+    assert written() == "as it was"
+    (log, *_) = Path("logs").rglob("*.json")
+    later(log)
+    assert written() != "as it was"
+
+
+def test_the_preset_is_named(study):
+    assert "It is that of no preset" in Path("reports/report.md").read_text()
+    Path("presets").mkdir()
+    Path("presets/mine.yaml").write_text("# the same, but for a remark\n" + Path("params.yaml").read_text())
+    later("params.yaml")
+    assert "It is that of presets/mine.yaml" in written()
+
+
+def signs(study, results, variant="k", task="ar"):
+    table = diagnose(study, results)
+    here = table[(table["task"] == task) & (table["variant"] == variant)]
+    return dict(zip(here["signature"], here["evidence"], strict=True))
+
+
+@pytest.fixture
+def planted(study):
+    """Results in which `k` on `ar` is without fault, and a function that says otherwise: of (seed, multiple), or of a metric."""
+    results = read_results(study)
+    of_k = (results["task"] == "ar") & (results["variant"] == "k")
+    results.loc[of_k & (results["metric"] == "accuracy"), "value"] = 1.0
+    summary = Path("runs/ar/k/summary.json")
+    about = json.loads(summary.read_text())
+    for run in about["runs"]:
+        run |= {"stop": "accuracy", "steps": 100}
+    summary.write_text(json.dumps(about))
+    flat = {"learning_rate": about["learning_rate"], "train_loss": 1.0, "valid_loss": 1.0, "valid_accuracy": 1.0}
+    rows = [flat | {"seed": seed, "step": step} for seed in study.seeds for step in range(10, 101, 10)]
+    pd.DataFrame(rows).to_csv("runs/ar/k/history.csv", index=False)
+
+    def plant(value, metric="accuracy", **where):
+        chosen = of_k & (results["metric"] == metric)
+        for column, wanted in where.items():
+            chosen &= results[column] == wanted
+        assert chosen.any()
+        results.loc[chosen, "value"] = value
+
+    return results, plant
+
+
+def test_a_cell_without_fault_has_no_sign(study, planted):
+    assert signs(study, planted[0]) == {}
+
+
+def test_poor_recall_says_where_attention_is(study, planted):
+    results, plant = planted
+    plant(0.4)
+    plant(0.25, metric="attention_on_answer_1")
+    assert signs(study, results) == {
+        "poor recall": "accuracy 0.400 at the training length; attention on the answer's token 0.25: it looks elsewhere"
+    }
+    plant(0.75, metric="attention_on_answer_1")
+    assert signs(study, results)["poor recall"].endswith("0.75: it looks there and reads something else")
+    assert "poor copying" in signs(study, results, task="copying", variant="none")
+
+
+def test_limited_length_generalisation_says_from_where(study, planted):
+    results, plant = planted
+    longest = max(study.tasks["ar"].data.multiples)
+    plant(0.9, multiple=longest)
+    (evidence,) = signs(study, results).values()
+    assert evidence.startswith(f"accuracy 1.000 at 1x, 0.900 at {longest:g}x")
+    plant(0.96, multiple=longest)
+    assert signs(study, results) == {}
+    plant(0.4)
+    plant(0.0, multiple=longest)
+    assert set(signs(study, results)) == {"poor recall"}, "what was not learnt cannot carry over"
+
+
+def test_seeds_apart_spikes_and_unfinished_training_are_seen(study, planted):
+    results, plant = planted
+    plant(0.85, seed=1)
+    assert signs(study, results) == {
+        "poor recall": signs(study, results)["poor recall"],
+        "unstable over seeds": "accuracy from 0.850 to 1.000 at the training length",
+    }
+    plant(1.0)
+    history = pd.read_csv("runs/ar/k/history.csv")
+    history.loc[(history["seed"] == 1) & (history["step"] == 50), "train_loss"] = 1.75
+    history.to_csv("runs/ar/k/history.csv", index=False)
+    assert signs(study, results) == {"loss spikes": "training loss rises: seed 1 by 0.75 nats up to step 50"}
+    history["train_loss"] = 1.0
+    history.loc[history["step"] < 100, "valid_accuracy"] = 0.9
+    history.to_csv("runs/ar/k/history.csv", index=False)
+    assert signs(study, results) == {}, "a run that ended because the task was solved is finished"
+    path = Path("runs/ar/k/summary.json")
+    path.write_text(path.read_text().replace('"stop": "accuracy"', '"stop": "steps"'))
+    assert signs(study, results) == {
+        "unfinished training": "validation accuracy still gained 0.100 in the last fifth of its steps"
+    }
+
+
+def test_divergence_is_counted(study, planted):
+    results, plant = planted
+    plant(np.nan, seed=1)
+    path = Path("runs/ar/k/summary.json")
+    about = json.loads(path.read_text())
+    next(r for r in about["runs"] if (r["seed"], r["learning_rate"]) == (1, about["learning_rate"]))["stop"] = "diverged"
+    path.write_text(json.dumps(about))
+    assert signs(study, results) == {"diverged": "1 of 2 seeds: a loss that is not finite at step 100"}
+
+
+def test_the_front_is_what_pays():
+    points = {"cheap": (1.0, 0.2), "worse": (2.0, 0.1), "same": (2.0, 0.202), "better": (3.0, 0.9), "dear": (4.0, 0.9)}
+    assert pareto_front(points) == ["cheap", "better"]
+    assert pareto_front({}) == []
+
+
+def test_a_theorem_reads_the_answers_and_the_frames_are_on_them(study):
+    one = read_example("ar")
+    weights = attention_on("ar", "theory", study.seeds, one)
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
+    np.testing.assert_allclose(weights[np.arange(len(weights)), one.sources], 1, atol=1e-3)
+    ablation = params.Ablation(question="?", tasks=["ar"], variants=["theory"], figure="example")
+    axes = example(study, ablation, read_results(study)).axes[0]
+    assert [tuple(map(int, frame.get_xy())) for frame in axes.patches] == list(zip(one.sources, range(len(weights)), strict=True))
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    asked = [label.get_text() for label in axes.get_yticklabels()]
+    assert [labels[at - 1] for at in one.sources] == asked, "the answer follows its key"
+    assert axes.get_title() == "theory on ar: 1.00 on the answers"
+
+
+def test_of_seeds_that_diverged_none_is_looked_at(study):
+    runs.weights_path("ar", "k", 0).unlink()
+    of_second = attention_on("ar", "k", [1], read_example("ar"))
+    np.testing.assert_array_equal(attention_on("ar", "k", study.seeds, read_example("ar")), of_second)
+    runs.weights_path("ar", "k", 1).unlink()
+    assert attention_on("ar", "k", study.seeds, read_example("ar")) is None
+
+
+def test_filters_are_drawn_beside_the_theorem_s(study):
+    ablation = params.Ablation(question="?", tasks=["ar"], variants=["qk"], beside=["theory"], figure="filters")
+    _, keys, values = filters(study, ablation, primary(study, read_results(study))).axes
+    table = pd.read_csv("results/filters/ar.csv")
+    prescribed, *trained = [line for line in keys.lines if line.get_marker() not in ("None", "", None)]
+    np.testing.assert_allclose(prescribed.get_ydata(), [0, 1])
+    heads_and_seeds = [(head, seed) for head in (0, 1) for seed in study.seeds]
+    for (head, seed), line in zip(heads_and_seeds, trained, strict=True):
+        taps = table.query(f"variant == 'qk' and stream == 'k' and row == {head} and seed == {seed}")["value"].to_numpy()
+        np.testing.assert_allclose(line.get_ydata(), taps / taps[np.abs(taps).argmax()])
+    assert values.get_title() == "qk on ar: v, no filter"
+
+
+def test_a_question_about_the_inside_needs_no_stage_and_must_make_sense(study):
+    edit(
+        **{
+            "ablations.inside": {
+                "question": "?",
+                "tasks": [],
+                "variants": [],
+                "across": ["ar"],
+                "beside": ["k"],
+                "figure": "filters",
+            }
+        }
+    )
+    stage("validate")
+    for change, line in (
+        ({"figure": "filters", "beside": ["none"]}, "figure = filters shows filters, and variant 'none' has none"),
+        ({"figure": "example", "beside": ["mamba"]}, "figure = example shows weights of attention, and variant 'mamba' has none"),
+        (
+            {"figure": "example", "across": ["copying"], "beside": ["k"]},
+            "figure = example shows one sequence of recall, which task 'copying' is not",
+        ),
+    ):
+        edit(**{f"ablations.inside.{key}": value for key, value in change.items()})
+        with pytest.raises(params.ParamsError) as error:
+            params.load()
+        assert error.value.lines == [f"params.yaml: ablations.inside: {line}"]
