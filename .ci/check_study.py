@@ -31,12 +31,23 @@ def mlflow_runs() -> dict[str, list[str]]:
     client = MlflowClient("sqlite:///mlflow.db")
     experiments = client.search_experiments()
     assert "Default" not in {e.name for e in experiments}, "the empty experiment that MLflow creates is in the way"
-    return {e.name: sorted(r.info.run_name for r in client.search_runs([e.experiment_id], max_results=9999)) for e in experiments}
+    page = {e.name: client.search_runs([e.experiment_id], "tags.current = 'yes'", max_results=9999) for e in experiments}
+    return {name: sorted(run.info.run_name for run in runs) for name, runs in page.items()}
+
+
+def origins() -> dict[str, str]:
+    """What the runs say of dvc.lock: stage and digest of its output."""
+    client = MlflowClient("sqlite:///mlflow.db")
+    found = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.current = 'yes'", max_results=9999)
+    return {run.data.tags["dvc.stage"]: run.data.tags["dvc.md5"] for run in found if "dvc.md5" in run.data.tags}
 
 
 study = load()
 expected = {
-    task: sorted(f"{c.variant} seed {s}" for c in cells(study) if c.task == task for s in study.seeds) for task in study.tasks
+    task: sorted(
+        f"{c.variant}{end}" for c in cells(study) if c.task == task for end in ["", *(f" seed {s}" for s in study.seeds)]
+    )
+    for task in study.tasks
 }
 expected["study"] = ["report"]
 
@@ -60,6 +71,8 @@ assert Path("reports/report.html").read_text().count("<svg ") == len(list(Path("
     "the figures, and that of cost"
 )
 assert mlflow_runs() == expected
+stages = YAML(typ="safe").load(Path("dvc.lock"))["stages"]
+assert origins() == {name: about["outs"][0]["md5"] for name, about in stages.items() if name.startswith("train_")}
 print("complete: grid, figures, filters, verdicts, report, MLflow")
 
 assert repro() == ["report", "track"], "a second `dvc repro` ran more than what always looks"

@@ -167,11 +167,12 @@ def report() -> None:
 
 
 @command
-def track() -> None:
+@click.option("--prune", is_flag=True, help="Delete the runs of older studies, which are kept otherwise.")
+def track(prune: bool) -> None:
     """Bring the MLflow store up to date with the files: every run once, none missing."""
     from pipeline.tracking import track
 
-    track(params.load())
+    track(params.load(), prune=prune)
 
 
 @command

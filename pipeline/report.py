@@ -10,15 +10,15 @@ import hashlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from ruamel.yaml import YAML
 
 from cat.configuration import Theory
 from pipeline import runs
-from pipeline.files import LOGS, REPORTS, RESULTS, RUNS, VERDICTS, read_json, whole
+from pipeline.files import LOGS, REPORTS, RESULTS, RUNS, VERDICTS, whole
 from pipeline.grid import Cell, cells, variants_on
+from pipeline.logs import read_log
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 
 MARKDOWN, PAGE = REPORTS / "report.md", REPORTS / "report.html"
@@ -153,13 +153,6 @@ def _trained(shown: Iterable[Cell]) -> str:
     by = f", by commit {', '.join(commits)}" if commits else ""
     rest = f"; {len(shown) - len(logs)} restored from a cache" if len(logs) < len(shown) else ""
     return f"{where}, {when}{by}, in {sum(log['seconds'] for log in logs):,.0f} seconds, cells one after the other{rest}."
-
-
-def read_log(task: str, variant: str) -> Any | None:
-    """When, where and how fast this very result was trained; None where it was not trained in this folder."""
-    path = LOGS / task / f"{variant}.json"
-    log = read_json(path) if path.exists() else None
-    return log if log is not None and log["summary"] == runs.digest(task, variant) else None
 
 
 def costs_of(study: Study, scores: pd.DataFrame) -> pd.DataFrame:

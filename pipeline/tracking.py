@@ -1,8 +1,9 @@
-"""The MLflow store, made to agree with the files: an experiment a task, a run a variant and seed, one run for the report.
+"""The MLflow store, made to agree with the files: an experiment a task, a run a variant, its seeds within it, one for the report.
 
 A run is found by a digest of everything that is logged in it. What is there already is left alone, what is missing is
-logged, what the files no longer say is deleted; so the store can be thrown away, and repeats change nothing. Runs made under
-`dvc exp run` bear the experiment's name and are not touched by the runs of the workspace, nor touch them.
+logged, so the store can be thrown away, and repeats change nothing. What the files no longer say stays, as part of an older
+study: tags say which studies a run belongs to, and whether the files still say it. Runs made under `dvc exp run` bear the
+experiment's name and are not touched by the runs of the workspace, nor touch them.
 
 A store on this machine that was left complete, and the files that it shows, are known again by their sizes and times.
 """
@@ -12,22 +13,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import quote, unquote, urlparse
 
 from pipeline import runs
 from pipeline.files import DATA, FILTERS, LOGS, REPORTS, RESULTS, RUNS, VERDICTS, read_json, whole
-from pipeline.grid import variants_on
+from pipeline.grid import cells, variants_on
+from pipeline.logs import read_log
 from pipeline.params import Study, shown_tasks, shown_variants
-from pipeline.provenance import provenance
 
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow.entities import Experiment, Run
     from mlflow.tracking import MlflowClient
+
+    from cat.model import SequenceModel
 
 STORE, ARTIFACTS = Path("mlflow.db"), Path("mlartifacts")
 REST = ARTIFACTS / ".complete"
@@ -35,11 +40,9 @@ REST = ARTIFACTS / ".complete"
 STUDY = "study"
 """The experiment that holds the run of the report."""
 _KEY = "cat.key"
+QUERY = ",.'="
+"""What stays as it is in the query of an address."""
 _OFF = "-"
-_EXPERIMENT_NOTE = (
-    "A run a variant and seed. Group by the parameter `variant` to see its seeds together."
-    " A metric `test/...` has the evaluation length as its step."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,7 @@ class Record:
     """One run to be: all that is logged, so that its digest says whether it is logged already."""
 
     experiment: str
+    kind: Literal["report", "variant", "seed"]
     name: str
     note: str
     params: dict[str, str]
@@ -55,6 +59,14 @@ class Record:
     """Name, step and value."""
     files: dict[str, list[Path]]
     """Artifact folder -> files."""
+    figures: tuple[str, ...]
+    """The ablations in whose figures it is."""
+    within: str | None = None
+    """The key of the variant's run that a seed's run is shown in."""
+    beside: tuple[Path, ...] = ()
+    """Files that differ from time to time, and are logged with the rest."""
+    origin: dict[str, str] = field(default_factory=dict)
+    """By which commit it was trained, where that is known."""
     dataset: dict[str, str] | None = None
     seconds: float | None = None
     started: float | None = None
@@ -64,9 +76,8 @@ class Record:
     def key(self) -> str:
         """A digest of everything but when, where and by which commit."""
         digest = hashlib.sha256()
-        digest.update(
-            json.dumps([self.experiment, self.name, self.note, self.params, self.tags, self.dataset, self.context]).encode()
-        )
+        texts = [self.experiment, self.kind, self.name, self.note, self.figures, self.context]
+        digest.update(json.dumps([*texts, self.params, self.tags, self.dataset]).encode())
         digest.update(repr(self.metrics).encode())
         for folder, paths in self.files.items():
             for path in paths:
@@ -74,27 +85,51 @@ class Record:
         return digest.hexdigest()[:32]
 
 
-def track(study: Study) -> None:
-    """Brings the store up to date. Raises ValueError where a result is missing or the store cannot be reached."""
+def track(study: Study, *, prune: bool = False) -> None:
+    """Brings the store up to date; `prune` deletes the runs of older studies.
+
+    Raises ValueError where a result is missing or the store cannot be reached.
+    """
     local = not os.environ.get("MLFLOW_TRACKING_URI")
-    if local and REST.exists() and REST.read_text(encoding="utf-8") == _appearance():
+    if local and not prune and REST.exists() and REST.read_text(encoding="utf-8") == _appearance():
         return
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    records = {record.key: record for record in [*_task_records(study), _report_record(study)]}
+    records = {record.key: record for record in [_report_record(study), *_task_records(study)]}
 
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
-    uri = f"sqlite:///{STORE.resolve()}" if local else os.environ["MLFLOW_TRACKING_URI"]
     try:
-        _sync(MlflowClient(uri), records, artifacts=ARTIFACTS.resolve() if local else None)
+        _sync(MlflowClient(_uri()), study, records, artifacts=ARTIFACTS.resolve() if local else None, prune=prune)
     except MlflowException as error:
-        raise ValueError(f"MLflow at {uri}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"MLflow at {_uri()}: {' '.join(str(error).split())[:200]}") from None
     if local:
         with whole(REST) as path:
             path.write_text(_appearance(), encoding="utf-8")
+
+
+def load_run(run_id: str) -> SequenceModel:
+    """The trained model of a seed's run in the store of this folder, or that of MLFLOW_TRACKING_URI.
+
+    Raises ValueError where there is no such run, or it has no weights.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        found = MlflowClient(_uri()).list_artifacts(run_id, "weights")
+        if not found:
+            raise ValueError(f"run {run_id} has no weights: they are in the runs of single seeds that did not diverge")
+        return runs.load_model(download_artifacts(f"runs:/{run_id}/{found[0].path}", tracking_uri=_uri()))
+    except MlflowException as error:
+        raise ValueError(f"MLflow at {_uri()}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{STORE.resolve()}"
 
 
 def _appearance() -> str:
@@ -109,26 +144,120 @@ def _appearance() -> str:
     return digest.hexdigest()
 
 
-def _sync(client: MlflowClient, records: Mapping[str, Record], *, artifacts: Path | None) -> None:
-    experiments = {
-        name: _experiment(client, name, artifacts) for name in dict.fromkeys(record.experiment for record in records.values())
-    }
+def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, artifacts: Path | None, prune: bool) -> None:
+    names = dict.fromkeys(record.experiment for record in records.values())
+    pages = Pages(study, {name: _experiment(client, name, artifacts).experiment_id for name in names})
     if artifacts is not None:
         _tidy(client)
     context = next(iter(records.values())).context
-    there: set[str] = set()
+    there: dict[str, Run] = {}
     for run in _our_runs(client, [e.experiment_id for e in client.search_experiments()], context):
         key = run.data.tags[_KEY]
-        if run.info.status == "FINISHED" and key in records and key not in there:
-            there.add(key)
+        if run.info.status != "FINISHED" or key in there:
+            client.delete_run(run.info.run_id)
+        elif key in records or not prune:
+            there[key] = run
         else:
             client.delete_run(run.info.run_id)
+            if artifacts is not None:
+                shutil.rmtree(Path(unquote(urlparse(run.info.artifact_uri).path)).parent, ignore_errors=True)
+    for key in there.keys() - records.keys():
+        _tag(client, there[key], {"current": "no"})
     from tqdm import tqdm
 
-    missing = {key: record for key, record in records.items() if key not in there}
-    commit = provenance()
-    for key, record in tqdm(missing.items(), desc="mlflow", unit="run", disable=None):
-        _log(client, experiments[record.experiment].experiment_id, key, record, commit)
+    name_of_study = hashlib.sha256("".join(sorted(records)).encode()).hexdigest()[:8]
+    ids: dict[str, str] = {}
+    missing = records.keys() - there.keys()
+    with tqdm(total=len(missing), desc="mlflow", unit="run", disable=None) as bar:
+        # The report first, which the others link to; a variant before its seeds, which are shown in it.
+        for key, record in records.items():
+            tags = {"current": "yes", "study": name_of_study, "studies": name_of_study}
+            if record.within is not None:
+                tags["mlflow.parentRunId"] = ids[record.within]
+            if (run := there.get(key)) is not None:
+                ids[key] = run.info.run_id
+                tags["studies"] = " ".join(dict.fromkeys([*run.data.tags.get("studies", "").split(), name_of_study]))
+                _tag(client, run, {**tags, "mlflow.note.content": pages.note(record, ids[key])})
+            else:
+                ids[key] = _log(client, key, record, tags, pages)
+                bar.update()
+            if record.kind == "report":
+                pages.report = ids[key]
+    for name, experiment in pages.experiments.items():
+        client.set_experiment_tag(experiment, "mlflow.note.content", pages.about(name))
+
+
+def _tag(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> None:
+    """Sets those that are not so already."""
+    from mlflow.entities import RunTag
+
+    changed = [RunTag(name, value) for name, value in tags.items() if run.data.tags.get(name) != value]
+    if changed:
+        client.log_batch(run.info.run_id, tags=changed)
+
+
+class Pages:
+    """Addresses within MLflow's pages, and the notes that link figures to runs and runs to figures."""
+
+    def __init__(self, study: Study, experiments: dict[str, str]):
+        self.study, self.experiments = study, experiments
+        self.report = ""
+        """The run of the report."""
+
+    def about(self, experiment: str) -> str:
+        """What an experiment is, and its runs as one would look for them."""
+        if experiment == STUDY:
+            return "The reports: figures, tables, verdicts. The one whose tag `current` is yes is that of the files."
+        from pipeline.results import PRIMARY
+
+        goal = self.study.tasks[experiment].data.goal
+        best = f"{PRIMARY[goal]}_{max(self.study.evaluate.multiples):g}x"
+        by = f"&orderByKey=metrics.%60{best}%60&orderByAsc={'false' if goal == 'accuracy' else 'true'}"
+        variants, seeds = ("tags.current = 'yes' and tags.kind = '" + kind + "'" for kind in ("variant", "seed"))
+        listed = (
+            (f"the variants, the best first, by `{best}`", variants, by),
+            (f"their `test/{PRIMARY[goal]}` against length, as a chart", variants, "&compareRunsMode=CHART"),
+            ("every seed", seeds, by),
+            ("what older studies found", "tags.current = 'no'", ""),
+        )
+        links = "\n".join(f"* [{words}]({self._search([experiment], wanted)}{more})" for words, wanted, more in listed)
+        return (
+            f"A run a variant, with means over its seeds, whose runs are within it.\n\n{links}\n\n"
+            "A metric `test/...` has the evaluation length as its step; `..._sd` is the standard deviation over seeds."
+        )
+
+    def note(self, record: Record, run_id: str) -> str:
+        """What is said of the run, and where to go from it."""
+        parts = [record.note]
+        if record.kind == "report":
+            tasks = [name for name in self.experiments if name != STUDY]
+            links = [f"[{f}]({self._search(tasks, _in_figure(f))})" for f in record.figures]
+            parts = ["Report, figures and tables are under Artifacts.", record.note, f"The runs in a figure: {', '.join(links)}."]
+        if record.kind == "seed":
+            parts.append(f'```python\nfrom pipeline.tracking import load_run\n\nmodel = load_run("{run_id}")\n```')
+        if record.kind != "report":
+            shown = ", ".join(f"[{figure}]({self._artifact(f'figures/{figure}.png')})" for figure in record.figures)
+            parts.append(f"Figures that it is in: {shown or 'none'}; [the report]({self._artifact('report.html')}).")
+        if "dvc.md5" in record.tags:
+            parts.append(
+                f"`git log -S {record.tags['dvc.md5']} -- dvc.lock` finds the commits whose dvc.lock has this result, as that of"
+                f" the stage `{record.tags['dvc.stage']}`."
+            )
+        return "\n\n".join(parts)
+
+    def _search(self, experiments: list[str], wanted: str) -> str:
+        ids = [self.experiments[name] for name in experiments]
+        page = f"#/experiments/{ids[0]}/runs?workflowType=machine_learning"
+        if len(ids) > 1:
+            page = f"#/compare-experiments/s?experiments={quote(json.dumps(ids, separators=(',', ':')), safe=QUERY)}"
+        return f"{page}&searchFilter={quote(wanted, safe=QUERY)}"
+
+    def _artifact(self, path: str) -> str:
+        return f"#/experiments/{self.experiments[STUDY]}/runs/{self.report}/artifacts/{path}"
+
+
+def _in_figure(name: str) -> str:
+    return f"tags.`figure.{name}` = 'yes' and tags.current = 'yes'"
 
 
 def _tidy(client: MlflowClient) -> None:
@@ -158,7 +287,7 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> Expe
     found = client.get_experiment_by_name(name)
     if found is None:
         # Without its kind, the pages of an experiment open on traces of language models instead of runs.
-        tags = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": _EXPERIMENT_NOTE}
+        tags = {"mlflow.experimentKind": "custom_model_development"}
         client.create_experiment(name, artifact_location=(artifacts / name).as_uri() if artifacts else None, tags=tags)
         found = client.get_experiment_by_name(name)
     elif found.lifecycle_stage == "deleted":
@@ -166,23 +295,29 @@ def _experiment(client: MlflowClient, name: str, artifacts: Path | None) -> Expe
     return found
 
 
-def _log(client: MlflowClient, experiment: str, key: str, record: Record, commit: Mapping[str, Any]) -> None:
+def _log(client: MlflowClient, key: str, record: Record, tags: Mapping[str, str], pages: Pages) -> str:
+    """Logs the run; its id."""
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.data.sources import LocalArtifactDatasetSource
     from mlflow.entities import DatasetInput, InputTag, Metric, Param
 
     started = int((record.started or time.time()) * 1000)
-    tags = {
+    all_tags = {
         **record.tags,
-        "mlflow.note.content": record.note,
+        **record.origin,
+        **tags,
+        **{f"figure.{name}": "yes" for name in record.figures},
+        "kind": record.kind,
         "mlflow.source.type": "PROJECT",
         "mlflow.source.name": "dvc repro",
         "cat.context": record.context or "workspace",
         _KEY: key,
     }
-    if commit["commit"]:
-        tags |= {"mlflow.source.git.commit": commit["commit"], "commit": commit["commit"], "dirty": str(commit["dirty"]).lower()}
-    run = client.create_run(experiment, start_time=started, tags=tags, run_name=record.name)
+    if "commit" in record.origin:
+        all_tags["mlflow.source.git.commit"] = record.origin["commit"]
+    experiment = pages.experiments[record.experiment]
+    run = client.create_run(experiment, start_time=started, tags=all_tags, run_name=record.name)
+    client.set_tag(run.info.run_id, "mlflow.note.content", pages.note(record, run.info.run_id))
     metrics = [Metric(name, value, started, step) for name, step, value in record.metrics]
     if record.seconds is not None:
         metrics.append(Metric("cell_seconds", record.seconds, started, 0))
@@ -199,7 +334,10 @@ def _log(client: MlflowClient, experiment: str, key: str, record: Record, commit
     for folder, paths in record.files.items():
         for path in paths:
             client.log_artifact(run.info.run_id, str(path), folder or None)
+    for path in record.beside:
+        client.log_artifact(run.info.run_id, str(path))
     client.set_terminated(run.info.run_id, "FINISHED", end_time=started + int((record.seconds or 0) * 1000))
+    return str(run.info.run_id)
 
 
 def _task_records(study: Study) -> Iterator[Record]:
@@ -209,6 +347,7 @@ def _task_records(study: Study) -> Iterator[Record]:
 
     results = read_results(study)
     shared = _shared_params(study)
+    stages = {(c.task, c.variant): f"train_{c.ablation}@{c.task}-{c.variant}" for c in cells(study)}
     for task, section in study.tasks.items():
         meta = read_json(DATA / task / "meta.json")
         digest = hashlib.sha256((DATA / task / "meta.json").read_bytes()).hexdigest()[:16]
@@ -217,64 +356,96 @@ def _task_records(study: Study) -> Iterator[Record]:
         for variant in variants_on(study, task):
             summary = runs.read_summary(task, variant)
             history = read_history(study, task, variant, summary["learning_rate"])
-            ablations = [n for n, a in study.ablations.items() if task in shown_tasks(study, a) and variant in shown_variants(a)]
-            started, seconds = _when(task, variant)
-            for seed in study.seeds:
-                run = next(r for r in summary["runs"] if (r["seed"], r["learning_rate"]) == (seed, summary["learning_rate"]))
-                scores = results[(results["task"] == task) & (results["variant"] == variant) & (results["seed"] == seed)]
+            scores = results[(results["task"] == task) & (results["variant"] == variant)]
+            origin, started, seconds = _origin(task, variant)
+            chosen = [r for r in summary["runs"] if r["learning_rate"] == summary["learning_rate"] and r["seed"] in study.seeds]
+            common: dict[str, Any] = {
+                "experiment": task,
+                "figures": tuple(
+                    n for n, a in study.ablations.items() if task in shown_tasks(study, a) and variant in shown_variants(a)
+                ),
+                "origin": origin,
+                "dataset": {"name": task, "digest": digest, "path": str(DATA / task), "kind": meta["kind"]},
+                "started": started,
+                "seconds": seconds,
+            }
+            parameters = {
+                "task": task,
+                "variant": variant,
+                **_model_params(study, variant),
+                "learning_rate": f"{summary['learning_rate']:g}",
+                "parameters": str(summary["parameters"]),
+                "steps": str(section.train.steps),
+                "batch": str(section.train.batch),
+                **shared,
+                **data_params,
+            }
+            tags = {
+                "task": task,
+                "variant": variant,
+                "device": summary["device"],
+                "data_digest": digest,
+                "dvc.stage": stages[task, variant],
+                "dvc.md5": dvc_md5(runs.folder(task, variant)),
+            }
+            seeds = ", ".join(map(str, study.seeds))
+            whole_cell = Record(
+                kind="variant",
+                name=variant,
+                note=f"`{variant}` on `{task}`: mean over seeds {seeds}; `..._sd` is the standard deviation.",
+                params={**parameters, "seed": seeds},
+                tags={**tags, "seed": seeds, "diverged": str(sum(run["stop"] == "diverged" for run in chosen))},
+                metrics=[*_curves(_over_seeds(history)), *_scores(study, task, scores)],
+                files={"": [runs.folder(task, variant) / "summary.json", runs.folder(task, variant) / "history.csv"]},
+                **common,
+            )
+            yield whole_cell
+            for run in sorted(chosen, key=lambda run: study.seeds.index(run["seed"])):
+                seed = run["seed"]
                 weights = runs.weights_path(task, variant, seed)
                 yield Record(
-                    experiment=task,
+                    kind="seed",
+                    within=whole_cell.key,
                     name=f"{variant} seed {seed}",
                     note=f"`{variant}` on `{task}`, seed {seed}: stopped by {run['stop']} after {run['steps']} steps.",
-                    params={
-                        "task": task,
-                        "variant": variant,
-                        "seed": str(seed),
-                        **_model_params(study, variant),
-                        "learning_rate": f"{summary['learning_rate']:g}",
-                        "parameters": str(summary["parameters"]),
-                        "steps": str(section.train.steps),
-                        "batch": str(section.train.batch),
-                        **shared,
-                        **data_params,
-                    },
+                    params={**parameters, "seed": str(seed)},
                     tags={
-                        "task": task,
-                        "variant": variant,
+                        **tags,
                         "seed": str(seed),
-                        "ablations": ", ".join(ablations),
                         "stop": run["stop"],
                         "solves_every_length": _shown(run["solves_every_length"]),
-                        "device": summary["device"],
-                        "data_digest": digest,
                     },
                     metrics=[
                         *_curves(history[history["seed"] == seed]),
-                        *_scores(study, task, scores),
+                        *_scores(study, task, scores[scores["seed"] == seed]),
                         *_filters(filters[(filters["variant"] == variant) & (filters["seed"] == seed)]),
                         ("steps_run", 0, float(run["steps"])),
                     ],
-                    files={
-                        "": [runs.folder(task, variant) / "summary.json", runs.folder(task, variant) / "history.csv"],
-                        "weights": [weights] if weights.exists() else [],
-                    },
-                    dataset={"name": task, "digest": digest, "path": str(DATA / task), "kind": meta["kind"]},
-                    started=started,
-                    seconds=seconds,
+                    files={"weights": [weights] if weights.exists() else []},
+                    **common,
                 )
+
+
+def dvc_md5(folder: Path) -> str:
+    """What dvc.lock calls a folder: the digest of the list of its files with theirs."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = [
+        {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.relative_to(folder).as_posix()} for path in files
+    ]
+    return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
 def _report_record(study: Study) -> Record:
     """The figures and tables: not of one run but of all of them."""
-    tables = sorted(
-        [*REPORTS.glob("*.md"), *REPORTS.glob("*.html"), *REPORTS.glob("*.csv"), *RESULTS.rglob("*.csv"), *VERDICTS.glob("*.csv")]
-    )
-    headline = REPORTS / "headline.md"
+    from pipeline.verdicts import read_verdicts
+
+    tables = sorted([*REPORTS.glob("*.csv"), *RESULTS.rglob("*.csv"), *VERDICTS.glob("*.csv")])
+    verdicts = [f"* {row.verdict}: {row.says}" for row in read_verdicts().itertuples()]
     return Record(
         experiment=STUDY,
+        kind="report",
         name="report",
-        note=headline.read_text(encoding="utf-8") if headline.exists() else "No ablation was run.",
+        note="\n".join(verdicts) or "No claims were judged.",
         params={"seeds": str(list(study.seeds)), "tasks": ", ".join(study.tasks), "variants": str(len(study.variants))},
         tags={},
         metrics=[],
@@ -284,6 +455,8 @@ def _report_record(study: Study) -> Record:
             "svg": sorted((REPORTS / "svg").glob("*.svg")),
             "tables": tables,
         },
+        beside=tuple(path for name in ("report.md", "report.html", "cost.png") if (path := REPORTS / name).exists()),
+        figures=tuple(n for n, a in study.ablations.items() if shown_tasks(study, a) and shown_variants(a)),
     )
 
 
@@ -309,17 +482,29 @@ def _curves(history: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
             yield name, int(step), float(value)
 
 
+def _over_seeds(history: pd.DataFrame) -> pd.DataFrame:
+    """The mean curve; seeds that stopped early keep their last value."""
+    import pandas as pd
+
+    columns = ["train_loss", "valid_loss", "valid_accuracy"]
+    means = {name: history.pivot(index="step", columns="seed", values=name).ffill().mean(axis=1) for name in columns}
+    return pd.DataFrame(means).reset_index()
+
+
 def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
-    """Every test metric with the length as its step, and the primary one once more by name for each length of the tables."""
+    """Every test metric with the length as its step, and the primary one once more by name for each length of the tables.
+
+    Of several seeds the mean, and with `_sd` the standard deviation.
+    """
     from pipeline.results import PRIMARY
 
-    scores = scores.dropna(subset="value")
-    for metric, length, value in zip(scores["metric"], scores["length"], scores["value"], strict=True):
-        yield f"test/{metric}", int(length), float(value)
-    primary = scores[scores["metric"] == PRIMARY[study.tasks[task].data.goal]]
-    for multiple, value in zip(primary["multiple"], primary["value"], strict=True):
-        if multiple in study.evaluate.multiples:
-            yield f"{PRIMARY[study.tasks[task].data.goal]}_{multiple:g}x", 0, float(value)
+    name = PRIMARY[study.tasks[task].data.goal]
+    grouped = scores.dropna(subset="value").groupby(["metric", "length", "multiple"], sort=False)["value"]
+    for ending, values in (("", grouped.mean()), ("_sd", grouped.std().dropna())):
+        for (metric, length, multiple), value in values.items():
+            yield f"test/{metric}{ending}", int(length), float(value)
+            if metric == name and multiple in study.evaluate.multiples:
+                yield f"{name}_{multiple:g}x{ending}", 0, float(value)
 
 
 def _filters(filters: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
@@ -329,10 +514,10 @@ def _filters(filters: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
         yield f"filter/{name}", int(tap), float(value)
 
 
-def _when(task: str, variant: str) -> tuple[float | None, float | None]:
-    """Start and duration, where this very result was trained here and not restored from a cache."""
-    path = LOGS / task / f"{variant}.json"
-    if not path.exists():
-        return None, None
-    log = read_json(path)
-    return (log["started"], log["seconds"]) if log["summary"] == runs.digest(task, variant) else (None, None)
+def _origin(task: str, variant: str) -> tuple[dict[str, str], float | None, float | None]:
+    """Commit, start and duration, where this very result was trained here and not restored from a cache."""
+    log = read_log(task, variant)
+    if log is None:
+        return {}, None, None
+    origin = {"commit": log["commit"], "dirty": str(log["dirty"]).lower()} if log["commit"] else {}
+    return origin, log["started"], log["seconds"]

@@ -15,7 +15,7 @@ from pipeline.claims import load as load_claims
 from pipeline.diagnosis import diagnose
 from pipeline.examples import attention_on, read_example
 from pipeline.figures import example, filters, pareto_front
-from pipeline.report import read_log
+from pipeline.logs import read_log
 from pipeline.results import primary, read_results
 from tests.study import edit, finished_study, stage
 

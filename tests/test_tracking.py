@@ -1,12 +1,18 @@
 """The MLflow store follows the files: complete, without doubles, rebuilt when lost, and apart for experiments."""
 
+import re
 import shutil
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
+import numpy as np
 import pytest
+import torch
 
 from pipeline import params
 from pipeline.grid import cells
+from pipeline.runs import load_model
+from pipeline.tracking import load_run
 from tests.study import edit, finished_study, stage
 
 
@@ -36,7 +42,7 @@ def store(tracked_folder, monkeypatch):
 
 def found(client, experiment="copying"):
     """Run name -> run, and that no name stands twice."""
-    page = client.search_runs([client.get_experiment_by_name(experiment).experiment_id], max_results=1000)
+    page = client.search_runs([client.get_experiment_by_name(experiment).experiment_id], "tags.current = 'yes'", max_results=1000)
     runs = {run.info.run_name: run for run in page}
     assert len(runs) == len(page)
     return runs
@@ -46,28 +52,90 @@ def ids(client):
     return {name: run.info.run_id for name, run in found(client).items()}
 
 
+def older(client, experiment="copying"):
+    """The runs that the files no longer say."""
+    page = client.search_runs([client.get_experiment_by_name(experiment).experiment_id], "tags.current = 'no'")
+    return {run.info.run_name: run for run in page}
+
+
 def test_there_is_a_run_for_every_variant_and_seed(store):
     study = params.load()
     runs = found(store)
-    assert set(runs) == {f"{cell.variant} seed {seed}" for cell in cells(study) for seed in study.seeds}
+    variants = {cell.variant for cell in cells(study)}
+    assert set(runs) == variants | {f"{variant} seed {seed}" for variant in variants for seed in study.seeds}
     assert len({frozenset(run.data.params) for run in runs.values()}) == 1, "every run has the same parameter keys"
     run = runs["qk seed 1"]
     assert run.info.status == "FINISHED"
     assert {k: run.data.params[k] for k in ("variant", "seed", "model.q", "model.k", "model.v", "model.qk_norm")} == {
         "variant": "qk", "seed": "1", "model.q": "3", "model.k": "3", "model.v": "-", "model.qk_norm": "true",
     }  # fmt: skip
-    assert {"task", "variant", "seed", "data_digest", "device", "ablations"} <= set(run.data.tags)
+    assert {"task", "variant", "seed", "data_digest", "device", "figure.streams"} <= set(run.data.tags)
     lengths = {metric.step for metric in store.get_metric_history(run.info.run_id, "test/accuracy")}
     assert lengths == set(study.tasks["copying"].data.lengths)
     assert [m.step for m in store.get_metric_history(run.info.run_id, "valid/loss")] == [5]
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "copying"
     assert dataset.dataset.digest == run.data.tags["data_digest"]
-    assert {item.path for item in store.list_artifacts(run.info.run_id)} == {"history.csv", "summary.json", "weights"}
+    assert {item.path for item in store.list_artifacts(runs["qk"].info.run_id)} == {"history.csv", "summary.json"}
     assert [item.path for item in store.list_artifacts(run.info.run_id, "weights")] == ["weights/seed_1.safetensors"]
     (report,) = found(store, "study").values()
     there = {item.path for item in store.list_artifacts(report.info.run_id)}
-    assert there == {"claims.yaml", "figures", "params.yaml", "svg", "tables"}
+    tables = {"claims.yaml", "cost.png", "figures", "params.yaml", "report.html", "report.md", "svg", "tables"}
+    assert there == tables
+
+
+def test_a_variant_s_run_has_the_mean_and_the_spread_of_its_seeds_which_are_within_it(store):
+    runs, study = found(store), params.load()
+    seeds = [runs[f"qk seed {seed}"] for seed in study.seeds]
+    assert {run.data.tags["mlflow.parentRunId"] for run in seeds} == {runs["qk"].info.run_id}
+    for name in ("accuracy_1x", "accuracy_2x", "train/loss"):
+        values = [run.data.metrics[name] for run in seeds]
+        assert runs["qk"].data.metrics[name] == pytest.approx(np.mean(values)), name
+    assert runs["qk"].data.metrics["accuracy_2x_sd"] == pytest.approx(
+        np.std([r.data.metrics["accuracy_2x"] for r in seeds], ddof=1)
+    )
+    means = {m.step: m.value for m in store.get_metric_history(runs["qk"].info.run_id, "test/accuracy")}
+    assert set(means) == set(study.tasks["copying"].data.lengths)
+    assert {run.data.tags["kind"] for run in runs.values()} == {"variant", "seed"}
+
+
+def test_figures_and_runs_lead_to_each_other(store):
+    runs, (report,) = found(store), found(store, "study").values()
+    note = runs["qk seed 0"].data.tags["mlflow.note.content"]
+    artifacts = re.findall(r"#/experiments/(\w+)/runs/(\w+)/artifacts/([^)]+)\)", note)
+    assert {(e, r) for e, r, _ in artifacts} == {(report.info.experiment_id, report.info.run_id)}
+    there = {item.path for folder in (None, "figures") for item in store.list_artifacts(report.info.run_id, folder)}
+    assert "figures/streams.png" in {path for *_, path in artifacts} <= there
+
+    (address,) = re.findall(r"\[streams\]\(#/([^)]+)\)", report.data.tags["mlflow.note.content"])
+    wanted = parse_qs(urlsplit(address).query)["searchFilter"][0]
+    names = {run.info.run_name for run in store.search_runs([runs["qk"].info.experiment_id], wanted, max_results=1000)}
+    shown = params.shown_variants(params.load().ablations["streams"])
+    assert names == {*shown, *(f"{variant} seed {seed}" for variant in shown for seed in (0, 1))}
+
+
+def test_an_experiment_s_note_leads_to_the_best_variant_and_to_seeds(store):
+    experiment = store.get_experiment_by_name("copying")
+    links = re.findall(r"\(#/experiments/(\w+)/runs\?([^)]+)\)", experiment.tags["mlflow.note.content"])
+    assert {number for number, _ in links} == {experiment.experiment_id}
+    best, _, seeds, before = (parse_qs(query) for _, query in links)
+    ranked = store.search_runs([experiment.experiment_id], best["searchFilter"][0], order_by=[f"{best['orderByKey'][0]} DESC"])
+    assert ranked[0].info.run_name == "theory"
+    assert {run.data.tags["kind"] for run in ranked} == {"variant"}
+    assert len(store.search_runs([experiment.experiment_id], seeds["searchFilter"][0])) == 2 * len(ranked)
+    assert store.search_runs([experiment.experiment_id], before["searchFilter"][0]) == []
+
+
+def test_the_lines_of_a_run_s_note_load_its_model(store):
+    run = found(store)["qk seed 1"]
+    (lines,) = re.findall(r"```python\n(.*?)```", run.data.tags["mlflow.note.content"], flags=re.DOTALL)
+    names = {}
+    exec(lines, names)
+    weights = load_model("runs/copying/qk/seed_1.safetensors").state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in names["model"].state_dict().items())
+    for run_id, line in ((found(store)["qk"].info.run_id, "has no weights"), ("0" * 32, "not found")):
+        with pytest.raises(ValueError, match=line):
+            load_run(run_id)
 
 
 def test_repeating_changes_nothing(store):
@@ -98,13 +166,27 @@ def test_exactly_the_runs_of_a_changed_cell_are_replaced(store):
     stage("evaluate", "copying")
     stage("track")
     changed = ids(store)
-    assert {name for name in before if changed[name] != before[name]} == {"qk seed 0", "qk seed 1"}
+    of_qk = {"qk", "qk seed 0", "qk seed 1"}
+    assert {name for name in before if changed[name] != before[name]} == of_qk
+    kept = older(store)
+    assert {name: run.info.run_id for name, run in kept.items()} == {name: before[name] for name in of_qk}
+    assert kept["qk"].data.params["model.k"] == "3"
+    here = found(store)
+    assert {run.data.tags["study"] for run in here.values()} == {here["qk"].data.tags["study"]}
+    assert {run.data.tags["study"] for run in kept.values()} == {kept["qk"].data.tags["studies"]}
+    assert here["k"].data.tags["studies"].split() == [kept["qk"].data.tags["study"], here["qk"].data.tags["study"]]
     edit(**{"variants.qk.k": 3})
     for folder in ("runs", "results"):
         shutil.rmtree(folder)
         Path(f"kept_{folder}").rename(folder)
     stage("track")
-    assert {name for name, key in ids(store).items() if key != before[name]} == {"qk seed 0", "qk seed 1"}
+    assert ids(store) == before, "the runs of the study that the files are of again"
+    assert {name: run.info.run_id for name, run in older(store).items()} == {name: changed[name] for name in of_qk}
+    folders = [Path("mlartifacts/copying") / changed[name] for name in of_qk]
+    assert all(folder.exists() for folder in folders)
+    stage("track", "--prune")
+    assert (older(store), ids(store)) == ({}, before)
+    assert not any(folder.exists() for folder in folders)
 
 
 def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monkeypatch):
