@@ -7,6 +7,7 @@ tensor by tensor; before its first step it takes most of a second of every proce
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -36,6 +37,18 @@ class AdamW:
         for part, its_gradient in zip(self.parts, gradient.split(self.sizes), strict=True):
             if its_gradient.numel():
                 part.step(its_gradient, excess, learning_rate)
+
+    @property
+    def moments(self) -> Float[Tensor, "2 P"]:
+        """A copy of what is remembered of the gradients: their mean and their mean square."""
+        return torch.stack([torch.cat([part.mean for part in self.parts]), torch.cat([part.square for part in self.parts])])
+
+    def resume(self, steps: int, moments: Float[Tensor, "2 P"]) -> None:
+        """Goes on from where another stood after `steps` steps."""
+        for part, (mean, square) in zip(self.parts, moments.split(self.sizes, dim=1), strict=True):
+            part.mean.copy_(mean)
+            part.square.copy_(square)
+            part.steps.fill_(steps)
 
 
 class _Part:

@@ -5,10 +5,10 @@ Every tensor has one axis more, in front, over which torch.vmap maps the model: 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ from cat.folding import fold
 from cat.model import SequenceModel
 from cat.optimizer import BETAS, EPSILON
 from cat.tasks.base import IGNORE
-from cat.training import Row, Run, _batches, decayed_or_not, mean_loss, rate
+from cat.training import Row, Run, State, Stop, _batches, copied, decayed_or_not, diverged, end, mean_loss, rate
 
 
 def can_be_stacked(config: ModelConfiguration) -> bool:
@@ -48,37 +48,58 @@ def fit_together(
     stop_early: bool,
     precision: Literal["float32", "bfloat16"] = "float32",
     progress: Callable[[int, int, Row | None], None] = lambda place, step, row: None,
+    resume: Sequence[State] | None = None,
+    checkpoint: Callable[[Callable[[], dict[int, State]], bool], None] = lambda states, ended: None,
 ) -> list[Run]:
     """Trains `models`, all of one configuration, in place: each as `fit` does at its learning rate and seed, up to rounding.
 
     Losses are read where there is a look at the validation split; between looks nothing waits for the device. A replica that
     has ended leaves the stack at the look that finds it out. `progress` is told a place in `models`, and what `fit` tells it.
+
+    `resume` has a state for each of them, all after the same step, none that has ended. After every step `checkpoint` is given
+    what returns the states, by place, of those that took it, and whether one of them has ended with it. Raises
+    torch.OutOfMemoryError where there is no memory for one replica at a time.
     """
-    stack = Stack(models, learning_rates, protocol=protocol, precision=precision)
     replicas = [
-        Replica(model, _batches(len(train.inputs), schedule.batch, seed), partial(progress, place))
+        Replica(model, place, _batches(len(train.inputs), schedule.batch, seed), partial(progress, place))
         for place, (model, seed) in enumerate(zip(models, seeds, strict=True))
     ]
-    running = replicas
-    for start in range(0, schedule.steps, protocol.validate_every):
-        steps = range(start + 1, min(start + protocol.validate_every, schedule.steps) + 1)
-        order = torch.stack([torch.stack([next(replica.batches) for replica in running]) for _ in steps])
-        losses = []
-        for step, rows in zip(steps, order.to(train.inputs.device), strict=True):
+    for replica, state in zip(replicas, resume or (), strict=resume is not None):
+        replica.resume(state)
+    stack = Stack(models, learning_rates, protocol=protocol, precision=precision)
+    step, losses, running = 0, list[Tensor](), replicas
+    if resume is not None:
+        step = resume[0].step
+        losses += torch.stack([state.losses for state in resume], dim=1).to(train.inputs.device)
+        stack.resume(step, [state.moments for state in resume])
+
+    def states() -> dict[int, State]:
+        since = torch.stack(losses, dim=1).cpu() if losses else torch.empty(len(running), 0)
+        for row, replica in enumerate(running):
+            stack.unload(row, replica.model)
+        return {replica.place: replica.state(step, stack.moments(row), since[row]) for row, replica in enumerate(running)}
+
+    while running:
+        look = min((step // protocol.validate_every + 1) * protocol.validate_every, schedule.steps)
+        order = torch.stack([torch.stack([next(replica.batches) for replica in running]) for _ in range(step, look)])
+        for rows in order.to(train.inputs.device):
+            step += 1
             losses.append(stack.step(_gather(train, rows), rate(step, schedule.steps, protocol.warmup)))
-            for replica in running if step < steps[-1] else ():
-                replica.progress(step, None)
+            if step < look:
+                for replica in running:
+                    replica.progress(step, None)
+                checkpoint(states, False)
         seen = zip(running, torch.stack(losses, dim=1).tolist(), stack.score(valid), strict=True)
-        for place, (replica, recent, scores) in enumerate(seen):
-            replica.look(steps[-1], recent, *scores, protocol=protocol, schedule=schedule, stop_early=stop_early)
+        for row, (replica, recent, scores) in enumerate(seen):
+            replica.look(step, recent, *scores, protocol=protocol, schedule=schedule, stop_early=stop_early)
             if replica.run is not None:
-                stack.unload(place, replica.model)
-        going = [place for place, replica in enumerate(running) if replica.run is None]
-        if not going:
-            break
-        if len(going) < len(running):
+                stack.unload(row, replica.model)
+        losses.clear()
+        going = [row for row, replica in enumerate(running) if replica.run is None]
+        checkpoint(states, len(going) < len(running))
+        if going and len(going) < len(running):
             stack.keep(going)
-            running = [running[place] for place in going]
+        running = [running[row] for row in going]
     return [replica.run for replica in replicas if replica.run is not None]
 
 
@@ -87,6 +108,7 @@ class Replica:
     """One of the models: where its batches come from, whom it tells, and what has become of it."""
 
     model: SequenceModel
+    place: int
     batches: Iterator[Tensor]
     progress: Callable[[int, Row | None], None]
     history: list[Row] = field(default_factory=list)
@@ -105,20 +127,27 @@ class Replica:
         stop_early: bool,
     ) -> None:
         """What `fit` does after `step`, by the losses since the look before, and loss and accuracy on the validation split."""
-        finite = [math.isfinite(loss) for loss in losses]
-        if not all(finite):
-            self._end(step - len(losses) + 1 + finite.index(False), "diverged")
+        if (bad := diverged(losses)) is not None:
+            self._end(step - len(losses) + 1 + bad, "diverged")
             return
         row = Row(step=step, train_loss=sum(losses) / len(losses), valid_loss=loss, valid_accuracy=accuracy)
         self.history.append(row)
         self.progress(step, row)
-        last = self.history[-protocol.stop_after :]
-        if stop_early and len(last) == protocol.stop_after and min(r.valid_accuracy for r in last) >= protocol.stop_at:
-            self._end(step, "accuracy")
-        elif step == schedule.steps:
-            self._end(step, "steps")
+        if (stop := end(self.history, protocol, schedule, stop_early=stop_early)) is not None:
+            self._end(step, stop)
 
-    def _end(self, steps: int, stop: Literal["accuracy", "steps", "diverged"]) -> None:
+    def resume(self, state: State) -> None:
+        """Goes back to where it stood."""
+        self.model.load_state_dict(state.weights)
+        self.history, self.batches = list(state.history), islice(self.batches, state.step, None)
+
+    def state(self, step: int, moments: Tensor, losses: Tensor) -> State:
+        """Where it stands, its weights and all, after `step` steps."""
+        history, weights = list(self.history), copied(self.model)
+        stop, step = (None, step) if self.run is None else (self.run.stop, self.run.steps)
+        return State(step=step, history=history, weights=weights, moments=moments, losses=losses, stop=stop)
+
+    def _end(self, steps: int, stop: Stop) -> None:
         self.run = Run(model=self.model, history=self.history, steps=steps, stop=stop)
 
 
@@ -138,18 +167,36 @@ class Stack:
         self.weights = torch.stack([torch.cat([p.detach().flatten() for p in self._parameters(model)]) for model in models])
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.peaks = torch.tensor(learning_rates).to(self.weights).view(len(models), 1)
-        self.steps = 0
+        self.steps, self.at_once = 0, len(models)
         buffers = [dict(model.named_buffers()) for model in models]
         self.buffers = {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
 
     def step(self, batches: Split, share: float) -> Float[Tensor, " R"]:
-        """The losses on batches (R, B, ..), and then a step of AdamW at a share of the peak learning rates."""
-        weights = self.weights.detach().requires_grad_()
-        losses = self._each(partial(mean_loss, precision=self.precision), weights, batches, mapped=0)
+        """The losses on batches (R, B, ..), and then a step of AdamW at a share of the peak learning rates.
+
+        Where there is no memory for all replicas at once, from then on for half as many at a time.
+        """
+        while True:
+            try:
+                starts = range(0, len(self.weights), self.at_once)
+                parts = [self._gradient(batches, slice(start, start + self.at_once)) for start in starts]
+                break
+            except torch.OutOfMemoryError:
+                if self.at_once == 1:
+                    raise
+            self.at_once = -(-self.at_once // 2)
+            torch.cuda.empty_cache()
+        losses, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
+        self._descend(gradient, share)
+        return losses
+
+    def _gradient(self, batches: Split, rows: slice) -> tuple[Float[Tensor, " r"], Float[Tensor, "r P"]]:
+        weights = self.weights[rows].detach().requires_grad_()
+        part = Split(*(tensor[rows] for tensor in batches))
+        losses = self._each(partial(mean_loss, precision=self.precision), weights, part, mapped=0, rows=rows)
         # A loss depends on its own row alone, so the gradient of their sum is that of each.
         (gradient,) = torch.autograd.grad(losses.sum(), weights)
-        self._descend(gradient, share)
-        return losses.detach()
+        return losses.detach(), gradient
 
     @torch.no_grad()
     def score(self, split: Split) -> list[tuple[float, float]]:
@@ -171,6 +218,15 @@ class Stack:
         for parameter, row in zip(self._parameters(model), self._split(self.weights[place]), strict=True):
             parameter.copy_(row)
 
+    def moments(self, place: int) -> Float[Tensor, "2 P"]:
+        """Those of the row at `place`, as `AdamW` has them."""
+        return torch.stack([self.mean[place], self.square[place]]).cpu()
+
+    def resume(self, steps: int, moments: Sequence[Float[Tensor, "2 P"]]) -> None:
+        """Goes on from where rows with these moments stood after `steps` steps."""
+        self.steps = steps
+        self.mean, self.square = torch.stack(list(moments), dim=1).to(self.weights.device)
+
     def keep(self, places: Sequence[int]) -> None:
         """Leaves the replicas at all other places out from now on."""
         index = torch.tensor(places, device=self.weights.device)
@@ -188,13 +244,22 @@ class Stack:
         size = (self.square / (1 - second**self.steps)).sqrt_().add_(EPSILON)
         self.weights.addcdiv_(self.mean * rates, size, value=-1 / (1 - first**self.steps))
 
-    def _each(self, function: Callable[..., Any], weights: Float[Tensor, "R P"], batch: Split, *, mapped: int | None) -> Any:
-        """`function(model, batch)` of every model; the replicas' batches lie along axis `mapped`, None: they have the same."""
+    def _each(
+        self,
+        function: Callable[..., Any],
+        weights: Float[Tensor, "r P"],
+        batch: Split,
+        *,
+        mapped: int | None,
+        rows: slice = slice(None),
+    ) -> Any:
+        """`function(model, batch)` of the models `rows`; their batches lie along axis `mapped`, None: they have the same."""
 
         def call(tensors: dict[str, Tensor], batch: Split) -> Any:
             return functional_call(self.caller, tensors, (function, batch))
 
-        tensors = dict(zip(self.shapes, self._split(weights), strict=True)) | self.buffers
+        tensors = dict(zip(self.shapes, self._split(weights), strict=True))
+        tensors |= {name: buffer[rows] for name, buffer in self.buffers.items()}
         with _Whole():
             return vmap(call, in_dims=(0, mapped))({f"model.{name}": tensor for name, tensor in tensors.items()}, batch)
 

@@ -1,14 +1,19 @@
-"""Training one model: AdamW, warm-up and cosine, clipping, early stop on the validation split, divergence recorded."""
+"""Training one model: AdamW, warm-up and cosine, clipping, early stop on the validation split, divergence recorded.
+
+A run goes on from a `State` as if it had never stopped. A batch for which memory does not suffice is taken in slices.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import ModelConfiguration, Protocol, Schedule
@@ -16,6 +21,8 @@ from cat.evaluation import Split, autocast, score
 from cat.model import SequenceModel
 from cat.optimizer import AdamW
 from cat.tasks.base import IGNORE
+
+Stop = Literal["accuracy", "steps", "diverged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +42,27 @@ class Run:
     model: SequenceModel
     history: list[Row]
     steps: int
-    stop: Literal["accuracy", "steps", "diverged"]
+    stop: Stop
     """`diverged`: the loss of step `steps` was not finite."""
+    micro_batch: int | None = None
+    """Examples of a batch at a time, where there was no memory for all of them at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """A run after `step` steps: what it takes to go on from there to the same bits. Its tensors are copies, on the CPU."""
+
+    step: int
+    history: list[Row]
+    weights: dict[str, Tensor]
+    """The `state_dict` of the model."""
+    moments: Float[Tensor, "2 P"]
+    """Those of AdamW, which lays out the parameters with weight decay first."""
+    losses: Float[Tensor, " K"]
+    """Of the steps since the last look at the validation split."""
+    micro_batch: int | None = None
+    stop: Stop | None = None
+    """Why the run has ended, if it has; `step` is then its `steps`."""
 
 
 def build_model(config: ModelConfiguration, *, vocabulary: int, length: int, seed: int) -> SequenceModel:
@@ -58,39 +84,111 @@ def fit(
     stop_early: bool,
     precision: Literal["float32", "bfloat16"] = "float32",
     progress: Callable[[int, Row | None], None] = lambda step, row: None,
+    resume: State | None = None,
+    checkpoint: Callable[[Callable[[], State], bool], None] = lambda state, ended: None,
 ) -> Run:
     """Trains `model` in place, on the device of its weights and splits.
 
     The order of the batches depends on `seed` and the size of `train` alone. `progress` is told every step, with the row where
-    there was a look at the validation split.
+    there was a look at the validation split. `resume` is where the run stood when all other arguments were the same. After
+    every step `checkpoint` is given what returns the State there, and whether the run has ended with it; it may raise.
     """
     decayed, others = decayed_or_not(model)
     optimizer = AdamW(decayed, others, weight_decay=protocol.weight_decay, clip=protocol.clip)
-    batches = _batches(len(train.inputs), schedule.batch, seed)
-    history: list[Row] = []
-    losses: list[Tensor] = []
-    for step in range(1, schedule.steps + 1):
+    step, history, losses = 0, list[Row](), list[Tensor]()
+    micro_batch: int | None = None
+    stop: Stop | None = None
+
+    def state() -> State:
+        return State(
+            step=step,
+            history=list(history),
+            weights=copied(model),
+            moments=optimizer.moments.cpu(),
+            losses=torch.stack(losses).cpu() if losses else torch.empty(0),
+            micro_batch=micro_batch,
+            stop=stop,
+        )
+
+    if resume is not None:
+        model.load_state_dict(resume.weights)
+        optimizer.resume(resume.step, resume.moments)
+        losses += resume.losses.to(train.inputs.device)
+        step, history, micro_batch, stop = resume.step, list(resume.history), resume.micro_batch, resume.stop
+    batches = islice(_batches(len(train.inputs), schedule.batch, seed), step, None)
+    while stop is None:
+        step, row = step + 1, None
         batch = train.rows(next(batches).to(train.inputs.device))
+        loss, micro_batch = backward(model, batch, precision=precision, micro_batch=micro_batch)
+        optimizer.step(learning_rate * rate(step, schedule.steps, protocol.warmup))
+        losses.append(loss)
+        if step % protocol.validate_every == 0 or step == schedule.steps:
+            recent = torch.stack(losses).tolist()
+            losses.clear()
+            if (bad := diverged(recent)) is not None:
+                step, stop = step - len(recent) + 1 + bad, "diverged"
+            else:
+                scores = score(model, valid, precision=precision)
+                mean = sum(recent) / len(recent)
+                row = Row(step=step, train_loss=mean, valid_loss=scores.loss, valid_accuracy=scores.accuracy)
+                history.append(row)
+                stop = end(history, protocol, schedule, stop_early=stop_early)
+        if stop != "diverged":
+            progress(step, row)
+        checkpoint(state, stop is not None)
+    return Run(model=model, history=history, steps=step, stop=stop, micro_batch=micro_batch)
+
+
+def diverged(losses: Sequence[float]) -> int | None:
+    """The place of the first loss that is not finite; None where there is none."""
+    return next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), None)
+
+
+def end(history: Sequence[Row], protocol: Protocol, schedule: Schedule, *, stop_early: bool) -> Stop | None:
+    """Why a run with this history ends after its last row; None where it goes on."""
+    last = history[-protocol.stop_after :]
+    if stop_early and len(last) == protocol.stop_after and min(r.valid_accuracy for r in last) >= protocol.stop_at:
+        return "accuracy"
+    return "steps" if history[-1].step == schedule.steps else None
+
+
+def copied(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the model as they are now, on the CPU."""
+    return {name: tensor.detach().clone().cpu() for name, tensor in model.state_dict().items()}
+
+
+def backward(
+    model: SequenceModel, batch: Split, *, precision: str = "float32", micro_batch: int | None = None
+) -> tuple[Float[Tensor, ""], int | None]:
+    """The mean loss of a batch, its gradient left with the parameters; and how many examples there was memory for at a time.
+
+    That is `micro_batch`, or half of it until it fits; None stands for the whole batch. Raises torch.OutOfMemoryError where
+    one example alone does not fit.
+    """
+    while True:
+        try:
+            return _backward(model, batch, precision, micro_batch), micro_batch
+        except torch.OutOfMemoryError:
+            size = micro_batch or len(batch.inputs)
+            if size == 1:
+                raise
+        # Here the error is gone, and with it the tensors that its traceback held.
+        micro_batch = -(-size // 2)
+        model.zero_grad()
+        torch.cuda.empty_cache()
+
+
+def _backward(model: SequenceModel, batch: Split, precision: str, micro_batch: int | None) -> Float[Tensor, ""]:
+    if micro_batch is None:
         loss = mean_loss(model, batch, precision=precision)
         loss.backward()
-        optimizer.step(learning_rate * rate(step, schedule.steps, protocol.warmup))
+        return loss.detach()
+    asked, losses = (batch.answers != IGNORE).sum(), []
+    for start in range(0, len(batch.inputs), micro_batch):
+        loss = mean_loss(model, batch.rows(slice(start, start + micro_batch)), precision=precision, asked=asked)
+        loss.backward()
         losses.append(loss.detach())
-        if step % protocol.validate_every and step < schedule.steps:
-            progress(step, None)
-            continue
-        recent = torch.stack(losses).tolist()
-        losses.clear()
-        finite = [math.isfinite(loss) for loss in recent]
-        if not all(finite):
-            return Run(model=model, history=history, steps=step - len(recent) + 1 + finite.index(False), stop="diverged")
-        scores = score(model, valid, precision=precision)
-        row = Row(step=step, train_loss=sum(recent) / len(recent), valid_loss=scores.loss, valid_accuracy=scores.accuracy)
-        history.append(row)
-        progress(step, row)
-        last = history[-protocol.stop_after :]
-        if stop_early and len(last) == protocol.stop_after and min(r.valid_accuracy for r in last) >= protocol.stop_at:
-            return Run(model=model, history=history, steps=step, stop="accuracy")
-    return Run(model=model, history=history, steps=schedule.steps, stop="steps")
+    return torch.stack(losses).sum()
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
@@ -101,11 +199,14 @@ def rate(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
-def mean_loss(model: SequenceModel, batch: Split, *, precision: str = "float32") -> Tensor:
-    """Nats an answer, the mean over a batch."""
+def mean_loss(model: SequenceModel, batch: Split, *, precision: str = "float32", asked: Tensor | None = None) -> Tensor:
+    """Nats an answer, the mean over a batch; for a slice of one in which `asked` answers are asked, its share in that mean."""
     with autocast(batch.inputs.device, precision):
         logits = model.answers(batch.inputs, batch.at).float()
-    return F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten(), ignore_index=IGNORE)
+    logits, answers = logits.flatten(0, 1), batch.answers.flatten()
+    if asked is None:
+        return F.cross_entropy(logits, answers, ignore_index=IGNORE)
+    return F.cross_entropy(logits, answers, ignore_index=IGNORE, reduction="sum") / asked
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -21,6 +22,8 @@ import torch
 
 from pipeline.params import ParamsError
 
+LOOK = 0.5
+"""Seconds after which it is noticed, where nothing else happens, that this process is asked to stop."""
 Report = Callable[[Any], None]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -49,6 +52,44 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+
+
+class Stopped(KeyboardInterrupt):
+    """Every job has kept what it has done."""
+
+
+_stopping = False
+
+
+def stopping() -> bool:
+    """Whether a job is to keep what it has, and raise Stopped."""
+    return _stopping
+
+
+def _stop(*signal_and_frame: Any) -> None:
+    global _stopping
+    _stopping = True
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C makes the jobs of the block come to a stop; the second is a KeyboardInterrupt at once, as outside the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*signal_and_frame: Any) -> None:
+        _stop()
+        signal.signal(signal.SIGINT, before)
+        os.write(2, b"\nkeeping what is done; Ctrl-C again ends at once\n")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        global _stopping
+        _stopping = False
+        signal.signal(signal.SIGINT, before)
 
 
 class Failure(NamedTuple):
@@ -96,7 +137,7 @@ def work(
     """Index and outcome of each job as it ends. A process for each of `devices` takes one job after the other.
 
     A job that raises, or whose process is killed, fails alone. `report` is told the index of the job that reports, and what.
-    The processes end with this one, however it ends.
+    The processes end with this one, however it ends. Raises Stopped where it is `stopping`, once they have.
     """
     context = multiprocessing.get_context(method)
     waiting = list(range(len(jobs)))[::-1]
@@ -105,7 +146,11 @@ def work(
         for worker in workers:
             worker.begin(waiting.pop(), jobs)
         while busy := [worker for worker in workers if worker.job is not None]:
-            ready = connection.wait([worker.pipe for worker in busy])
+            if stopping():
+                waiting.clear()
+                for worker in busy:
+                    worker.stop()
+            ready = connection.wait([worker.pipe for worker in busy], timeout=LOOK)
             for place, worker in enumerate(workers):
                 if worker.pipe not in ready or (job := worker.job) is None:
                     continue
@@ -120,7 +165,10 @@ def work(
                 worker.job = None
                 if waiting:
                     worker.begin(waiting.pop(), jobs)
-                yield job, content
+                if not (isinstance(content, Failure) and stopping()):
+                    yield job, content
+        if stopping():
+            raise Stopped
     finally:
         for worker in workers:
             worker.process.kill()
@@ -144,17 +192,22 @@ class _Worker:
         with contextlib.suppress(OSError):
             self.pipe.send(jobs[index])
 
+    def stop(self) -> None:
+        """As Ctrl-C does, which reaches the processes of a terminal all at once, but those of a `kill` do not."""
+        if self.process.pid is not None and self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGINT)
+
     def death(self) -> Failure:
         self.process.join()
         code = self.process.exitcode
         how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         words = f"its process ended by {how}" + (", as when memory runs out" if code == -signal.SIGKILL else "")
-        return Failure(RuntimeError(words), words)
+        return Failure(ChildProcessError(words), words)
 
 
 def _serve(pipe: Any, function: Callable[..., Any], device: torch.device) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that gave the jobs decides what becomes of them
+    signal.signal(signal.SIGINT, _stop)  # the process that gave the jobs decides what else becomes of them
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
@@ -163,7 +216,7 @@ def _serve(pipe: Any, function: Callable[..., Any], device: torch.device) -> Non
             return
         try:
             outcome = function(job, device, lambda message: pipe.send(("report", message)))
-        except Exception as error:
+        except (Exception, Stopped) as error:
             outcome = Failure(error, traceback.format_exc())
         pipe.send(("done", outcome))
 

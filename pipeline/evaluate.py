@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from cat.diagnostics import attention_statistics, filter_taps
 from cat.evaluation import Scores, Tally, tally
 from cat.model import SequenceModel
 from pipeline import compute, runs
-from pipeline.files import FILTERS, RESULTS, SCORES, Meta, read_meta, read_split, read_task, whole, write_csv
+from pipeline.files import CHECKPOINTS, FILTERS, RESULTS, SCORES, Meta, read_meta, read_split, read_task, whole, write_csv
 
 COLUMNS = ("task", "variant", "seed", "length", "metric", "value")
 FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "tap", "value")
@@ -60,6 +61,7 @@ def evaluate(
     with whole(SCORES / f"{task}.npz") as path, path.open("wb") as file:
         arrays = {key: columns for *_, sequences in tables for key, columns in sequences.items()}
         np.savez_compressed(file, allow_pickle=False, **arrays)
+    shutil.rmtree(CHECKPOINTS / task, ignore_errors=True)
 
 
 def metrics(scores: Scores, goal: str, *, autoregressive: bool) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,23 +16,32 @@ from pydantic import TypeAdapter
 
 from cat.tasks import Examples, Task, TaskConfiguration
 
-DATA, RUNS, RESULTS, REPORTS = Path("data"), Path("runs"), Path("results"), Path("reports")
+PLAN, DATA, RUNS, RESULTS, REPORTS = Path("plan"), Path("data"), Path("runs"), Path("results"), Path("reports")
 FILTERS = RESULTS / "filters"
 SCORES, VERDICTS = Path("scores"), Path("verdicts")
 LOGS = Path("logs")
 """What a run is not made of: when, where and how fast. Not an output of any stage, so it may differ from run to run."""
+CHECKPOINTS = Path("checkpoints")
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path`, a file or a folder to be; it replaces `path` when the block ends without an error."""
+    """A temporary sibling of `path`, a file or a folder to be; it replaces `path` when the block ends without an error.
+
+    An OSError that names no file, as when the disk is full, is given the name of `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     _remove(part)
     try:
         yield part
-        _remove(path)
-        part.rename(path)
+        if path.is_dir():
+            _remove(path)
+        part.replace(path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         _remove(part)
 
@@ -48,7 +58,23 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Raises ValueError where there is no such file, or something else in it."""
+    with readable(path, "JSON"):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def readable(path: Path, what: str) -> Iterator[None]:
+    """Errors in reading `path` as `what` it should be become a ValueError of one line that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing; run `dvc repro`") from None
+    except OSError:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: is not {what} ({words}); remove it and run `dvc repro`") from None
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
@@ -68,18 +94,34 @@ class Meta(NamedTuple):
     lengths: tuple[int, ...]
     goal: str
     autoregressive: bool
+    digest: str
+    """Of all of it, the examples too."""
 
 
 def read_meta(task: str) -> Meta:
-    meta = read_json(DATA / task / "meta.json")
-    return Meta(meta["vocabulary"], meta["length"], tuple(meta["lengths"]), meta["goal"], meta["autoregressive"])
+    path = DATA / task / "meta.json"
+    meta = read_json(path)
+    with readable(path, "the description of a task's data"):
+        about = meta["vocabulary"], meta["length"], tuple(meta["lengths"]), meta["goal"], meta["autoregressive"]
+        return Meta(*about, digest=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def read_task(task: str) -> Task:
     """The configuration that the task's data were generated from."""
-    return TypeAdapter(TaskConfiguration).validate_python(read_json(DATA / task / "meta.json")["config"])
+    path = DATA / task / "meta.json"
+    meta = read_json(path)
+    with readable(path, "the description of a task's data"):
+        return TypeAdapter(TaskConfiguration).validate_python(meta["config"])
 
 
 def read_split(task: str, split: str) -> Examples:
-    with np.load(DATA / task / f"{split}.npz", allow_pickle=False) as arrays:
+    """Raises ValueError where there is no such split, or something else in its file."""
+    path = DATA / task / f"{split}.npz"
+    with readable(path, "a split of a task's data"), np.load(path, allow_pickle=False) as arrays:
         return Examples(arrays["inputs"], arrays["targets"])
+
+
+def read_code(variant: str) -> str | None:
+    """The listing of the code that trains the variant, if the study has been planned."""
+    path = PLAN / "train" / f"{variant}.txt"
+    return path.read_text(encoding="utf-8") if path.exists() else None

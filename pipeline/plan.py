@@ -13,11 +13,10 @@ from tabulate import tabulate
 
 from cat.configuration import Theory, Variant
 from pipeline.code import listings
-from pipeline.files import whole, write_json
+from pipeline.files import PLAN, whole, write_json
 from pipeline.grid import cells, variants_on
 from pipeline.params import ParamsError, Study, shown_variants
 
-PLAN = Path("plan")
 SCHEMA = Path("params.schema.json")
 _STAGES = Path("dvc.yaml")
 

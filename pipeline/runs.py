@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from cat.configuration import ModelConfiguration
-from pipeline.files import RUNS, read_json, read_split
+from pipeline.files import RUNS, read_json, read_split, readable
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ def weights_path(task: str, variant: str, seed: int) -> Path:
 
 
 def read_summary(task: str, variant: str) -> Any:
+    """Raises ValueError where the cell has not been trained, or something else is in its file."""
     return read_json(folder(task, variant) / "summary.json")
 
 
@@ -38,21 +39,27 @@ def digest(task: str, variant: str) -> str:
 
 
 def load_model(path: str | Path) -> SequenceModel:
-    """The trained model of a weights file, which carries its own configuration. Raises ValueError where it is none."""
+    """The trained model of a weights file, which carries its own configuration.
+
+    Raises ValueError where it is none, where its weights are not those of its configuration, or where the summary beside it
+    is about another model.
+    """
     # Only here: the tables and MLflow read summaries, and need no torch for that.
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     from cat.model import SequenceModel
 
-    try:
+    path = Path(path)
+    with readable(path, "a weights file of this project"):
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["model"])
             weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is not a weights file of this project ({error})") from None
-    config = TypeAdapter(ModelConfiguration).validate_python(about["config"])
-    model = SequenceModel(config, vocabulary=about["vocabulary"], length=about["length"])
-    model.load_state_dict(weights)
+        config = TypeAdapter(ModelConfiguration).validate_python(about["config"])
+        model = SequenceModel(config, vocabulary=about["vocabulary"], length=about["length"])
+        model.load_state_dict(weights)
+    summary = path.with_name("summary.json")
+    if summary.exists() and read_json(summary).get("model") != about:
+        raise ValueError(f"{path}: is of another model than {summary}; remove it and run `dvc repro`")
     return model.eval()
 
 

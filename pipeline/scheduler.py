@@ -10,6 +10,7 @@ was when its training began. DVC's lock is not held while cells are trained. Thi
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import shlex
 import sys
@@ -26,7 +27,7 @@ from dvc.stage import PipelineStage
 from filelock import FileLock, Timeout
 
 from pipeline import compute, params
-from pipeline.files import LOGS, read_meta, whole
+from pipeline.files import LOGS, whole
 from pipeline.progress import Progress
 from pipeline.train import Cell, Job, Setting, Trained, groups, run_jobs, write
 
@@ -52,7 +53,7 @@ def run(*, jobs: int | None = None) -> None:
     """Reproduces the study with `jobs` runs at a time, as many as there are cores or GPUs for None.
 
     Raises FailedCellsError where cells failed, once the others are trained and recorded; ValueError where a stage failed, or
-    another call is at work here.
+    another call is at work here; KeyboardInterrupt for Ctrl-C, once what is in training is kept and what is trained recorded.
     """
     devices = assign(compute.resolve_devices(params.load().device), jobs)
     with _alone(), _readable_errors():
@@ -68,15 +69,16 @@ def run(*, jobs: int | None = None) -> None:
         failures: dict[str, str] = {}
         since = time.monotonic()
         try:
-            for stage, failure in train(stale, devices):
-                if failure is not None:
-                    failures[stage.stage] = failure
-                    continue
-                declared[stage.stage] = stage.declared
-                if time.monotonic() - since > RECORDED:
-                    record()
-                    since = time.monotonic()
-        except KeyboardInterrupt:
+            with compute.stoppable():
+                for stage, failure in train(stale, devices):
+                    if failure is not None:
+                        failures[stage.stage] = failure
+                        continue
+                    declared[stage.stage] = stage.declared
+                    if time.monotonic() - since > RECORDED:
+                        record()
+                        since = time.monotonic()
+        except compute.Stopped:
             record()
             raise
         if failures:
@@ -111,7 +113,7 @@ def stale_cells() -> list[StageCell]:
                 task, variant = words[4:]
                 section, model = study.tasks[task], study.variants[variant]
                 setting = Setting(model, study.train, section.train, study.seeds, study.precision)
-                stale.append(StageCell(stage.addressing, Cell(task, variant, setting, read_meta(task)), _declared(stage)))
+                stale.append(StageCell(stage.addressing, Cell.of(task, variant, setting), _declared(stage)))
     if Path("params.yaml").read_bytes() != text:
         raise ValueError("params.yaml was changed while it was read; run it again")
     return stale
@@ -139,11 +141,11 @@ def train(stale: list[StageCell], devices: list[torch.device]) -> Iterator[tuple
                 yield stage, _log_failure(cell, group, outcome)
                 continue
             seconds, trained = outcome
-            began[name] = min(began.get(name, time.time()), time.time() - seconds)
+            began[name] = min(began.get(name, math.inf), time.monotonic() - seconds)
             outcomes[name] |= zip(group, trained, strict=True)
             if len(outcomes[name]) == len(cell.jobs):
-                took = time.time() - began[name]
-                write(cell, [outcomes[name].pop(job) for job in cell.jobs], began=began[name], seconds=took)
+                took = time.monotonic() - began[name]
+                write(cell, [outcomes[name].pop(job) for job in cell.jobs], began=time.time() - took, seconds=took)
                 _error_log(cell).unlink(missing_ok=True)
                 progress.end(cell, took)
                 yield stage, None
@@ -241,4 +243,6 @@ def _readable_errors() -> Iterator[None]:
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__) is not None:
             causes.append(cause)
+        if any(str(cause).endswith("exited with 130") for cause in causes):
+            raise KeyboardInterrupt from None
         raise ValueError("; ".join(str(cause) for cause in causes)) from None

@@ -1,17 +1,24 @@
-"""One cell: a variant on a task, every learning rate and seed of it; the validation split chooses the learning rate."""
+"""One cell: a variant on a task, every learning rate and seed of it; the validation split chooses the learning rate.
+
+What had been trained of it when a run of this was ended, however that was, is not trained again (pipeline/checkpoints.py).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import safetensors.numpy
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -21,9 +28,10 @@ from cat.evaluation import Split, score
 from cat.model import SequenceModel
 from cat.replicas import can_be_stacked, fit_together
 from cat.tasks.base import derive_seed
-from cat.training import Row, build_model, fit
+from cat.training import Row, Run, build_model, fit
 from pipeline import compute, runs
-from pipeline.files import LOGS, Meta, read_meta, read_task, whole, write_csv, write_json
+from pipeline.checkpoints import Checkpoint, Keeper
+from pipeline.files import CHECKPOINTS, LOGS, Meta, read_code, read_meta, read_task, whole, write_csv, write_json
 from pipeline.provenance import provenance
 
 TOGETHER = 1 << 18
@@ -42,12 +50,19 @@ class Setting(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """A variant on a task, what it is trained with, and on what data."""
+    """A variant on a task, what it is trained with, on what data and by what code."""
 
     task: str
     variant: str
     setting: Setting
     meta: Meta
+    code: str | None
+    """The listing that `plan` has made of it; None where there is none."""
+
+    @classmethod
+    def of(cls, task: str, variant: str, setting: Setting) -> Cell:
+        """The cell as it is now."""
+        return cls(task, variant, setting, read_meta(task), read_code(variant))
 
     @property
     def jobs(self) -> list[Job]:
@@ -77,6 +92,7 @@ class Trained(NamedTuple):
     weights: dict[str, NDArray[Any]]
     device: str
     """What the results depend on, in words."""
+    micro_batch: int | None = None
 
     @property
     def diverged(self) -> bool:
@@ -84,11 +100,15 @@ class Trained(NamedTuple):
 
 
 def train(task: str, variant: str, setting: Setting, *, device: str, threads: int | Literal["auto"]) -> None:
-    """Trains the cell and writes its folder. Raises ParamsError where the device does not exist."""
+    """Trains the cell and writes its folder. Raises ParamsError where the device does not exist.
+
+    Ctrl-C ends it after the step that it is in, which the next call goes on from; raises KeyboardInterrupt then.
+    """
     began, start = time.time(), time.perf_counter()
     where = compute.resolve_device(device)
-    cell = Cell(task, variant, setting, read_meta(task))
-    with tqdm(total=len(cell.jobs) * setting.schedule.steps, desc=f"{task} {variant}", unit="step", disable=None) as bar:
+    cell = Cell.of(task, variant, setting)
+    steps = len(cell.jobs) * setting.schedule.steps
+    with compute.stoppable(), tqdm(total=steps, desc=f"{task} {variant}", unit="step", disable=None) as bar:
         run = functools.partial(run_jobs, cell)
         trained = compute.spread(run, groups(cell, where), device=where, threads=threads, report=functools.partial(_advance, bar))
     write(cell, list(chain.from_iterable(trained)), began=began, seconds=time.perf_counter() - start)
@@ -99,12 +119,12 @@ def write(cell: Cell, outcomes: list[Trained], *, began: float, seconds: float) 
     task, variant, meta = cell.task, cell.variant, cell.meta
     chosen = choose(outcomes, meta.goal)
     about = {"config": outcomes[0].config, "vocabulary": meta.vocabulary, "length": meta.length}
-    with whole(runs.folder(task, variant)) as folder:
+    with FileLock(CHECKPOINTS / task / variant / "write.lock"), whole(runs.folder(task, variant)) as folder:
         folder.mkdir()
         for outcome in outcomes:
             if outcome.job.learning_rate == chosen and not outcome.diverged:
-                path = folder / f"seed_{outcome.job.seed}.safetensors"
-                safetensors.numpy.save_file(outcome.weights, path, metadata={"model": json.dumps(about, sort_keys=True)})
+                content = safetensors.numpy.save(outcome.weights, metadata={"model": json.dumps(about, sort_keys=True)})
+                (folder / f"seed_{outcome.job.seed}.safetensors").write_bytes(content)
         rows = [{**outcome.job._asdict(), **asdict(row)} for outcome in outcomes for row in outcome.history]
         write_csv(folder / "history.csv", rows, COLUMNS)
         head = {"task": task, "variant": variant, "model": about, "device": outcomes[0].device, "learning_rate": chosen}
@@ -147,9 +167,47 @@ def groups(cell: Cell, device: torch.device) -> list[tuple[Job, ...]]:
 
 def run_jobs(cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: compute.Report) -> list[Trained]:
     """Trains these models of the cell at once; `report` is told (steps done since it was last told, row or None)."""
-    task, _, setting, meta = cell
-    if isinstance(setting.model, Theory):
+    if isinstance(cell.setting.model, Theory):
         return [_prescribe(cell, job, device, report) for job in jobs]
+    told = dict.fromkeys(jobs, 0)
+
+    def progress(job: Job, step: int, row: Row | None) -> None:
+        if row is not None:
+            report((step - told[job], row))
+            told[job] = step
+
+    trained: dict[Job, Run] = {}
+    with contextlib.ExitStack() as locks:
+        for job in jobs:
+            locks.enter_context(_checkpoint(cell, job, device).alone())
+        waiting = _standing(cell, jobs, device)
+        while waiting:
+            group = waiting.pop()
+            try:
+                trained |= zip(group, _fit(cell, group, device, progress), strict=True)
+            except torch.OutOfMemoryError:
+                if len(group) == 1:
+                    raise
+                waiting += [(job,) for job in group]
+    report((sum(cell.setting.schedule.steps - steps for steps in told.values()), None))
+    outcomes = [(job, trained[job]) for job in jobs]
+    return [_trained(job, run.model, run.history, run.steps, run.stop, device, run.micro_batch) for job, run in outcomes]
+
+
+def _standing(cell: Cell, jobs: tuple[Job, ...], device: torch.device) -> list[tuple[Job, ...]]:
+    """The runs in groups of those that stand at the same step, all that have not begun in one; each that has ended by itself."""
+    groups: dict[Any, tuple[Job, ...]] = {}
+    for job in jobs:
+        state = _checkpoint(cell, job, device).read()
+        key = job if state and state.stop else state.step if state else 0
+        groups[key] = (*groups.get(key, ()), job)
+    return list(groups.values())
+
+
+def _fit(cell: Cell, jobs: tuple[Job, ...], device: torch.device, progress: Callable[[Job, int, Row | None], None]) -> list[Run]:
+    """Trains these models at once, from where they stand."""
+    task, _, setting, meta, _ = cell
+    assert not isinstance(setting.model, Theory)
     train, valid = _splits(task, device)
     models = [
         build_model(
@@ -157,13 +215,9 @@ def run_jobs(cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: co
         ).to(device)
         for job in jobs
     ]
-    told = [0] * len(jobs)
-
-    def progress(place: int, step: int, row: Row | None) -> None:
-        if row is not None:
-            report((step - told[place], row))
-            told[place] = step
-
+    checkpoints = [_checkpoint(cell, job, device) for job in jobs]
+    states = [checkpoint.read() for checkpoint in checkpoints]
+    keep = Keeper(checkpoints)
     seeds = [derive_seed(job.seed, task, "batches") for job in jobs]
     rates = [job.learning_rate for job in jobs]
     options: dict[str, Any] = {
@@ -172,13 +226,24 @@ def run_jobs(cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: co
         "stop_early": meta.goal == "accuracy",
         "precision": setting.precision,
     }
-    if len(jobs) == 1:
-        alone = functools.partial(progress, 0)
-        trained = [fit(models[0], train, valid, learning_rate=rates[0], seed=seeds[0], progress=alone, **options)]
-    else:
-        trained = fit_together(models, train, valid, learning_rates=rates, seeds=seeds, progress=progress, **options)
-    report((sum(setting.schedule.steps - steps for steps in told), None))
-    return [_trained(job, run.model, run.history, run.steps, run.stop, device) for job, run in zip(jobs, trained, strict=True)]
+    if len(jobs) > 1:
+        options |= {"progress": lambda place, *news: progress(jobs[place], *news), "checkpoint": keep}
+        resume = [state for state in states if state is not None]
+        return fit_together(models, train, valid, learning_rates=rates, seeds=seeds, resume=resume or None, **options)
+    options |= {
+        "progress": functools.partial(progress, jobs[0]),
+        "checkpoint": lambda state, ended: keep(lambda: {0: state()}, ended),
+    }
+    return [fit(models[0], train, valid, learning_rate=rates[0], seed=seeds[0], resume=states[0], **options)]
+
+
+def _checkpoint(cell: Cell, job: Job, device: torch.device) -> Checkpoint:
+    """Its key is made of all that the run depends on: other seeds and learning rates of the cell are nothing to it."""
+    model, protocol, schedule, _, precision = cell.setting
+    parts = model, protocol, schedule.model_dump(exclude={"learning_rates"}), precision, cell.meta, job, compute.describe(device)
+    key = hashlib.sha256(repr((*parts, cell.code, torch.__version__)).encode()).hexdigest()
+    path = CHECKPOINTS / cell.task / cell.variant / f"{job.learning_rate}_{job.seed}.safetensors"
+    return Checkpoint(path, key if cell.code else None)
 
 
 def _prescribe(cell: Cell, job: Job, device: torch.device, report: compute.Report) -> Trained:
@@ -198,7 +263,15 @@ def _splits(task: str, device: torch.device) -> tuple[Split, Split]:
     return runs.split(task, "train", device), runs.split(task, "valid", device)
 
 
-def _trained(job: Job, model: SequenceModel, history: list[Row], steps: int, stop: str, device: torch.device) -> Trained:
+def _trained(
+    job: Job,
+    model: SequenceModel,
+    history: list[Row],
+    steps: int,
+    stop: str,
+    device: torch.device,
+    micro_batch: int | None = None,
+) -> Trained:
     return Trained(
         job,
         history,
@@ -209,6 +282,7 @@ def _trained(job: Job, model: SequenceModel, history: list[Row], steps: int, sto
         config=model.config.model_dump(mode="json", exclude_defaults=True),
         weights={name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()},
         device=compute.describe(device),
+        micro_batch=micro_batch,
     )
 
 
@@ -230,6 +304,7 @@ def _summary(outcomes: list[Trained]) -> dict[str, Any]:
                 "solves_every_length": outcome.solves_every_length,
                 "valid_loss": outcome.history[-1].valid_loss if outcome.history and not outcome.diverged else None,
                 "valid_accuracy": outcome.history[-1].valid_accuracy if outcome.history and not outcome.diverged else None,
+                **({"micro_batch": outcome.micro_batch} if outcome.micro_batch else {}),
             }
             for outcome in outcomes
         ],

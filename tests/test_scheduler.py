@@ -136,7 +136,7 @@ def test_what_is_trained_is_recorded_when_the_study_is_interrupted(study, monkey
     def interrupted(*arguments):
         for cell, failure in train(*arguments):
             yield cell, failure
-            raise KeyboardInterrupt
+            raise compute.Stopped
 
     monkeypatch.setattr(scheduler, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,103 @@
+"""checkpoints/<task>/<variant>/<learning rate>_<seed>.safetensors: how far the runs of a cell that is not evaluated have come.
+
+They are outputs of no stage, since DVC removes those before it runs one. A run that has ended leaves its last, so that of a cell
+that is trained again only what is missing is trained; the evaluation of a task, for which DVC has recorded its cells, takes
+its checkpoints away. Each bears the key of all that its run depends on, and is passed over where that or a bit of it has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cat.training import Row, State
+from pipeline import compute
+from pipeline.files import whole
+
+EVERY = 60.0
+"""Seconds of a run that are lost at most."""
+PATIENCE = 5.0
+"""Seconds that a process which has been killed may take to end."""
+
+
+class Checkpoint(NamedTuple):
+    """Where that of a run is; None for `key` where nobody can tell what the run depends on, and nothing is kept."""
+
+    path: Path
+    key: str | None
+
+    def read(self) -> State | None:
+        """The state to go on from, if there is one."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
+        except (OSError, SafetensorError):
+            return None
+        text = metadata.get("state", "")
+        if self.key is None or metadata.get("digest") != _digest(self.key, text, tensors):
+            return None
+        about: dict[str, Any] = json.loads(text)
+        moments, losses = tensors.pop("moments"), tensors.pop("losses")
+        weights = {name.removeprefix("weights."): tensor for name, tensor in tensors.items()}
+        history = [Row(**row) for row in about.pop("history")]
+        return State(**about, history=history, weights=weights, moments=moments, losses=losses)
+
+    def write(self, state: State) -> None:
+        """Takes the place of the one before in one step."""
+        if self.key is None:
+            return
+        tensors = {f"weights.{name}": tensor for name, tensor in state.weights.items()}
+        tensors |= {"moments": state.moments, "losses": state.losses}
+        history = [asdict(row) for row in state.history]
+        text = json.dumps({"step": state.step, "history": history, "micro_batch": state.micro_batch, "stop": state.stop})
+        metadata = {"state": text, "digest": _digest(self.key, text, tensors)}
+        with whole(self.path) as path:
+            path.write_bytes(safetensors.torch.save(tensors, metadata))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Raises ValueError where another process trains the run."""
+        try:
+            with FileLock(self.path.with_suffix(".lock"), timeout=PATIENCE):
+                yield
+        except Timeout:
+            raise ValueError(f"{self.path}: another process trains this run; wait for it, or end it") from None
+
+
+def _digest(key: str, text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{key} {text}".encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Keeper:
+    """Called after every step of the runs that these are the checkpoints of: keeps their states every now and then.
+
+    And those of runs that have ended, and all of them where the process is asked to stop: then it raises Stopped.
+    """
+
+    def __init__(self, checkpoints: Sequence[Checkpoint]):
+        self.checkpoints = checkpoints
+        self.kept = time.monotonic()
+
+    def __call__(self, states: Callable[[], dict[int, State]], ended: bool) -> None:
+        stopping = compute.stopping()
+        if ended or stopping or time.monotonic() - self.kept >= EVERY:
+            for place, state in states().items():
+                self.checkpoints[place].write(state)
+            self.kept = time.monotonic()
+        if stopping:
+            raise compute.Stopped
