@@ -69,6 +69,7 @@ class Checkpoint(NamedTuple):
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Raises ValueError where another process trains the run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.path.with_suffix(".lock"), timeout=PATIENCE):
                 yield

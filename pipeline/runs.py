@@ -30,7 +30,13 @@ def weights_path(task: str, variant: str, seed: int) -> Path:
 
 def read_summary(task: str, variant: str) -> Any:
     """Raises ValueError where the cell has not been trained, or something else is in its file."""
-    return read_json(folder(task, variant) / "summary.json")
+    return _read_summary(folder(task, variant) / "summary.json")
+
+
+def _read_summary(path: Path) -> Any:
+    summary = read_json(path)
+    with readable(path, "the summary of a cell"):
+        return {**summary, "model": summary["model"], "runs": summary["runs"]}
 
 
 def digest(task: str, variant: str) -> str:
@@ -58,7 +64,7 @@ def load_model(path: str | Path) -> SequenceModel:
         model = SequenceModel(config, vocabulary=about["vocabulary"], length=about["length"])
         model.load_state_dict(weights)
     summary = path.with_name("summary.json")
-    if summary.exists() and read_json(summary).get("model") != about:
+    if summary.exists() and _read_summary(summary)["model"] != about:
         raise ValueError(f"{path}: is of another model than {summary}; remove it and run `dvc repro`")
     return model.eval()
 

@@ -3,6 +3,7 @@
 import pkgutil
 from pathlib import Path
 
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -16,3 +17,14 @@ install_import_hook(
     [f"cat.{module.name}" for module in pkgutil.iter_modules([str(LIBRARY)]) if module.name not in CHECKED_BY_PYDANTIC],
     "beartype.beartype",
 )
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if "long" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --long"))
