@@ -10,18 +10,19 @@ was when its training began. DVC's lock is not held while cells are trained. Thi
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from dvc.exceptions import DvcException
+from dvc.exceptions import DvcException, PrettyDvcException
 from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from filelock import FileLock, Timeout
@@ -32,7 +33,7 @@ from pipeline.progress import Progress
 from pipeline.train import Cell, Job, Setting, Trained, groups, run_jobs, write
 
 FIRST = ("plan", "generate")
-LOCK = Path(".dvc/tmp/pipeline.lock")
+LOCK, RWLOCK = Path(".dvc/tmp/pipeline.lock"), Path(".dvc/tmp/rwlock")
 RECORDED = 300
 """Seconds after which what has been trained is recorded, so that no more is lost if this process is killed."""
 
@@ -57,6 +58,7 @@ def run(*, jobs: int | None = None) -> None:
     """
     devices = assign(compute.resolve_devices(params.load().device), jobs)
     with _alone(), _readable_errors():
+        _mend()
         reproduce(FIRST)
         stale = stale_cells()
         declared: dict[str, dict[str, Any]] = {}
@@ -235,6 +237,15 @@ def _alone() -> Iterator[None]:
         raise ValueError("another `python -m pipeline run` is at work in this folder; wait for it, or end it") from None
 
 
+def _mend() -> None:
+    """DVC writes in place what it is reading and writing: killed in that moment, it leaves what no later one can read."""
+    with suppress(FileNotFoundError):
+        try:
+            json.loads(RWLOCK.read_text(encoding="utf-8"))
+        except ValueError:
+            RWLOCK.unlink()
+
+
 @contextmanager
 def _readable_errors() -> Iterator[None]:
     try:
@@ -245,4 +256,7 @@ def _readable_errors() -> Iterator[None]:
             causes.append(cause)
         if any(str(cause).endswith("exited with 130") for cause in causes):
             raise KeyboardInterrupt from None
-        raise ValueError("; ".join(str(cause) for cause in causes)) from None
+        words = "; ".join(" ".join(str(cause).split()) for cause in causes)
+        if any(isinstance(cause, PrettyDvcException) and "dvc.lock" in str(cause) for cause in causes):
+            words += "; remove dvc.lock and run it again: what has been run is in DVC's cache"
+        raise ValueError(words) from None
