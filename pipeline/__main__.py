@@ -56,12 +56,14 @@ def _end_with_dvc() -> None:
 @click.argument("file", default="params.yaml")
 def validate(file: str) -> None:
     """Check a parameter FILE, and claims.yaml; print the grid; write nothing."""
-    from pipeline.plan import check_stages, table
+    from pipeline.plan import check_stages, of_other_files, table
 
     study = params.load(file)
     check_stages(study, file)
     claims.load()
     click.echo(table(study))
+    for line in of_other_files(study):
+        click.echo(f"{file}: {line}", err=True)
 
 
 @command

@@ -19,8 +19,9 @@ from tqdm import tqdm
 from cat.diagnostics import attention_statistics, filter_taps
 from cat.evaluation import Scores, Tally, tally
 from cat.model import SequenceModel
+from cat.tasks.base import Extents
 from pipeline import compute, runs
-from pipeline.files import CHECKPOINTS, FILTERS, RESULTS, SCORES, Meta, read_meta, read_split, read_task, whole, write_csv
+from pipeline.files import CHECKPOINTS, DATA, FILTERS, RESULTS, SCORES, Meta, read_meta, read_split, read_task, whole, write_csv
 
 COLUMNS = ("task", "variant", "seed", "length", "metric", "value")
 FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "tap", "value")
@@ -28,7 +29,8 @@ FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "tap", "v
 
 Rows = list[dict[str, Any]]
 Sequences = dict[str, NDArray[np.float32]]
-"""`variant/seed/length` -> two rows with a column a sequence: answers right, or bits on text; and answers asked."""
+"""`variant/seed/length` -> two rows with a column a sequence: answers right, and answers asked; on text bits, and bytes."""
+_ANYTHING = Tally(*torch.ones(3, 1))
 
 
 class Job(NamedTuple):
@@ -64,12 +66,24 @@ def evaluate(
     shutil.rmtree(CHECKPOINTS / task, ignore_errors=True)
 
 
-def metrics(scores: Scores, goal: str, *, autoregressive: bool) -> dict[str, float]:
-    """The metrics of a task by name. Under autoregression the loss would mix two inputs, so it is left out."""
-    if goal == "loss":
-        return {"loss": scores.loss, "perplexity": scores.perplexity, "bits_per_byte": scores.bits, "accuracy": scores.accuracy}
-    shares = {"accuracy": scores.accuracy, "sequence_accuracy": scores.sequence_accuracy}
-    return shares if autoregressive else {**shares, "loss": scores.loss}
+def metrics(answered: Tally, extents: Extents | None, *, autoregressive: bool) -> dict[str, float]:
+    """The metrics of a task by name. Under autoregression the loss would mix two inputs, so it is left out.
+
+    On text the loss and perplexity are per token, and what compares tokenizers stands beside them: perplexity per word, the end
+    of a line being one, and bits per byte, with eight for each byte of a word outside the vocabulary.
+    """
+    scores = Scores.of(answered)
+    if extents is None:
+        shares = {"accuracy": scores.accuracy, "sequence_accuracy": scores.sequence_accuracy}
+        return shares if autoregressive else {**shares, "loss": scores.loss}
+    tokens, (size, words, unknown) = answered.asked.sum().item(), (int(column.sum()) for column in extents)
+    return {
+        "loss": scores.loss,
+        "perplexity": scores.perplexity,
+        "word_perplexity": scores._replace(loss=scores.loss * tokens / words if words else math.inf).perplexity,
+        "bits_per_byte": scores.bits * (tokens / size) + 8 * unknown / size,
+        "accuracy": scores.accuracy,
+    }
 
 
 def _rows(
@@ -78,6 +92,7 @@ def _rows(
     path = runs.weights_path(task, job.variant, job.seed)
     model = runs.load_model(path).to(device) if path.exists() else None
     longest = runs.longest(task, job.variant)
+    extents = _extents(task) if meta.goal == "loss" else None
     rows: Rows = []
     sequences: Sequences = {}
     if model is not None:
@@ -86,20 +101,26 @@ def _rows(
         if longest is not None and length > longest:
             continue
         if model is None:
-            values = dict.fromkeys(metrics(Scores(0, 0, 0), meta.goal, autoregressive=meta.autoregressive), math.nan)
+            values = dict.fromkeys(metrics(_ANYTHING, extents, autoregressive=meta.autoregressive), math.nan)
         else:
             split = runs.split(task, f"test_{length}", device)
             answered = tally(model, split, precision=precision, autoregressive=meta.autoregressive)
-            sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(answered, meta.goal)
-            values = metrics(Scores.of(answered), meta.goal, autoregressive=meta.autoregressive)
+            sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(answered, extents)
+            values = metrics(answered, extents, autoregressive=meta.autoregressive)
         rows += _tidy({"task": task, **job._asdict(), "length": length}, values.items())
     report(1)
     return rows, [] if model is None else _filters({"task": task, **job._asdict()}, model), sequences
 
 
-def _sequences(answered: Tally, goal: str) -> NDArray[np.float32]:
-    amount = answered.right if goal == "accuracy" else answered.loss / math.log(2)
-    return torch.stack([amount, answered.asked]).numpy().astype(np.float32)
+def _sequences(answered: Tally, extents: Extents | None) -> NDArray[np.float32]:
+    if extents is None:
+        return torch.stack([answered.right, answered.asked]).numpy().astype(np.float32)
+    return np.stack([(answered.loss / math.log(2)).numpy() + 8 * extents.unknown, extents.bytes]).astype(np.float32)
+
+
+def _extents(task: str) -> Extents:
+    with np.load(DATA / task / "extents.npz", allow_pickle=False) as arrays:
+        return Extents(**arrays)
 
 
 def _attention(task: str, meta: Meta, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:

@@ -1,4 +1,7 @@
-"""data/<task>/: one .npz a split, `inputs` and `targets`, and a meta.json that says what they are."""
+"""data/<task>/: one .npz a split, `inputs` and `targets`, and a meta.json that says what they are.
+
+Of text also extents.npz, what the answers of the test splits stand for, and tokenizer.json where one was learnt.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,16 @@ def generate(name: str, task: Task, data_seed: int) -> None:
             "autoregressive": task.autoregressive,
             "data_seed": data_seed,
             "splits": described,
-            "config": task.model_dump(mode="json"),
+            "config": task.model_dump(mode="json", exclude_defaults=True),
         }
+        if (tokenizer := task.tokenizer()) is not None:
+            (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+            meta["tokenizer"] = hashlib.sha256(tokenizer.encode()).hexdigest()
+        if (extents := task.extents()) is not None:
+            np.savez(folder / "extents.npz", **extents._asdict())
+            meta["extents"] = {name: int(column.sum()) for name, column in extents._asdict().items()}
+        if origin := task.origin():
+            meta["origin"] = origin
         write_json(folder / "meta.json", meta)
 
 

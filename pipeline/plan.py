@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tabulate import tabulate
 
 from cat.configuration import Theory, Variant
 from pipeline.code import listings
-from pipeline.files import PLAN, whole, write_json
+from pipeline.files import DATA, PLAN, read_json, whole, write_json
 from pipeline.grid import cells, variants_on
 from pipeline.params import ParamsError, Study, shown_variants
 
@@ -80,6 +81,24 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
     ]
     if faults:
         raise ParamsError([f"{file}: {fault}" for fault in faults])
+
+
+def of_other_files(study: Study) -> Iterator[str]:
+    """A line for each task whose source has other files now than its data were made of: DVC sees the path, not the files."""
+    for name, section in study.tasks.items():
+        path = DATA / name / "meta.json"
+        if not path.exists():
+            continue
+        meta, config = read_json(path), section.data.model_dump(mode="json", exclude_defaults=True)
+        try:
+            changed = meta["config"] == config and meta.get("origin", {}) != section.data.origin()
+        except (ValueError, OSError):  # the source is gone, and the data are still what was made of it
+            continue
+        if changed:
+            yield (
+                f"tasks.{name}.data.source: its files are not those that data/{name} was made of;"
+                f" run `dvc repro -f generate@{name}`, then `dvc repro`"
+            )
 
 
 def table(study: Study) -> str:

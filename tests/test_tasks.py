@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from cat.tasks import IGNORE, Copying, Examples, Recall, Text, generator
 from cat.tasks.base import draw_distinct
-from cat.tasks.text import corpus
+from cat.tasks.corpora import corpus
 from tests.oracles import answers, next_tokens
 
 SIZES = {"length": 29, "multiples": (0.5, 1, 2, 5), "train": 7, "valid": 5, "test": 3}
@@ -306,6 +306,13 @@ def test_the_first_examples_are_these_on_every_machine(task, digest):
     assert hashlib.sha256(b"".join(array.astype("<i8").tobytes() for array in examples)).hexdigest()[:16] == digest
 
 
+def test_windows_of_bytes_are_these_on_every_machine(file):
+    task = text(file)
+    drawn = [task.examples(split, 29, 3, generator(0, "task", split)) for split in ("train", "valid", "test")]
+    digest = hashlib.sha256(b"".join(array.astype("<i8").tobytes() for examples in drawn for array in examples))
+    assert digest.hexdigest()[:16] == "bc2d64c6dbdd572c"
+
+
 def letters(count, seed):
     return bytes(np.random.Generator(np.random.PCG64(seed)).integers(97, 123, size=count, dtype=np.uint8))
 
@@ -508,6 +515,14 @@ def test_an_empty_file_has_too_little_text(tmp_path):
         (copying, {"signals": 8}, "signals = 8 unique signals need an alphabet of as many, not 7"),
         (copying, {"multiples": (0.25, 1)}, "a sequence of 7 tokens cannot hold signals = 5 twice and the separator"),
         (text, {"multiples": (0.05, 1)}, "a window of 1 token has no context"),
+        (text, {"folder": "x"}, "folder is where wikitext-103 lies; another corpus is named by its path, as the source"),
+        (text, {"vocabulary_size": 300}, "vocabulary_size = 300 with tokens = bytes, which are 256; take bpe or words"),
+        (text, {"tokens": "bpe"}, "tokens = bpe needs vocabulary_size, the number of bytes and merges"),
+        (
+            text,
+            {"tokens": "bpe", "vocabulary_size": 256},
+            "vocabulary_size = 256 leaves nothing to merge: bpe begins with 256 bytes",
+        ),
         *(
             (make, {"multiples": multiples}, f"multiples = {shown} must rise and have 1, the training length, among them")
             for make in (recall, copying, text)

@@ -32,6 +32,15 @@ class Examples(NamedTuple):
         return Examples(inputs, self.targets.astype(signed))
 
 
+class Extents(NamedTuple):
+    """What the answers of each of N test sequences stand for in a text; the same at every length."""
+
+    bytes: np.ndarray
+    words: np.ndarray
+    unknown: np.ndarray
+    """How many of the bytes the answers do not tell, since they are of words outside the vocabulary."""
+
+
 class Task(Configuration):
     """What every task has: the training length, the sizes of its splits, and the lengths of its test splits."""
 
@@ -90,6 +99,18 @@ class Task(Configuration):
         None for tasks whose answers stand nowhere.
         """
         return None
+
+    def extents(self) -> Extents | None:
+        """The text that the answers of the test splits stand for; None where they are no text."""
+        return None
+
+    def tokenizer(self) -> str | None:
+        """What turned text into tokens, as JSON; None where nothing was learnt for that."""
+        return None
+
+    def origin(self) -> dict[str, str]:
+        """SHA-256 of every local file that the examples are taken from, by its name."""
+        return {}
 
     @abstractmethod
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:

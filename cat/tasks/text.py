@@ -1,41 +1,20 @@
-"""Next-token prediction over real text, byte by byte.
+"""Next-token prediction over real text: byte by byte, in merged pieces, or word by word.
 
-The default corpus needs no download: it is the English prose that every Python installation carries, the docstrings of the
-standard library and `pydoc_data.topics`. It is that of the interpreter in use, so its bytes depend on the Python version.
-
-Test splits compare lengths fairly: the same bytes are predicted at every length, the last half of the shortest window, with
+Test splits compare lengths fairly: the same tokens are predicted at every length, the last half of the shortest window, with
 more context before them the longer the window is.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
-import sysconfig
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from cat.tasks.base import IGNORE, Examples, Task
-
-# Distributions split these off or leave them out; without them the corpus is the same wherever the version is.
-_OPTIONAL = {
-    "test",
-    "tests",
-    "idlelib",
-    "tkinter",
-    "turtledemo",
-    "ensurepip",
-    "lib2to3",
-    "distutils",
-    "site-packages",
-    "dist-packages",
-}
-_TOPICS = "pydoc_data/topics.py"
+from cat.tasks.base import IGNORE, Examples, Extents, Task
+from cat.tasks.corpora import WIKITEXT, digests, ends_a_word, read
+from cat.tasks.tokenizing import BPE, Bytes, Tokenizer, Words
 
 
 class Text(Task):
@@ -43,7 +22,13 @@ class Text(Task):
 
     kind: Literal["text"]
     source: Annotated[str, Field(min_length=1)]
-    """`python-docs`, or the path of a text file or of a folder of `.txt` and `.md` files, in UTF-8."""
+    """`python-docs`, `wikitext-103`, or the path of a text file or of a folder of `.txt` and `.md` files, in UTF-8."""
+    folder: Annotated[str, Field(min_length=1)] | None = None
+    """Where `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens` of WikiText-103 lie; without it they are fetched."""
+    tokens: Literal["bytes", "bpe", "words"] = "bytes"
+    """What is predicted: bytes; pieces of words, learnt from the training split by merging bytes; or its words."""
+    vocabulary_size: Annotated[int, Field(ge=3, le=1 << 20)] | None = None
+    """Different tokens at most, for bpe and words; without it, words are all those of the training split."""
 
     @model_validator(mode="after")
     def _something_is_scored(self) -> Self:
@@ -51,9 +36,22 @@ class Text(Task):
             raise ValueError(f"a window of {self.lengths[0]} token has no context")
         return self
 
+    @model_validator(mode="after")
+    def _keys_agree(self) -> Self:
+        if self.folder is not None and self.source != WIKITEXT:
+            raise ValueError(f"folder is where {WIKITEXT} lies; another corpus is named by its path, as the source")
+        if self.tokens == "bytes" and self.vocabulary_size is not None:
+            raise ValueError(f"vocabulary_size = {self.vocabulary_size} with tokens = bytes, which are 256; take bpe or words")
+        if self.tokens == "bpe" and self.vocabulary_size is None:
+            raise ValueError("tokens = bpe needs vocabulary_size, the number of bytes and merges")
+        if self.tokens == "bpe" and self.vocabulary_size is not None and self.vocabulary_size <= 256:
+            raise ValueError(f"vocabulary_size = {self.vocabulary_size} leaves nothing to merge: bpe begins with 256 bytes")
+        return self
+
     @property
     def vocabulary(self) -> int:
-        return 256
+        """Known only once the training split is read, but for bytes. Raises ValueError where it cannot be."""
+        return _tokenizer(self).size
 
     @property
     def goal(self) -> Literal["loss"]:
@@ -62,81 +60,60 @@ class Text(Task):
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """Raises ValueError where the source has too little text for the split.
 
-        The windows of a test split end at the same bytes at every length, whatever `generator` is.
+        The windows of a test split end at the same tokens at every length, whatever `generator` is.
         """
-        text = corpus(self.source)[split]
+        tokens = _tokens(self, split)
         longest = self.lengths[-1] if split == "test" else length
-        room = len(text) - longest
+        room = len(tokens) - longest
         if room < (1 if split == "train" else count):
+            unit = "bytes" if self.tokens == "bytes" else "tokens"
             raise ValueError(
-                f"the {split} split of {self.source} has {len(text)} bytes, too few for {count} windows of {longest} bytes"
+                f"the {split} split of {self.source} has {len(tokens)} {unit}, too few for {count} windows of {longest} {unit}"
             )
-        if split == "train":
-            end = longest + generator.integers(0, room, size=count)
-        else:
-            end = longest + np.arange(count) * room // count
-        window = text[end[:, None] + np.arange(-length, 1)]
+        ends = longest + (generator.integers(0, room, size=count) if split == "train" else _spread(count, room))
+        window = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[ends - length]
         inputs, targets = window[:, :-1], window[:, 1:].astype(np.int64)
         if split == "test":
-            targets[:, : length - (self.lengths[0] + 1) // 2] = IGNORE
+            targets[:, : length - self._scored] = IGNORE
         return Examples(inputs, targets)
+
+    @property
+    def _scored(self) -> int:
+        """Tokens of a test window that are asked, at its end."""
+        return (self.lengths[0] + 1) // 2
+
+    def extents(self) -> Extents:
+        text, tokens = read(self.source, self.folder, "test"), _tokens(self, "test")
+        learnt, longest = _tokenizer(self), self.lengths[-1]
+        after = longest + _spread(self.test, len(tokens) - longest) + 1
+        before = after - self._scored
+        offsets, unknown = (np.concatenate([[0], np.cumsum(count(text, tokens))]) for count in (learnt.sizes, learnt.unknown))
+        words = np.searchsorted(np.flatnonzero(ends_a_word(text)) + 1, offsets, side="right")  # that ended by then
+        return Extents(*(total[after] - total[before] for total in (offsets, words, unknown)))
+
+    def tokenizer(self) -> str | None:
+        return _tokenizer(self).save()
+
+    def origin(self) -> dict[str, str]:
+        return digests(self.source, self.folder)
+
+
+def _spread(count: int, room: int) -> np.ndarray:
+    return np.arange(count) * room // count
 
 
 @functools.cache
-def corpus(source: str) -> dict[str, np.ndarray]:
-    """The bytes of each split. Files go to a split by a digest of their name, 8 : 1 : 1; a single file is cut by position.
-
-    Raises ValueError, in words, where there is no text at `source`.
-    """
-    files = dict(_python_docs() if source == "python-docs" else _files(Path(source)))
-    splits: dict[str, list[bytes]] = {"train": [], "valid": [], "test": []}
-    if len(files) == 1:
-        (text,) = files.values()
-        first, second = len(text) * 8 // 10, len(text) * 9 // 10
-        splits = {"train": [text[:first]], "valid": [text[first:second]], "test": [text[second:]]}
-    for name in sorted(files) if len(files) > 1 else ():
-        part = hashlib.sha256(name.encode()).digest()[0] % 10
-        splits[{0: "valid", 1: "test"}.get(part, "train")].append(files[name])
-    return {split: np.frombuffer(b"\n\n".join(texts), dtype=np.uint8) for split, texts in splits.items()}
+def _tokenizer(task: Text) -> Tokenizer:
+    if task.tokens == "bytes":
+        return Bytes()
+    text = read(task.source, task.folder, "train")
+    if task.tokens == "words":
+        return Words(text, task.vocabulary_size)
+    assert task.vocabulary_size is not None  # as a rule of the class has it
+    return BPE(text, task.vocabulary_size)
 
 
-def _python_docs() -> Iterator[tuple[str, bytes]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root).as_posix()
-        if _OPTIONAL.intersection(name.split("/")) or name == _TOPICS:
-            continue
-        prose = "\n\n".join(_docstrings(path))
-        if prose:
-            yield name, prose.encode()
-    from pydoc_data.topics import topics
-
-    for title, text in topics.items():
-        yield f"{_TOPICS}#{title}", text.encode()
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # files kept broken on purpose
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield text
-
-
-def _files(source: Path) -> Iterator[tuple[str, bytes]]:
-    paths = sorted(p for p in source.rglob("*") if p.suffix in {".txt", ".md"} and p.is_file()) if source.is_dir() else [source]
-    for path in paths:
-        try:
-            text = path.read_bytes()
-            text.decode("utf-8")
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: byte {error.start} is not UTF-8") from None
-        yield (path.relative_to(source).as_posix() if source.is_dir() else path.name), text
-    if not paths:
-        raise ValueError(f"{source}: no .txt or .md file in it")
+@functools.cache
+def _tokens(task: Text, split: str) -> np.ndarray:
+    """A split in tokens."""
+    return _tokenizer(task).encode(read(task.source, task.folder, split))
