@@ -258,10 +258,10 @@ def test_rows_that_are_none_or_too_many_are_refused_before_they_are_read_whole(t
     assert fault(corpora._parquet, [path]).startswith(f"{path}: is no parquet file with a column of text (")
     pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), path)
     assert fault(corpora._parquet, [path]).startswith(f"{path}: is no parquet file with a column of text (")
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 5000] * 2000}), path)
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1000] * 9000}), path)
     monkeypatch.setattr(corpora, "LIMIT", 100_000)
     assert path.stat().st_size < corpora.LIMIT
-    assert fault(corpora._parquet, [path]) == f"{path}: 10,000,000 bytes of text, more than the 100,000 that are read at once"
+    assert fault(corpora._parquet, [path]) == f"{path}: 4,096,000 bytes of text, more than the 100,000 that are read at once"
 
 
 def test_a_folder_of_too_much_text_and_what_is_no_file_are_refused(tmp_path, monkeypatch):
@@ -269,8 +269,7 @@ def test_a_folder_of_too_much_text_and_what_is_no_file_are_refused(tmp_path, mon
         (tmp_path / f"{i}.txt").write_text("x" * 40)
     monkeypatch.setattr(corpora, "LIMIT", 100)
     assert fault(corpus, str(tmp_path)) == f"{tmp_path}: 120 bytes of text, more than the 100 that are read at once"
-    os.mkfifo(tmp_path / "pipe")
-    assert fault(corpus, str(tmp_path / "pipe")) == f"{tmp_path}/pipe: is not a file"
+    assert fault(corpus, "/dev/null") == "/dev/null: is not a file"
 
 
 @pytest.mark.parametrize("letters", range(40, 60))
