@@ -154,6 +154,19 @@ def judge() -> None:
 
 
 @command
+@click.argument("name")
+@click.option("--from", "source", required=True, metavar="VARIANT", help="The variant that it is a copy of.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="What is different; KEY= takes the key out.")
+@click.option("--ablation", metavar="NAME", help="Which trains it; the one that trains the other variant by default.")
+@click.option("--dry-run", is_flag=True, help="Show what would change in params.yaml; write nothing.")
+def new_variant(name: str, source: str, settings: tuple[str, ...], ablation: str | None, dry_run: bool) -> None:
+    """Add a variant NAME to params.yaml, a copy of another with some keys changed; say what that will run."""
+    from pipeline.new_variant import new_variant
+
+    click.echo(new_variant(name, source, settings, ablation=ablation, dry_run=dry_run))
+
+
+@command
 @click.argument("task", required=False)
 def show(task: str | None) -> None:
     """Print the verdicts and the results, of one TASK or of all."""

@@ -6,6 +6,7 @@ Read with the YAML 1.2 parser that DVC reads it with. Importing this imports no 
 from __future__ import annotations
 
 import difflib
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -384,3 +385,12 @@ def entry(section: dict[str, Entry], key: str, name: str) -> Entry:
     if name not in section:
         raise ParamsError([f"params.yaml: {key}.{name}: is missing" + _nearest(name, section)])
     return section[name]
+
+
+def written(value: object, *, flow: bool = True) -> str:
+    """A value as params.yaml has it: `flow` in one line, otherwise a mapping or list with a line for each of its entries."""
+    writer = YAML()
+    writer.default_flow_style, writer.width = flow, 2**31 - 1
+    with io.StringIO() as text:
+        writer.dump(value, text)
+        return text.getvalue().removesuffix("...\n").strip()

@@ -40,7 +40,7 @@ def test_every_make_target_of_the_readme_exists(target):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m pipeline (\w+)", README))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m pipeline ([\w-]+)", README))))
 def test_every_command_of_the_readme_exists(command):
     done = subprocess.run([sys.executable, "-m", "pipeline", command, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
