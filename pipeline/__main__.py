@@ -179,6 +179,20 @@ def show(task: str | None) -> None:
 
 
 @command
+@click.argument("revision")
+@click.option("--md", is_flag=True, help="As Markdown, for a pull request.")
+def diff(revision: str, md: bool) -> None:
+    """Say what changed since a REVISION of git, or from an experiment of DVC: parameters, results and verdicts."""
+    from pipeline.difference import compare, markdown, show
+
+    sections = compare(revision)
+    if md:
+        click.echo(markdown(sections))
+    else:
+        show(sections)
+
+
+@command
 def render() -> None:
     """Draw the figures, write the tables and the metrics."""
     from pipeline.render import render
