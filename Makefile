@@ -1,6 +1,6 @@
 # make repro   rebuild the study, JOBS runs at a time      make ui     browse the runs in MLflow, on this machine alone
 # make test    lint, types and tests                      make bench  measure speed and memory on this machine
-# make clean   remove the environment
+# make docs    the API reference, into docs/api           make clean  remove the environment
 #
 # Each sets up .venv from requirements.lock where that is missing or older. PYTHON names the interpreter, 3.11 or newer.
 
@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: repro test ui bench clean
+.PHONY: repro test ui bench docs clean
 
 repro: .venv/study
 	python -m pipeline validate
@@ -29,6 +29,10 @@ ui: .venv/study
 bench: .venv/study
 	python -m benchmarks
 
+docs: .venv/docs
+	python -m docs.reference
+	@echo 'API reference: docs/api/index.html'
+
 .venv/study: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
@@ -37,6 +41,10 @@ bench: .venv/study
 
 .venv/test: .venv/study
 	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[test]'
+	touch $@
+
+.venv/docs: .venv/study
+	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[docs]'
 	touch $@
 
 clean:

@@ -20,18 +20,18 @@ class ConvolutionAugmentedAttention(nn.Module):
     generates them: a `network` or a basis of fixed `decay` or a `state` space of learned ones, of size `filter_size`. None is
     no filter, and without any the layer is the transformer's attention. The filters begin close to the identity.
 
-    width         channels of `x`
-    heads         heads, which divide `width`
-    position      none, or rotary or alibi positions, which are the layer's own; the filters do without
-    sharing       one filter a head, one a channel, or one from every head to every head (mixing)
-    dilation      tokens between two taps
-    filter_size   hidden units of a network, or decays
-    filter_init   begin close to the identity, or at random
-    filter_bias   add a learned vector to what is filtered
-    filter_norm   divide every filter by the sum of its absolute taps
-    qk_norm       queries and keys of unit length, with a learned temperature a head
-    temperature   a learned temperature a head without that
-    length        tokens of a training sequence; only `full` and generated taps need it
+        width         channels of x
+        heads         heads, which divide width
+        position      none, or rotary or alibi positions, which are the layer's own; the filters do without
+        sharing       one filter a head, one a channel, or one from every head to every head (mixing)
+        dilation      tokens between two taps
+        filter_size   hidden units of a network, or decays
+        filter_init   begin close to the identity, or at random
+        filter_bias   add a learned vector to what is filtered
+        filter_norm   divide every filter by the sum of its absolute taps
+        qk_norm       queries and keys of unit length, with a learned temperature a head
+        temperature   a learned temperature a head without that
+        length        tokens of a training sequence; only full and generated taps need it
 
     Raises ValueError, in one line that names the argument, where one is wrong or two contradict each other, and where `x` has
     another shape. Source: arXiv 2407.05591.

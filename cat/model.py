@@ -1,6 +1,8 @@
 """A sequence model: embedding, `layers` blocks of one mixer, norm, head.
 
-x = E[tokens] (+ position)    x = x + mixer(norm(x))    x = x + mlp(norm(x))    logits = norm(x) W
+    x = E[tokens] (+ position)    x = x + mixer(norm(x))    x = x + mlp(norm(x))    logits = norm(x) W
+
+A block without an MLP is its mixer alone.
 """
 
 from __future__ import annotations

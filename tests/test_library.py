@@ -1,5 +1,6 @@
 """The library stands alone: a layer in three lines for somebody's own model, and an example that swaps it into a transformer."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from tests.study import ROOT
 from tests.test_imports import FOREIGN_TO_CAT, loaded_by
 
 BLOCKED = FOREIGN_TO_CAT | {"yaml", "scipy", "rich", "markdown_it"}
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 WIDTH, HEADS, LENGTH = 12, 2, 9
 ATTENTIONS = {
     "torch": transformer.TorchAttention,
@@ -43,11 +45,13 @@ def test_the_layer_needs_nothing_of_the_study():
 
 
 def test_the_three_lines_of_the_documentation_run():
-    lines = [line.strip() for line in cat.__doc__.splitlines() if line.startswith("    ")]
-    assert len(lines) == 3
-    names = {"x": torch.randn(2, 7, 256)}
-    exec("\n".join(lines), names)
-    assert names["y"].shape == names["x"].shape
+    (snippet,) = re.findall(r"## The layer alone\n.*?```python\n(.*?)```", README, flags=re.DOTALL)
+    documented = [line.strip() for line in cat.__doc__.splitlines() if line.startswith("    ")]
+    for lines in (documented, snippet.replace("\n\n", "\n").splitlines()):
+        assert len(lines) == 3
+        names = {"x": torch.randn(2, 7, 256)}
+        exec("\n".join(lines), names)
+        assert names["y"].shape == names["x"].shape
 
 
 def test_the_package_loads_what_is_asked_for():

@@ -1,6 +1,8 @@
 """Mamba: a gated selective state space behind a short convolution (arXiv 2312.00752, figure 3 and section 3.4).
 
-u, z = X W_in    u = silu(conv(u))    y = scan(u) + skip * u    out = (y * silu(z)) W_out
+    u, z = X W_in    u = silu(conv(u))    y = scan(u) + skip * u    out = (y * silu(z)) W_out
+
+`conv` is a causal filter a channel, `scan` a state space a channel whose steps, inputs and outputs depend on u.
 """
 
 import math
