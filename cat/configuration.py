@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 Generator = Literal["network", "decay", "state"]
 Taps = Count | Literal["full", Generator]
 """Taps of a filter, `full` for as many as the training sequence is long, or what generates them for a sequence of any length."""

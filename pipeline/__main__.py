@@ -36,10 +36,13 @@ def command(function: Callable[..., None]) -> click.Command:
         except KeyboardInterrupt:
             click.echo(f"{function.__name__}: interrupted", err=True)
             sys.exit(130)
+        except MemoryError as error:
+            click.echo(f"{function.__name__}: out of memory ({error})", err=True)
+            sys.exit(2)
         except (ValueError, OSError) as error:
             file = getattr(error, "filename", None)
             words = f"{file}: {error.strerror}" if isinstance(error, OSError) and file else str(error)
-            click.echo(f"{function.__name__}: {words}", err=True)
+            click.echo(f"{function.__name__}: {params.printable(' '.join(words.split()))}", err=True)
             sys.exit(2)
 
     return main.command(careful)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
-from ruamel.yaml import YAML, YAMLError
+from pydantic import Field, model_validator
 
 from cat.configuration import Configuration, Count
-from pipeline.params import Name, ParamsError
+from pipeline.params import Name, checked, read
 
 FILE = Path("claims.yaml")
 Multiple = Annotated[float, Field(gt=0)]
@@ -23,7 +22,7 @@ class Claim(Configuration):
     source: Literal["paper", "ours"]
     tasks: Names
     multiples: Annotated[tuple[Multiple, ...], Field(min_length=1, strict=False)]
-    metric: str | None = None
+    metric: Name | None = None
     """As in results/<task>.csv; the metric that stands for the task for None."""
     variants: Names
     than: Names | float | None = None
@@ -46,6 +45,10 @@ class Claim(Configuration):
             raise ValueError(f"{min(both)!r} is under variants and under than")
         if self.than_multiple in self.multiples:
             raise ValueError(f"than_multiple = {self.than_multiple:g} is among multiples")
+        for key in ("tasks", "multiples", "variants", "than"):
+            values = getattr(self, key)
+            if isinstance(values, tuple) and (twice := {value for value in values if values.count(value) > 1}):
+                raise ValueError(f"{key} has {min(twice)!r} twice")
         return self
 
     @property
@@ -62,25 +65,6 @@ def load(path: Path = FILE) -> dict[str, Claim]:
     """The claims by name, none where there is no such file. Raises ParamsError with every fault."""
     if not path.exists():
         return {}
-    try:
-        raw: Any = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, RecursionError, YAMLError) as error:
-        raise ParamsError([f"{path}: " + " ".join(str(error).split())]) from None
-    try:
-        return TypeAdapter(dict[Name, Claim]).validate_python({} if raw is None else raw)
-    except ValidationError as error:
-        lines = {_in_words(fault) for fault in error.errors()}
-        raise ParamsError([f"{path}: {line}" for line in sorted(lines)]) from None
-
-
-def _in_words(fault: Any) -> str:
-    # pydantic names the branch of a union, too: `than` may be a list or a number.
-    key = ".".join(str(step) for step in fault["loc"][:2]) or "the file"
-    match fault["type"]:
-        case "missing":
-            return f"{key}: is missing"
-        case "extra_forbidden":
-            return f"{key}: unknown key; known are {', '.join(Claim.model_fields)}"
-        case "value_error":
-            return f"{key}: {fault['ctx']['error']}"
-    return f"{key}: {fault['msg'].replace('Input should be', 'must be')}, not {fault['input']!r:.60}"
+    raw = read(path)
+    claims: dict[str, Claim] = checked(dict[Name, Claim], {} if raw is None else raw, path)
+    return claims

@@ -9,12 +9,13 @@ import difflib
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
 
 from cat.configuration import (
@@ -30,8 +31,10 @@ from cat.configuration import (
 )
 from cat.tasks import Recall, TaskConfiguration
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
-"""Names become stage names, folders and command lines."""
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
+"""Names become stage names, folders and command lines; a legend leaves out what begins with an underscore."""
+LONGEST = 300
+"""Characters of an error, the name of its file aside."""
 
 
 class TaskSection(Configuration):
@@ -55,7 +58,7 @@ class Ablation(Configuration):
     """heatmap: variants by tasks; sweep: against a number `x`; contrast: by `x`, filtered beside unfiltered; lines: by length;
     attention: how many tokens share it and how much is on the answer; rates: by learning rate, how many seeds found a key filter
     that solves every length; example: what attention reads in one sequence of recall; filters: taps beside the theorem's."""
-    x: str | None = None
+    x: Name | None = None
     """The key of a variant that a sweep or a contrast has on its axis."""
 
     @property
@@ -104,7 +107,7 @@ class Study(Configuration):
 
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1, strict=False)]
     data_seed: Annotated[int, Field(ge=0, lt=2**31)]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:([0-9]|[1-9][0-9]))?)$")]
     precision: Literal["float32", "bfloat16"]
     threads: Count | Literal["auto"]
     tasks: Annotated[dict[Name, TaskSection], Field(min_length=1)]
@@ -125,36 +128,62 @@ class ParamsError(Exception):
     """What is wrong with a parameter file: `lines`, one an error, each naming the key, the value and the rule."""
 
     def __init__(self, lines: list[str]):
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = [printable(line) for line in lines]
+        super().__init__("\n".join(self.lines))
+
+
+def printable(text: str) -> str:
+    """`text` in one line, with what no terminal should be sent escaped."""
+    return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
 
 
 def load(path: str | Path = "params.yaml") -> Study:
     """The study of `path`. Raises ParamsError with every fault that it has."""
+    return study_of(read(path), path)
+
+
+def study_of(raw: object, file: str | Path) -> Study:
+    """The study that `raw`, what `file` says, describes. Raises ParamsError with every fault that it has."""
+    study: Study = checked(Study, raw, file)
+    if contradictions := list(_contradictions(study)):
+        raise refusal(file, contradictions)
+    return study
+
+
+def read(path: str | Path) -> Any:
+    """What a YAML file says, unchecked. Raises ParamsError where it cannot be read."""
     try:
-        raw = YAML(typ="safe").load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if re.search("[0-9a-fA-F_]{4000}", text):  # Python refuses to write out what it reads of an octal or hexadecimal one
+            raise ValueError("a number of 4,000 digits or more")
+        return YAML(typ="safe").load(text)
     except OSError as error:
-        raise ParamsError([f"{path}: {error.strerror}"]) from None
+        raise refusal(path, [f"{error.strerror}"]) from None
     except UnicodeDecodeError as error:
-        raise ParamsError([f"{path}: byte {error.start} is not UTF-8"]) from None
+        raise refusal(path, [f"byte {error.start} is not UTF-8"]) from None
     except YAMLError as error:
-        raise ParamsError([f"{path}: " + " ".join(str(error).split())]) from None
+        raise refusal(path, [" ".join(str(error).split())]) from None
     except (ValueError, KeyError, RecursionError) as error:  # of a scalar that is not what it looks like, as 2026-02-30
-        raise ParamsError([f"{path}: a value cannot be read: {error}"]) from None
+        raise refusal(path, [f"a value cannot be read: {error}"]) from None
+
+
+def checked(schema: Any, raw: object, file: str | Path) -> Any:
+    """`raw` as a `schema`: a class of configuration, or a mapping to one. Raises ParamsError with every fault that it has."""
     try:
-        study = Study.model_validate(raw)
+        return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
-        faults: dict[str, list[str]] = {}
+        faults: dict[str, dict[str, None]] = {}
         for fault in error.errors():
             if fault["type"] != "too_short" or not fault["input"]:  # a list is also called empty when each of its items is wrong
-                subject, rule = _in_words(fault, raw)
-                faults.setdefault(subject, []).append(rule)
+                subject, rule = _in_words(fault, raw, schema)
+                faults.setdefault(subject, {})[rule] = None
         # A key that may be of two kinds breaks a rule of each.
-        raise ParamsError([f"{path}: {subject}{', and '.join(rules)}" for subject, rules in faults.items()]) from None
-    contradictions = list(_contradictions(study))
-    if contradictions:
-        raise ParamsError([f"{path}: {fault}" for fault in contradictions])
-    return study
+        raise refusal(file, [f"{subject}{', and '.join(rules)}" for subject, rules in faults.items()]) from None
+
+
+def refusal(file: str | Path, faults: Iterable[str]) -> ParamsError:
+    """The error that says what is wrong with `file`, each fault cut to LONGEST characters."""
+    return ParamsError([f"{file}: {_cut(fault, LONGEST)}" for fault in faults])
 
 
 def shown_tasks(study: Study, ablation: Ablation) -> list[str]:
@@ -282,15 +311,16 @@ _RULES = {
     "model_attributes_type": "is not a mapping",
     "tuple_type": "is not a list",
     "too_short": "is empty",
+    "string_too_short": "is empty",
     "invalid_key": "the key is not text; put it in quotes",
 }
 
 
-def _in_words(error: Any, raw: object) -> tuple[str, str]:
+def _in_words(error: Any, raw: object, schema: Any) -> tuple[str, str]:
     """One of pydantic's errors as its subject, the key's path with its value, and the rule that it breaks."""
     kind, context = error["type"], error.get("ctx", {})
     path = _path(error["loc"], raw, missing=kind == "missing")
-    key = ".".join(step if step.isprintable() else json.dumps(step)[1:-1] for step in map(str, path))
+    key = ".".join(_cut(str(step), 60) for step in path)
     match kind:
         case "missing":
             return f"{key}: ", "is missing"
@@ -305,12 +335,12 @@ def _in_words(error: Any, raw: object) -> tuple[str, str]:
     subject = _subject(key, error["input"])
     match kind:
         case "extra_forbidden":
-            schema = _schema(path[:-1], raw)
-            if issubclass(schema, Variant) and any(path[-1] in mixer.model_fields for mixer in _MIXERS):
+            owner = _schema(path[:-1], raw, schema)
+            if issubclass(owner, Variant) and any(path[-1] in mixer.model_fields for mixer in _MIXERS):
                 what = f"stream {path[-1]} to filter" if path[-1] in Landmark.streams else path[-1]
                 return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no {what}"
             return subject, "unknown key" + (
-                _nearest(path[-1], schema.model_fields) or f"; known are {', '.join(schema.model_fields)}"
+                _nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}"
             )
         case "literal_error":
             return subject, _not_among(error["input"], _unquoted(context["expected"]).replace(" or ", ", ").split(", "))
@@ -320,11 +350,17 @@ def _in_words(error: Any, raw: object) -> tuple[str, str]:
 
 
 def _subject(key: str, value: object) -> str:
+    # By its first pieces: what is much longer than a line, or contains itself, is not written out.
+    pieces = json.JSONEncoder(default=str, ensure_ascii=False).iterencode(value)
     try:
-        shown = json.dumps(value, default=str, ensure_ascii=False)
+        shown = "".join(itertools.islice(pieces, 61))
     except (ValueError, RecursionError):
         shown = "..."
-    return f"{key or 'the file'} = {shown if len(shown) <= 60 else shown[:57] + '...'}: "
+    return f"{key or 'the file'} = {_cut(shown, 60)}: "
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _not_among(value: object, known: list[str]) -> str:
@@ -332,7 +368,7 @@ def _not_among(value: object, known: list[str]) -> str:
 
 
 def _nearest(name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) if isinstance(name, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -351,9 +387,8 @@ def _path(location: tuple[int | str, ...], raw: object, *, missing: bool) -> lis
     return path
 
 
-def _schema(path: list[int | str], raw: object) -> Any:
-    """The class that describes the mapping at `path`."""
-    schema: Any = Study
+def _schema(path: list[int | str], raw: object, schema: Any) -> Any:
+    """The class that describes the mapping at `path` of what is a `schema`."""
     for depth, step in enumerate(path, 1):
         is_class = isinstance(schema, type) and issubclass(schema, Configuration)
         schema = schema.model_fields[step].annotation if is_class else get_args(schema)[1]
@@ -383,7 +418,7 @@ Entry = TypeVar("Entry")
 def entry(section: dict[str, Entry], key: str, name: str) -> Entry:
     """The entry of a section of params.yaml that a command names. Raises ParamsError where there is none."""
     if name not in section:
-        raise ParamsError([f"params.yaml: {key}.{name}: is missing" + _nearest(name, section)])
+        raise refusal("params.yaml", [f"{key}.{_cut(name, 60)}: is missing" + _nearest(name, section)])
     return section[name]
 
 

@@ -7,16 +7,14 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
-from ruamel.yaml import YAML, YAMLError
 from tabulate import tabulate
 
 from cat.configuration import Theory, Variant
 from pipeline.code import listings
 from pipeline.files import DATA, PLAN, read_json, whole, write_json
 from pipeline.grid import cells, variants_on
-from pipeline.params import ParamsError, Study, shown_variants
+from pipeline.params import Study, read, refusal, shown_variants
 
 SCHEMA = Path("params.schema.json")
 _STAGES = Path("dvc.yaml")
@@ -61,14 +59,10 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
     """Raises ParamsError unless dvc.yaml has one train stage for every ablation that trains something, and for no other."""
     if not _STAGES.exists():
         return
-    try:
-        stages: Any = YAML(typ="safe").load(_STAGES.read_text(encoding="utf-8"))["stages"]
-    except YAMLError as error:
-        raise ParamsError([f"{_STAGES}: " + " ".join(str(error).split())]) from None
-    except (KeyError, TypeError):
-        stages = None
+    raw = read(_STAGES)
+    stages = raw.get("stages") if isinstance(raw, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(name, str) for name in stages):
-        raise ParamsError([f"{_STAGES}: has no mapping of stages"])
+        raise refusal(_STAGES, ["has no mapping of stages"])
     trained = {match[1] for name in stages if (match := re.fullmatch(r"train_(\w+)", name))}
     faults = [
         f"ablations.{name}: dvc.yaml has no stage for it; copy another train_ stage to train_{name} and put {name} in its matrix"
@@ -80,7 +74,7 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
         for name in sorted(trained - set(study.ablations))
     ]
     if faults:
-        raise ParamsError([f"{file}: {fault}" for fault in faults])
+        raise refusal(file, faults)
 
 
 def of_other_files(study: Study) -> Iterator[str]:

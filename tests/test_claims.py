@@ -197,14 +197,16 @@ def file(tmp_path):
     ("changes", "line"),
     [
         ({"says": None}, "little_on_text.says: is missing"),
-        ({"sayz": "x"}, "little_on_text.sayz: unknown key; known are says, source, tasks"),
-        ({"direction": "up"}, "little_on_text.direction: must be 'higher', 'lower', 'not_lower' or 'not_higher', not 'up'"),
-        ({"by": -1}, "little_on_text.by: must be greater than or equal to 0, not -1"),
-        ({"seeds": 1}, "little_on_text.seeds: must be greater than or equal to 2, not 1"),
+        ({"sayz": "x"}, "little_on_text.sayz = \"x\": unknown key; did you mean 'says'?"),
+        ({"direction": "up"}, 'little_on_text.direction = "up": is not higher or lower or not_lower or not_higher'),
+        ({"by": -1}, "little_on_text.by = -1: must be greater than or equal to 0"),
+        ({"seeds": 1}, "little_on_text.seeds = 1: must be greater than or equal to 2"),
         ({"than": None}, "little_on_text: needs either than, variants or a number, or than_multiple, a length"),
         ({"than": ["qk"]}, "little_on_text: 'qk' is under variants and under than"),
         ({"than": None, "than_multiple": 1}, "little_on_text: than_multiple = 1 is among multiples"),
-        ({"multiples": []}, "little_on_text.multiples: "),
+        ({"multiples": []}, "little_on_text.multiples = []: is empty"),
+        ({"variants": ["qk", "qk"]}, "little_on_text: variants has 'qk' twice"),
+        ({"than": "none"}, 'little_on_text.than = "none": is not a list, and is not a number'),
     ],
 )
 def test_a_bad_claim_is_one_line_that_names_it(file, changes, line):

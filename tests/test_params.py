@@ -119,7 +119,7 @@ TASK = SMOKE["tasks"]["ar"]
 LANDMARK = {"mixer": "landmark", "width": 16, "layers": 1, "heads": 2, "position": "none", "k": 3, "block": 8, "top": 2}
 LINEAR = {"mixer": "linear", "width": 16, "layers": 1, "heads": 2, "position": "none"}
 MAMBA = {"mixer": "mamba", "width": 16, "layers": 1}
-NAME = "does not match ^[a-z0-9_]{1,40}$"
+NAME = "does not match ^[a-z0-9][a-z0-9_]{0,39}$"
 
 UNKNOWN = {
     "seed": ([0], "seed = [0]: unknown key; did you mean 'seeds'?"),
@@ -183,8 +183,8 @@ WRONG = [
     ("train.clip", float("inf"), "Infinity: is not a finite number"),
     ("render.dpi", 49, "49: must be greater than or equal to 50"),
     ("data_seed", 2**31, "2147483648: must be less than 2147483648"),
-    ("device", "gpu", '"gpu": does not match ^(auto|cpu|cuda(:[0-9]+)?)$'),
-    ("device", "cuda:", '"cuda:": does not match ^(auto|cpu|cuda(:[0-9]+)?)$'),
+    ("device", "gpu", '"gpu": does not match ^(auto|cpu|cuda(:([0-9]|[1-9][0-9]))?)$'),
+    ("device", "cuda:", '"cuda:": does not match ^(auto|cpu|cuda(:([0-9]|[1-9][0-9]))?)$'),
     ("precision", "float16", "\"float16\": is not float32 or bfloat16; did you mean 'bfloat16'?"),
     ("variants.none.mixer", "atention", f"\"atention\": is not {MIXERS}; did you mean 'attention'?"),
     ("variants.none.mixer", "zzz", f'"zzz": is not {MIXERS}'),
@@ -488,7 +488,7 @@ FAULTS = [
     ),
     pytest.param({("variants", "a-b"): MAMBA}, [f'variants.a-b = "a-b": {NAME}'], id="variant named a-b"),
     pytest.param({("ablations", "A"): SMOKE["ablations"]["width"]}, [f'ablations.A = "A": {NAME}'], id="ablation named A"),
-    pytest.param({("tasks", "a" * 300): TASK}, [f'tasks.{"a" * 300} = "{"a" * 56}...: {NAME}'], id="named with 300 letters"),
+    pytest.param({("tasks", "a" * 300): TASK}, [f'tasks.{"a" * 57}... = "{"a" * 56}...: {NAME}'], id="named with 300 letters"),
     *(pytest.param(edits, lines, id=name) for name, (edits, *lines) in RULES.items()),
     *(
         pytest.param(
@@ -785,38 +785,18 @@ merged: {<<: {a: 1, b: 2}, b: 3}
 """
 
 
-@pytest.fixture
-def parsed(monkeypatch):
-    """What a file says before anything is checked."""
-
-    def parse(file: Path) -> Any:
-        seen = []
-
-        def see(raw: Any) -> None:
-            seen.append(raw)
-            raise ParamsError([])
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Study, "model_validate", see)
-            with pytest.raises(ParamsError):
-                load(file)
-        return seen[0]
-
-    return parse
-
-
-def test_values_are_read_as_dvc_reads_them(parsed, tmp_path):
+def test_values_are_read_as_dvc_reads_them(tmp_path):
     file = tmp_path / "strange.yaml"
     file.write_text(STRANGE)
-    values = parsed(file)
+    values = params.read(file)
     # Their text, because 1 == True and nan != nan.
     assert repr(values) == repr(load_yaml(str(file)))
     assert (values["exponent"], values["on"], values["no"], values["zero"], values["octal"]) == (1e-3, "on", "no", 12, 15)
 
 
 @ALL
-def test_a_study_is_read_as_dvc_reads_it(file, parsed):
-    assert repr(parsed(file)) == repr(load_yaml(str(file)))
+def test_a_study_is_read_as_dvc_reads_it(file):
+    assert repr(params.read(file)) == repr(load_yaml(str(file)))
 
 
 @pytest.fixture
