@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from pipeline import readers
 from pipeline.claims import Claim
 from pipeline.files import SCORES, VERDICTS, whole
 from pipeline.params import Study
@@ -76,8 +77,7 @@ class Evidence:
         """From the files. Raises ValueError where a cell of the study has no results."""
         sequences = {}
         for task in study.tasks:
-            with np.load(SCORES / f"{task}.npz", allow_pickle=False) as arrays:
-                sequences[task] = {name: arrays[name].astype(float) for name in arrays.files}
+            sequences[task] = {name: array.astype(float) for name, array in readers.arrays(SCORES / f"{task}.npz").items()}
         return cls(study, read_results(study), sequences)
 
     def resamples(self, task: str, metric: str, variant: str, length: int) -> Floats:

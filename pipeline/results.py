@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 
+from pipeline import readers
 from pipeline.files import RESULTS, RUNS
 from pipeline.grid import cells, variants_on
 from pipeline.params import Study
+
+KEYS = {"task": str, "variant": str, "seed": int, "length": int, "metric": str}
+HISTORY = {"learning_rate": float, "seed": int, "step": int, "train_loss": float, "valid_loss": float, "valid_accuracy": float}
 
 PRIMARY = {"accuracy": "accuracy", "loss": "bits_per_byte"}
 """The metric that stands for a task, by its goal."""
@@ -18,18 +23,24 @@ PRIMARY = {"accuracy": "accuracy", "loss": "bits_per_byte"}
 def read_results(study: Study) -> pd.DataFrame:
     """All metrics: task, variant, seed, length, metric, value, and `multiple`, the length in training lengths.
 
-    Raises ValueError where a cell of the grid is missing; rows of variants that left the study are dropped.
+    Raises ValueError where a cell of the grid is missing or there twice; rows of variants that left the study are dropped.
     """
     tables = []
     for task, section in study.tasks.items():
-        table = pd.read_csv(RESULTS / f"{task}.csv")
+        path = RESULTS / f"{task}.csv"
+        table = readers.table(path, KEYS | {"value": float})
         table["multiple"] = table["length"].map(dict(zip(section.data.lengths, section.data.multiples, strict=True)))
         variants = variants_on(study, task)
-        for variant in variants:
-            seeds = set(table.loc[table["variant"] == variant, "seed"])
-            if missing := sorted(set(study.seeds) - seeds):
-                raise ValueError(f"results/{task}.csv: variant {variant!r} lacks seed {missing[0]}; run `dvc repro`")
-        tables.append(table[table["variant"].isin(variants) & table["seed"].isin(study.seeds)])
+        table = table[table["variant"].isin(variants) & table["seed"].isin(study.seeds)]
+        if (twice := table.duplicated([*KEYS])).any():
+            raise ValueError(f"{path}: has {', '.join(map(str, table.loc[twice, [*KEYS]].iloc[0]))} twice; run `dvc repro`")
+        of_metric = table[table["metric"] == PRIMARY[section.data.goal]]
+        there = set(zip(of_metric["variant"], of_metric["seed"], of_metric["length"], strict=True))
+        for variant, seed, length in itertools.product(variants, study.seeds, section.data.lengths):
+            longest = study.variants[variant].longest(section.data.length)
+            if (longest is None or length <= longest) and (variant, seed, length) not in there:
+                raise ValueError(f"{path}: variant {variant!r} lacks seed {seed} at length {length}; run `dvc repro`")
+        tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
@@ -41,7 +52,7 @@ def primary(study: Study, results: pd.DataFrame) -> pd.DataFrame:
 
 def read_history(study: Study, task: str, variant: str, learning_rate: float) -> pd.DataFrame:
     """The training curves of a cell at its chosen learning rate."""
-    table = pd.read_csv(RUNS / task / variant / "history.csv")
+    table = readers.table(RUNS / task / variant / "history.csv", HISTORY)
     return table[(table["learning_rate"] == learning_rate) & table["seed"].isin(study.seeds)]
 
 

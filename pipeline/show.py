@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.grid import variants_on
 from pipeline.params import Study
 from pipeline.results import PRIMARY, primary, read_results
-from pipeline.verdicts import read_verdicts, verdict_table
+from pipeline.verdicts import claims_about, read_verdicts, verdict_table
 
 COLOURS = {"supported": "green", "contradicted": "red", "undecided": "yellow"}
 
@@ -21,18 +22,17 @@ def show(study: Study, task: str | None, console: Console | None = None) -> None
     """
     console = console or Console()
     scores = primary(study, read_results(study))
-    for name in [task] if task else study.tasks:
-        console.print(_scores(study, name, scores[scores["task"] == name]))
     verdicts = read_verdicts()
     if task:
-        of_task = pd.read_csv("verdicts/comparisons.csv")
-        verdicts = verdicts[verdicts["claim"].isin(of_task.loc[of_task["task"] == task, "claim"])]
+        verdicts = verdicts[verdicts["claim"].isin(claims_about(task))]
+    for name in [task] if task else study.tasks:
+        console.print(_scores(study, name, scores[scores["task"] == name]))
     table = Table(title="claims", title_justify="left", show_lines=True)
     shown = verdict_table(verdicts)
     for column in shown.columns:
         table.add_column(column, overflow="fold", ratio=2 if column in ("claim", "decided by") else None)
     for verdict, row in zip(verdicts["verdict"], shown.itertuples(index=False), strict=True):
-        claim, _, *rest = row
+        claim, _, *rest = map(escape, row)
         table.add_row(claim, f"[{COLOURS[verdict]}]{verdict}[/]", *rest)
     console.print(table)
 

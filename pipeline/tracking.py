@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, unquote, urlparse
 
-from pipeline import runs
+from pipeline import readers, runs
 from pipeline.files import DATA, FILTERS, LOGS, REPORTS, RESULTS, RUNS, VERDICTS, read_json, whole
 from pipeline.grid import cells, variants_on
 from pipeline.logs import read_log
@@ -43,6 +43,7 @@ _KEY = "cat.key"
 QUERY = ",.'="
 """What stays as it is in the query of an address."""
 _OFF = "-"
+_FILTER_COLUMNS = {"variant": str, "seed": int, "layer": int, "stream": str, "row": str, "tap": int, "value": float}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,8 +342,6 @@ def _log(client: MlflowClient, key: str, record: Record, tags: Mapping[str, str]
 
 
 def _task_records(study: Study) -> Iterator[Record]:
-    import pandas as pd
-
     from pipeline.results import read_history, read_results
 
     results = read_results(study)
@@ -351,7 +350,7 @@ def _task_records(study: Study) -> Iterator[Record]:
     for task, section in study.tasks.items():
         meta = read_json(DATA / task / "meta.json")
         digest = hashlib.sha256((DATA / task / "meta.json").read_bytes()).hexdigest()[:16]
-        filters = pd.read_csv(FILTERS / f"{task}.csv", dtype={"row": str})
+        filters = readers.table(FILTERS / f"{task}.csv", _FILTER_COLUMNS)
         data_params = {f"data.{key}": str(value) for key, value in section.data.model_dump(mode="json").items()}
         for variant in variants_on(study, task):
             summary = runs.read_summary(task, variant)

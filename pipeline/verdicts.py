@@ -6,18 +6,31 @@ import math
 
 import pandas as pd
 
+from pipeline import readers
 from pipeline.files import VERDICTS
+
+COLUMNS = {
+    "claim": str, "says": str, "source": str, "verdict": str, "reason": str,
+    "effect": float, "low": float, "high": float, "p": float,
+}  # fmt: skip
+VALUES = ("supported", "contradicted", "undecided")
 
 
 def read_verdicts() -> pd.DataFrame:
     """A row a claim, none where there are no claims. Raises ValueError where the study was not judged."""
     path = VERDICTS / "claims.csv"
-    try:
-        return pd.read_csv(path, keep_default_na=False, na_values={name: [""] for name in ("effect", "low", "high", "p")})
-    except FileNotFoundError:
-        raise ValueError(f"{path}: is missing; run `dvc repro judge`") from None
-    except pd.errors.EmptyDataError:
-        return pd.DataFrame(columns=["claim", "says", "verdict"])
+    if path.exists() and path.read_bytes() == b"\n":
+        return pd.DataFrame(columns=[*COLUMNS])
+    table = readers.table(path, COLUMNS)
+    if len(strange := table.loc[~table["verdict"].isin(VALUES), "verdict"]):
+        raise ValueError(f"{path}: {strange.iloc[0]!r} is not {' or '.join(VALUES)}; run `dvc repro judge`")
+    return table
+
+
+def claims_about(task: str) -> set[str]:
+    """The claims that have a comparison on `task`."""
+    table = readers.table(VERDICTS / "comparisons.csv", {"claim": str, "task": str})
+    return set(table.loc[table["task"] == task, "claim"])
 
 
 def verdict_table(verdicts: pd.DataFrame) -> pd.DataFrame:

@@ -217,7 +217,7 @@ def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage("render")
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == "render: results/ar.csv: variant 'k' lacks seed 1; run `dvc repro`\n"
+    assert capsys.readouterr().err == "render: results/ar.csv: variant 'k' lacks seed 1 at length 10; run `dvc repro`\n"
 
     shutil.copytree("runs/ar/k", "runs/ar/old")
     assert list(strays(params.load())) == [Path("runs/ar/old")]
