@@ -306,6 +306,7 @@ _RULES = {
     "finite_number": "is not a finite number",
     "bool_type": "is not true or false",
     "string_type": "is not text",
+    "string_unicode": "is not text",
     "dict_type": "is not a mapping",
     "model_type": "is not a mapping",
     "model_attributes_type": "is not a mapping",
