@@ -55,8 +55,18 @@ class Model(Variant):
     layers: Count
     mlp: Count | None = None
     """Hidden width of the MLP as a multiple of `width`; without it, a block is its mixer alone."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Of the MLP: GELU as in Pythia, or a gate times a linear map as in LLaMA (2002.05202)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """Before every mixer, MLP and the head: LayerNorm, or RMSNorm (1910.07467)."""
     tied: bool = False
     """Read the answers off with the embedding's own vectors."""
+
+    @model_validator(mode="after")
+    def _an_activation_is_of_something(self) -> Self:
+        if self.mlp is None and self.activation != "gelu":
+            raise ValueError(f"activation = {self.activation} needs mlp, the width of what it is in")
+        return self
 
 
 class AttentionModel(Model):

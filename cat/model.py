@@ -33,7 +33,7 @@ class SequenceModel(nn.Module):
         self.longest = config.longest(length)
         self.embedding = Embedding(config, vocabulary, length)
         self.blocks = nn.ModuleList(Block(config, length) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
+        self.norm = build_norm(config)
         self.head = nn.Linear(config.width, vocabulary, bias=False)
         nn.init.normal_(self.head.weight, std=config.width**-0.5)
         if config.tied:
@@ -97,14 +97,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfiguration, length: int):
         super().__init__()
-        self.mixer_norm = nn.LayerNorm(config.width)
+        self.mixer_norm = build_norm(config)
         self.mixer = build_mixer(config, length)
         self.mlp = None
         if config.mlp is not None:
             hidden = config.mlp * config.width
-            self.mlp = nn.Sequential(
-                nn.LayerNorm(config.width), nn.Linear(config.width, hidden), nn.GELU(), nn.Linear(hidden, config.width)
-            )
+            inner = SwiGLU(config.width, hidden) if config.activation == "swiglu" else nn.Linear(config.width, hidden)
+            gelu = [nn.GELU()] if config.activation == "gelu" else []
+            self.mlp = nn.Sequential(build_norm(config), inner, *gelu, nn.Linear(hidden, config.width))
 
     def forward(
         self, x: Hidden, at: Asked | None = None, projected: Float[Tensor, "B L P"] | None = None
@@ -116,3 +116,20 @@ class Block(nn.Module):
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         """What the mixer makes of each token alone."""
         return self.mixer.project(self.mixer_norm(x))
+
+
+class SwiGLU(nn.Module):
+    """swish(x G) * (x U): `hidden` units, each of which another opens (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_and_up = nn.Linear(width, 2 * hidden, bias=False)
+
+    def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens H"]:
+        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def build_norm(config: ModelConfiguration) -> nn.LayerNorm | nn.RMSNorm:
+    """Over the channels of a token, with learned scales."""
+    return nn.RMSNorm(config.width, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.width)

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from cat.configuration import Attention, Landmark
 from cat.filters import DecayFilter, ExplicitFilter
@@ -136,8 +136,9 @@ def _reader(
     mixer, half, width = cast(Streams, block.mixer), axes.shape[1], config.width
     model.embedding.token.weight.copy_(F.pad(axes, (0, half)))
     # The identity on one-hot vectors, whose mean is 1 / d and whose variance is 1 / d - 1 / d^2.
-    block.mixer_norm.weight.fill_(math.sqrt(1 / width - 1 / width**2 + block.mixer_norm.eps))
-    block.mixer_norm.bias.fill_(1 / width)
+    norm = cast(nn.LayerNorm, block.mixer_norm)
+    norm.weight.fill_(math.sqrt(1 / width - 1 / width**2 + norm.eps))
+    norm.bias.fill_(1 / width)
     mixer.projection.weight.copy_(torch.cat([F.pad(w, (0, half, 0, half)) for w in (q, k, torch.eye(half))]))
     mixer.output.weight.copy_(F.pad(torch.eye(half), (0, half, half, 0)))
     model.head.weight.copy_(F.pad(axes, (half, 0)))

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from pipeline import claims, params
+from pipeline.determinism import pin
 from pipeline.params import ParamsError
 
 
@@ -55,6 +56,13 @@ def _end_with_dvc() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
+def _pinned() -> params.Study:
+    """The study, of a command that computes: only before torch is imported can it be told what to compute with."""
+    study = params.load()
+    pin(study.deterministic)
+    return study
+
+
 @command
 @click.argument("file", default="params.yaml")
 def validate(file: str) -> None:
@@ -84,6 +92,7 @@ def plan() -> None:
 @click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time; as many as there are cores or GPUs by default.")
 def run(jobs: int | None) -> None:
     """Reproduce the study as `dvc repro` does, with many cells in training at a time."""
+    _pinned()
     from pipeline import scheduler
 
     try:
@@ -109,9 +118,9 @@ def generate(task: str) -> None:
 @click.argument("variant")
 def train(task: str, variant: str) -> None:
     """Train VARIANT on TASK, every seed of it."""
+    study = _pinned()
     from pipeline.train import Setting, train
 
-    study = params.load()
     section = params.entry(study.tasks, "tasks", task)
     model = params.entry(study.variants, "variants", variant)
     setting = Setting(model, study.train, section.train, study.seeds, study.precision)
@@ -125,10 +134,10 @@ def train(task: str, variant: str) -> None:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="That of params.yaml by default.")
 def profile(task: str, variant: str, steps: int, device: str | None) -> None:
     """Say where a training step of VARIANT on TASK spends its time; write nothing."""
+    study = _pinned()
     from pipeline.profile import profile
     from pipeline.train import Setting
 
-    study = params.load()
     section = params.entry(study.tasks, "tasks", task)
     model = params.entry(study.variants, "variants", variant)
     setting = Setting(model, study.train, section.train, study.seeds, study.precision)
@@ -139,10 +148,10 @@ def profile(task: str, variant: str, steps: int, device: str | None) -> None:
 @click.argument("task")
 def evaluate(task: str) -> None:
     """Score every variant on TASK at every length."""
+    study = _pinned()
     from pipeline.evaluate import evaluate
     from pipeline.grid import variants_on
 
-    study = params.load()
     params.entry(study.tasks, "tasks", task)
     evaluate(task, variants_on(study, task), study.seeds, study.precision, device=study.device, threads=study.threads)
 
@@ -198,9 +207,10 @@ def diff(revision: str, md: bool) -> None:
 @command
 def render() -> None:
     """Draw the figures, write the tables and the metrics."""
+    study = _pinned()
     from pipeline.render import render
 
-    render(params.load())
+    render(study)
 
 
 @command

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
+from pipeline.determinism import settle
 from pipeline.params import ParamsError
 
 LOOK = 0.5
@@ -113,6 +114,7 @@ def spread(
     On a CPU the jobs run side by side in processes, on a GPU one after the other in this one. Raises what a job raises.
     """
     torch.set_num_threads(1)
+    settle()
     count = _processes(len(jobs), threads)
     if device.type != "cpu" or count == 1:
         return [function(job, device, report) for job in jobs]
@@ -207,6 +209,7 @@ class _Worker:
 
 def _serve(pipe: Any, function: Callable[..., Any], device: torch.device) -> None:
     torch.set_num_threads(1)
+    settle()
     signal.signal(signal.SIGINT, _stop)  # the process that gave the jobs decides what else becomes of them
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:

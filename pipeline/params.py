@@ -109,6 +109,8 @@ class Study(Configuration):
     data_seed: Annotated[int, Field(ge=0, lt=2**31)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:([0-9]|[1-9][0-9]))?)$")]
     precision: Literal["float32", "bfloat16"]
+    deterministic: bool
+    """The same last bits on CPUs of all kinds, at some cost in time (pipeline/determinism.py)."""
     threads: Count | Literal["auto"]
     tasks: Annotated[dict[Name, TaskSection], Field(min_length=1)]
     variants: Annotated[dict[Name, VariantConfiguration], Field(min_length=1)]

@@ -102,7 +102,14 @@ def test_lengths_at_which_other_algorithms_run(name, length):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"tied": True, "layers": 2}, {"position": "none"}, {"position": "alibi", "layers": 2}, {"mlp": 3, "k": "full"}]
+    "changes",
+    [
+        {"tied": True, "layers": 2},
+        {"position": "none"},
+        {"position": "alibi", "layers": 2},
+        {"mlp": 3, "k": "full"},
+        {"mlp": 2, "activation": "swiglu", "norm": "rms"},
+    ],
 )
 def test_tied_weights_and_blocks_that_look_projections_up(changes):
     assert_same(*train_both({**CAT, **changes}))
