@@ -1,6 +1,7 @@
 # make repro   rebuild the study, JOBS runs at a time      make ui     browse the runs in MLflow, on this machine alone
 # make test    lint, types and tests                      make bench  measure speed and memory on this machine
-# make docs    the API reference, into docs/api           make clean  remove the environment
+# make docs    the API reference, into docs/api           make audit  look for known vulnerabilities
+# make clean   remove the environment
 #
 # Each sets up .venv from requirements.lock where that is missing or older. PYTHON names the interpreter, 3.11 or newer.
 
@@ -9,7 +10,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: repro test ui bench docs clean
+.PHONY: repro test ui bench docs audit clean
 
 repro: .venv/study
 	python -m pipeline validate
@@ -32,6 +33,14 @@ bench: .venv/study
 docs: .venv/docs
 	python -m docs.reference
 	@echo 'API reference: docs/api/index.html'
+
+# An environment of its own, since the tool is no part of the study. Strict, or what the service does not know would pass; no exceptions.
+audit: .venv/audit/bin/pip-audit
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement requirements.lock
+
+.venv/audit/bin/pip-audit:
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 
 .venv/study: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -28,13 +28,16 @@ figure svg { display: block; max-width: 100%; min-width: 34rem; height: auto; ma
 
 def page(markdown: str, folder: Path) -> str:
     """The report of `markdown` in `folder`; for figures/x.png svg/x.svg is drawn, for y.png y.svg. A link out of it is words."""
-    body = MarkdownIt("commonmark").enable("table").render(markdown)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+    # Of HTML the report's own two are let through: no question and no claim is a paragraph of that kind alone.
+    body = re.sub(r"<p>&lt;details&gt;&lt;summary&gt;([^&]*)&lt;/summary&gt;</p>", r"<details><summary>\1</summary>", body)
+    body = body.replace("<p>&lt;/details&gt;</p>", "</details>")
     body = re.sub(r"<p>(<img [^>]*>)</p>", r"\1", body)
     body = re.sub(r'<img src="([^"]+)\.png" alt="([^"]*)" ?/?>', lambda match: _figure(folder, *match.groups()), body)
     body = re.sub(r'<a href="(?!#)[^"]*">(.*?)</a>', r"\1", body)
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     body = re.sub(r"<strong>(supported|contradicted|undecided)</strong>", r'<strong class="\1">\1</strong>', body)
-    body = re.sub(r'<p><a id="(\w+)"></a></p>\s*<h2>', r'<h2 id="\1">', body)
+    body = re.sub(r"<p>&lt;a id=&quot;(\w+)&quot;&gt;&lt;/a&gt;</p>\s*<h2>", r'<h2 id="\1">', body)
     links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body))
     (title,) = re.findall(r"<h1>(.*?)</h1>", body)[:1] or ["report"]
     heading, rest = body.split("</h1>", 1) if "</h1>" in body else ("<h1>report", body)

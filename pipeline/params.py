@@ -174,10 +174,13 @@ def checked(schema: Any, raw: object, file: str | Path) -> Any:
     try:
         return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
+        found = [(_path(fault["loc"], raw, missing=fault["type"] == "missing"), fault) for fault in error.errors()]
         faults: dict[str, dict[str, None]] = {}
-        for fault in error.errors():
-            if fault["type"] != "too_short" or not fault["input"]:  # a list is also called empty when each of its items is wrong
-                subject, rule = _in_words(fault, raw, schema)
+        for path, fault in found:
+            # A list of names that are wrong is also called empty, and no number, where it may be one.
+            inside = any(other[: len(path)] == path and len(other) > len(path) for other, _ in found)
+            if not (inside and fault["type"].endswith(("_type", "too_short"))):
+                subject, rule = _in_words(fault, path, raw, schema)
                 faults.setdefault(subject, {})[rule] = None
         # A key that may be of two kinds breaks a rule of each.
         raise refusal(file, [f"{subject}{', and '.join(rules)}" for subject, rules in faults.items()]) from None
@@ -319,10 +322,9 @@ _RULES = {
 }
 
 
-def _in_words(error: Any, raw: object, schema: Any) -> tuple[str, str]:
+def _in_words(error: Any, path: list[int | str], raw: object, schema: Any) -> tuple[str, str]:
     """One of pydantic's errors as its subject, the key's path with its value, and the rule that it breaks."""
     kind, context = error["type"], error.get("ctx", {})
-    path = _path(error["loc"], raw, missing=kind == "missing")
     key = ".".join(_cut(str(step), 60) for step in path)
     match kind:
         case "missing":

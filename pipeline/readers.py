@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,10 +27,10 @@ def arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
-    """A CSV table with these columns, and others perhaps; an empty field of a float is nan. Raises ValueError otherwise."""
+    """A CSV table with these columns, and others perhaps; an empty field of numbers is nan. Raises ValueError otherwise."""
     import pandas as pd
 
-    floats = {name: [""] for name, kind in columns.items() if kind is float}
+    floats = {name: ["", "nan"] for name, kind in columns.items() if kind is float}
     with _refused(path, "a CSV table"):
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n"):
@@ -41,12 +40,6 @@ def table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
         if missing := [name for name in columns if name not in found]:
             raise ValueError(f"lacks the column {missing[0]}")
         return found
-
-
-def document(path: Path) -> Any:
-    """What a JSON file says. Raises ValueError where it is none."""
-    with _refused(path, "JSON"):
-        return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
