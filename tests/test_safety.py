@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
@@ -146,6 +146,9 @@ def test_a_strange_name_on_the_command_line_touches_no_file(command, project):
 
 @settings(derandomize=True, deadline=None, database=None)
 @given(st.text() | st.from_regex(r"[a-z0-9_]{1,40}\n?"))
+@example("_a")
+@example("a\n")
+@example("")
 def test_a_name_is_of_forty_plain_characters_at_most(name):
     plain = len(name) <= 40 and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789_") and name[:1] not in ("", "_")
     try:
