@@ -73,8 +73,11 @@ def readable(path: Path, what: str) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        words = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: is not {what} ({words}); remove it and run `dvc repro`") from None
+        reason = " ".join(str(error).split())
+        if "pickle" in reason:  # numpy's advice is to trust it
+            reason = "Python objects in it are not loaded"
+        remedy = "remove it and run `dvc checkout` or `dvc repro`"
+        raise ValueError(f"{path}: is not {what}, or damaged ({reason:.120}); {remedy}") from None
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.files import readable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file by name. Raises ValueError where it is anything else; nothing is ever unpickled."""
-    with _refused(path, "an .npz file of numbers"):
+    with readable(path, "an .npz file of numbers"):
         if not zipfile.is_zipfile(path) and path.exists():
             raise ValueError("no archive")
         with np.load(path, allow_pickle=False) as file:
@@ -31,7 +31,7 @@ def table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
     import pandas as pd
 
     floats = {name: ["", "nan"] for name, kind in columns.items() if kind is float}
-    with _refused(path, "a CSV table"):
+    with readable(path, "a CSV table"):
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n"):
             raise ValueError("its last line has no end")
@@ -40,18 +40,3 @@ def table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
         if missing := [name for name in columns if name not in found]:
             raise ValueError(f"lacks the column {missing[0]}")
         return found
-
-
-@contextmanager
-def _refused(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise ValueError(f"{path}: is missing; `dvc repro` makes it") from None
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        if "pickle" in reason:  # numpy's advice is to trust it
-            reason = "Python objects in it are not loaded"
-        raise ValueError(
-            f"{path}: is not {what}, or damaged ({reason:.120}); remove it and run `dvc checkout` or `dvc repro`"
-        ) from None

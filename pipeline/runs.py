@@ -65,7 +65,7 @@ def load_model(path: str | Path) -> SequenceModel:
         model.load_state_dict(weights)
     summary = path.with_name("summary.json")
     if summary.exists() and _read_summary(summary)["model"] != about:
-        raise ValueError(f"{path}: is of another model than {summary}; remove it and run `dvc repro`")
+        raise ValueError(f"{path}: is of another model than {summary}; remove it and run `dvc checkout` or `dvc repro`")
     return model.eval()
 
 

@@ -388,8 +388,8 @@ RULES = {
     "task twice across": ({"ablations.ngram.across": ["ar", "ar"]}, "ablations.ngram: across has 'ar' twice"),
     "figure that there is not": (
         {"ablations.ngram.figure": "line"},
-        'ablations.ngram.figure = "line": is not heatmap or sweep or contrast or lines or attention or rates or example or filters;'
-        " did you mean 'lines'?",
+        'ablations.ngram.figure = "line": is not heatmap or sweep or contrast or lines or attention or rates or example or'
+        " filters; did you mean 'lines'?",
     ),
     "attention of what attends to nothing": (
         {"ablations.baselines.figure": "attention"},
