@@ -46,7 +46,7 @@ def answer(script, folder, given=""):
         "PYTHONPATH": str(folder),
         "PYTHONUNBUFFERED": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DVC_SITE_CACHE_DIR": str(folder / ".dvc" / "site"),
+        "DVC_SITE_CACHE_DIR": str(folder / ".dvc" / "tmp" / "site"),
     }
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | changes
     done = subprocess.run(
