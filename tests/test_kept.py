@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import cat.training
-from cat.configuration import Attention, Mamba, Protocol, Schedule
+from cat.configuration import Attention, Mamba, Performer, Protocol, Schedule
 from cat.evaluation import Split
 from cat.replicas import Stack, fit_together
 from cat.training import backward, build_model, fit
@@ -34,6 +34,7 @@ PROTOCOL = Protocol(weight_decay=0.1, clip=1.0, warmup=0.1, validate_every=5, st
 MODELS = {
     "filters": Attention(mixer="attention", width=12, layers=2, heads=2, position="none", q=3, k=3, tied=True),
     "mamba": Mamba(mixer="mamba", width=12, layers=1),
+    "features": Performer(mixer="performer", width=12, layers=1, heads=2, position="none", features=4),
 }
 
 
@@ -98,9 +99,9 @@ def test_a_run_that_goes_on_diverges_where_it_would_have(monkeypatch, stood):
     assert_same(run(resume=states[stood - 1 if stood > 0 else -1][0]), diverged)
 
 
-def together(**options):
+def together(name="filters", **options):
     schedule = Schedule(steps=13, batch=16, learning_rates=[0.1])
-    models = [build(seed=seed) for seed in (0, 1, 2)]
+    models = [build(name, seed=seed) for seed in (0, 1, 2)]
     options = {"protocol": PROTOCOL, "schedule": schedule, "learning_rates": (0.01, 0.2, 0.03), **options}
     return fit_together(models, successor(50, 0), successor(17, 1), seeds=(4, 5, 6), stop_early=False, **options)
 
@@ -151,6 +152,23 @@ def test_a_batch_without_room_is_taken_in_slices_and_the_step_is_the_same(monkey
         backward(build(), batch)
 
 
+def test_nothing_is_left_of_the_slices_before_one_without_room(monkeypatch):
+    batch, expected, sliced = successor(16, 0).rows(slice(None)), build(), build()
+    backward(expected, batch)
+    share, calls = cat.training.mean_loss, []
+
+    def full_at_the_second(*arguments, **options):
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return share(*arguments, **options)
+
+    monkeypatch.setattr(cat.training, "mean_loss", full_at_the_second)
+    assert backward(sliced, batch, micro_batch=8)[1] == 4
+    for mine, theirs in zip(sliced.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
 def test_a_run_goes_on_with_the_slices_that_had_room(monkeypatch):
     expected = run()
     no_room_for_more_than(monkeypatch, 6)
@@ -162,7 +180,7 @@ def test_a_run_goes_on_with_the_slices_that_had_room(monkeypatch):
 
 
 def test_replicas_without_room_are_trained_fewer_at_a_time(monkeypatch):
-    expected = together()
+    expected = together("features")  # whose features differ from replica to replica
     each, tried = Stack._each, []
 
     def limited(self, function, weights, *arguments, **options):
@@ -173,7 +191,7 @@ def test_replicas_without_room_are_trained_fewer_at_a_time(monkeypatch):
         return each(self, function, weights, *arguments, **options)
 
     monkeypatch.setattr(Stack, "_each", limited)
-    for mine, theirs in zip(together(), expected, strict=True):
+    for mine, theirs in zip(together("features"), expected, strict=True):
         torch.testing.assert_close(mine.model.state_dict(), theirs.model.state_dict())
     assert tried[:5] == [3, 2, 1, 2, 1]
 
@@ -280,12 +298,30 @@ def test_a_killed_cell_goes_on_where_it_was(study, planned, monkeypatch, owner, 
     assert parts() == []
 
 
-def test_what_is_kept_of_a_task_is_given_up_when_it_is_evaluated(study):
+def test_what_is_kept_of_a_task_is_given_up_when_it_is_evaluated(study, monkeypatch):
+    monkeypatch.setattr(checkpoints, "EVERY", 60)  # runs that have ended are kept however fast they were
     stage("train", "copying", "none")
     stage("train", "copying", "k")
     assert len(list(Path("checkpoints/copying").rglob("*.safetensors"))) == 8
     stage("evaluate", "copying")
     assert not Path("checkpoints/copying").exists()
+
+
+def test_states_are_kept_now_and_then_and_where_the_run_is_stopped(tmp_path, monkeypatch):
+    _, states = kept_by(lambda **options: run(steps=2, **options))
+    checkpoint = Checkpoint(tmp_path / "here", "key")
+    monkeypatch.setattr(checkpoints, "EVERY", 60)
+    keep = checkpoints.Keeper([checkpoint])
+    keep(lambda: {0: states[0][0]}, False)
+    assert checkpoint.read() is None
+    monkeypatch.setattr(compute, "_stopping", True)
+    with pytest.raises(compute.Stopped):
+        keep(lambda: {0: states[0][0]}, False)
+    assert checkpoint.read().step == 1
+    monkeypatch.setattr(compute, "_stopping", False)
+    keep.kept -= 61
+    keep(lambda: {0: states[1][0]}, False)
+    assert checkpoint.read().step == 2
 
 
 CHANGES = {

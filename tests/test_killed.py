@@ -34,7 +34,7 @@ def dvc(*arguments):
 
 def finish(*arguments):
     process = dvc(*arguments)
-    assert process.wait(300) == 0, Path("said").read_text()
+    assert process.wait(600) == 0, Path("said").read_text()
 
 
 def mend():
