@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
         except (OSError, SafetensorError):
             return None
         text = metadata.get("state", "")
-        if self.key is None or metadata.get("digest") != _digest(self.key, text, tensors):
+        if metadata.get("digest") != _digest(self.key, text, tensors):
             return None
         about: dict[str, Any] = json.loads(text)
         moments, losses = tensors.pop("moments"), tensors.pop("losses")
@@ -77,7 +77,7 @@ class Checkpoint(NamedTuple):
             raise ValueError(f"{self.path}: another process trains this run; wait for it, or end it") from None
 
 
-def _digest(key: str, text: str, tensors: Mapping[str, Tensor]) -> str:
+def _digest(key: str | None, text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(f"{key} {text}".encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}".encode() + tensors[name].numpy().tobytes())

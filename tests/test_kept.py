@@ -15,6 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from dvc.exceptions import ReproductionError
+from dvc.repo import Repo
+from dvc.stage.exceptions import StageCmdFailedError
 
 import cat.training
 from cat.configuration import Attention, Mamba, Performer, Protocol, Schedule
@@ -23,10 +26,11 @@ from cat.replicas import Stack, fit_together
 from cat.training import backward, build_model, fit
 from pipeline import checkpoints, compute, runs, scheduler
 from pipeline import train as training
+from pipeline.__main__ import _end_with_dvc
 from pipeline.checkpoints import Checkpoint
 from pipeline.files import read_json, read_meta, read_split, read_task, whole
 from pipeline.params import load
-from tests.study import edit, read_params, stage, tiny_study, write_params
+from tests.study import ROOT, edit, read_params, stage, tiny_study, write_params
 
 CPU = torch.device("cpu")
 VOCABULARY, LENGTH = 11, 7
@@ -436,6 +440,55 @@ def until_stopped(path, device, report):
         time.sleep(0.01)
     path.with_suffix(".kept").touch()
     raise compute.Stopped
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the locks must do")
+def test_a_stage_ends_with_the_dvc_that_runs_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_STAGE", "train")
+    dvc = in_a_process(starts_a_stage, tmp_path / "pid")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    dvc.kill()
+    pid = (tmp_path / "pid").read_text()
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not alive(pid)
+
+
+def starts_a_stage(path):
+    if os.fork() == 0:
+        _end_with_dvc()
+        path.with_suffix(".part").write_text(str(os.getpid()))
+        path.with_suffix(".part").rename(path)
+    time.sleep(60)
+
+
+def alive(pid):
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_ctrl_c_in_a_stage_that_dvc_runs_is_one_here():
+    with pytest.raises(KeyboardInterrupt), scheduler._readable_errors():
+        raise ReproductionError("plan") from StageCmdFailedError("python -m pipeline plan", 130)
+    with pytest.raises(ValueError, match="exited with 2"), scheduler._readable_errors():
+        raise ReproductionError("plan") from StageCmdFailedError("python -m pipeline plan", 2)
+
+
+def test_what_dvc_left_half_written_is_mended_or_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scheduler, "stale_cells", None)
+    Path("params.yaml").write_text((ROOT / "presets" / "smoke.yaml").read_text())
+    Path("dvc.yaml").write_text("stages: {plan: {cmd: 'true'}, generate: {cmd: 'true'}}")
+    Repo.init(no_scm=True).close()
+    scheduler.RWLOCK.write_text('{"read": {')
+    Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  plan:\n    cmd")
+    with pytest.raises(ValueError, match=r"dvc.lock' validation failed.*; remove dvc.lock and run it again: what has been run"):
+        scheduler.run(jobs=1)
+    assert not scheduler.RWLOCK.exists()
 
 
 # Files.
