@@ -596,7 +596,7 @@ def test_a_file_that_is_spoilt_is_named_in_one_line(trained, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path / "study")
     SPOILT[how](Path(name))
     for reader in READERS[name]:
-        with pytest.raises(ValueError, match="run `dvc repro`") as raised:
+        with pytest.raises(ValueError, match="`dvc repro`") as raised:
             reader()
         assert str(raised.value).startswith(f"{name}: is ")
         assert len(str(raised.value).splitlines()) == 1
