@@ -29,7 +29,7 @@ def write(study: Study) -> None:
     looked_at = {v for a in study.ablations.values() if a.figure == "example" for v in shown_variants(a)}
     begin = {
         "judge": ["pipeline/judge.py", "pipeline/claims.py", *kinds.values()],
-        "render": ["pipeline/render.py", *kinds.values()],
+        "render": ["pipeline/render.py", "pipeline/determinism.py", *kinds.values()],
     }
     if looked_at:
         begin["render"] += ["cat/diagnostics.py", *chain(*(_code_of(study.variants[variant]) for variant in looked_at))]
