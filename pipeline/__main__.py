@@ -90,13 +90,20 @@ def plan() -> None:
 
 @command
 @click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time; as many as there are cores or GPUs by default.")
-def run(jobs: int | None) -> None:
+@click.option(
+    "--ray",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="auto",
+    help="Train on a Ray cluster: host:port, auto for that of this machine (the default), local for one that ends with the run.",
+)
+def run(jobs: int | None, ray: str | None) -> None:
     """Reproduce the study as `dvc repro` does, with many cells in training at a time."""
     _pinned()
     from pipeline import scheduler
 
     try:
-        scheduler.run(jobs=jobs)
+        scheduler.run(jobs=jobs, ray=ray)
     except scheduler.FailedCellsError as error:
         click.echo(f"failed:\n{error}", err=True)
         sys.exit(1)

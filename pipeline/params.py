@@ -9,6 +9,7 @@ import difflib
 import io
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -102,6 +103,34 @@ class Rendering(Configuration):
     """What the bands around a mean over seeds show: smallest to largest, or one standard deviation."""
 
 
+class Resources(Configuration):
+    """What a run asks of a machine of a Ray cluster; several that are trained at once on a GPU ask it together."""
+
+    cpus: Annotated[float, Field(gt=0)] = 1
+    gpus: Annotated[float, Field(ge=0, le=1)] = 0
+    """The share of one GPU; 0 trains on the CPU."""
+    memory_gb: Annotated[float, Field(gt=0)] = 1
+
+    @property
+    def bytes(self) -> int:
+        return math.ceil(self.memory_gb * 1e9)
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPU, {self.gpus:g} GPU and {self.memory_gb:g} GB of memory"
+
+
+class ClusterResources(Resources):
+    """What a run asks on every task, and where a task asks for something else."""
+
+    tasks: dict[Name, Resources] = Field(default_factory=dict)
+
+    def on(self, task: str) -> Resources:
+        """What a run asks on `task`: what is not given for it is as it is for all."""
+        common = self.model_dump(exclude={"tasks"})
+        own = self.tasks[task].model_dump(exclude_unset=True) if task in self.tasks else {}
+        return Resources(**{**common, **own})
+
+
 class Study(Configuration):
     """All of params.yaml."""
 
@@ -112,6 +141,7 @@ class Study(Configuration):
     deterministic: bool
     """The same last bits on CPUs of all kinds, at some cost in time (pipeline/determinism.py)."""
     threads: Count | Literal["auto"]
+    resources: ClusterResources = ClusterResources()
     tasks: Annotated[dict[Name, TaskSection], Field(min_length=1)]
     variants: Annotated[dict[Name, VariantConfiguration], Field(min_length=1)]
     ablations: Annotated[dict[Name, Ablation], Field(min_length=1)]
@@ -237,6 +267,9 @@ def _contradictions(study: Study) -> Iterator[str]:
         for name in getattr(study, key):
             if name not in names:
                 yield f"{key}.{name}: belongs to no ablation, so it would not be trained; name it in one or take it out"
+    for name in study.resources.tasks:
+        if name not in study.tasks:
+            yield f"resources.tasks.{name}: is not among tasks" + _nearest(name, study.tasks)
     for name, section in study.tasks.items():
         for multiple in sorted(set(study.evaluate.multiples) - set(section.data.multiples)):
             yield f"evaluate.multiples: {multiple:g} is not among tasks.{name}.data.multiples"

@@ -17,7 +17,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,8 @@ from dvc.repo import Repo
 from dvc.stage import PipelineStage
 from filelock import FileLock, Timeout
 
-from pipeline import compute, params
+from pipeline import cluster, compute, params
+from pipeline.cluster import Cluster
 from pipeline.files import LOGS, whole
 from pipeline.progress import Progress
 from pipeline.train import Cell, Job, Setting, Trained, groups, run_jobs, write
@@ -50,14 +52,16 @@ class FailedCellsError(Exception):
     """Cells that could not be trained, each with the reason and where its log is."""
 
 
-def run(*, jobs: int | None = None) -> None:
+def run(*, jobs: int | None = None, ray: str | None = None) -> None:
     """Reproduces the study with `jobs` runs at a time, as many as there are cores or GPUs for None.
 
-    Raises FailedCellsError where cells failed, once the others are trained and recorded; ValueError where a stage failed, or
+    Cells are trained in processes here, or on the Ray cluster at the address `ray`. Raises FailedCellsError where cells failed,
+    once the others are trained and recorded; ValueError where a stage failed, the cluster cannot be reached or is lost, or
     another call is at work here; KeyboardInterrupt for Ctrl-C, once what is in training is kept and what is trained recorded.
     """
-    devices = assign(compute.resolve_devices(params.load().device), jobs)
-    with _alone(), _readable_errors():
+    study = params.load()
+    devices = assign(compute.resolve_devices(study.device), jobs)
+    with _alone(), _readable_errors(), cluster.join(ray, study, jobs) if ray else nullcontext() as joined:
         _mend()
         reproduce(FIRST)
         stale = stale_cells()
@@ -71,8 +75,9 @@ def run(*, jobs: int | None = None) -> None:
         failures: dict[str, str] = {}
         since = time.monotonic()
         try:
-            with compute.stoppable():
-                for stage, failure in train(stale, devices):
+            # What runs on a cluster is called off, not asked to stop.
+            with nullcontext() if joined else compute.stoppable():
+                for stage, failure in train(stale, devices, joined):
                     if failure is not None:
                         failures[stage.stage] = failure
                         continue
@@ -80,7 +85,7 @@ def run(*, jobs: int | None = None) -> None:
                     if time.monotonic() - since > RECORDED:
                         record()
                         since = time.monotonic()
-        except compute.Stopped:
+        except (KeyboardInterrupt, ValueError) if joined else compute.Stopped:
             record()
             raise
         if failures:
@@ -121,21 +126,23 @@ def stale_cells() -> list[StageCell]:
     return stale
 
 
-def train(stale: list[StageCell], devices: list[torch.device]) -> Iterator[tuple[StageCell, str | None]]:
+def train(
+    stale: list[StageCell], devices: list[torch.device], joined: Cluster | None = None
+) -> Iterator[tuple[StageCell, str | None]]:
     """Trains the cells: each once its folder is written, and each that failed with the reason and where its log is."""
     order = sorted(stale, key=_cost, reverse=True)
-    jobs = [(stage, group) for stage in order for group in groups(stage.cell, devices[0])]
+    device = joined.device if joined else lambda task: devices[0]
+    jobs = [(stage, group) for stage in order for group in groups(stage.cell, device(stage.cell.task))]
     outcomes: dict[str, dict[Job, Trained]] = {stage.stage: {} for stage in stale}
     began: dict[str, float] = {}
-    work = compute.work(
-        _run,
-        [(stage.cell, group) for stage, group in jobs],
-        devices=devices,
-        method=_method(),
-        report=lambda index, message: progress.advance(jobs[index][0].cell, *message),
+    work = (
+        partial(joined.work, tasks=[stage.cell.task for stage, _ in jobs])
+        if joined
+        else partial(compute.work, devices=devices, method=_method())
     )
-    with Progress([stage.cell for stage in stale], len(devices)) as progress:
-        for index, outcome in work:
+    runs = [(stage.cell, group) for stage, group in jobs]
+    with Progress([stage.cell for stage in stale], joined.size if joined else len(devices)) as progress:
+        for index, outcome in work(_run, runs, report=lambda index, message: progress.advance(jobs[index][0].cell, *message)):
             stage, group = jobs[index]
             name, cell = stage.stage, stage.cell
             if isinstance(outcome, compute.Failure):
@@ -147,7 +154,8 @@ def train(stale: list[StageCell], devices: list[torch.device]) -> Iterator[tuple
             outcomes[name] |= zip(group, trained, strict=True)
             if len(outcomes[name]) == len(cell.jobs):
                 took = time.monotonic() - began[name]
-                write(cell, [outcomes[name].pop(job) for job in cell.jobs], began=time.time() - took, seconds=took)
+                outcomes_of_cell = _alike([outcomes[name].pop(job) for job in cell.jobs])
+                write(cell, outcomes_of_cell, began=time.time() - took, seconds=took)
                 _error_log(cell).unlink(missing_ok=True)
                 progress.end(cell, took)
                 yield stage, None
@@ -159,6 +167,12 @@ def _run(
     start = time.perf_counter()
     trained = run_jobs(*cell_and_jobs, device, report)
     return time.perf_counter() - start, trained
+
+
+def _alike(trained: list[Trained]) -> list[Trained]:
+    """The runs of a cell, each naming every kind of device that any of them was made on: machines of a cluster may differ."""
+    kinds = " and ".join(sorted({run.device for run in trained}))
+    return [run._replace(device=kinds) for run in trained]
 
 
 def _method() -> str:
