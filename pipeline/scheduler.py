@@ -18,13 +18,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
+from copy import deepcopy
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from dvc.dependency import param
 from dvc.exceptions import DvcException, PrettyDvcException
-from dvc.repo import Repo
+from dvc.repo import Repo, lock_repo
 from dvc.stage import PipelineStage
 from filelock import FileLock, Timeout
 
@@ -38,6 +41,8 @@ FIRST = ("plan", "generate")
 LOCK, RWLOCK = Path(".dvc/tmp/pipeline.lock"), Path(".dvc/tmp/rwlock")
 RECORDED = 300
 """Seconds after which what has been trained is recorded, so that no more is lost if this process is killed."""
+SPARING = 10
+"""And times as long as recording took last: of thousands of cells it takes minutes."""
 
 
 class StageCell(NamedTuple):
@@ -73,7 +78,7 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
                 declared.clear()
 
         failures: dict[str, str] = {}
-        since = time.monotonic()
+        since, pause = time.monotonic(), float(RECORDED)
         try:
             # What runs on a cluster is called off, not asked to stop.
             with nullcontext() if joined else compute.stoppable():
@@ -82,10 +87,13 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
                         failures[stage.stage] = failure
                         continue
                     declared[stage.stage] = stage.declared
-                    if time.monotonic() - since > RECORDED:
+                    if (began := time.monotonic()) - since > pause:
                         record()
                         since = time.monotonic()
-        except (KeyboardInterrupt, ValueError) if joined else compute.Stopped:
+                        pause = max(RECORDED, SPARING * (since - began))
+        except (KeyboardInterrupt, ValueError) as error:
+            if not (joined or isinstance(error, compute.Stopped)):
+                raise
             record()
             raise
         if failures:
@@ -111,7 +119,7 @@ def stale_cells() -> list[StageCell]:
     text = Path("params.yaml").read_bytes()
     study = params.load()
     repo = Repo()
-    with repo.lock:
+    with repo.lock, _params_read_once():
         for stage in repo.index.stages:
             words = shlex.split(stage.cmd) if isinstance(stage.cmd, str) else []
             if words[:4] != ["python", "-m", "pipeline", "train"] or not stage.changed():
@@ -207,20 +215,34 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
     here it is written once, when all are done or one has failed.
     """
     trained = trained or {}
-    alone = bool(trained and targets)
     done: list[PipelineStage] = []
 
-    def record(stage: PipelineStage, **options: Any) -> PipelineStage | None:
-        if stage.addressing in trained and _declared(stage) == trained[stage.addressing]:
+    def record(stage: PipelineStage) -> bool:
+        given = stage.addressing in trained and _declared(stage) == trained[stage.addressing]
+        if given:
             stage.save()
             stage.commit()
-        elif alone or not stage.changed(False, options["upstream"]) or stage.reproduce(**options) is None:
-            return None
-        done.append(stage)
+            done.append(stage)
+        return given
+
+    def record_or_run(stage: PipelineStage, **options: Any) -> PipelineStage | None:
+        if not record(stage):
+            if not stage.changed(False, options["upstream"]) or stage.reproduce(**options) is None:
+                return None
+            done.append(stage)
         return stage
 
+    repo = Repo()
     try:
-        Repo().reproduce(targets and list(targets), single_item=alone, repro_fn=record)
+        with _params_read_once():
+            if trained and targets:
+                # Not as targets of DVC, which reads dvc.yaml and params.yaml anew for each.
+                with lock_repo(repo), repo.scm_context():
+                    for stage in repo.index.stages:
+                        if stage.addressing in targets:
+                            record(stage)
+            else:
+                repo.reproduce(targets and list(targets), repro_fn=record_or_run)
     finally:
         if done:
             done[0].dvcfile.dump_stages(done, update_pipeline=False)
@@ -239,6 +261,38 @@ def _declared(stage: PipelineStage) -> dict[str, Any]:
     """The command, and the digest or the values of every dependency as it is now."""
     stage.save_deps()
     return {"cmd": stage.cmd, **{str(dep): dep.hash_info.value for dep in stage.deps}}
+
+
+@contextmanager
+def _params_read_once() -> Iterator[None]:
+    """DVC parses params.yaml for every stage, and goes through all of it for every key: the square of the number of cells.
+
+    Here it is parsed anew only when it has changed, and a key is looked up.
+    """
+    read_param_file = param.read_param_file
+    parsed: dict[tuple[Any, ...], Any] = {}
+
+    def look_up(fs: Any, path: str, keys: list[str] | None = None, flatten: bool = False, **options: Any) -> Any:
+        if not (keys and flatten):
+            return read_param_file(fs, path, keys, flatten, **options)
+        about = Path(path).stat()
+        state = (path, about.st_mtime_ns, about.st_size, about.st_ino)
+        if state not in parsed:
+            parsed.clear()
+            parsed[state] = read_param_file(fs, path, **options)
+        values = {}
+        for key in keys:
+            # What is not there is left out, as DVC does.
+            with suppress(KeyError, TypeError):
+                # A copy: what two stages share would be written as an alias into the lock.
+                values[key] = deepcopy(reduce(getitem, key.split("."), parsed[state]))
+        return values
+
+    param.read_param_file = look_up
+    try:
+        yield
+    finally:
+        param.read_param_file = read_param_file
 
 
 @contextmanager

@@ -160,6 +160,7 @@ def test_what_is_trained_is_recorded_now_and_then(study, monkeypatch):
     recorded = []
     reproduce = scheduler.reproduce
     monkeypatch.setattr(scheduler, "RECORDED", 0)
+    monkeypatch.setattr(scheduler, "SPARING", 0)
     monkeypatch.setattr(scheduler, "reproduce", lambda *a: recorded.append(list(a[0] or ())) or reproduce(*a))
     scheduler.run(jobs=2)
     assert recorded[0] == ["plan", "generate"]
@@ -169,6 +170,27 @@ def test_what_is_trained_is_recorded_now_and_then(study, monkeypatch):
         "Running stage 'report':",
         "Running stage 'track':",
     ]
+
+
+def test_recording_takes_a_small_part_of_the_time(study, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(scheduler, "RECORDED", 0)
+    monkeypatch.setattr(scheduler, "reproduce", lambda *a: recorded.append(list(a[0] or ())) or time.sleep(0.1))
+    monkeypatch.setattr(scheduler, "train", lambda *_: ((cell, None) for cell in scheduler.stale_cells()))
+    scheduler.run(jobs=2)
+    assert recorded == [["plan", "generate"], ["train_streams@copying-none"], []]
+
+
+def test_params_are_parsed_once_and_again_when_they_change(study, monkeypatch):
+    reads = []
+    read = scheduler.param.read_param_file
+    monkeypatch.setattr(scheduler.param, "read_param_file", lambda *a, **k: reads.append(a) or read(*a, **k))
+    before = [cell.declared for cell in scheduler.stale_cells()]
+    assert len(reads) == 1
+    edit(**{"variants.k.k": 2})
+    after = [cell.declared for cell in scheduler.stale_cells()]
+    assert len(reads) == 2
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
 
 
 def test_parameters_that_change_while_they_are_read_are_refused(study, monkeypatch):
