@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pickle
 import re
+import secrets
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
+from benchmarks import cells as trivial
 from benchmarks import measure, startup, suite, training
 from benchmarks.__main__ import main
 from benchmarks.attention import landmark
@@ -271,3 +273,37 @@ def test_replicas_together_are_those_one_after_the_other():
     ways = [way(3, 4, "cpu") for way in (training.together, training.one_by_one)]
     for _ in range(2):
         torch.testing.assert_close(*(way() for way in ways))
+
+
+# What a cell costs besides its training.
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_the_trivial_study_has_as_many_cells(tmp_path, count):
+    raw = trivial.trivial(YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml"), count)
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML().dump(raw, file)
+    study = params.load(tmp_path / "params.yaml")
+    assert len({cell.variant for cell in cells(study)}) == len(cells(study)) == count
+    assert {cell.task for cell in cells(study)} == {trivial.TASK}
+
+
+def test_every_part_of_a_trivial_study_is_measured(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one in the user's home
+    figures = trivial.in_project(2)
+    assert set(figures) == {*trivial.PARTS, "bytes"}
+    assert all(value > 0 for value in figures.values())
+
+
+def test_what_many_cells_take_is_on_the_power_law():
+    assert trivial.extrapolate([10, 100, 500], [7.0, 1e2, 2.5e3]) == pytest.approx((2, 1e6))
+    sizes = {str(size): dict.fromkeys([*trivial.PARTS, "bytes"], size * 0.02) for size in (10, 100)}
+    shown = trivial.table({"device": "CPU", "torch": "2.6", "seeds": 3, "sizes": sizes})
+    (line,) = [line for line in shown.splitlines() if "Ray" in line]
+    assert re.split(r" *\| *", line)[2:-1] == ["0.2", "2", "1.00", "3.33 min"]
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(1.5, "1.5 s"), (119, "119 s"), (180, "3 min"), (7200, "2 h")])
+def test_a_duration_is_short(seconds, shown):
+    assert trivial.duration(seconds) == shown

@@ -1,0 +1,190 @@
+"""python -m benchmarks.cells: what a cell costs besides its training, by the number of cells, and what 10,000 would.
+
+The cells are trivial: each is given what one run was trained to. A number of cells is measured in a project and a process of its
+own, with a Ray cluster on this machine. What 10,000 take is read off the power law through the last two numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from ruamel.yaml import YAML
+from tabulate import tabulate
+
+from benchmarks.measure import peak_memory
+from benchmarks.startup import ROOT, begin
+from benchmarks.suite import RESULTS, number, slug
+from pipeline import cluster, params, scheduler
+from pipeline.compute import Report, describe
+from pipeline.evaluate import evaluate
+from pipeline.files import whole, write_json
+from pipeline.grid import variants_on
+from pipeline.tracking import track
+from pipeline.train import Cell, Job, Trained, run_jobs, write
+
+SIZES = (10, 100, 500)
+FAR = 10_000
+TASK, VARIANT = "ar", "k"
+SEEDS = (0, 1, 2)
+CPU = torch.device("cpu")
+PARTS = {
+    "stale": "DVC: which cells are stale, where all are",
+    "ray": "Ray: a job a seed sent, its outcome back",
+    "write": "files: weights, history and summary of each cell",
+    "record": "DVC: cells recorded, the lock written once",
+    "rest": "DVC: which cells are stale, where none is",
+    "evaluate": "the smallest evaluation, of every seed",
+    "mlflow": "MLflow: a run a seed",
+    "look": "MLflow: is everything there",
+}
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("sizes", nargs=-1, type=click.IntRange(min=1))
+def main(sizes: tuple[int, ...]) -> None:
+    """Measure studies of SIZES cells, two or more, 10, 100 and 500 by default: benchmarks/results/cells_<device>.json and .md."""
+    chosen = sorted(set(sizes)) or list(SIZES)
+    if len(chosen) < 2:
+        raise click.UsageError("what more cells take is read off two sizes at least")
+    device = describe(CPU)
+    results: dict[str, Any] = {"device": device, "torch": torch.__version__, "seeds": len(SEEDS), "sizes": {}}
+    path = RESULTS / f"cells_{slug(device)}.json"
+    for size in chosen:
+        click.echo(f"{size} cells ..", err=True)
+        results["sizes"][str(size)] = in_project(size)
+    with whole(path) as part:
+        write_json(part, results)
+    with whole(path.with_suffix(".md")) as part:
+        part.write_text(table(results) + "\n", encoding="utf-8")
+    click.echo(table(results))
+
+
+def in_project(size: int) -> dict[str, float]:
+    """Seconds of each part, and bytes at the peak, in a temporary project. Raises RuntimeError with what is said if it fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "study")
+        begin(folder)
+        for name in ("cat", "pipeline"):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("dvc.yaml", "claims.yaml", ".dvcignore", ".gitignore"):
+            shutil.copy(ROOT / name, folder)
+        with (folder / "params.yaml").open("w") as file:
+            YAML().dump(trivial(YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml"), size), file)
+        here = Path(sys.executable).parent
+        environment = {
+            **os.environ,
+            "PATH": f"{here}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+        command = [sys.executable, "-c", "from benchmarks.cells import measure; measure('figures.json')"]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{size} cells: {done.stdout}{done.stderr}")
+        figures: dict[str, float] = json.loads((folder / "figures.json").read_text())
+        return figures
+
+
+def trivial(study: dict[str, Any], cells: int) -> dict[str, Any]:
+    """One task of the study with copies of one variant: as many cells, of one step a run."""
+    names = [VARIANT, *(f"copy_{n}" for n in range(1, cells))]
+    study |= {"seeds": list(SEEDS), "device": "cpu", "tasks": {TASK: study["tasks"][TASK]}}
+    study["tasks"][TASK]["train"] |= {"steps": 1, "learning_rates": [0.01]}
+    study["variants"] = {name: dict(study["variants"][VARIANT]) for name in names}
+    for name, ablation in study["ablations"].items():
+        trained = name == "streams"
+        ablation |= {"tasks": [TASK] * trained, "variants": names * trained, "beside": [], "across": []}
+    return study
+
+
+def measure(path: str) -> None:
+    """Every part in turn, in the project of the working folder; the figures are written to `path`."""
+    figures: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        outcome = work()
+        figures[name] = time.perf_counter() - start
+        return outcome
+
+    scheduler.reproduce(scheduler.FIRST)
+    study = params.load()
+    stale = timed("stale", scheduler.stale_cells)
+    cells = [stage.cell for stage in stale]
+    (trained,) = run_jobs(cells[0], (cells[0].jobs[0],), CPU, lambda message: None)
+    jobs = [(cell, (job,)) for cell in cells for job in cell.jobs]
+    with cluster.join("local", study) as joined:
+
+        def send(jobs: list[tuple[Cell, tuple[Job, ...]]]) -> dict[int, list[Trained]]:
+            tasks = [TASK] * len(jobs)
+            return dict(joined.work(partial(given, trained), jobs, tasks=tasks, report=lambda index, message: None))
+
+        send(jobs[: 4 * joined.size])  # processes start, and import torch
+        outcomes = timed("ray", lambda: send(jobs))
+    timed("write", lambda: write_all(cells, [run for index in range(len(jobs)) for run in outcomes[index]]))
+    declared = {stage.stage: stage.declared for stage in stale}
+    timed("record", lambda: scheduler.reproduce(declared, declared))
+    if timed("rest", scheduler.stale_cells):
+        raise RuntimeError("cells are stale that were recorded")
+    timed("evaluate", lambda: evaluate(TASK, variants_on(study, TASK), SEEDS, study.precision, device="cpu", threads="auto"))
+    timed("mlflow", lambda: track(study))
+    timed("look", lambda: track(study))
+    figures["bytes"] = peak_memory()
+    write_json(Path(path), figures)
+
+
+def given(trained: Trained, cell_and_jobs: tuple[Cell, tuple[Job, ...]], device: torch.device, report: Report) -> list[Trained]:
+    """What a job of a trivial cell comes to."""
+    return [trained._replace(job=job) for job in cell_and_jobs[1]]
+
+
+def write_all(cells: list[Cell], runs: list[Trained]) -> None:
+    for place, cell in enumerate(cells):
+        write(cell, runs[place * len(SEEDS) : (place + 1) * len(SEEDS)], began=time.time(), seconds=0)
+
+
+def table(results: dict[str, Any]) -> str:
+    """A line a part: its seconds at each number of cells, the power of that number that they grow with, and at 10,000."""
+    sizes = {int(size): figures for size, figures in results["sizes"].items()}
+    rows = []
+    for part, what in PARTS.items():
+        seconds = [figures[part] for figures in sizes.values()]
+        power, far = extrapolate(list(sizes), seconds)
+        rows.append([what, *map(number, seconds), f"{power:.2f}", duration(far)])
+    memory = [figures["bytes"] for figures in sizes.values()]
+    power, far = extrapolate(list(sizes), memory)
+    rows.append(["memory at the peak, MB", *(number(size / 1e6) for size in memory), f"{power:.2f}", f"{number(far / 1e6)} MB"])
+    head = ["seconds of", *(f"{size:,} cells" for size in sizes), "power", f"{FAR:,} cells"]
+    return f"# {results['device']}, {results['seeds']} seeds a cell, torch {results['torch']}\n\n" + tabulate(
+        rows, head, tablefmt="github", disable_numparse=True
+    )
+
+
+def extrapolate(sizes: list[int], amounts: list[float]) -> tuple[float, float]:
+    """The power p of amount ~ size^p through the last two sizes, and the amount at 10,000."""
+    (a, b), (x, y) = sizes[-2:], amounts[-2:]
+    power = math.log(y / x) / math.log(b / a)
+    return power, y * (FAR / b) ** power
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{number(seconds)} s"
+    return f"{number(seconds / 60)} min" if seconds < 7200 else f"{number(seconds / 3600)} h"
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.cells")
