@@ -1,7 +1,8 @@
 """python -m benchmarks.cells: what a cell costs besides its training, by the number of cells, and what 10,000 would.
 
 The cells are trivial: each is given what one run was trained to. A number of cells is measured in a project and a process of its
-own, with a Ray cluster on this machine. What 10,000 take is read off the power law through the last two numbers.
+own, with a Ray cluster on this machine. What 10,000 take is read off the last two numbers: on the power law through them, or on
+the line where that is more.
 """
 
 from __future__ import annotations
@@ -174,10 +175,13 @@ def table(results: dict[str, Any]) -> str:
 
 
 def extrapolate(sizes: list[int], amounts: list[float]) -> tuple[float, float]:
-    """The power p of amount ~ size^p through the last two sizes, and the amount at 10,000."""
+    """The power p of amount ~ size^p through the last two sizes, and the amount at 10,000: on it, or on the line if that is more.
+
+    What begins with something constant grows slower than its size, and would not for long.
+    """
     (a, b), (x, y) = sizes[-2:], amounts[-2:]
     power = math.log(y / x) / math.log(b / a)
-    return power, y * (FAR / b) ** power
+    return power, max(y * (FAR / b) ** power, y + (y - x) / (b - a) * (FAR - b))
 
 
 def duration(seconds: float) -> str:

@@ -121,7 +121,7 @@ def finished_study(folder: Path, cells: int, place: Place) -> Path:
     begin(folder)
     for name in ("cat", "pipeline"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+    for name in ("dvc.yaml", "claims.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, folder)
     with (folder / "params.yaml").open("w") as file:
         YAML().dump(enlarged(YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml"), cells, place), file)

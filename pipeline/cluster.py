@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.compute import Failure, Report
+from pipeline.determinism import MARK, PINS
 from pipeline.files import DATA
 from pipeline.params import ParamsError, Resources, Study
 
@@ -67,7 +68,14 @@ def join(address: str, study: Study, jobs: int | None = None) -> Iterator[Cluste
             shutil.copytree(ROOT / package, Path(code, package), ignore=shutil.ignore_patterns("__pycache__"))
         own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
-            ray.init(address, runtime_env={"working_dir": code}, log_to_driver=False, logging_level=logging.ERROR, **own)
+            pinned = {name: os.environ[name] for name in (*PINS, MARK)} if MARK in os.environ else {}
+            ray.init(
+                address,
+                runtime_env={"working_dir": code, "env_vars": pinned},
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **own,
+            )
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             raise ValueError(f"no Ray cluster at {address}: {_line(error)}") from None
         try:

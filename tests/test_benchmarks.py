@@ -296,8 +296,9 @@ def test_every_part_of_a_trivial_study_is_measured(monkeypatch):
     assert all(value > 0 for value in figures.values())
 
 
-def test_what_many_cells_take_is_on_the_power_law():
+def test_what_many_cells_take_is_on_the_power_law_or_the_line():
     assert trivial.extrapolate([10, 100, 500], [7.0, 1e2, 2.5e3]) == pytest.approx((2, 1e6))
+    assert trivial.extrapolate([100, 500], [12.0, 20.0])[1] == pytest.approx(210)
     sizes = {str(size): dict.fromkeys([*trivial.PARTS, "bytes"], size * 0.02) for size in (10, 100)}
     shown = trivial.table({"device": "CPU", "torch": "2.6", "seeds": 3, "sizes": sizes})
     (line,) = [line for line in shown.splitlines() if "Ray" in line]
