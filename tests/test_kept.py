@@ -378,7 +378,8 @@ def interrupted(path, *arguments, again=False):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
     if again:
-        time.sleep(0.5)
+        while "Ctrl-C again ends at once" not in path.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
         os.kill(process.pid, signal.SIGINT)
     process.join(60)
     return process.exitcode, path.read_text()
