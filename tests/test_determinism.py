@@ -14,21 +14,25 @@ from tests.study import ROOT, edit, read_params, stage, tiny_study
 
 OTHER_CPU = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 """As PyTorch and MKL compute on a machine that lacks what this one has."""
-pytestmark = pytest.mark.skipif(
+several_kinds = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX") or sys.platform != "linux",
     reason="this CPU has nothing that another one could lack",
 )
 
 
-def digests(**environment):
-    """Of weights, history and scores, trained and evaluated in a process of its own."""
-    for folder in ("runs", "results", "checkpoints"):
+STAGES = (("train", "copying", "none"), ("train", "copying", "qk"), ("evaluate", "copying"))
+
+
+def digests(*more, **environment):
+    """Of all that stages write of what is trained, evaluated, and what `more` of them make of it, each in its own process."""
+    for folder in ("runs", "results", "checkpoints", "verdicts", "reports"):
         shutil.rmtree(folder, ignore_errors=True)
     clean = {key: value for key, value in os.environ.items() if key not in OTHER_CPU}
-    for arguments in (("train", "copying", "none"), ("train", "copying", "qk"), ("evaluate", "copying")):
+    for arguments in (*STAGES, *more):
         command = [sys.executable, "-m", "pipeline", *arguments]
         subprocess.run(command, env={**clean, "PYTHONPATH": str(ROOT), **environment}, check=True, capture_output=True)
-    files = [*Path("runs").rglob("*.safetensors"), *Path("runs").rglob("history.csv"), Path("results/copying.csv")]
+    written = [path for folder in ("results", "verdicts", "reports") for path in Path(folder).rglob("*") if path.is_file()]
+    files = [*Path("runs").rglob("*.safetensors"), *Path("runs").rglob("history.csv"), *written]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -44,10 +48,20 @@ def study(tmp_path, monkeypatch):
     stage("generate", "copying")
 
 
+@several_kinds
 def test_bits_depend_on_the_kind_of_cpu_unless_they_are_pinned(study):
     assert digests() != digests(**OTHER_CPU)
     edit(deterministic=True)
     assert digests() == digests(**OTHER_CPU)
+
+
+def test_time_zone_locale_hashes_and_threads_change_nothing(study):
+    more = (("judge",), ("render",))
+    here = digests(*more, TZ="UTC")
+    elsewhere = {"TZ": "Asia/Kolkata", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "3"}
+    edit(threads=2)
+    assert {"reports/svg/streams.svg", "verdicts/claims.csv", "results/copying.csv"} <= here.keys()
+    assert digests(*more, **elsewhere) == here
 
 
 def test_pinning_comes_too_late_once_torch_is_there(study):
