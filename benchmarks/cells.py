@@ -33,6 +33,7 @@ from pipeline.compute import Report, describe
 from pipeline.evaluate import evaluate
 from pipeline.files import whole, write_json
 from pipeline.grid import variants_on
+from pipeline.judge import judge
 from pipeline.tracking import track
 from pipeline.train import Cell, Job, Trained, run_jobs, write
 
@@ -141,6 +142,7 @@ def measure(path: str) -> None:
     if timed("rest", scheduler.stale_cells):
         raise RuntimeError("cells are stale that were recorded")
     timed("evaluate", lambda: evaluate(TASK, variants_on(study, TASK), SEEDS, study.precision, device="cpu", threads="auto"))
+    judge(study, {})  # the runs of a study are logged with its verdicts
     timed("mlflow", lambda: track(study))
     timed("look", lambda: track(study))
     figures["bytes"] = peak_memory()
