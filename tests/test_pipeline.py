@@ -361,6 +361,8 @@ def executed_by(monkeypatch, *arguments):
     files = set()
     loaded = params.load()
     monkeypatch.setattr(params, "load", lambda: loaded)
+    # What matplotlib does would be noted, too, and that takes minutes.
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
 
     def note(frame, event, _):
         if event == "call" and frame.f_code.co_name != "<module>" and frame.f_code.co_filename.startswith(str(ROOT)):
