@@ -245,10 +245,11 @@ class _Sent:
     def cancel(self) -> None:
         import ray
 
-        if ray.is_initialized():
-            for job in self.working:
+        left, deadline = set(self.working), time.monotonic() + ANSWER
+        while left and ray.is_initialized() and time.monotonic() < deadline:
+            for job in left:  # Ray may miss one that is just beginning
                 ray.cancel(job)
-            _done(list(self.working), timeout=ANSWER)
+            left -= set(_done(list(left), timeout=QUIET))
 
 
 def _done(jobs: list[Any], timeout: float) -> list[Any]:

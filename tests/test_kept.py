@@ -380,7 +380,9 @@ def interrupted(path, *arguments, again=False):
     if again:
         while "Ctrl-C again ends at once" not in path.read_text() and time.monotonic() < deadline:
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGINT)
+        while process.is_alive() and time.monotonic() < deadline:  # one that is raised in a finalizer comes to nothing
+            os.kill(process.pid, signal.SIGINT)
+            process.join(10)
     process.join(60)
     return process.exitcode, path.read_text()
 
