@@ -72,7 +72,8 @@ assert Path("reports/report.html").read_text().count("<svg ") == len(list(Path("
 )
 assert mlflow_runs() == expected
 stages = YAML(typ="safe").load(Path("dvc.lock"))["stages"]
-assert origins() == {name: about["outs"][0]["md5"] for name, about in stages.items() if name.startswith("train_")}
+trained = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
+assert origins() == {name: stages[name]["outs"][0]["md5"] for name in trained}
 print("complete: grid, figures, filters, verdicts, report, MLflow")
 
 assert repro() == ["report", "track"], "a second `dvc repro` ran more than what always looks"
