@@ -1,6 +1,7 @@
 """Shapes and types of everything that computes with tensors are checked while the tests run."""
 
 import pkgutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from jaxtyping import install_import_hook
 # pydantic checks its own classes, in which beartype cannot read `Self`.
 CHECKED_BY_PYDANTIC = {"configuration", "tasks"}
 LIBRARY = Path(__file__).parent.parent / "cat"
+
+# What a shell starts in the background ignores interrupts, and so does all that it starts; some tests send them.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # tests run side by side; more threads than cores would slow them many times
 
