@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,11 +21,10 @@ from typing import Any
 
 import click
 import torch
-from ruamel.yaml import YAML
 from tabulate import tabulate
 
 from benchmarks.measure import peak_memory
-from benchmarks.startup import ROOT, begin
+from benchmarks.startup import ROOT, begin_study
 from benchmarks.suite import RESULTS, number, slug
 from pipeline import cluster, params, scheduler
 from pipeline.compute import Report, describe
@@ -78,13 +76,7 @@ def in_project(size: int) -> dict[str, float]:
     """Seconds of each part, and bytes at the peak, in a temporary project. Raises RuntimeError with what is said if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "study")
-        begin(folder)
-        for name in ("cat", "pipeline"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("dvc.yaml", "claims.yaml", ".dvcignore", ".gitignore"):
-            shutil.copy(ROOT / name, folder)
-        with (folder / "params.yaml").open("w") as file:
-            YAML().dump(trivial(YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml"), size), file)
+        begin_study(folder, lambda smoke: trivial(smoke, size))
         here = Path(sys.executable).parent
         environment = {
             **os.environ,

@@ -118,15 +118,20 @@ def empty_study(folder: Path) -> Path:
 
 def finished_study(folder: Path, cells: int, place: Place) -> Path:
     """A study of `cells` cells in which everything is done."""
+    begin_study(folder, lambda smoke: enlarged(smoke, cells, place))
+    python(folder, "-m", "pipeline", "run")
+    return folder
+
+
+def begin_study(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """A project with the code, the stages and what `change` makes of the smoke study, nothing run."""
     begin(folder)
     for name in ("cat", "pipeline"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "claims.yaml", ".dvcignore", ".gitignore"):
         shutil.copy(ROOT / name, folder)
     with (folder / "params.yaml").open("w") as file:
-        YAML().dump(enlarged(YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml"), cells, place), file)
-    python(folder, "-m", "pipeline", "run")
-    return folder
+        YAML().dump(change(YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml")), file)
 
 
 def enlarged(study: dict[str, Any], cells: int, place: Place) -> dict[str, Any]:

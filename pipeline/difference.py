@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import subprocess
 from collections import defaultdict
@@ -19,16 +18,15 @@ from rich.text import Text
 from ruamel.yaml import YAML, YAMLError
 from tabulate import tabulate
 
+from pipeline import readers
 from pipeline.files import REPORTS, VERDICTS
 from pipeline.params import written
 from pipeline.show import COLOURS
-from pipeline.verdicts import verdict_table
+from pipeline.verdicts import COLUMNS, verdict_table
 
 PARAMETERS, METRICS, CLAIMS = Path("params.yaml"), REPORTS / "metrics", VERDICTS / "claims.csv"
 SMALLEST = 5e-7
 """Metrics are written with six decimals."""
-_NUMBERS = ("effect", "low", "high", "p")
-_TEXTS = ("claim", "says", "source", "verdict", "reason")
 _NOTHING = "-"
 
 Cell = tuple[str, str]
@@ -174,12 +172,8 @@ def _parse_metrics(text: bytes) -> dict[str, dict[str, float]]:
 def _parse_verdicts(text: bytes) -> pd.DataFrame:
     """A row a claim, by its name."""
     if not text.strip():
-        return pd.DataFrame(columns=[*_TEXTS, *_NUMBERS]).set_index("claim")
-    numbers = {name: [""] for name in _NUMBERS}
-    table = pd.read_csv(io.StringIO(text.decode()), keep_default_na=False, na_values=numbers)
-    if missing := {*_TEXTS, *_NUMBERS} - {*table.columns}:
-        raise ValueError(f"it has no column {min(missing)}")
-    return table.astype(dict.fromkeys(_NUMBERS, float)).set_index("claim")
+        return pd.DataFrame(columns=[*COLUMNS]).set_index("claim")
+    return readers.parsed(text.decode(), COLUMNS).set_index("claim")
 
 
 def _parameters(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, ...]]:

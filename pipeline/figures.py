@@ -22,10 +22,9 @@ from cat.configuration import Theory
 from cat.tasks import Recall
 from pipeline import runs
 from pipeline.examples import attention_on, read_example
-from pipeline.files import FILTERS
 from pipeline.grid import variants_on
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
-from pipeline.results import PRIMARY, read_history
+from pipeline.results import PRIMARY, read_filters, read_history
 from pipeline.tables import LABELS, found
 
 TAPS = 16
@@ -278,7 +277,7 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
 
     Each is divided by its largest tap, since attention takes up any factor; of long filters the first TAPS.
     """
-    tables = {task: pd.read_csv(FILTERS / f"{task}.csv", dtype={"row": str}) for task in shown_tasks(study, ablation)}
+    tables = {task: read_filters(task) for task in shown_tasks(study, ablation)}
     cells = [(t, v) for t in tables for v in trained_variants(study, ablation) if v in set(tables[t]["variant"])]
     theorems = [v for v in shown_variants(ablation) if isinstance(study.variants[v], Theory)]
     streams = ("q", "k", "v")

@@ -211,7 +211,7 @@ def _plan(study: Study, name: str, source: str, home: str) -> str:
             for task, seconds in took.items()
         ),
         *((f"evaluate@{task}", "", "") for task in tasks),
-        *((stage, "", "") for stage in ("judge", "render", "track")),
+        *((stage, "", "") for stage in ("judge", "render", "report", "track")),
     ]
     return (
         f"`dvc repro` will run, besides what is out of date already:\n\n{tabulate(rows, ['stage', 'h:mm:ss', 'as in'])}\n\n"

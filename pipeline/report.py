@@ -15,7 +15,7 @@ import pandas as pd
 from ruamel.yaml import YAML
 
 from cat.configuration import Theory
-from pipeline import runs
+from pipeline import readers, runs
 from pipeline.files import LOGS, REPORTS, RESULTS, RUNS, VERDICTS, whole
 from pipeline.grid import Cell, cells, variants_on
 from pipeline.logs import read_log
@@ -28,6 +28,7 @@ def report(study: Study) -> None:
     """Writes both, unless they are newer than all that they are made of. Raises ValueError where a result is missing."""
     if _is_new():
         return
+    from pipeline.diagnosis import Sign
     from pipeline.figures import begin, cost, save
     from pipeline.html import page
     from pipeline.results import primary, read_results
@@ -35,7 +36,7 @@ def report(study: Study) -> None:
     from pipeline.verdicts import read_verdicts
 
     scores = primary(study, read_results(study))
-    verdicts, diagnosis = read_verdicts(), pd.read_csv(REPORTS / "diagnosis.csv")
+    verdicts, diagnosis = read_verdicts(), readers.table(REPORTS / "diagnosis.csv", dict.fromkeys(Sign._fields, str))
     parts = ["# What the study shows", verdicts_in_words(), _study(study)]
     for name, ablation in study.ablations.items():
         if not (shown_tasks(study, ablation) and shown_variants(ablation)):
@@ -98,7 +99,7 @@ def _same(preset: Path, text: bytes) -> bool:
 def _verdicts(verdicts: pd.DataFrame, figure: str) -> str:
     from pipeline.verdicts import verdict_table
 
-    here = verdicts[verdicts["figure"] == figure] if "figure" in verdicts else verdicts
+    here = verdicts[verdicts["figure"] == figure]
     return verdict_table(here).to_markdown(index=False, disable_numparse=True) if len(here) else ""
 
 
@@ -134,7 +135,8 @@ def _what_was_run(study: Study, ablation: Ablation) -> str:
         "example": "the first test sequence of the training length, read by the weights in runs/",
     }.get(ablation.figure, "the rows of these variants whose metric is accuracy, or bits_per_byte on text; curves: every length")
     numbers = f"Numbers: {rows}." if ablation.figure == "example" else f"Numbers: {sources}, {rows}."
-    return f"*What was run*: {len(shown)} cells{others}. {_trained(shown)} {numbers}"
+    seeds = ", ".join(map(str, study.seeds))
+    return f"*What was run*: {len(shown)} cells{others}, with seeds {seeds}. {_trained(shown)} {numbers}"
 
 
 def _trained(shown: Iterable[Cell]) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline import readers
-from pipeline.files import RESULTS, RUNS
+from pipeline.files import FILTERS, RESULTS, RUNS
 from pipeline.grid import cells, variants_on
 from pipeline.params import Study
 
 KEYS = {"task": str, "variant": str, "seed": int, "length": int, "metric": str}
+FILTER = {"variant": str, "seed": int, "layer": int, "stream": str, "row": str, "tap": int, "value": float}
 HISTORY = {"learning_rate": float, "seed": int, "step": int, "train_loss": float, "valid_loss": float, "valid_accuracy": float}
 
 PRIMARY = {"accuracy": "accuracy", "loss": "bits_per_byte"}
@@ -54,6 +55,11 @@ def read_history(study: Study, task: str, variant: str, learning_rate: float) ->
     """The training curves of a cell at its chosen learning rate."""
     table = readers.table(RUNS / task / variant / "history.csv", HISTORY)
     return table[(table["learning_rate"] == learning_rate) & table["seed"].isin(study.seeds)]
+
+
+def read_filters(task: str) -> pd.DataFrame:
+    """The taps of every filter of the variants on the task."""
+    return readers.table(FILTERS / f"{task}.csv", FILTER)
 
 
 def strays(study: Study) -> Iterator[Path]:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, unquote, urlparse
 
-from pipeline import readers, runs
-from pipeline.files import DATA, FILTERS, LOGS, REPORTS, RESULTS, RUNS, VERDICTS, read_json, whole
+from pipeline import runs
+from pipeline.files import DATA, LOGS, REPORTS, RESULTS, RUNS, VERDICTS, read_json, whole
 from pipeline.grid import cells, variants_on
 from pipeline.logs import read_log
 from pipeline.params import Study, shown_tasks, shown_variants
@@ -43,7 +43,6 @@ _KEY = "cat.key"
 QUERY = ",.'="
 """What stays as it is in the query of an address."""
 _OFF = "-"
-_FILTER_COLUMNS = {"variant": str, "seed": int, "layer": int, "stream": str, "row": str, "tap": int, "value": float}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,7 +341,7 @@ def _log(client: MlflowClient, key: str, record: Record, tags: Mapping[str, str]
 
 
 def _task_records(study: Study) -> Iterator[Record]:
-    from pipeline.results import read_history, read_results
+    from pipeline.results import read_filters, read_history, read_results
 
     results = read_results(study)
     shared = _shared_params(study)
@@ -350,7 +349,7 @@ def _task_records(study: Study) -> Iterator[Record]:
     for task, section in study.tasks.items():
         meta = read_json(DATA / task / "meta.json")
         digest = hashlib.sha256((DATA / task / "meta.json").read_bytes()).hexdigest()[:16]
-        filters = readers.table(FILTERS / f"{task}.csv", _FILTER_COLUMNS)
+        filters = read_filters(task)
         data_params = {f"data.{key}": str(value) for key, value in section.data.model_dump(mode="json").items()}
         for variant in variants_on(study, task):
             summary = runs.read_summary(task, variant)

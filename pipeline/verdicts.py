@@ -10,7 +10,7 @@ from pipeline import readers
 from pipeline.files import VERDICTS
 
 COLUMNS = {
-    "claim": str, "says": str, "source": str, "verdict": str, "reason": str,
+    "claim": str, "says": str, "source": str, "verdict": str, "reason": str, "figure": str,
     "effect": float, "low": float, "high": float, "p": float,
 }  # fmt: skip
 VALUES = ("supported", "contradicted", "undecided")

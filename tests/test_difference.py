@@ -238,9 +238,9 @@ def test_a_file_that_is_missing(study, file):
         ("params.yaml", b"\xff", "'utf-8' codec can't decode byte 0xff"),
         ("reports/metrics/k.json", b"{", "Invalid JSON: EOF while parsing"),
         ("reports/metrics/k.json", b'{"ar": 1}', "Input should be an object"),
-        ("verdicts/claims.csv", b"claim,says\na,b\n", "it has no column effect"),
+        ("verdicts/claims.csv", b"claim,says\na,b\n", "lacks the column source"),
         ("verdicts/claims.csv", VERDICTS.replace("0.25", "half").encode(), "could not convert string to float: '-half'"),
-        ("verdicts/claims.csv", b"a\nb,c\n", "it has no column claim"),
+        ("verdicts/claims.csv", b"a\nb,c\n", "lacks the column claim"),
     ],
 )
 def test_a_file_that_cannot_be_read(study, file, content, fault):

@@ -264,6 +264,7 @@ def test_the_stages_are_those_of_dvc_and_their_times_those_of_the_source(study):
     said = added("k5", "--from", "k", "--set", "k=5", "--ablation", "streams")
     Repo.init(no_scm=True)
     stages = {stage.addressing for stage in Repo().index.stages}
+    after = [stage.addressing for stage in Repo().index.stages if stage.addressing.isalpha() and stage.addressing != "plan"]
     rows = [line.split(maxsplit=2) for line in said.splitlines() if line.split(maxsplit=1)[:1] and line.split()[0] in stages]
     assert rows == [
         ["plan"],
@@ -272,7 +273,7 @@ def test_the_stages_are_those_of_dvc_and_their_times_those_of_the_source(study):
         ["train_streams@copying-k5", "0:00:02", "logs/copying/k.json"],
         ["train_streams@text-k5", "unknown", "no time in logs/text/k.json"],
         *([f"evaluate@{task}"] for task in ("ar", "nar", "copying", "text")),
-        *([stage] for stage in ("judge", "render", "track")),
+        *([stage] for stage in after),
     ]
     assert {row[0] for row in rows if row[0].startswith("train")} == {
         f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in set(cells(load())) - set(old)
