@@ -23,6 +23,14 @@ def attend(
     return F.scaled_dot_product_attention(take(q, at), k, v, attn_mask=mask, scale=scale)
 
 
+def logits(q: Heads, k: Heads, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Float[Tensor, "B H L L"]:
+    """What the softmax is taken of, -inf above the diagonal."""
+    scores = scale * q @ k.mT
+    if bias is not None:
+        return scores + bias
+    return scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
+
+
 def naive_attend(
     q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None, at: Asked | None = None
 ) -> Float[Tensor, "B H _ E"]:

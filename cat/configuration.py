@@ -332,6 +332,10 @@ class Schedule(Configuration):
     steps: Count
     batch: Count
     """Sequences a step."""
+    micro_batch: Count | None = None
+    """Sequences at a time, where there is no memory for a whole batch: their gradients are added up before the step."""
+    compile: bool = False
+    """Let torch.compile fuse the operations of a step: worth it for long training of large models; other last bits."""
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1, strict=False)]
     """Peaks to try; the validation split chooses one for all seeds of a variant."""
 
@@ -339,4 +343,10 @@ class Schedule(Configuration):
     def _rates_differ(self) -> Self:
         if len(set(self.learning_rates)) < len(self.learning_rates):
             raise ValueError(f"learning_rates = {list(self.learning_rates)} has a value twice")
+        return self
+
+    @model_validator(mode="after")
+    def _a_micro_batch_is_part_of_a_batch(self) -> Self:
+        if self.micro_batch is not None and self.micro_batch >= self.batch:
+            raise ValueError(f"micro_batch = {self.micro_batch} is no part of batch = {self.batch}; it must be smaller")
         return self

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from cat.configuration import Attention
@@ -64,6 +65,44 @@ def attention_weights(mixer: nn.Module, x: Hidden) -> Float[Tensor, "B H L L"] |
     q, k, v, *others = mixer.streams(mixer.project(x))
     axes = torch.eye(x.shape[1], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
     return mixer.mix(q, k, axes, *others)
+
+
+LOOKED_AT = 4096
+"""Tokens, whole sequences of them and one at least, in which attention is looked at while a model is trained."""
+
+
+@torch.no_grad()
+def largest_logit(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> float | None:
+    """Before the softmax, of all layers and heads, on the first sequences; None for a model without softmax attention.
+
+    Attention that grows without a limit is what precedes divergence (arXiv 2302.05442, 2309.14322).
+    """
+    largest = None
+    x = model.embedding(_first(inputs))
+    for block in model.layers():
+        mixer = block.mixer
+        if isinstance(mixer, Streams):
+            q, k, *_ = mixer.streams(mixer.project(block.mixer_norm(x)))
+            if (logits := mixer.logits(q, k)) is not None:
+                largest = max(logits.max().item(), -math.inf if largest is None else largest)
+        x = block(x)
+    return largest
+
+
+@torch.no_grad()
+def head_entropies(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> list[list[float] | None]:
+    """Of attention in nats, a list a layer with the mean of each head over all tokens of the first sequences.
+
+    None for a layer whose weights are no distribution.
+    """
+    return [
+        None if weights is None or weights.min() < 0 else torch.special.entr(weights).sum(-1).mean((0, 2)).tolist()
+        for weights in attention_maps(model, _first(inputs))
+    ]
+
+
+def _first(inputs: Integer[Tensor, "N L"]) -> Int[Tensor, "n L"]:
+    return inputs[: max(1, LOOKED_AT // inputs.shape[1])].long()
 
 
 class FilterTaps(NamedTuple):

@@ -30,13 +30,15 @@ class AdamW:
         self.parts = [_Part(part, decay) for part, decay in zip(vector.split(self.sizes), (weight_decay, 0.0), strict=True)]
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Moves the parameters against the gradients that a backward pass has left, and takes those away."""
+    def step(self, learning_rate: float) -> Float[Tensor, ""]:
+        """Moves the parameters against the gradients that a backward pass has left, takes these away, and returns their norm."""
         gradient = torch.cat([_taken(p) for p in self.parameters])
-        excess = (gradient.norm() / self.clip).clamp(min=1).float()
+        norm = gradient.norm()
+        excess = (norm / self.clip).clamp(min=1).float()
         for part, its_gradient in zip(self.parts, gradient.split(self.sizes), strict=True):
             if its_gradient.numel():
                 part.step(its_gradient, excess, learning_rate)
+        return norm
 
     @property
     def moments(self) -> Float[Tensor, "2 P"]:

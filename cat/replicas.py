@@ -19,12 +19,13 @@ from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
 from cat.configuration import Mamba, ModelConfiguration, Protocol, Schedule
+from cat.diagnostics import largest_logit
 from cat.evaluation import TOKENS_AT_ONCE, Split, autocast
 from cat.folding import fold
 from cat.model import SequenceModel
 from cat.optimizer import BETAS, EPSILON
 from cat.tasks.base import IGNORE
-from cat.training import Row, Run, State, Stop, _batches, copied, decayed_or_not, diverged, end, mean_loss, rate
+from cat.training import Row, Run, State, Stop, _batches, copied, decayed_or_not, diverged, end, look, mean_loss, rate
 
 
 def can_be_stacked(config: ModelConfiguration) -> bool:
@@ -67,34 +68,34 @@ def fit_together(
     for replica, state in zip(replicas, resume or (), strict=resume is not None):
         replica.resume(state)
     stack = Stack(models, learning_rates, protocol=protocol, precision=precision)
-    step, losses, running = 0, list[Tensor](), replicas
+    step, recent, running = 0, list[Tensor](), replicas
     if resume is not None:
         step = resume[0].step
-        losses += torch.stack([state.losses for state in resume], dim=1).to(train.inputs.device)
+        recent += torch.stack([state.recent for state in resume], dim=1).to(train.inputs.device)
         stack.resume(step, [state.moments for state in resume])
 
     def states() -> dict[int, State]:
-        since = torch.stack(losses, dim=1).cpu() if losses else torch.empty(len(running), 0)
+        since = torch.stack(recent, dim=1).cpu() if recent else torch.empty(len(running), 0, 2)
         for row, replica in enumerate(running):
             stack.unload(row, replica.model)
         return {replica.place: replica.state(step, stack.moments(row), since[row]) for row, replica in enumerate(running)}
 
     while running:
-        look = min((step // protocol.validate_every + 1) * protocol.validate_every, schedule.steps)
-        order = torch.stack([torch.stack([next(replica.batches) for replica in running]) for _ in range(step, look)])
+        until = min((step // protocol.validate_every + 1) * protocol.validate_every, schedule.steps)
+        order = torch.stack([torch.stack([next(replica.batches) for replica in running]) for _ in range(step, until)])
         for rows in order.to(train.inputs.device):
             step += 1
-            losses.append(stack.step(_gather(train, rows), rate(step, schedule.steps, protocol.warmup)))
-            if step < look:
+            recent.append(stack.step(_gather(train, rows), rate(step, schedule.steps, protocol.warmup)))
+            if step < until:
                 for replica in running:
                     replica.progress(step, None)
                 checkpoint(states, False)
-        seen = zip(running, torch.stack(losses, dim=1).tolist(), stack.score(valid), strict=True)
-        for row, (replica, recent, scores) in enumerate(seen):
-            replica.look(step, recent, *scores, protocol=protocol, schedule=schedule, stop_early=stop_early)
-            if replica.run is not None:
-                stack.unload(row, replica.model)
-        losses.clear()
+        seen = zip(running, torch.stack(recent, dim=1).mT.tolist(), stack.score(valid), strict=True)
+        for place, (replica, (losses, norms), scores) in enumerate(seen):
+            stack.unload(place, replica.model)
+            row = look(step, losses, norms, *scores, largest_logit(replica.model, valid.inputs))
+            replica.look(row, losses, protocol=protocol, schedule=schedule, stop_early=stop_early)
+        recent.clear()
         going = [row for row, replica in enumerate(running) if replica.run is None]
         checkpoint(states, len(going) < len(running))
         if going and len(going) < len(running):
@@ -115,37 +116,26 @@ class Replica:
     run: Run | None = None
     """None while it is in the stack."""
 
-    def look(
-        self,
-        step: int,
-        losses: Sequence[float],
-        loss: float,
-        accuracy: float,
-        *,
-        protocol: Protocol,
-        schedule: Schedule,
-        stop_early: bool,
-    ) -> None:
-        """What `fit` does after `step`, by the losses since the look before, and loss and accuracy on the validation split."""
+    def look(self, row: Row, losses: Sequence[float], *, protocol: Protocol, schedule: Schedule, stop_early: bool) -> None:
+        """What `fit` does with a look at the validation split, by the losses since the one before."""
         if (bad := diverged(losses)) is not None:
-            self._end(step - len(losses) + 1 + bad, "diverged")
+            self._end(row.step - len(losses) + 1 + bad, "diverged")
             return
-        row = Row(step=step, train_loss=sum(losses) / len(losses), valid_loss=loss, valid_accuracy=accuracy)
         self.history.append(row)
-        self.progress(step, row)
+        self.progress(row.step, row)
         if (stop := end(self.history, protocol, schedule, stop_early=stop_early)) is not None:
-            self._end(step, stop)
+            self._end(row.step, stop)
 
     def resume(self, state: State) -> None:
         """Goes back to where it stood."""
         self.model.load_state_dict(state.weights)
         self.history, self.batches = list(state.history), islice(self.batches, state.step, None)
 
-    def state(self, step: int, moments: Tensor, losses: Tensor) -> State:
+    def state(self, step: int, moments: Tensor, recent: Tensor) -> State:
         """Where it stands, its weights and all, after `step` steps."""
         history, weights = list(self.history), copied(self.model)
         stop, step = (None, step) if self.run is None else (self.run.stop, self.run.steps)
-        return State(step=step, history=history, weights=weights, moments=moments, losses=losses, stop=stop)
+        return State(step=step, history=history, weights=weights, moments=moments, recent=recent, stop=stop)
 
     def _end(self, steps: int, stop: Stop) -> None:
         self.run = Run(model=self.model, history=self.history, steps=steps, stop=stop)
@@ -171,8 +161,8 @@ class Stack:
         buffers = [dict(model.named_buffers()) for model in models]
         self.buffers = {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
 
-    def step(self, batches: Split, share: float) -> Float[Tensor, " R"]:
-        """The losses on batches (R, B, ..), and then a step of AdamW at a share of the peak learning rates.
+    def step(self, batches: Split, share: float) -> Float[Tensor, "R 2"]:
+        """Losses and gradient norms on batches (R, B, ..), and then a step of AdamW at a share of the peak learning rates.
 
         Where there is no memory for all replicas at once, from then on for half as many at a time.
         """
@@ -187,8 +177,7 @@ class Stack:
             self.at_once = -(-self.at_once // 2)
             torch.cuda.empty_cache()
         losses, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
-        self._descend(gradient, share)
-        return losses
+        return torch.stack([losses, self._descend(gradient, share)], dim=1)
 
     def _gradient(self, batches: Split, rows: slice) -> tuple[Float[Tensor, " r"], Float[Tensor, "r P"]]:
         weights = self.weights[rows].detach().requires_grad_()
@@ -234,8 +223,9 @@ class Stack:
         self.buffers = {name: buffer[index] for name, buffer in self.buffers.items()}
 
     @torch.no_grad()
-    def _descend(self, gradient: Float[Tensor, "R P"], share: float) -> None:
-        gradient /= (gradient.norm(dim=1, keepdim=True) / self.protocol.clip).clamp(min=1)
+    def _descend(self, gradient: Float[Tensor, "R P"], share: float) -> Float[Tensor, " R"]:
+        norms = gradient.norm(dim=1)
+        gradient /= (norms[:, None] / self.protocol.clip).clamp(min=1)
         self.steps += 1
         rates, (first, second) = self.peaks * share, BETAS
         self.mean.lerp_(gradient, 1 - first)
@@ -243,6 +233,7 @@ class Stack:
         self.weights[:, : self.decayed] *= 1 - rates * self.protocol.weight_decay
         size = (self.square / (1 - second**self.steps)).sqrt_().add_(EPSILON)
         self.weights.addcdiv_(self.mean * rates, size, value=-1 / (1 - first**self.steps))
+        return norms
 
     def _each(
         self,

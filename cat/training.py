@@ -1,6 +1,7 @@
 """Training one model: AdamW, warm-up and cosine, clipping, early stop on the validation split, divergence recorded.
 
-A run goes on from a `State` as if it had never stopped. A batch for which memory does not suffice is taken in slices.
+A run goes on from a `State` as if it had never stopped. A batch for which memory does not suffice is taken in slices, whose
+gradients add up to that of the whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import ModelConfiguration, Protocol, Schedule
+from cat.diagnostics import largest_logit
 from cat.evaluation import Split, autocast, score
 from cat.model import SequenceModel
 from cat.optimizer import AdamW
@@ -27,12 +29,19 @@ Stop = Literal["accuracy", "steps", "diverged"]
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a look at the validation split saw; `train_loss` is the mean since the look before."""
+    """What a look at the validation split saw, and what became of the steps since the look before."""
 
     step: int
     train_loss: float
+    """The mean over these steps, in nats an answer."""
+    peak_loss: float
+    """That of the step where it was largest: a spike stands out above `train_loss`."""
+    gradient_norm: float
+    """The largest of these steps, before it is clipped."""
     valid_loss: float
     valid_accuracy: float
+    largest_logit: float | None = None
+    """Before the softmax, of all layers and heads on the first validation sequences; None where there is no softmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +67,8 @@ class State:
     """The `state_dict` of the model."""
     moments: Float[Tensor, "2 P"]
     """Those of AdamW, which lays out the parameters with weight decay first."""
-    losses: Float[Tensor, " K"]
-    """Of the steps since the last look at the validation split."""
+    recent: Float[Tensor, "K 2"]
+    """Loss and gradient norm of the steps since the last look at the validation split."""
     micro_batch: int | None = None
     stop: Stop | None = None
     """Why the run has ended, if it has; `step` is then its `steps`."""
@@ -95,9 +104,10 @@ def fit(
     """
     decayed, others = decayed_or_not(model)
     optimizer = AdamW(decayed, others, weight_decay=protocol.weight_decay, clip=protocol.clip)
-    step, history, losses = 0, list[Row](), list[Tensor]()
-    micro_batch: int | None = None
+    step, history, recent = 0, list[Row](), list[Tensor]()
+    micro_batch = schedule.micro_batch
     stop: Stop | None = None
+    loss_of = torch.compile(mean_loss) if schedule.compile else mean_loss
 
     def state() -> State:
         return State(
@@ -105,7 +115,7 @@ def fit(
             history=list(history),
             weights=copied(model),
             moments=optimizer.moments.cpu(),
-            losses=torch.stack(losses).cpu() if losses else torch.empty(0),
+            recent=torch.stack(recent).cpu() if recent else torch.empty(0, 2),
             micro_batch=micro_batch,
             stop=stop,
         )
@@ -113,30 +123,42 @@ def fit(
     if resume is not None:
         model.load_state_dict(resume.weights)
         optimizer.resume(resume.step, resume.moments)
-        losses += resume.losses.to(train.inputs.device)
+        recent += resume.recent.to(train.inputs.device)
         step, history, micro_batch, stop = resume.step, list(resume.history), resume.micro_batch, resume.stop
     batches = islice(_batches(len(train.inputs), schedule.batch, seed), step, None)
     while stop is None:
         step, row = step + 1, None
         batch = train.rows(next(batches).to(train.inputs.device))
-        loss, micro_batch = backward(model, batch, precision=precision, micro_batch=micro_batch)
-        optimizer.step(learning_rate * rate(step, schedule.steps, protocol.warmup))
-        losses.append(loss)
+        loss, micro_batch = backward(model, batch, precision=precision, micro_batch=micro_batch, loss_of=loss_of)
+        norm = optimizer.step(learning_rate * rate(step, schedule.steps, protocol.warmup))
+        recent.append(torch.stack([loss, norm]))
         if step % protocol.validate_every == 0 or step == schedule.steps:
-            recent = torch.stack(losses).tolist()
-            losses.clear()
-            if (bad := diverged(recent)) is not None:
-                step, stop = step - len(recent) + 1 + bad, "diverged"
+            losses, norms = torch.stack(recent, dim=1).tolist()
+            recent.clear()
+            if (bad := diverged(losses)) is not None:
+                step, stop = step - len(losses) + 1 + bad, "diverged"
             else:
                 scores = score(model, valid, precision=precision)
-                mean = sum(recent) / len(recent)
-                row = Row(step=step, train_loss=mean, valid_loss=scores.loss, valid_accuracy=scores.accuracy)
+                row = look(step, losses, norms, scores.loss, scores.accuracy, largest_logit(model, valid.inputs))
                 history.append(row)
                 stop = end(history, protocol, schedule, stop_early=stop_early)
         if stop != "diverged":
             progress(step, row)
         checkpoint(state, stop is not None)
     return Run(model=model, history=history, steps=step, stop=stop, micro_batch=micro_batch)
+
+
+def look(step: int, losses: Sequence[float], norms: Sequence[float], loss: float, accuracy: float, logit: float | None) -> Row:
+    """The row after `step`, by losses and gradient norms since the look before and what the validation split shows."""
+    return Row(
+        step=step,
+        train_loss=sum(losses) / len(losses),
+        peak_loss=max(losses),
+        gradient_norm=max(norms),
+        valid_loss=loss,
+        valid_accuracy=accuracy,
+        largest_logit=logit,
+    )
 
 
 def diverged(losses: Sequence[float]) -> int | None:
@@ -158,16 +180,21 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def backward(
-    model: SequenceModel, batch: Split, *, precision: str = "float32", micro_batch: int | None = None
+    model: SequenceModel,
+    batch: Split,
+    *,
+    precision: str = "float32",
+    micro_batch: int | None = None,
+    loss_of: Callable[..., Tensor] | None = None,
 ) -> tuple[Float[Tensor, ""], int | None]:
     """The mean loss of a batch, its gradient left with the parameters; and how many examples there was memory for at a time.
 
-    That is `micro_batch`, or half of it until it fits; None stands for the whole batch. Raises torch.OutOfMemoryError where
-    one example alone does not fit.
+    That is `micro_batch`, or half of it until it fits; None stands for the whole batch. `loss_of` is `mean_loss`, or what
+    torch.compile makes of it. Raises torch.OutOfMemoryError where one example alone does not fit.
     """
     while True:
         try:
-            return _backward(model, batch, precision, micro_batch), micro_batch
+            return _backward(model, batch, precision, micro_batch, loss_of or mean_loss), micro_batch
         except torch.OutOfMemoryError:
             size = micro_batch or len(batch.inputs)
             if size == 1:
@@ -178,14 +205,16 @@ def backward(
         torch.cuda.empty_cache()
 
 
-def _backward(model: SequenceModel, batch: Split, precision: str, micro_batch: int | None) -> Float[Tensor, ""]:
+def _backward(
+    model: SequenceModel, batch: Split, precision: str, micro_batch: int | None, loss_of: Callable[..., Tensor]
+) -> Float[Tensor, ""]:
     if micro_batch is None:
-        loss = mean_loss(model, batch, precision=precision)
+        loss = loss_of(model, batch, precision=precision)
         loss.backward()
         return loss.detach()
     asked, losses = (batch.answers != IGNORE).sum(), []
     for start in range(0, len(batch.inputs), micro_batch):
-        loss = mean_loss(model, batch.rows(slice(start, start + micro_batch)), precision=precision, asked=asked)
+        loss = loss_of(model, batch.rows(slice(start, start + micro_batch)), precision=precision, asked=asked)
         loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()

@@ -49,17 +49,17 @@ class Checkpoint(NamedTuple):
         if metadata.get("digest") != _digest(self.key, text, tensors):
             return None
         about: dict[str, Any] = json.loads(text)
-        moments, losses = tensors.pop("moments"), tensors.pop("losses")
+        moments, recent = tensors.pop("moments"), tensors.pop("recent")
         weights = {name.removeprefix("weights."): tensor for name, tensor in tensors.items()}
         history = [Row(**row) for row in about.pop("history")]
-        return State(**about, history=history, weights=weights, moments=moments, losses=losses)
+        return State(**about, history=history, weights=weights, moments=moments, recent=recent)
 
     def write(self, state: State) -> None:
         """Takes the place of the one before in one step."""
         if self.key is None:
             return
         tensors = {f"weights.{name}": tensor for name, tensor in state.weights.items()}
-        tensors |= {"moments": state.moments, "losses": state.losses}
+        tensors |= {"moments": state.moments, "recent": state.recent}
         history = [asdict(row) for row in state.history]
         text = json.dumps({"step": state.step, "history": history, "micro_batch": state.micro_batch, "stop": state.stop})
         metadata = {"state": text, "digest": _digest(self.key, text, tensors)}

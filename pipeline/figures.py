@@ -25,6 +25,7 @@ from pipeline.examples import attention_on, read_example
 from pipeline.grid import variants_on
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import PRIMARY, read_filters, read_history
+from pipeline.stability import MEASURES, stability
 from pipeline.tables import LABELS, found
 
 TAPS = 16
@@ -45,6 +46,7 @@ def figures_of(name: str, ablation: Ablation) -> dict[str, Draw]:
         "lines": lengths,
         "attention": attention,
         "rates": rates,
+        "stability": stable,
         "example": example,
         "filters": filters,
     }
@@ -230,6 +232,31 @@ def rates(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             ylim=(-0.04, 1.04),
         )
     _legend(figure, panels)
+    return figure
+
+
+def stable(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
+    """By learning rate, what every run ended at and went through; a row a task, a cross at the top where a seed diverged."""
+    tasks = shown_tasks(study, ablation)
+    table = stability(study)
+    table = table[table["variant"].isin(shown_variants(ablation))]
+    figure, grid = plt.subplots(
+        len(tasks), len(MEASURES), squeeze=False, figsize=(4.2 * len(MEASURES), 3.6 * len(tasks)), layout="constrained"
+    )
+    for task, row in zip(tasks, grid, strict=True):
+        here = table[table["task"] == task]
+        for (measure, label), axes in zip(MEASURES.items(), row, strict=True):
+            _lines(study, ablation, here, axes, x="learning_rate", y=measure)
+            if measure == "gradient_norm" and here[measure].gt(0).any():
+                axes.set_yscale("log")
+            for variant, lost in here[here["stop"] == "diverged"].groupby("variant"):
+                at = lost["learning_rate"].drop_duplicates()
+                colour = style(study, str(variant))["color"]
+                axes.plot(at, [1.0] * len(at), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False, mew=2)
+            axes.set_xscale("log")
+            _ticks(axes, study.tasks[task].train.learning_rates, "{:g}")
+            axes.set(title=task, xlabel="learning rate", ylabel=label)
+    _legend(figure, {str(place): axes for place, axes in enumerate(grid.flat)})
     return figure
 
 

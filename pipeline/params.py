@@ -55,10 +55,11 @@ class Ablation(Configuration):
     """Variants that another ablation trains and that belong in this figure as well."""
     across: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Tasks on which other ablations train these variants and that belong in this figure as well."""
-    figure: Literal["heatmap", "sweep", "contrast", "lines", "attention", "rates", "example", "filters"]
+    figure: Literal["heatmap", "sweep", "contrast", "lines", "attention", "rates", "stability", "example", "filters"]
     """heatmap: variants by tasks; sweep: against a number `x`; contrast: by `x`, filtered beside unfiltered; lines: by length;
     attention: how many tokens share it and how much is on the answer; rates: by learning rate, how many seeds found a key filter
-    that solves every length; example: what attention reads in one sequence of recall; filters: taps beside the theorem's."""
+    that solves every length; stability: by learning rate, what every run ended at and what its loss, gradients and attention went
+    through; example: what attention reads in one sequence of recall; filters: taps beside the theorem's."""
     x: Name | None = None
     """The key of a variant that a sweep or a contrast has on its axis."""
 
@@ -303,6 +304,10 @@ def _nothing_to_draw(study: Study, subject: str, ablation: Ablation) -> Iterator
         for variant, model in models.items():
             if not (model.filtered or isinstance(model, Theory)):
                 yield f"{subject} shows filters, and variant {variant!r} has none"
+    if ablation.figure == "stability":
+        for task in shown_tasks(study, ablation):
+            if len(study.tasks[task].train.learning_rates) < 2:
+                yield f"{subject} is drawn against the learning rate, of which task {task!r} has one"
     if ablation.figure == "rates":
         for variant, model in models.items():
             if not (isinstance(model, Attention) and model.keys_decide):

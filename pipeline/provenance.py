@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 
+OUTPUTS = ("dvc.lock", "params.schema.json", "reports", "results", "verdicts", "README.md")
+"""What the study itself writes of what git has: its change is none of the code."""
+
 
 def provenance() -> dict[str, str | bool | None]:
     """`commit` of the checkout and whether it is `dirty`, None outside git; `experiment` under `dvc exp run`."""
     commit = _git("rev-parse", "HEAD")
+    others = [f":(top,exclude){path}" for path in OUTPUTS]
     return {
         "commit": commit,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)) if commit else None,
         "experiment": os.environ.get("DVC_EXP_NAME"),
     }
 

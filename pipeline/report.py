@@ -32,6 +32,7 @@ def report(study: Study) -> None:
     from pipeline.figures import begin, cost, save
     from pipeline.html import page
     from pipeline.results import primary, read_results
+    from pipeline.stability import stability
     from pipeline.tables import found, results_table, verdicts_in_words
     from pipeline.verdicts import read_verdicts
 
@@ -46,6 +47,10 @@ def report(study: Study) -> None:
             parts.append(results_table(study, scores, ablation))
             if ablation.figure == "rates":
                 parts.append(found(study, ablation).to_markdown(index=False))
+            if ablation.figure == "stability":
+                table = stability(study)
+                table = table[table["task"].isin(shown_tasks(study, ablation)) & table["variant"].isin(shown_variants(ablation))]
+                parts.append(_folded("Every run, with the entropy of each head, layers apart by semicolons", table))
             parts.append(_failures(study, ablation, diagnosis))
         parts.append(_what_was_run(study, ablation))
     costs = costs_of(study, scores)
@@ -132,8 +137,11 @@ def _what_was_run(study: Study, ablation: Ablation) -> str:
         sources = ", ".join(f"[results/filters/{task}.csv](../results/filters/{task}.csv)" for task in tasks)
     rows = {
         "filters": "the rows of these variants",
+        "stability": "the rows of these variants, in nats, for every learning rate",
         "example": "the first test sequence of the training length, read by the weights in runs/",
     }.get(ablation.figure, "the rows of these variants whose metric is accuracy, or bits_per_byte on text; curves: every length")
+    if ablation.figure == "stability":
+        sources = "[reports/stability.csv](stability.csv)"
     numbers = f"Numbers: {rows}." if ablation.figure == "example" else f"Numbers: {sources}, {rows}."
     seeds = ", ".join(map(str, study.seeds))
     return f"*What was run*: {len(shown)} cells{others}, with seeds {seeds}. {_trained(shown)} {numbers}"

@@ -15,7 +15,8 @@ from pipeline.params import Study
 
 KEYS = {"task": str, "variant": str, "seed": int, "length": int, "metric": str}
 FILTER = {"variant": str, "seed": int, "layer": int, "stream": str, "row": str, "tap": int, "value": float}
-HISTORY = {"learning_rate": float, "seed": int, "step": int, "train_loss": float, "valid_loss": float, "valid_accuracy": float}
+CURVES = ("train_loss", "peak_loss", "gradient_norm", "valid_loss", "valid_accuracy", "largest_logit")
+HISTORY = {"learning_rate": float, "seed": int, "step": int, **dict.fromkeys(CURVES, float)}
 
 PRIMARY = {"accuracy": "accuracy", "loss": "bits_per_byte"}
 """The metric that stands for a task, by its goal."""
@@ -51,10 +52,11 @@ def primary(study: Study, results: pd.DataFrame) -> pd.DataFrame:
     return results[results["metric"] == metric]
 
 
-def read_history(study: Study, task: str, variant: str, learning_rate: float) -> pd.DataFrame:
-    """The training curves of a cell at its chosen learning rate."""
+def read_history(study: Study, task: str, variant: str, learning_rate: float | None = None) -> pd.DataFrame:
+    """The training curves of a cell at its chosen learning rate; at all of them for None."""
     table = readers.table(RUNS / task / variant / "history.csv", HISTORY)
-    return table[(table["learning_rate"] == learning_rate) & table["seed"].isin(study.seeds)]
+    chosen = table["seed"].isin(study.seeds)
+    return table[chosen if learning_rate is None else chosen & (table["learning_rate"] == learning_rate)]
 
 
 def read_filters(task: str) -> pd.DataFrame:

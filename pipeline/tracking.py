@@ -40,6 +40,15 @@ REST = ARTIFACTS / ".complete"
 STUDY = "study"
 """The experiment that holds the run of the report."""
 _KEY = "cat.key"
+CURVES = {
+    "train_loss": "train/loss",
+    "peak_loss": "train/peak_loss",
+    "gradient_norm": "train/gradient_norm",
+    "valid_loss": "valid/loss",
+    "valid_accuracy": "valid/accuracy",
+    "largest_logit": "attention/largest_logit",
+}
+"""How a column of a history is called here."""
 QUERY = ",.'="
 """What stays as it is in the query of an address."""
 _OFF = "-"
@@ -474,7 +483,7 @@ def _shown(value: Any) -> str:
 
 
 def _curves(history: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
-    for column, name in (("train_loss", "train/loss"), ("valid_loss", "valid/loss"), ("valid_accuracy", "valid/accuracy")):
+    for column, name in CURVES.items():
         known = history.dropna(subset=column)
         for step, value in zip(known["step"], known[column], strict=True):
             yield name, int(step), float(value)
@@ -484,8 +493,7 @@ def _over_seeds(history: pd.DataFrame) -> pd.DataFrame:
     """The mean curve; seeds that stopped early keep their last value."""
     import pandas as pd
 
-    columns = ["train_loss", "valid_loss", "valid_accuracy"]
-    means = {name: history.pivot(index="step", columns="seed", values=name).ffill().mean(axis=1) for name in columns}
+    means = {name: history.pivot(index="step", columns="seed", values=name).ffill().mean(axis=1) for name in CURVES}
     return pd.DataFrame(means).reset_index()
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cat.configuration import Protocol, Schedule, Theory, VariantConfiguration
-from cat.diagnostics import key_filter_solves_every_length
+from cat.diagnostics import head_entropies, key_filter_solves_every_length, largest_logit
 from cat.evaluation import Split, score
 from cat.model import SequenceModel
 from cat.replicas import can_be_stacked, fit_together
 from cat.tasks.base import derive_seed
-from cat.training import Row, Run, build_model, fit
+from cat.training import Row, Run, build_model, fit, look
 from pipeline import compute, runs
 from pipeline.checkpoints import Checkpoint, Keeper
 from pipeline.files import CHECKPOINTS, LOGS, Meta, read_code, read_meta, read_task, whole, write_csv, write_json
@@ -36,7 +36,7 @@ from pipeline.provenance import provenance
 
 TOGETHER = 1 << 18
 """Tokens of a step in which several runs are trained at once; bounds their memory."""
-COLUMNS = ("learning_rate", "seed", "step", "train_loss", "valid_loss", "valid_accuracy")
+COLUMNS = ("learning_rate", "seed", *(field.name for field in fields(Row)))
 
 
 class Setting(NamedTuple):
@@ -88,6 +88,8 @@ class Trained(NamedTuple):
     parameters: int
     solves_every_length: bool | None
     """Whether the key filter meets the condition of cat/diagnostics.py; None where the condition is about something else."""
+    entropy: list[list[float] | None] | None
+    """Of attention on the validation split, by layer and head, in nats; None where the run diverged."""
     config: dict[str, Any]
     weights: dict[str, NDArray[Any]]
     device: str
@@ -156,11 +158,12 @@ def groups(cell: Cell, device: torch.device) -> list[tuple[Job, ...]]:
     """The runs of the cell that are trained at once.
 
     On a GPU, which one small model does not fill, they are as many as have TOGETHER tokens in a step. On a CPU every run is
-    by itself, and so are its last bits.
+    by itself, and so are its last bits; and so is one that is compiled, or takes its batches in parts.
     """
     setting, jobs = cell.setting, cell.jobs
     size = max(1, TOGETHER // (setting.schedule.batch * cell.meta.length))
-    if device.type == "cpu" or isinstance(setting.model, Theory) or not can_be_stacked(setting.model):
+    alone = setting.schedule.compile or setting.schedule.micro_batch is not None
+    if alone or device.type == "cpu" or isinstance(setting.model, Theory) or not can_be_stacked(setting.model):
         size = 1
     return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
 
@@ -191,7 +194,7 @@ def run_jobs(cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: co
                 waiting += [(job,) for job in group]
     report((sum(cell.setting.schedule.steps - steps for steps in told.values()), None))
     outcomes = [(job, trained[job]) for job in jobs]
-    return [_trained(job, run.model, run.history, run.steps, run.stop, device, run.micro_batch) for job, run in outcomes]
+    return [_trained(cell, job, run.model, run.history, run.steps, run.stop, device, run.micro_batch) for job, run in outcomes]
 
 
 def _standing(cell: Cell, jobs: tuple[Job, ...], device: torch.device) -> list[tuple[Job, ...]]:
@@ -254,8 +257,8 @@ def _prescribe(cell: Cell, job: Job, device: torch.device, report: compute.Repor
     _, valid = _splits(cell.task, device)
     scores = score(model, valid, precision=cell.setting.precision)
     report((cell.setting.schedule.steps, None))
-    row = Row(step=0, train_loss=math.nan, valid_loss=scores.loss, valid_accuracy=scores.accuracy)
-    return _trained(job, model, [row], 0, "theorem", device)
+    row = look(0, [math.nan], [math.nan], scores.loss, scores.accuracy, largest_logit(model, valid.inputs))
+    return _trained(cell, job, model, [row], 0, "theorem", device)
 
 
 @functools.lru_cache(maxsize=2)
@@ -264,6 +267,7 @@ def _splits(task: str, device: torch.device) -> tuple[Split, Split]:
 
 
 def _trained(
+    cell: Cell,
     job: Job,
     model: SequenceModel,
     history: list[Row],
@@ -279,6 +283,7 @@ def _trained(
         stop,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         solves_every_length=key_filter_solves_every_length(model),
+        entropy=None if stop == "diverged" else head_entropies(model, _splits(cell.task, device)[1].inputs),
         config=model.config.model_dump(mode="json", exclude_defaults=True),
         weights={name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()},
         device=compute.describe(device),
@@ -302,6 +307,7 @@ def _summary(outcomes: list[Trained]) -> dict[str, Any]:
                 "stop": outcome.stop,
                 "steps": outcome.steps,
                 "solves_every_length": outcome.solves_every_length,
+                "attention_entropy": outcome.entropy,
                 "valid_loss": outcome.history[-1].valid_loss if outcome.history and not outcome.diverged else None,
                 "valid_accuracy": outcome.history[-1].valid_accuracy if outcome.history and not outcome.diverged else None,
                 **({"micro_batch": outcome.micro_batch} if outcome.micro_batch else {}),

@@ -8,7 +8,14 @@ from pydantic import TypeAdapter
 
 from cat import theory
 from cat.configuration import ModelConfiguration
-from cat.diagnostics import attention_statistics, attention_weights, filter_taps, key_filter_solves_every_length
+from cat.diagnostics import (
+    attention_statistics,
+    attention_weights,
+    filter_taps,
+    head_entropies,
+    key_filter_solves_every_length,
+    largest_logit,
+)
 from cat.tasks import Copying, Recall, generator
 from cat.training import build_model
 from tests.twins import normal
@@ -247,3 +254,46 @@ def test_the_condition_is_about_one_kind_of_model_alone(changes):
     assert it.config.keys_decide
     assert not other.config.keys_decide
     assert key_filter_solves_every_length(build(mixer="linear", k=3)) is None
+
+
+# What goes before divergence.
+
+
+@pytest.mark.parametrize("position", ["none", "rotary", "alibi"])
+@pytest.mark.parametrize("kind", [{"mixer": "attention", "k": 3}, {"mixer": "landmark", "block": 13, "top": 1}])
+def test_the_logits_are_what_the_softmax_is_taken_of(kind, position):
+    if kind["mixer"] == "landmark" and position == "alibi":
+        pytest.skip("refused")
+    model = build(**kind, position=position, layers=2).double()
+    inputs = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    x, largest = model.embedding(inputs), []
+    for block in model.layers():
+        mixer, normed = block.mixer, block.mixer_norm(x)
+        q, k, *_ = mixer.streams(mixer.project(normed))
+        logits = mixer.logits(q, k)
+        torch.testing.assert_close(logits.softmax(-1), attention_weights(mixer, normed))
+        largest.append(logits.max().item())
+        x = block(x)
+    assert largest_logit(model, inputs) == pytest.approx(max(largest))
+
+
+def test_what_has_no_softmax_has_no_logits_and_keys_that_grow_have_large_ones():
+    inputs = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    assert largest_logit(build(mixer="linear"), inputs) is None
+    model = build(mixer="attention")
+    before = largest_logit(model, inputs)
+    with torch.no_grad():
+        model.layers()[0].mixer.projection.weight[:12] *= 10  # of the queries
+    assert largest_logit(model, inputs) == pytest.approx(10 * before, rel=1e-4)
+
+
+def test_the_entropy_of_each_head_is_that_of_its_attention():
+    inputs = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    model = build(mixer="attention", layers=2)
+    with torch.no_grad():
+        model.layers()[1].mixer.projection.weight[:6] = 0  # the queries of the first head, which then reads all alike
+    first, second = head_entropies(model, inputs)
+    even = sum(math.log(n) for n in range(1, LENGTH + 1)) / LENGTH
+    assert second[0] == pytest.approx(even, rel=1e-5)
+    assert all(0 < entropy < even for entropy in (*first, second[1]))
+    assert head_entropies(build(mixer="delta"), inputs) == [None]

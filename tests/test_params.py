@@ -388,8 +388,8 @@ RULES = {
     "task twice across": ({"ablations.ngram.across": ["ar", "ar"]}, "ablations.ngram: across has 'ar' twice"),
     "figure that there is not": (
         {"ablations.ngram.figure": "line"},
-        'ablations.ngram.figure = "line": is not heatmap or sweep or contrast or lines or attention or rates or example or'
-        " filters; did you mean 'lines'?",
+        'ablations.ngram.figure = "line": is not heatmap or sweep or contrast or lines or attention or rates or stability or'
+        " example or filters; did you mean 'lines'?",
     ),
     "attention of what attends to nothing": (
         {"ablations.baselines.figure": "attention"},
@@ -456,6 +456,14 @@ RULES = {
         "tasks.ar.train.batch = 257: is more than the 256 training examples",
     ),
     "seed twice": ({"seeds": [3, 0, 3]}, "seeds = [3, 0, 3] has a seed twice"),
+    "micro-batch of a whole batch": (
+        {"tasks.ar.train.micro_batch": 16},
+        "tasks.ar.train: micro_batch = 16 is no part of batch = 16; it must be smaller",
+    ),
+    "stability at one learning rate": (
+        {"ablations.dilation.figure": "stability", "ablations.dilation.x": MISSING},
+        "ablations.dilation: figure = stability is drawn against the learning rate, of which task 'nar' has one",
+    ),
     "learning rate twice": (
         {"tasks.ar.train.learning_rates": [0.01, 1e-2]},
         "tasks.ar.train: learning_rates = [0.01, 0.01] has a value twice",

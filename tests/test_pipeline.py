@@ -76,7 +76,9 @@ def outputs():
     found = {}
     for folder in ("runs/ar", "data", "results", "reports/figures", "reports/svg", "reports/metrics"):
         found |= digests(Path(folder))
-    return found | {name: Path("reports", name).read_bytes() for name in ("lengths.csv", "diagnosis.csv", "headline.md")}
+    return found | {
+        name: Path("reports", name).read_bytes() for name in ("lengths.csv", "diagnosis.csv", "stability.csv", "headline.md")
+    }
 
 
 def test_a_cell_is_the_same_whatever_else_is_trained(study):
@@ -124,10 +126,10 @@ def test_foreign_weights_are_refused_in_words(study):
 
 
 def trained(rate, seed, *, accuracy=0.5, loss=1.0, stop="steps"):
-    from cat.training import Row
+    from cat.training import look
 
-    row = Row(step=1, train_loss=loss, valid_loss=loss, valid_accuracy=accuracy)
-    return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, None, {}, {}, "CPU")
+    row = look(1, [loss], [1.0], loss, accuracy, None)
+    return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, None, None, {}, {}, "CPU")
 
 
 def test_the_validation_split_chooses_the_learning_rate():

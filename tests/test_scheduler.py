@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from cat.training import Row
+from cat.training import look
 from pipeline import compute, scheduler
 from pipeline.files import read_json
 from pipeline.grid import cells
@@ -265,7 +265,7 @@ def test_progress_shows_what_is_in_work_and_says_what_has_ended(study):
     (none, k) = (stage.cell for stage in scheduler.stale_cells())
     said = io.StringIO()
     with Progress([none, k], 2, Console(file=said, width=100)) as progress:
-        progress.advance(none, 2, Row(step=2, train_loss=2.5, valid_loss=3.5, valid_accuracy=0.25))
+        progress.advance(none, 2, look(2, [2.5], [1.0], 3.5, 0.25, None))
         shown = io.StringIO()
         Console(file=shown, width=100).print(progress.table())
         assert re.search(r"copying none +2 of 10 +2.500 +0.250 +0:00 *\n0 of 2 cells, 10% of the steps", shown.getvalue())

@@ -2,12 +2,16 @@
 
 import itertools
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import cat.training
 from cat.configuration import Attention, Protocol, Schedule
 from cat.evaluation import Scores, Split, continuation, score
+from cat.model import SequenceModel
 from cat.optimizer import AdamW
 from cat.training import _batches, build_model, decayed_or_not, fit, rate
 
@@ -31,9 +35,9 @@ def examples(count=96, seed=0):
     return inputs, targets
 
 
-def run(*, seed=0, steps=30, rate=0.03, batch=16, protocol=PROTOCOL, stop_early=True, **changes):
+def run(*, seed=0, steps=30, rate=0.03, batch=16, protocol=PROTOCOL, stop_early=True, how=None, **changes):
     model = build_model(config(**changes), vocabulary=VOCABULARY, length=LENGTH, seed=seed)
-    schedule = Schedule(steps=steps, batch=batch, learning_rates=[rate])
+    schedule = Schedule(steps=steps, batch=batch, learning_rates=[rate], **(how or {}))
     valid = successor(32, seed=1)
     return fit(
         model, successor(), valid, protocol=protocol, schedule=schedule, learning_rate=rate, seed=seed, stop_early=stop_early
@@ -239,3 +243,59 @@ def test_a_step_is_that_of_torch(clip):
             group["lr"] = 0.01 * (step + 1)
         theirs.step()
     torch.testing.assert_close(first, second)
+
+
+def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(monkeypatch):
+    sizes, answers = [], SequenceModel.answers
+
+    def counted(model, tokens, at):
+        sizes.append(len(tokens))
+        return answers(model, tokens, at)
+
+    whole = run(steps=6)
+    monkeypatch.setattr(SequenceModel, "answers", counted)
+    parts = run(steps=6, how={"micro_batch": 6})
+    assert sizes[:3] == [6, 6, 4]
+    assert parts.micro_batch == 6
+    for mine, theirs in zip(parts.history, whole.history, strict=True):
+        assert mine.train_loss == pytest.approx(theirs.train_loss, rel=1e-4)
+        assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3)
+
+
+COMPILED = """
+from tests.test_training import run
+
+plain, *compiled = run(steps=6), run(steps=6, how={"compile": True}), run(steps=6, how={"compile": True, "micro_batch": 6})
+for one in compiled:
+    for mine, theirs in zip(one.history, plain.history, strict=True):
+        assert abs(mine.train_loss - theirs.train_loss) < 1e-4 * theirs.train_loss, (mine, theirs)
+        assert abs(mine.valid_loss - theirs.valid_loss) < 1e-3 * theirs.valid_loss, (mine, theirs)
+"""
+
+
+@pytest.mark.long
+def test_a_compiled_step_is_the_same_step():
+    # By itself, since shapes that are checked as in these tests are not known to the compiler.
+    subprocess.run([sys.executable, "-c", COMPILED], check=True)
+
+
+def test_a_look_tells_what_became_of_the_steps_before_it(monkeypatch):
+    losses, norms = [], []
+    step, backward = AdamW.step, cat.training.backward
+
+    def seen(*arguments, **options):
+        loss, micro_batch = backward(*arguments, **options)
+        losses.append(loss.item())
+        return loss, micro_batch
+
+    def measured(optimizer, rate):
+        norms.append(torch.cat([p.grad.flatten() for p in optimizer.parameters if p.grad is not None]).norm().item())
+        return step(optimizer, rate)
+
+    monkeypatch.setattr(cat.training, "backward", seen)
+    monkeypatch.setattr(AdamW, "step", measured)
+    for look, row in enumerate(run(steps=10, protocol=PROTOCOL.model_copy(update={"clip": 1e-3})).history):
+        here = slice(5 * look, 5 * look + 5)
+        assert row.train_loss == pytest.approx(sum(losses[here]) / 5)
+        assert row.peak_loss == max(losses[here])
+        assert row.gradient_norm == pytest.approx(max(norms[here]), rel=1e-5)  # of all of it, before it is clipped

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cat.attention import logits
 from cat.configuration import Landmark
 from cat.filters import ExplicitFilter
 from cat.landmark import landmark_attend
@@ -48,3 +49,9 @@ class LandmarkAttention(Streams):
         if self.config.position == "rotary":
             q, k, summary = rotate(q), rotate(k), rotate(summary)
         return landmark_attend(q, k, v, summary, scale=self.scale, block=self.block, top=self.top, reach=self.reach, at=at)
+
+    def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
+        """Whichever blocks are read."""
+        if self.config.position == "rotary":
+            q, k = rotate(q), rotate(k)
+        return logits(q, k, scale=self.scale)

@@ -56,6 +56,10 @@ class Streams(Mixer):
     def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         """What the heads read off the values, causally, at every position or at positions `at`."""
 
+    def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"] | None:
+        """What the softmax of q and k is taken of, -inf where nothing is read; None where there is none."""
+        return None
+
     def streams(self, projected: Projected) -> tuple[Heads, ...]:
         """What is mixed: filtered q, k and v, q and k scaled."""
         q, k, v = self.filtered(projected)

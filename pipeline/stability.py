@@ -1,0 +1,59 @@
+"""How stable training is, by learning rate: what every run ended at, spikes of its loss, its gradients, its attention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from pipeline import runs
+from pipeline.grid import variants_on
+from pipeline.params import Study, shown_tasks
+from pipeline.results import read_history
+
+MEASURES = {
+    "valid_loss": "validation loss at the end, nats",
+    "loss_rise": "largest rise of the loss in a step, nats",
+    "gradient_norm": "largest gradient norm after warm-up",
+    "largest_logit": "largest attention logit",
+    "entropy": "entropy of attention at the end, nats",
+}
+"""Of a run, with what they are called in a figure."""
+COLUMNS = ("task", "variant", "learning_rate", "seed", "stop", *MEASURES, "entropy_by_head")
+
+
+def stability(study: Study) -> pd.DataFrame:
+    """A row a run of every `stability` figure. A run that diverged has no loss and no entropy; what has no softmax, no logits.
+
+    `loss_rise` is how far the loss of one step stood above the lowest mean between two looks before it. `entropy_by_head` has the
+    heads of a layer apart by spaces, the layers by semicolons.
+    """
+    shown = [a for a in study.ablations.values() if a.figure == "stability"]
+    cells = [(t, v) for a in shown for t in shown_tasks(study, a) for v in (*a.beside, *a.variants) if v in variants_on(study, t)]
+    rows = []
+    for task, variant in dict.fromkeys(cells):
+        history = read_history(study, task, variant)
+        after = study.train.warmup * study.tasks[task].train.steps
+        for run in runs.read_summary(task, variant)["runs"]:
+            if run["seed"] in study.seeds:
+                own = history[(history["learning_rate"] == run["learning_rate"]) & (history["seed"] == run["seed"])]
+                rows.append({"task": task, "variant": variant, **_of_run(run, own, after)})
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _of_run(run: dict[str, Any], history: pd.DataFrame, after: float) -> dict[str, Any]:
+    lowest = history["train_loss"].cummin().shift()
+    layers = [heads for heads in run["attention_entropy"] or () if heads is not None]
+    entropies = [entropy for heads in layers for entropy in heads]
+    return {
+        "learning_rate": run["learning_rate"],
+        "seed": run["seed"],
+        "stop": run["stop"],
+        "valid_loss": run["valid_loss"],
+        "loss_rise": max((history["peak_loss"] - lowest).max(), 0.0),
+        "gradient_norm": history.loc[history["step"] > after, "gradient_norm"].max(),
+        "largest_logit": history["largest_logit"].max(),
+        "entropy": sum(entropies) / len(entropies) if entropies else math.nan,
+        "entropy_by_head": "; ".join(" ".join(f"{entropy:.3f}" for entropy in heads) for heads in layers),
+    }
