@@ -124,7 +124,13 @@ def test_weights_are_causal_shares_and_what_the_mixer_reads_with(parameters):
 
 
 @pytest.mark.parametrize(
-    "parameters", [{"mixer": "delta", **STREAMS}, {"mixer": "mamba"}, {"mixer": "hyena", "conv": 2, "filter_size": 3}]
+    "parameters",
+    [
+        {"mixer": "delta", **STREAMS},
+        {"mixer": "gla", **STREAMS, "gate_rank": 2},
+        {"mixer": "mamba"},
+        {"mixer": "hyena", "conv": 2, "filter_size": 3},
+    ],
 )
 def test_what_attends_to_nothing_has_no_statistics(parameters):
     config = TypeAdapter(ModelConfiguration).validate_python({"width": 12, "layers": 2, **{**parameters, "layers": 2}})

@@ -13,9 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from cat.attention import naive_attend
-from cat.configuration import Attention, AttentionModel, Delta, Model, ModelConfiguration
+from cat.configuration import Attention, AttentionModel, Delta, GatedLinear, Model, ModelConfiguration
 from cat.convolution import naive_filter_channels, naive_filter_heads, naive_mix_heads
 from cat.delta import naive_delta_rule
+from cat.gated_linear_attention import naive_gated_linear_attend
 from cat.landmark import grouped_matmul, landmark_attend, naive_landmark_attend
 from cat.linear_attention import features, linear_attend, naive_linear_attend
 from cat.mixers import build_mixer
@@ -98,6 +99,11 @@ BATTERY = {
     "delta_k": {"mixer": "delta", **STREAMS, "k": "full", "position": "learned"},
     "delta_all": {"mixer": "delta", **STREAMS, **UNSCALED, "position": "sinusoidal", "gate": True},
     "delta_state": {"mixer": "delta", **STREAMS, **GENERATED},
+    "gla": {"mixer": "gla", **STREAMS, "gate_rank": 5},
+    "gla_q": {"mixer": "gla", **STREAMS, "q": 3, "gate_rank": 1, "output_gate": True},
+    "gla_k": {"mixer": "gla", **STREAMS, "k": "full", "position": "learned", "gate_rank": 7},
+    "gla_all": {"mixer": "gla", **STREAMS, **UNSCALED, "position": "sinusoidal", "gate_rank": WIDTH, "output_gate": True},
+    "gla_state": {"mixer": "gla", **STREAMS, **GENERATED, "gate_rank": 3},
     "hyena": {"mixer": "hyena", "conv": 3, "filter_size": 5},
     "hyena_small": {"mixer": "hyena", "conv": 1, "filter_size": 2},
     "mamba": {"mixer": "mamba"},
@@ -139,11 +145,11 @@ def test_the_battery_covers_every_mixer_and_every_switch():
     for member in members:
         for name in set(member.model_fields) - set(Model.model_fields) - {"mixer", "heads"}:
             values = {getattr(c, name) for c in configurations if type(c) is member}
-            if member is Delta and name in ("qk_norm", "temperature"):
-                continue  # refused: its rows have unit length always
+            if member in (Delta, GatedLinear) and name in ("qk_norm", "temperature"):
+                continue  # refused: rows of the one have unit length always, and so has what the other reads
             assert len(values) > 1, f"{member.__name__}.{name} has one value only"
         if issubclass(member, AttentionModel):
-            refused = {Attention: set(), Delta: {"alibi", "rotary"}}.get(member, {"alibi"})
+            refused = {Attention: set(), Delta: {"alibi", "rotary"}, GatedLinear: {"alibi", "rotary"}}.get(member, {"alibi"})
             positions = {c.position for c in configurations if type(c) is member}
             assert positions == {"none", "rotary", "alibi", "learned", "sinusoidal"} - refused
 
@@ -274,6 +280,7 @@ def test_a_mixer_is_its_naive_twin(name, length, monkeypatch):
             patch.setattr("cat.mixers.based.taylor_attend", naive_taylor_attend)
             patch.setattr("cat.mixers.performer.performer_attend", naive_performer_attend)
             patch.setattr("cat.mixers.delta.delta_rule", naive_delta_rule)
+            patch.setattr("cat.mixers.gla.gated_linear_attend", naive_gated_linear_attend)
             return run(x, *weights)
 
     assert_twins(run, run_naively, hidden(length), *mixer.parameters())
@@ -598,6 +605,7 @@ AS_LARGE = {
     "performer": {**CAT, "mixer": "performer", "features": 64, "q": None, "k": None, "qk_norm": False},
     "delta": {**CAT, "mixer": "delta", "v": 4, "sharing": "channel", "qk_norm": False},
     "gated delta": {**CAT, "mixer": "delta", "v": 4, "sharing": "channel", "qk_norm": False, "gate": True},
+    "gla": {**CAT, "mixer": "gla", "q": None, "k": None, "qk_norm": False, "gate_rank": 16},
     "mamba": {"mixer": "mamba", "width": 64, "expand": 1},
     "hyena": {"mixer": "hyena", "width": 64, "conv": 4, "filter_size": 32},
 }

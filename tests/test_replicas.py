@@ -88,14 +88,14 @@ def test_every_mixer_that_can_be_stacked_trains_as_it_does_alone(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["attention_all", "linear_q", "landmark_all", "based_q", "performer_q", "delta_q", "hyena", "mamba"]
+    "name", ["attention_all", "linear_q", "landmark_all", "based_q", "performer_q", "delta_q", "gla_q", "hyena", "mamba"]
 )
 def test_every_seed_with_every_learning_rate(name):
     assert_same(*train_both(BATTERY[name], grid=[(seed, rate) for seed in (0, 1, 2) for rate in (0.01, 0.003)]))
 
 
 @pytest.mark.parametrize(
-    ("name", "length"), [("attention_channel", 131), ("attention_mixing", 257), ("hyena", 131), ("delta", 5)]
+    ("name", "length"), [("attention_channel", 131), ("attention_mixing", 257), ("hyena", 131), ("delta", 5), ("gla", 5)]
 )
 def test_lengths_at_which_other_algorithms_run(name, length):
     assert_same(*train_both(BATTERY[name], length=length))

@@ -4,7 +4,7 @@ A mixer is built as `Class(config, length)`; base.py says what it does. Only the
 imported, so a run depends on the code of its own mixer alone.
 """
 
-from cat.configuration import Attention, Based, Delta, Hyena, Landmark, Linear, Mamba, Model, Performer
+from cat.configuration import Attention, Based, Delta, GatedLinear, Hyena, Landmark, Linear, Mamba, Model, Performer
 from cat.mixers.base import Mixer
 
 
@@ -31,6 +31,10 @@ def build_mixer(config: Model, length: int) -> Mixer:
             from cat.mixers.delta import DeltaRule
 
             return DeltaRule(config, length)
+        case GatedLinear():
+            from cat.mixers.gla import GatedLinearAttention
+
+            return GatedLinearAttention(config, length)
         case Landmark():
             from cat.mixers.landmark import LandmarkAttention
 
