@@ -214,6 +214,10 @@ ITEMS = [
 PLAIN = {"mixer": "attention", "width": 16, "layers": 1, "heads": 2, "position": "none"}
 BASED, PERFORMER = PLAIN | {"mixer": "based", "window": 4}, PLAIN | {"mixer": "performer", "features": 8}
 DELTA, HYENA = PLAIN | {"mixer": "delta"}, {"mixer": "hyena", "width": 16, "layers": 1, "conv": 3, "filter_size": 4}
+GLA, UNDONE = (
+    PLAIN | {"mixer": "gla", "gate_rank": 4},
+    "gated linear attention normalises what it reads, which undoes any temperature",
+)
 KNOWN = {"mixer": "theory"}
 WITHOUT = "without a filter on q, k or v"
 TAPS = "is not full or network or decay or state"
@@ -252,8 +256,14 @@ LINES = [
     (DELTA, {"position": "rotary"}, ": rotary position turns keys that the delta rule compares; use none, learned or sinusoidal"),
     (DELTA, {"qk_norm": True}, ": qk_norm = true: the delta rule has unit keys and queries always, and no temperature"),
     (DELTA, {"temperature": True}, ": temperature = true: the delta rule has unit keys and queries always, and no temperature"),
+    (GLA, {"position": "alibi"}, f"{SOFTMAX} gated linear attention has none"),
+    (GLA, {"position": "rotary"}, ": rotary position turns pairs of channels that decay apart; use none, learned or sinusoidal"),
+    (GLA, {"qk_norm": True}, f": qk_norm = true: {UNDONE}"),
+    (GLA, {"temperature": True}, f": temperature = true: {UNDONE}"),
+    (GLA, {"gate_rank": 17}, ": gate_rank = 17 is more than width = 16, the rank of any map of a token"),
     (PLAIN, {"window": 4}, ".window = 4: mixer 'attention' has no window"),
     (PLAIN, {"features": 4}, ".features = 4: mixer 'attention' has no features"),
+    (PLAIN, {"output_gate": True}, ".output_gate = true: mixer 'attention' has no output_gate"),
     (PLAIN, {"gate": True}, ".gate = true: mixer 'attention' has no gate"),
     (PLAIN, {"summary": 4}, ".summary = 4: mixer 'attention' has no stream summary to filter"),
     (HYENA, {"k": 3}, ".k = 3: mixer 'hyena' has no stream k to filter"),
@@ -278,11 +288,13 @@ LINES = [
     (BASED, {"window": "full"}, '.window = "full": is not a whole number'),
     (PERFORMER, {"features": 0}, ".features = 0: must be greater than or equal to 1"),
     (DELTA, {"gate": 1}, ".gate = 1: is not true or false"),
+    (GLA, {"gate_rank": 0}, ".gate_rank = 0: must be greater than or equal to 1"),
     (HYENA, {"conv": 0}, ".conv = 0: must be greater than or equal to 1"),
     (HYENA, {"filter_size": "network"}, '.filter_size = "network": is not a whole number'),
     # Values that are missing.
     (PLAIN, {"mixer": "based"}, ".window: is missing"),
     (PLAIN, {"mixer": "performer"}, ".features: is missing"),
+    (PLAIN, {"mixer": "gla"}, ".gate_rank: is missing"),
     (HYENA, {"conv": MISSING}, ".conv: is missing"),
     (HYENA, {"filter_size": MISSING}, ".filter_size: is missing"),
 ]
@@ -395,14 +407,14 @@ RULES = {
         {"ablations.baselines.figure": "attention"},
         *(
             f"ablations.baselines: figure = attention shows weights of attention, and variant {variant!r} has none"
-            for variant in ("delta", "mamba", "hyena")
+            for variant in ("delta", "gla", "mamba", "hyena")
         ),
     ),
     "attention with turned features": (
         {"variants.linear.position": "rotary", "ablations.baselines.figure": "attention"}
         | {"ablations.baselines.variants": ["linear"], "ablations.kinds.variants": ["qk_channel", "qk_mixing", "qk_network"]}
         | {"ablations.streams.beside": ["theory", "linear"]}
-        | {"ablations.state.variants": ["qk_state", "based", "performer", "delta", "mamba", "hyena"]},
+        | {"ablations.state.variants": ["qk_state", "based", "performer", "delta", "gla", "mamba", "hyena"]},
         "ablations.baselines: figure = attention shows weights of attention, and variant 'linear' has none",
     ),
     "rates of a filter on other streams": (

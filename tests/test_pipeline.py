@@ -197,7 +197,7 @@ def test_attention_and_filters_are_looked_at_at_the_training_length(study):
     results = read_results(params.load())
     looks = results[results["metric"].str.startswith("attention_")]
     assert (looks["multiple"] == 1).all()
-    assert not looks["variant"].isin(["mamba", "hyena", "delta"]).any()
+    assert not looks["variant"].isin(["mamba", "hyena", "delta", "gla"]).any()
     names = looks.groupby(["task", "variant"])["metric"].agg(set)
     assert names["ar", "qk"] == {"attention_entropy_1", "attention_on_answer_1"}
     assert names["copying", "qk_l2"] == names["ar", "qk"] | {"attention_entropy_2", "attention_on_answer_2"}
@@ -386,7 +386,10 @@ def executed_by(monkeypatch, *arguments):
         ("generate@text", ("generate", "text")),
         ("train_streams@ar-qk", ("train", "ar", "qk")),
         ("train_position@ar-learned", ("train", "ar", "learned")),
-        *((f"train_baselines@ar-{name}", ("train", "ar", name)) for name in ("based", "performer", "delta", "mamba", "hyena")),
+        *(
+            (f"train_baselines@ar-{name}", ("train", "ar", name))
+            for name in ("based", "performer", "delta", "gla", "mamba", "hyena")
+        ),
         ("train_landmark@ar-landmark", ("train", "ar", "landmark")),
         ("train_theory@ar-theory", ("train", "ar", "theory")),
         ("train_theory@copying-theory", ("train", "copying", "theory")),
