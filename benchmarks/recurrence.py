@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, compared, normal, passes
 from cat.delta import delta_rule, naive_delta_rule
+from cat.gated_linear_attention import gated_linear_attend, naive_gated_linear_attend
 from cat.linear_attention import linear_attend, naive_linear_attend
 from cat.state_space import naive_selective_scan, selective_scan
 
@@ -20,10 +21,15 @@ Operation = Callable[..., Tensor]
 
 
 def scan(*, length: int = 1024, batch: int = 1) -> Benchmark:
-    """Each at width 64: one head for the delta rule and linear attention, 128 channels of 16 numbers for the state space."""
+    """Each at width 64: one head for the delta rule and the linear attentions, 128 channels of 16 numbers for the state space."""
     operations: dict[str, tuple[Operation, Operation, Callable[[int, int], list[Tensor]]]] = {
         "selective state space": (selective_scan, naive_selective_scan, state_space),
         "gated delta rule": (delta_rule, naive_delta_rule, gated),
+        "gated linear attention": (
+            partial(gated_linear_attend, scale=1 / 8),
+            partial(naive_gated_linear_attend, scale=1 / 8),
+            forgetting,
+        ),
         "linear attention": (linear_attend, naive_linear_attend, plain),
     }
     cases = [
@@ -54,6 +60,11 @@ def state_space(batch: int, length: int) -> list[Tensor]:
 def gated(batch: int, length: int) -> list[Tensor]:
     q, k, v, beta, step = normal(*[(batch, 1, length, 64)] * 3, *[(batch, 1, length)] * 2)
     return [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, beta.sigmoid(), -F.softplus(step - 3)]
+
+
+def forgetting(batch: int, length: int) -> list[Tensor]:
+    q, k, v, gate = normal(*[(batch, 1, length, 64)] * 4)
+    return [q, k, v, F.logsigmoid(gate) / 16]
 
 
 def plain(batch: int, length: int) -> list[Tensor]:
