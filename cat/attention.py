@@ -31,6 +31,14 @@ def logits(q: Heads, k: Heads, *, scale: float, bias: Float[Tensor, "H L L"] | N
     return scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
 
 
+def attend_last(
+    q: Float[Tensor, "B H A C"], k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H A L"] | None = None
+) -> Float[Tensor, "B H A E"]:
+    """Dense causal attention of the last A tokens alone: their queries, and their rows of a `bias`."""
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if bias is None else bias, scale=scale)
+
+
 def naive_attend(
     q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None, at: Asked | None = None
 ) -> Float[Tensor, "B H _ E"]:

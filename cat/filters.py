@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import Taps
@@ -60,6 +61,16 @@ class Filter(nn.Module, ABC):
     def generate(self, length: int) -> Tensor:
         """The taps (*rows, W) for a sequence of `length` tokens."""
 
+    @property
+    def reach(self) -> int | None:
+        """How many tokens before the present one are seen; None for all of them."""
+        return None
+
+    @property
+    def steady(self) -> bool:
+        """Whether the taps stay what they are in a longer sequence: generated ones have a larger sum there to be divided by."""
+        return self.reach is not None or not self.layout.norm
+
     def response(self, length: int) -> Tensor:
         """The taps that are applied to a sequence of `length` tokens, normalised where that is asked for."""
         taps = self.generate(length)
@@ -78,6 +89,16 @@ class Filter(nn.Module, ABC):
             case _:
                 y = mix_heads(x, taps, dilation=self.dilation)
         return y if self.bias is None else y + self.bias
+
+    def read(self, x: Heads, before: Float[Tensor, "B H R C"]) -> tuple[Heads, Float[Tensor, "B H S C"]]:
+        """The outputs of tokens that follow upon those `before`, and the last rows, as many as those that come next will see.
+
+        A filter that reaches back to the first token keeps all rows, whatever generates its taps, and is applied to all of them.
+        """
+        whole = torch.cat([before, x], dim=2)
+        length = whole.shape[2]
+        kept = length if self.reach is None else min(self.reach, length)
+        return self(whole)[:, :, length - x.shape[2] :], whole[:, :, length - kept :]
 
     def _initial(self, size: int, init: Init) -> tuple[Tensor, Tensor]:
         """`size` random numbers a row, and what tap 0 has besides them: little beside the identity, or all there is."""
@@ -105,6 +126,10 @@ class ExplicitFilter(Filter):
 
     def generate(self, length: int) -> Tensor:
         return self.taps
+
+    @property
+    def reach(self) -> int:
+        return (self.taps.shape[-1] - 1) * self.dilation
 
 
 class DecayFilter(Filter):

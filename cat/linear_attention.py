@@ -6,6 +6,8 @@ With rotary position the features of the numerator are turned, those of the deno
 the denominator stays positive, and a weight depends on its distance alone.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -25,6 +27,33 @@ def linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Val
     if rotary:
         q, k = rotate(q), rotate(k)
     return causal_sum(q, k, v) / total
+
+
+class Sums(NamedTuple):
+    """What linear attention needs of the tokens so far, however many they are."""
+
+    keys: Float[Tensor, "B H 1 C"]
+    """Of phi(k_j)."""
+    products: Float[Tensor, "B H C E"]
+    """Of phi(k_j) v_j^T, with turned features where there is rotary position."""
+
+
+def linear_attend_next(
+    q: Heads, k: Heads, v: Values, sums: Sums | None, *, start: int, rotary: bool = False
+) -> tuple[Values, Sums]:
+    """Linear attention of tokens from `start` on, to themselves and to those of `sums`; and the sums of all.
+
+    `sums` is None before the first token.
+    """
+    q, k = features(q), features(k)
+    keys = k.cumsum(2) if sums is None else sums.keys + k.cumsum(2)
+    total = (q * keys).sum(-1, keepdim=True)
+    if rotary:
+        q, k = rotate(q, start=start), rotate(k, start=start)
+    own, read = k.mT @ v, causal_sum(q, k, v)
+    if sums is None:
+        return read / total, Sums(keys[:, :, -1:], own)
+    return (read + q @ sums.products) / total, Sums(keys[:, :, -1:], sums.products + own)
 
 
 def naive_linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:

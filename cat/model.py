@@ -7,6 +7,7 @@ A block without an MLP is its mixer alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from cat.configuration import AttentionModel, ModelConfiguration
 from cat.mixers import build_mixer
+from cat.mixers.base import Memory
 from cat.position import sinusoidal, take
 from cat.types import Asked, Hidden, Tokens
 
@@ -52,8 +54,7 @@ class SequenceModel(nn.Module):
 
     def hidden(self, tokens: Tokens, at: Asked | None = None) -> Float[Tensor, "B _ D"]:
         """What the head reads at positions `at`. Raises ValueError where the sequence is longer than learned positions reach."""
-        if self.longest is not None and tokens.shape[1] > self.longest:
-            raise ValueError(f"learned positions reach {self.longest} tokens, not {tokens.shape[1]}")
+        self.check_length(tokens.shape[1])
         first, *others = self.layers()
         x = self.embedding(tokens)
         projected = None
@@ -64,6 +65,38 @@ class SequenceModel(nn.Module):
         for block in others:
             x = block(x, at if block is others[-1] else None)
         return self.norm(x)
+
+    @property
+    def steady(self) -> bool:
+        """Whether the logits of a sequence stay what they are when more tokens follow.
+
+        They do not where taps that are generated for the length of the sequence are divided by their sum, `filter_norm`.
+        """
+        return all(block.mixer.steady for block in self.layers())
+
+    def read(self, tokens: Tokens, memories: Sequence[Memory] = ()) -> tuple[Float[Tensor, "B V"], list[Memory]]:
+        """Logits of the token after `tokens`, which follow upon those of `memories`; and the memories of all of them.
+
+        The logits are what `forward` has at the last position of the whole sequence. There is a memory a block, none before the
+        first token; a model that is not `steady` remembers the tokens and reads all of them anew. Raises ValueError as `hidden`.
+        """
+        if not self.steady:
+            whole = torch.cat([*(memory.kept["tokens"] for memory in memories), tokens], dim=1)
+            last = torch.full_like(whole[:, :1], whole.shape[1] - 1)
+            return self.answers(whole, last)[:, 0], [Memory(whole.shape[1], {"tokens": whole})]
+        memories = memories or [Memory()] * len(self.blocks)
+        start = memories[0].length
+        self.check_length(start + tokens.shape[1])
+        x, read = self.embedding(tokens, start), list[Memory]()
+        for block, memory in zip(self.layers(), memories, strict=True):
+            x, memory = block.read(x, memory)
+            read.append(memory)
+        return self.head(self.norm(x[:, -1])), read
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError where a sequence is longer than learned positions reach."""
+        if self.longest is not None and length > self.longest:
+            raise ValueError(f"learned positions reach {self.longest} tokens, not {length}")
 
     def layers(self) -> list[Block]:
         """The blocks, first to last."""
@@ -82,13 +115,14 @@ class Embedding(nn.Module):
         if self.scheme == "learned":
             self.position = nn.Parameter(torch.randn(length, config.width) * config.width**-0.5)
 
-    def forward(self, tokens: Tokens) -> Hidden:
+    def forward(self, tokens: Tokens, start: int = 0) -> Hidden:
+        """Of tokens whose first one is at position `start`."""
         x, length = self.token(tokens), tokens.shape[1]
         if self.scheme == "learned":
-            x = x + self.position[:length]
+            x = x + self.position[start : start + length]
         elif self.scheme == "sinusoidal":
             # Scaled to the size of a token's vector: unit sines would drown it.
-            x = x + sinusoidal(length, x.shape[-1], x) * (2 / x.shape[-1]) ** 0.5
+            x = x + sinusoidal(length, x.shape[-1], x, start=start) * (2 / x.shape[-1]) ** 0.5
         return x
 
 
@@ -110,7 +144,15 @@ class Block(nn.Module):
         self, x: Hidden, at: Asked | None = None, projected: Float[Tensor, "B L P"] | None = None
     ) -> Float[Tensor, "B _ D"]:
         """The block's output at positions `at`; `projected` is what `project` makes of `x`, where that is known already."""
-        x = take(x, at) + self.mixer.combine(self.project(x) if projected is None else projected, at)
+        return self.refine(take(x, at) + self.mixer.combine(self.project(x) if projected is None else projected, at))
+
+    def read(self, x: Hidden, memory: Memory) -> tuple[Hidden, Memory]:
+        """The block's output of tokens that follow upon those of `memory`, and the memory of all of them."""
+        mixed, memory = self.mixer.read(self.project(x), memory)
+        return self.refine(x + mixed), memory
+
+    def refine(self, x: Float[Tensor, "B _ D"]) -> Float[Tensor, "B _ D"]:
+        """The second half, of each token alone."""
         return x if self.mlp is None else x + self.mlp(x)
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:

@@ -20,28 +20,31 @@ def take(x: Float[Tensor, "B *H L C"], at: Asked | None) -> Float[Tensor, "B *H 
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
-def rotate(x: Heads, base: float = 10_000.0) -> Heads:
-    """Turns the pair of channels (c, c + C/2) of token i by the angle i * base^(-2c/C)."""
+def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0) -> Heads:
+    """Turns the pair of channels (c, c + C/2) of token i by the angle i * base^(-2c/C); the first row is token `start`."""
     length, channels = x.shape[2:]
     frequency = base ** (-torch.arange(0, channels, 2, device=x.device, dtype=torch.float64) / channels)
-    angle = torch.arange(length, device=x.device, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(start, start + length, device=x.device, dtype=torch.float64)[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-def alibi_bias(heads: int, length: int, like: Tensor) -> Float[Tensor, "H L L"]:
-    """Adds -slope * (i - j) to the score of query i and key j, -inf where j > i; slopes 2^(-8h/H), h = 1..H."""
+def alibi_bias(heads: int, length: int, like: Tensor, *, start: int = 0) -> Float[Tensor, "H _ L"]:
+    """Adds -slope * (i - j) to the score of query i and key j, -inf where j > i; slopes 2^(-8h/H), h = 1..H.
+
+    Of the queries from token `start` on.
+    """
     slope = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=like.device, dtype=torch.float64) / heads)
     i = torch.arange(length, device=like.device)
-    distance = i[:, None] - i
+    distance = i[start:, None] - i
     bias = -slope[:, None, None] * distance
     return bias.masked_fill(distance < 0, float("-inf")).to(like.dtype)
 
 
-def sinusoidal(length: int, width: int, like: Tensor) -> Float[Tensor, "L D"]:
-    """Channel 2c of token i is sin(i * 10000^(-2c/D)), channel 2c + 1 the cosine."""
+def sinusoidal(length: int, width: int, like: Tensor, *, start: int = 0) -> Float[Tensor, "L D"]:
+    """Channel 2c of token i is sin(i * 10000^(-2c/D)), channel 2c + 1 the cosine; the first row is token `start`."""
     channel = torch.arange(width, device=like.device, dtype=torch.float64)
     frequency = 10_000.0 ** (-(channel - channel % 2) / width)
-    angle = torch.arange(length, device=like.device, dtype=torch.float64)[:, None] * frequency
+    angle = torch.arange(start, start + length, device=like.device, dtype=torch.float64)[:, None] * frequency
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).to(like.dtype)

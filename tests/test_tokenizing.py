@@ -44,9 +44,12 @@ def array(text):
 @functools.cache
 def learnt(name):
     train = array(PROSE)
-    return {"bytes": Bytes, "bpe": lambda: BPE(train, 300), "words": lambda: Words(train, None), "few": lambda: Words(train, 9)}[
-        name
-    ]()
+    return {
+        "bytes": Bytes,
+        "bpe": lambda: BPE.learn(train, 300),
+        "words": lambda: Words.learn(train, None),
+        "few": lambda: Words.learn(train, 9),
+    }[name]()
 
 
 @functools.cache
@@ -105,20 +108,21 @@ def test_sizes_of_vocabularies():
     train = array(PROSE)
     assert learnt("bytes").size == 256
     assert learnt("bpe").size == 300
-    assert BPE(array("ab ab"), 300).size < 300, "nothing more to merge"
+    assert BPE.learn(array("ab ab"), 300).size < 300, "nothing more to merge"
     counts = pd.Series([w for line in PROSE.splitlines() for w in line.split()]).value_counts()
     assert learnt("words").size == len({*counts.index, "<unk>"}) + 1
     frequent = sorted(counts.index.drop("<unk>"), key=lambda word: (-counts[word], word.encode()))
     vocabulary = Tokenizer.from_str(learnt("few").save()).get_vocab()
     assert sorted(vocabulary, key=vocabulary.get) == ["<unk>", "<eos>", *frequent[:7]]
-    assert Words(train, 10_000).size == learnt("words").size
+    assert Words.learn(train, 10_000).size == learnt("words").size
     assert [learnt(n).encode(train).dtype for n in ("bytes", "bpe", "words")] == [np.uint8, np.uint16, np.uint8]
 
 
 def test_what_is_learnt_is_the_same_in_every_process():
     script = (
         "import sys, numpy; from cat.tasks.tokenizing import BPE, Words\n"
-        "text = numpy.frombuffer(sys.stdin.buffer.read(), numpy.uint8); print(BPE(text, 300).save(), Words(text, 9).save())"
+        "text = numpy.frombuffer(sys.stdin.buffer.read(), numpy.uint8)\n"
+        "print(BPE.learn(text, 300).save(), Words.learn(text, 9).save())"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, input=PROSE.encode(), capture_output=True, check=True)

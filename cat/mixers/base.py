@@ -1,11 +1,24 @@
 """What every mixer is: a map of each token alone, then what makes the tokens of a sequence see each other, causally."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.types import Asked, Hidden
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is needed of the tokens read so far to go on with those that follow."""
+
+    length: int = 0
+    """Tokens read so far."""
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    """By name; nothing before the first token."""
 
 
 class Mixer(nn.Module, ABC):
@@ -13,6 +26,11 @@ class Mixer(nn.Module, ABC):
 
     The two halves are apart because a model calls them apart: a token's projection may be looked up instead of computed.
     """
+
+    @property
+    def steady(self) -> bool:
+        """Whether the outputs of a sequence stay what they are when more tokens follow."""
+        return True
 
     def forward(self, x: Hidden, at: Asked | None = None) -> Float[Tensor, "B _ D"]:
         return self.combine(self.project(x), at)
@@ -24,3 +42,17 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def combine(self, projected: Float[Tensor, "B L P"], at: Asked | None = None) -> Float[Tensor, "B _ D"]:
         """The output at every position, or at positions `at`, of projected tokens."""
+
+    def read(self, projected: Float[Tensor, "B L P"], memory: Memory) -> tuple[Float[Tensor, "B L D"], Memory]:
+        """The outputs of projected tokens that follow upon those of `memory`, and the memory of all of them.
+
+        They are what `combine` makes of the whole sequence. What is kept is right for every mixer: the projections of all tokens.
+        """
+        whole = joined(memory, "projected", projected, dim=1)
+        later = torch.arange(memory.length, whole.shape[1], device=whole.device).expand(len(whole), -1)
+        return self.combine(whole, later if memory.length else None), Memory(whole.shape[1], {"projected": whole})
+
+
+def joined(memory: Memory, name: str, x: Float[Tensor, "*shape"], *, dim: int) -> Float[Tensor, "*longer"]:
+    """`x` behind what is kept under `name`."""
+    return torch.cat([memory.kept[name], x], dim=dim) if name in memory.kept else x

@@ -6,8 +6,9 @@ LinCAT of arXiv 2407.05591 at a cost that is linear in the sequence; the formula
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.linear_attention import linear_attend
-from cat.mixers.streams import Streams
+from cat.linear_attention import Sums, linear_attend, linear_attend_next
+from cat.mixers.base import Memory
+from cat.mixers.streams import Projected, Streams
 from cat.position import take
 from cat.types import Asked, Heads, Values
 
@@ -17,3 +18,10 @@ class LinearAttention(Streams):
 
     def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         return take(linear_attend(q, k, v, rotary=self.config.position == "rotary"), at)
+
+    def read(self, projected: Projected, memory: Memory) -> tuple[Float[Tensor, "B L D"], Memory]:
+        """Keeps two sums over all tokens, and the rows that the filters see next."""
+        q, k, v, kept = self.next_streams(projected, memory)
+        sums = Sums(memory.kept["keys"], memory.kept["products"]) if memory.length else None
+        heads, sums = linear_attend_next(q, k, v, sums, start=memory.length, rotary=self.config.position == "rotary")
+        return self.merged(heads), Memory(memory.length + projected.shape[1], {**sums._asdict(), **kept})

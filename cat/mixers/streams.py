@@ -7,7 +7,7 @@ Any of the filters may be absent. They are applied after the projection, with wh
 
 import math
 from abc import abstractmethod
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import AttentionModel
-from cat.filters import Layout, build_filter
-from cat.mixers.base import Mixer
-from cat.types import Asked, Heads, Values
+from cat.filters import Filter, Layout, build_filter
+from cat.mixers.base import Memory, Mixer
+from cat.types import Asked, Heads, Hidden, Values
 
 Projected = Float[Tensor, "B L P"]
 """Queries, keys and values of every token, side by side, as `project` makes them."""
@@ -46,11 +46,19 @@ class Streams(Mixer):
         elif config.temperature:
             self.log_temperature = nn.Parameter(torch.zeros(config.heads))
 
+    @property
+    def steady(self) -> bool:
+        return all(cast(Filter, causal).steady for causal in self.filters.values())
+
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         return self.projection(x)
 
     def combine(self, projected: Projected, at: Asked | None = None) -> Float[Tensor, "B _ D"]:
-        return self.output(self.mix(*self.streams(projected), at=at).transpose(1, 2).flatten(2))
+        return self.merged(self.mix(*self.streams(projected), at=at))
+
+    def merged(self, heads: Values) -> Hidden:
+        """What the heads have read, projected back."""
+        return self.output(heads.transpose(1, 2).flatten(2))
 
     @abstractmethod
     def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
@@ -67,9 +75,23 @@ class Streams(Mixer):
 
     def filtered(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
         """The filtered q, k and v."""
-        q, k, v = projected.unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.heads(projected)
         q, k, v = (self.filters[s](stream) if s in self.filters else stream for s, stream in zip("qkv", (q, k, v), strict=True))
         return q, k, v
+
+    def heads(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
+        """The q, k and v of every head before they are filtered."""
+        q, k, v = projected.unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def next_streams(self, projected: Projected, memory: Memory) -> tuple[Heads, Heads, Heads, dict[str, Tensor]]:
+        """The `streams` of tokens that follow upon those of `memory`, and by stream the rows that its filter sees next."""
+        kept, streams = {}, dict(zip("qkv", self.heads(projected), strict=True))
+        for stream, x in streams.items():
+            if stream in self.filters:
+                causal = cast(Filter, self.filters[stream])
+                streams[stream], kept[stream] = causal.read(x, memory.kept.get(stream, x[:, :, :0]))
+        return *self.scaled(streams["q"], streams["k"]), streams["v"], kept
 
     def scaled(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
         """Both of unit length where `qk_norm` says so, q times a learned temperature."""

@@ -108,9 +108,9 @@ def _tokenizer(task: Text) -> Tokenizer:
         return Bytes()
     text = read(task.source, task.folder, "train")
     if task.tokens == "words":
-        return Words(text, task.vocabulary_size)
+        return Words.learn(text, task.vocabulary_size)
     assert task.vocabulary_size is not None  # as a rule of the class has it
-    return BPE(text, task.vocabulary_size)
+    return BPE.learn(text, task.vocabulary_size)
 
 
 @functools.cache
