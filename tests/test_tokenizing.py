@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from cat.evaluation import Scores, Tally
 from cat.tasks import IGNORE, Text, generator
 from cat.tasks.base import Extents
-from cat.tasks.tokenizing import BPE, Bytes, Words
+from cat.tasks.tokenizing import BPE, Bytes, Words, load
 from pipeline import params
 from pipeline.__main__ import main
 from pipeline.evaluate import _sequences, metrics
@@ -56,6 +56,12 @@ def learnt(name):
 def library(name):
     """What was learnt, as the library that the file is for reads it."""
     return Tokenizer.from_str(learnt(name).save())
+
+
+@functools.cache
+def restored(name):
+    """What was learnt, saved and loaded again."""
+    return load(learnt(name).save())
 
 
 ALL = pytest.mark.parametrize("name", ["bytes", "bpe", "words", "few"])
@@ -102,6 +108,38 @@ def test_a_saved_tokenizer_is_one_of_the_library(name):
     lines = [*PROSE.splitlines(keepends=True), "unheard-of wörds\n", " \u00a0 x"]
     expected = np.concatenate([library(name).encode(line).ids for line in lines])
     np.testing.assert_array_equal(tokenizer.encode(array("".join(lines))), expected)
+
+
+@given(TEXTS)
+def test_a_tokenizer_that_is_loaded_gives_the_same_tokens(text):
+    for name in ("bpe", "words", "few"):
+        tokenizer, loaded = learnt(name), restored(name)
+        tokens = tokenizer.encode(array(text))
+        np.testing.assert_array_equal(loaded.encode(array(text)), tokens)
+        assert loaded.encode(array(text)).dtype == tokens.dtype
+        assert (loaded.size, loaded.save()) == (tokenizer.size, tokenizer.save())
+        np.testing.assert_array_equal(loaded.sizes(array(text), tokens), tokenizer.sizes(array(text), tokens))
+
+
+@given(TEXTS)
+def test_tokens_give_their_text_back(text):
+    for tokenizer in (learnt("bytes"), restored("bpe")):
+        assert "".join(tokenizer.decode(tokenizer.encode(array(text)).tolist())) == text
+    words = restored("words")
+    known = words.encode(array(text)).tolist()
+    decoded = "".join(words.decode(known))
+    assert words.encode(array(decoded)).tolist() == known
+    assert all(line == " ".join(line.split()) for line in decoded.split("\n"))
+
+
+def test_text_comes_as_soon_as_its_characters_are_whole():
+    assert list(learnt("bytes").decode("aé€\n".encode())) == ["a", "", "é", "", "", "€", "\n", ""]
+    assert list(learnt("bytes").decode(b"\xe2\x82a\xff\xe2\x82")) == ["", "", "\ufffda", "\ufffd", "", "", "\ufffd"]
+    words = restored("words")
+    cat, mat, end, unknown = [*words.encode(array("cat mat\ndog")).tolist()[:2], 1, 0]
+    assert list(words.decode([cat, mat, end, end, mat, unknown])) == ["cat", " mat", "\n", "\n", "mat", " <unk>", ""]
+    assert next(words.decode([cat], after=mat)) == " cat"
+    assert next(words.decode([cat], after=end)) == "cat"
 
 
 def test_sizes_of_vocabularies():
