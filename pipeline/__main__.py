@@ -153,6 +153,41 @@ def profile(task: str, variant: str, steps: int, device: str | None) -> None:
 
 @command
 @click.argument("task")
+@click.argument("variant")
+@click.option("--prompt", metavar="TEXT", help="What to go on with; what comes in by default.")
+@click.option("--tokens", default=200, show_default=True, type=click.IntRange(min=1), help="Tokens to generate.")
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0), help="0: the most likely token.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Draw from so many of the most likely tokens; from all by default.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the draws.")
+@click.option("--model-seed", type=int, help="Which of the trained models; the first seed of params.yaml by default.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="That of params.yaml by default.")
+def generate_text(
+    task: str,
+    variant: str,
+    prompt: str | None,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    model_seed: int | None,
+    device: str | None,
+) -> None:
+    """Go on with a text as VARIANT, trained on TASK, would; print what follows, write nothing."""
+    study = _pinned()
+    from pipeline.generate_text import Drawing, generate_text
+
+    params.entry(study.tasks, "tasks", task)
+    params.entry(study.variants, "variants", variant)
+    read = sys.stdin.buffer.read() if prompt is None else os.fsencode(prompt)
+    drawing = Drawing(tokens, temperature, top_k, seed)
+    trained = study.seeds[0] if model_seed is None else model_seed
+    for text in generate_text(study, task, variant, read, drawing, model_seed=trained, device=device or study.device):
+        click.echo(text, nl=False)
+    click.echo()
+
+
+@command
+@click.argument("task")
 def evaluate(task: str) -> None:
     """Score every variant on TASK at every length."""
     study = _pinned()

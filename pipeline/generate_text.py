@@ -1,0 +1,93 @@
+"""A trained model of a text goes on with a prompt: printed as it comes, nothing written."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from cat.generation import generate
+from cat.tasks import Text
+from cat.tasks.tokenizing import Bytes, Tokenizer, load
+from pipeline import compute, runs
+from pipeline.determinism import settle
+from pipeline.files import DATA, read_task, readable
+from pipeline.grid import variants_on
+from pipeline.params import Study
+
+
+class Drawing(NamedTuple):
+    """How the tokens are chosen."""
+
+    tokens: int
+    temperature: float
+    """0 takes the most likely token."""
+    top_k: int | None
+    seed: int
+
+
+def generate_text(
+    study: Study, task: str, variant: str, prompt: bytes, drawing: Drawing, *, model_seed: int, device: str
+) -> Iterator[str]:
+    """What follows upon `prompt` in the eyes of the variant that was trained on the task with one seed, as it comes.
+
+    Raises ValueError where there is no such model or nothing to go on with.
+    """
+    where = compute.resolve_device(device)
+    _check(study, task, variant)
+    tokenizer = _tokenizer(task)
+    path = runs.weights_path(task, variant, model_seed)
+    if not path.exists():
+        raise ValueError(f"{path} is not there: with this seed, {variant} has not been trained on {task} yet; run `dvc repro`")
+    torch.set_num_threads(1)  # as a run has
+    settle()
+    model = runs.load_model(path).to(where)
+    if (vocabulary := model.embedding.token.num_embeddings) != tokenizer.size:
+        raise ValueError(f"{path}: knows {vocabulary} tokens, and {DATA / task} has {tokenizer.size}; run `dvc repro`")
+    read = _encoded(prompt, tokenizer)
+    chosen = generate(
+        model,
+        torch.tensor([read], device=where),
+        drawing.tokens,
+        temperature=drawing.temperature,
+        top_k=drawing.top_k,
+        generator=torch.Generator().manual_seed(drawing.seed),
+    )
+    return map(_shown, tokenizer.decode((int(token) for token in chosen), after=read[-1]))
+
+
+def _check(study: Study, task: str, variant: str) -> None:
+    if (kind := study.tasks[task].data.kind) != "text":
+        raise ValueError(f"{task} is no text but of kind {kind}; a task of kind text is needed")
+    if variant not in (trained := variants_on(study, task)):
+        raise ValueError(f"{variant} is not trained on {task}; these are: {', '.join(trained)}")
+    if not (DATA / task / "meta.json").exists():
+        raise ValueError(f"{DATA / task} is not there; run `dvc repro generate@{task}`")
+
+
+def _tokenizer(task: str) -> Tokenizer:
+    """The one that the task's data were made with."""
+    data, path = read_task(task), DATA / task / "tokenizer.json"
+    if isinstance(data, Text) and data.tokens == "bytes":
+        return Bytes()
+    with readable(path, "a tokenizer"):
+        return load(path.read_text(encoding="utf-8"))
+
+
+def _encoded(prompt: bytes, tokenizer: Tokenizer) -> list[int]:
+    try:
+        prompt.decode()
+    except UnicodeDecodeError:
+        raise ValueError("the prompt is no text in UTF-8") from None
+    read: list[int] = tokenizer.encode(np.frombuffer(prompt, dtype=np.uint8)).tolist()
+    if not read:
+        raise ValueError("the prompt is empty; there must be something to go on with")
+    return read
+
+
+def _shown(text: str) -> str:
+    """Without what a terminal would take for a command: a model of bytes may choose any of them."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)

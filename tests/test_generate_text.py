@@ -1,0 +1,150 @@
+"""`python -m pipeline generate-text`: what follows upon a prompt is the model's own choice, in the letters of the text."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from cat.evaluation import continuation
+from pipeline import params, runs
+from pipeline.__main__ import main
+from pipeline.files import DATA
+from pipeline.generate_text import Drawing, _shown, _tokenizer, generate_text
+from pipeline.grid import variants_on
+from tests.study import edit, stage, tiny_study
+
+PROMPT = "Line 3 of the"
+
+
+@pytest.fixture(scope="module", params=["bytes", "words"])
+def trained(request, tmp_path_factory):
+    """A study of two variants on a text of one's own, in bytes or in words."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "lines.txt").write_text(
+        "".join(f"Line {i} of the têxt , with {'new' if i > 160 else 'old'}{i % 13}\n" for i in range(400))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny_study(folder, tasks=["copying", "text"])
+        edit(**{"tasks.text.data.source": "lines.txt", "tasks.text.data.tokens": request.param, "seeds": [4]})
+        edit(**{"variants.none.position": "learned"})
+        stage("generate", "text")
+        for variant in ("k", "none"):
+            stage("train", "text", variant)
+    return folder
+
+
+@pytest.fixture
+def study(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    return trained.name.rstrip("0123456789")
+
+
+def ask(*arguments, prompt=PROMPT, variant="k"):
+    result = CliRunner().invoke(main, ["generate-text", "text", variant, *arguments], input=prompt)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def text(*arguments, **options):
+    code, out, err = ask(*arguments, **options)
+    assert (code, err) == (0, "")
+    return out
+
+
+def test_the_most_likely_text_is_the_model_s_own_continuation(study):
+    tokenizer = _tokenizer("text")
+    read = tokenizer.encode(np.frombuffer(PROMPT.encode(), np.uint8)).tolist()
+    start = torch.tensor([read + [0] * 9])
+    model = runs.load_model(runs.weights_path("text", "k", 4))
+    follows = continuation(model, start, first=len(read) - 1)[0, len(read) :].tolist()
+    found = text("--tokens", "9", "--temperature", "0")
+    assert found == "".join(tokenizer.decode(follows, after=read[-1])) + "\n"
+    assert text("--tokens", "9", "--temperature", "0", "--prompt", PROMPT, prompt=None) == found
+    assert text("--tokens", "9", "--top-k", "1") == text("--tokens", "9", "--temperature", "0", "--model-seed", "4") == found
+
+
+def test_draws_are_those_of_the_seed(study):
+    first, again, other = (text("--tokens", "20", "--seed", seed) for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_text_comes_token_by_token(study):
+    drawing = Drawing(tokens=7, temperature=1.0, top_k=None, seed=0)
+    read = []
+    for part in generate_text(params.load(), "text", "k", PROMPT.encode(), drawing, model_seed=4, device="cpu"):
+        read.append(part)
+    assert len(read) == 7 + 1
+    if study == "words":
+        assert all(part.startswith((" ", "\n")) for part in read[: read.index("\n") if "\n" in read else 7])
+
+
+def test_words_that_are_not_known_are_read_all_the_same(study):
+    assert text("--tokens", "3", prompt="unheard-of wörds\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt", "line"),
+    [
+        (("text", "kk"), PROMPT, "params.yaml: variants.kk: is missing; did you mean 'k'?"),
+        (("texts", "k"), PROMPT, "params.yaml: tasks.texts: is missing; did you mean 'text'?"),
+        (("copying", "k"), PROMPT, "generate_text: copying is no text but of kind copying; a task of kind text is needed"),
+        (("text", "k"), "", "generate_text: the prompt is empty; there must be something to go on with"),
+        (("text", "k"), b"\xff\xfe", "generate_text: the prompt is no text in UTF-8"),
+        (("text", "k", "--temperature", "nan"), PROMPT, "generate_text: temperature = nan must be a number from 0 on"),
+        (("text", "k", "--device", "cuda"), PROMPT, "params.yaml: device = cuda: there is no such GPU here; use auto or cpu"),
+        (
+            ("text", "k", "--model-seed", "5"),
+            PROMPT,
+            "generate_text: runs/text/k/seed_5.safetensors is not there: with this seed, k has not been trained on text yet;"
+            " run `dvc repro`",
+        ),
+        (
+            ("text", "none", "--tokens", "40"),
+            "Line",
+            "generate_text: learned positions reach 32 tokens, not ",
+        ),
+    ],
+)
+def test_what_cannot_be_generated_ends_in_one_line(study, monkeypatch, arguments, prompt, line):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    result = CliRunner().invoke(main, ["generate-text", *arguments], input=prompt)
+    assert (result.exit_code, result.stdout) == (2, "")
+    (said,) = result.stderr.splitlines()
+    assert said.startswith(line)
+
+
+@pytest.mark.parametrize("option", [("--tokens", "0"), ("--temperature", "-0.5"), ("--top-k", "0"), ("--seed", "-1")])
+def test_a_number_out_of_range_is_refused(study, option):
+    code, out, err = ask(*option)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"Error: Invalid value for '{option[0]}': {option[1]} is not in the range")
+
+
+def test_variants_that_the_study_does_not_train_on_the_task_are_named(study):
+    others = [v for v in params.load().variants if v not in (these := variants_on(params.load(), "text"))]
+    assert ask(variant=others[0]) == (
+        2,
+        "",
+        f"generate_text: {others[0]} is not trained on text; these are: {', '.join(these)}\n",
+    )
+
+
+def test_data_that_are_not_there_or_others_are_told_of(study, tmp_path, monkeypatch):
+    shutil.copytree(Path(), tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
+    other = "bytes" if study == "words" else "words"
+    edit(**{"tasks.text.data.tokens": other})
+    stage("generate", "text")
+    code, _, err = ask()
+    assert code == 2
+    assert err.startswith("generate_text: runs/text/k/seed_4.safetensors: knows ")
+    assert len(err.splitlines()) == 1
+    shutil.rmtree(DATA / "text")
+    assert ask() == (2, "", "generate_text: data/text is not there; run `dvc repro generate@text`\n")
+
+
+def test_what_a_terminal_would_obey_is_not_shown():
+    assert _shown("a\x1b[31m\r\x00é\u00a0\t\n\x9b€") == "a\ufffd[31m\ufffd\ufffdé\u00a0\t\n\ufffd€"
