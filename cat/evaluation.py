@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,22 @@ from cat.tasks.base import IGNORE
 
 TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 17}
 """Bounds the memory of an evaluation, on a CPU to what a core's cache holds; sequences longer than this are taken one by one."""
+
+
+@runtime_checkable
+class TrainingSplit(Protocol):
+    """Examples on a device, of which batches are made."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+
+    def rows(self, index: Int[Tensor, " B"]) -> Split:
+        """Some of the examples, as 64-bit numbers."""
 
 
 class Split(NamedTuple):
@@ -35,9 +51,39 @@ class Split(NamedTuple):
         at = asked.int().argsort(dim=1, descending=True, stable=True)[:, :most].sort(dim=1).values
         return cls(inputs, at.int(), targets.masked_fill(~asked, IGNORE).gather(1, at))
 
+    @property
+    def size(self) -> int:
+        return len(self.inputs)
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs.device
+
     def rows(self, index: Int[Tensor, " B"] | slice) -> Split:
         """Some of the examples, as 64-bit numbers."""
         return Split(*(tensor[index].long() for tensor in self))
+
+
+class TextSplit(NamedTuple):
+    """Windows of one text (cat/tasks/base.py): each is cut when its turn comes, and asks for the next token everywhere."""
+
+    tokens: Integer[Tensor, " T"]
+    starts: Int[Tensor, " N"]
+    length: int
+
+    @property
+    def size(self) -> int:
+        return len(self.starts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def rows(self, index: Int[Tensor, " B"]) -> Split:
+        """Some of the examples, as 64-bit numbers."""
+        places = torch.arange(self.length, device=self.device).repeat(len(index), 1)
+        at = self.starts[index, None] + places
+        return Split(self.tokens[at].long(), places, self.tokens[at + 1].long())
 
 
 class Tally(NamedTuple):

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from cat.configuration import Mamba, ModelConfiguration, Protocol, Schedule
 from cat.diagnostics import largest_logit
-from cat.evaluation import TOKENS_AT_ONCE, Split, autocast
+from cat.evaluation import TOKENS_AT_ONCE, Split, TrainingSplit, autocast
 from cat.folding import fold
 from cat.model import SequenceModel
 from cat.optimizer import BETAS, EPSILON
@@ -39,7 +39,7 @@ def can_be_stacked(config: ModelConfiguration) -> bool:
 
 def fit_together(
     models: Sequence[SequenceModel],
-    train: Split,
+    train: TrainingSplit,
     valid: Split,
     *,
     protocol: Protocol,
@@ -62,7 +62,7 @@ def fit_together(
     torch.OutOfMemoryError where there is no memory for one replica at a time.
     """
     replicas = [
-        Replica(model, place, _batches(len(train.inputs), schedule.batch, seed), partial(progress, place))
+        Replica(model, place, _batches(train.size, schedule.batch, seed), partial(progress, place))
         for place, (model, seed) in enumerate(zip(models, seeds, strict=True))
     ]
     for replica, state in zip(replicas, resume or (), strict=resume is not None):
@@ -71,7 +71,7 @@ def fit_together(
     step, recent, running = 0, list[Tensor](), replicas
     if resume is not None:
         step = resume[0].step
-        recent += torch.stack([state.recent for state in resume], dim=1).to(train.inputs.device)
+        recent += torch.stack([state.recent for state in resume], dim=1).to(train.device)
         stack.resume(step, [state.moments for state in resume])
 
     def states() -> dict[int, State]:
@@ -83,7 +83,7 @@ def fit_together(
     while running:
         until = min((step // protocol.validate_every + 1) * protocol.validate_every, schedule.steps)
         order = torch.stack([torch.stack([next(replica.batches) for replica in running]) for _ in range(step, until)])
-        for rows in order.to(train.inputs.device):
+        for rows in order.to(train.device):
             step += 1
             recent.append(stack.step(_gather(train, rows), rate(step, schedule.steps, protocol.warmup)))
             if step < until:
@@ -273,7 +273,7 @@ class _Caller(nn.Module):
         return function(self.model, batch)
 
 
-def _gather(split: Split, rows: Int[Tensor, "R B"]) -> Split:
+def _gather(split: TrainingSplit, rows: Int[Tensor, "R B"]) -> Split:
     """The batches of all replicas, (R, B, ..)."""
     return Split(*(tensor.unflatten(0, rows.shape) for tensor in split.rows(rows.flatten())))
 

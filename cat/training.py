@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cat.configuration import ModelConfiguration, Protocol, Schedule
 from cat.diagnostics import largest_logit
-from cat.evaluation import Split, autocast, score
+from cat.evaluation import Split, TrainingSplit, autocast, score
 from cat.model import SequenceModel
 from cat.optimizer import AdamW
 from cat.tasks.base import IGNORE
@@ -83,7 +83,7 @@ def build_model(config: ModelConfiguration, *, vocabulary: int, length: int, see
 
 def fit(
     model: SequenceModel,
-    train: Split,
+    train: TrainingSplit,
     valid: Split,
     *,
     protocol: Protocol,
@@ -123,12 +123,12 @@ def fit(
     if resume is not None:
         model.load_state_dict(resume.weights)
         optimizer.resume(resume.step, resume.moments)
-        recent += resume.recent.to(train.inputs.device)
+        recent += resume.recent.to(train.device)
         step, history, micro_batch, stop = resume.step, list(resume.history), resume.micro_batch, resume.stop
-    batches = islice(_batches(len(train.inputs), schedule.batch, seed), step, None)
+    batches = islice(_batches(train.size, schedule.batch, seed), step, None)
     while stop is None:
         step, row = step + 1, None
-        batch = train.rows(next(batches).to(train.inputs.device))
+        batch = train.rows(next(batches).to(train.device))
         loss, micro_batch = backward(model, batch, precision=precision, micro_batch=micro_batch, loss_of=loss_of)
         norm = optimizer.step(learning_rate * rate(step, schedule.steps, protocol.warmup))
         recent.append(torch.stack([loss, norm]))

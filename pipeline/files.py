@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
-from cat.tasks import Examples, Task, TaskConfiguration
+from cat.tasks import Examples, Task, TaskConfiguration, Windows
 
 PLAN, DATA, RUNS, RESULTS, REPORTS = Path("plan"), Path("data"), Path("runs"), Path("results"), Path("reports")
 FILTERS = RESULTS / "filters"
@@ -51,6 +51,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a file, which is not read into memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -122,6 +128,25 @@ def read_split(task: str, split: str) -> Examples:
     path = DATA / task / f"{split}.npz"
     with readable(path, "a split of a task's data"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return Examples(arrays["inputs"], arrays["targets"])
+
+
+def read_training(task: str) -> Examples | Windows:
+    """The training split; the tokens that windows are cut from are left in their file. Raises ValueError as `read_split` does."""
+    path = DATA / task / "train.npz"
+    with readable(path, "a split of a task's data"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        if "starts" not in arrays:
+            return Examples(arrays["inputs"], arrays["targets"])
+        starts, length = arrays["starts"], int(arrays["length"])
+    return Windows(_map_tokens(task), starts, length)
+
+
+def _map_tokens(task: str) -> np.ndarray:
+    meta = read_json(DATA / task / "meta.json")
+    path = DATA / task / "tokens.npy"
+    with readable(path, "the tokens of a training split"):
+        if sha256(path) != meta["tokens"]:
+            raise ValueError("its SHA-256 is not that of meta.json")
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def read_code(variant: str) -> str | None:

@@ -101,9 +101,9 @@ class Parts:
 
 def training_step(model: SequenceModel, task: str, setting: Setting, part: Parts) -> tuple[Callable[[], None], int]:
     """The step of `cat.training.fit`, and how many sequences it takes."""
-    train = runs.split(task, "train", part.device)
-    size = min(setting.schedule.batch, len(train.inputs))
-    batches = cycle(torch.randperm(len(train.inputs)).unfold(0, size, size))
+    train = runs.training_split(task, part.device)
+    size = min(setting.schedule.batch, train.size)
+    batches = cycle(torch.randperm(train.size).unfold(0, size, size))
     decayed, others = decayed_or_not(model)
     optimizer = AdamW(decayed, others, weight_decay=setting.protocol.weight_decay, clip=setting.protocol.clip)
     part.of(model.embedding, "forward", "embedding")

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from cat.configuration import ModelConfiguration
-from pipeline.files import RUNS, read_json, read_split, readable
+from cat.tasks import Windows
+from pipeline.files import RUNS, read_json, read_split, read_training, readable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cat.evaluation import Split
+    from cat.evaluation import Split, TrainingSplit
     from cat.model import SequenceModel
 
 
@@ -76,6 +78,21 @@ def split(task: str, name: str, device: torch.device) -> Split:
     from cat.evaluation import Split
 
     return Split.of(*(torch.tensor(array, device=device) for array in read_split(task, name)))
+
+
+def training_split(task: str, device: torch.device) -> TrainingSplit:
+    """The training split of the task's data on a device; on a CPU the tokens of a text stay in their file, mapped into memory."""
+    import torch
+
+    from cat.evaluation import Split, TextSplit
+
+    read = read_training(task)
+    if not isinstance(read, Windows):
+        return Split.of(*(torch.tensor(array, device=device) for array in read))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a mapped file cannot be written to, which nothing does
+        tokens = torch.from_numpy(read.tokens)
+    return TextSplit(tokens.to(device), torch.from_numpy(read.starts).to(device), read.length)
 
 
 def longest(task: str, variant: str) -> int | None:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cat.configuration import Protocol, Schedule, Theory, VariantConfiguration
 from cat.diagnostics import head_entropies, key_filter_solves_every_length, largest_logit
-from cat.evaluation import Split, score
+from cat.evaluation import Split, TrainingSplit, score
 from cat.model import SequenceModel
 from cat.replicas import can_be_stacked, fit_together
 from cat.tasks.base import derive_seed
@@ -262,8 +262,8 @@ def _prescribe(cell: Cell, job: Job, device: torch.device, report: compute.Repor
 
 
 @functools.lru_cache(maxsize=2)
-def _splits(task: str, device: torch.device) -> tuple[Split, Split]:
-    return runs.split(task, "train", device), runs.split(task, "valid", device)
+def _splits(task: str, device: torch.device) -> tuple[TrainingSplit, Split]:
+    return runs.training_split(task, device), runs.split(task, "valid", device)
 
 
 def _trained(

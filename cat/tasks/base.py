@@ -32,6 +32,24 @@ class Examples(NamedTuple):
         return Examples(inputs, self.targets.astype(signed))
 
 
+class Windows(NamedTuple):
+    """N examples of `length` tokens cut from one text of T tokens, in which the answer at each token is the next one.
+
+    They are packed: none is padded, they run on across the ends of lines, and they may overlap.
+    """
+
+    tokens: np.ndarray
+    """T, in the smallest unsigned type that holds them; may be a file that is mapped into memory."""
+    starts: np.ndarray
+    """N: where each window begins, `length` tokens before the end of the text at the latest."""
+    length: int
+
+    def rows(self, index: np.ndarray | slice = slice(None)) -> Examples:
+        """Some of the examples, or all."""
+        window = np.lib.stride_tricks.sliding_window_view(self.tokens, self.length + 1)[self.starts[index]]
+        return Examples(window[:, :-1], window[:, 1:].astype(np.int64))
+
+
 class Extents(NamedTuple):
     """What the answers of each of N test sequences stand for in a text; the same at every length."""
 
@@ -111,6 +129,10 @@ class Task(Configuration):
     def origin(self) -> dict[str, str]:
         """SHA-256 of every local file that the examples are taken from, by its name."""
         return {}
+
+    def training(self, generator: np.random.Generator) -> Examples | Windows:
+        """The training split: `examples`, or what they are cut from."""
+        return self.examples("train", self.length, self.train, generator).compact()
 
     @abstractmethod
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:

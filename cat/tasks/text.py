@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from cat.tasks.base import IGNORE, Examples, Extents, Task
+from cat.tasks.base import IGNORE, Examples, Extents, Task, Windows
 from cat.tasks.corpora import WIKITEXT, digests, ends_a_word, read
 from cat.tasks.tokenizing import BPE, Bytes, Tokenizer, Words
 
@@ -57,11 +57,21 @@ class Text(Task):
     def goal(self) -> Literal["loss"]:
         return "loss"
 
+    def training(self, generator: np.random.Generator) -> Windows:
+        """Raises ValueError where the source has too little text for it."""
+        return self._windows("train", self.length, self.train, generator)
+
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """Raises ValueError where the source has too little text for the split.
 
         The windows of a test split end at the same tokens at every length, whatever `generator` is.
         """
+        inputs, targets = self._windows(split, length, count, generator).rows()
+        if split == "test":
+            targets[:, : length - self._scored] = IGNORE
+        return Examples(inputs, targets)
+
+    def _windows(self, split: str, length: int, count: int, generator: np.random.Generator) -> Windows:
         tokens = _tokens(self, split)
         longest = self.lengths[-1] if split == "test" else length
         room = len(tokens) - longest
@@ -70,12 +80,8 @@ class Text(Task):
             raise ValueError(
                 f"the {split} split of {self.source} has {len(tokens)} {unit}, too few for {count} windows of {longest} {unit}"
             )
-        ends = longest + (generator.integers(0, room, size=count) if split == "train" else _spread(count, room))
-        window = np.lib.stride_tricks.sliding_window_view(tokens, length + 1)[ends - length]
-        inputs, targets = window[:, :-1], window[:, 1:].astype(np.int64)
-        if split == "test":
-            targets[:, : length - self._scored] = IGNORE
-        return Examples(inputs, targets)
+        starts = generator.integers(0, room, size=count) if split == "train" else _spread(count, room)
+        return Windows(tokens, longest - length + starts, length)
 
     @property
     def _scored(self) -> int:
