@@ -11,18 +11,29 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from cat.parallel import ALONE, Group
+
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class AdamW:
     """The parameters become views of the vector; they must not be moved to another device or replaced afterwards.
 
-    Those in `decayed` have weight decay; `clip` is the largest norm of the gradient of all of them together.
+    Those in `decayed` have weight decay; `clip` is the largest norm of the gradient of all of them together. The gradient is
+    the sum of those that the processes of `group` have.
     """
 
-    def __init__(self, decayed: Sequence[nn.Parameter], others: Sequence[nn.Parameter], *, weight_decay: float, clip: float):
+    def __init__(
+        self,
+        decayed: Sequence[nn.Parameter],
+        others: Sequence[nn.Parameter],
+        *,
+        weight_decay: float,
+        clip: float,
+        group: Group = ALONE,
+    ):
         self.parameters = [*decayed, *others]
-        self.clip = clip
+        self.clip, self.group = clip, group
         vector = torch.cat([p.detach().flatten() for p in self.parameters])
         for parameter, view in zip(self.parameters, vector.split([p.numel() for p in self.parameters]), strict=True):
             parameter.data = view.view_as(parameter)
@@ -32,7 +43,7 @@ class AdamW:
     @torch.no_grad()
     def step(self, learning_rate: float) -> Float[Tensor, ""]:
         """Moves the parameters against the gradients that a backward pass has left, takes these away, and returns their norm."""
-        gradient = torch.cat([_taken(p) for p in self.parameters])
+        gradient = self.group.add(torch.cat([_taken(p) for p in self.parameters]))
         norm = gradient.norm()
         excess = (norm / self.clip).clamp(min=1).float()
         for part, its_gradient in zip(self.parts, gradient.split(self.sizes), strict=True):

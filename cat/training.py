@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from cat.configuration import ModelConfiguration, Protocol, Schedule
 from cat.diagnostics import largest_logit
-from cat.evaluation import Split, TrainingSplit, autocast, score
+from cat.evaluation import Scores, Split, TrainingSplit, autocast, score
 from cat.model import SequenceModel
 from cat.optimizer import AdamW
+from cat.parallel import ALONE, Group
 from cat.tasks.base import IGNORE
 
 Stop = Literal["accuracy", "steps", "diverged"]
@@ -54,7 +55,7 @@ class Run:
     stop: Stop
     """`diverged`: the loss of step `steps` was not finite."""
     micro_batch: int | None = None
-    """Examples of a batch at a time, where there was no memory for all of them at once."""
+    """Examples of a batch at a time in each process, where there was no memory for all of them at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +96,24 @@ def fit(
     progress: Callable[[int, Row | None], None] = lambda step, row: None,
     resume: State | None = None,
     checkpoint: Callable[[Callable[[], State], bool], None] = lambda state, ended: None,
+    group: Group = ALONE,
 ) -> Run:
     """Trains `model` in place, on the device of its weights and splits.
 
     The order of the batches depends on `seed` and the size of `train` alone. `progress` is told every step, with the row where
     there was a look at the validation split. `resume` is where the run stood when all other arguments were the same. After
     every step `checkpoint` is given what returns the State there, and whether the run has ended with it; it may raise.
+
+    Every process of `group` calls this with the same arguments but its own device, and comes to the same run. Raises ValueError
+    where they are more than the examples of a batch or of `valid`.
     """
+    if min(schedule.batch, train.size, valid.size) < group.size:
+        raise ValueError(
+            f"{group.size} processes are too many for batches of {min(schedule.batch, train.size)} examples"
+            f" and {valid.size} to validate on; each must have one"
+        )
     decayed, others = decayed_or_not(model)
-    optimizer = AdamW(decayed, others, weight_decay=protocol.weight_decay, clip=protocol.clip)
+    optimizer = AdamW(decayed, others, weight_decay=protocol.weight_decay, clip=protocol.clip, group=group)
     step, history, recent = 0, list[Row](), list[Tensor]()
     micro_batch = schedule.micro_batch
     stop: Stop | None = None
@@ -129,7 +139,7 @@ def fit(
     while stop is None:
         step, row = step + 1, None
         batch = train.rows(next(batches).to(train.device))
-        loss, micro_batch = backward(model, batch, precision=precision, micro_batch=micro_batch, loss_of=loss_of)
+        loss, micro_batch = backward(model, batch, precision=precision, micro_batch=micro_batch, loss_of=loss_of, group=group)
         norm = optimizer.step(learning_rate * rate(step, schedule.steps, protocol.warmup))
         recent.append(torch.stack([loss, norm]))
         if step % protocol.validate_every == 0 or step == schedule.steps:
@@ -138,7 +148,7 @@ def fit(
             if (bad := diverged(losses)) is not None:
                 step, stop = step - len(losses) + 1 + bad, "diverged"
             else:
-                scores = score(model, valid, precision=precision)
+                scores = _score(model, valid, precision, group)
                 row = look(step, losses, norms, scores.loss, scores.accuracy, largest_logit(model, valid.inputs))
                 history.append(row)
                 stop = end(history, protocol, schedule, stop_early=stop_early)
@@ -186,38 +196,63 @@ def backward(
     precision: str = "float32",
     micro_batch: int | None = None,
     loss_of: Callable[..., Tensor] | None = None,
+    group: Group = ALONE,
 ) -> tuple[Float[Tensor, ""], int | None]:
     """The mean loss of a batch, its gradient left with the parameters; and how many examples there was memory for at a time.
 
-    That is `micro_batch`, or half of it until it fits; None stands for the whole batch. `loss_of` is `mean_loss`, or what
+    That is `micro_batch`, or half of it until it fits in every process of `group`; None stands for the whole batch. The loss is
+    that of the whole batch, the gradient its part that comes from this process's share. `loss_of` is `mean_loss`, or what
     torch.compile makes of it. Raises torch.OutOfMemoryError where one example alone does not fit.
     """
+    own = batch.rows(group.share(len(batch.inputs)))
+    asked = None if group.size == 1 else (batch.answers != IGNORE).sum()
     while True:
+        loss, size = None, micro_batch or len(own.inputs)
         try:
-            return _backward(model, batch, precision, micro_batch, loss_of or mean_loss), micro_batch
+            loss = _backward(model, own, precision, micro_batch, asked, loss_of or mean_loss)
         except torch.OutOfMemoryError:
-            size = micro_batch or len(batch.inputs)
             if size == 1:
                 raise
         # Here the error is gone, and with it the tensors that its traceback held.
-        micro_batch = -(-size // 2)
+        if not group.largest(int(loss is None)):
+            assert loss is not None
+            return group.add(loss), micro_batch
+        micro_batch = -(-group.largest(size) // 2)
         model.zero_grad()
         torch.cuda.empty_cache()
 
 
 def _backward(
-    model: SequenceModel, batch: Split, precision: str, micro_batch: int | None, loss_of: Callable[..., Tensor]
+    model: SequenceModel,
+    batch: Split,
+    precision: str,
+    micro_batch: int | None,
+    asked: Tensor | None,
+    loss_of: Callable[..., Tensor],
 ) -> Float[Tensor, ""]:
-    if micro_batch is None:
+    if micro_batch is None and asked is None:
         loss = loss_of(model, batch, precision=precision)
         loss.backward()
         return loss.detach()
-    asked, losses = (batch.answers != IGNORE).sum(), []
-    for start in range(0, len(batch.inputs), micro_batch):
-        loss = loss_of(model, batch.rows(slice(start, start + micro_batch)), precision=precision, asked=asked)
+    asked, losses = (batch.answers != IGNORE).sum() if asked is None else asked, []
+    size = micro_batch or len(batch.inputs)
+    for start in range(0, len(batch.inputs), size):
+        loss = loss_of(model, batch.rows(slice(start, start + size)), precision=precision, asked=asked)
         loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()
+
+
+def _score(model: SequenceModel, valid: Split, precision: str, group: Group) -> Scores:
+    """The scores of `model`, of which every process finds out its share."""
+    own = Split(*(tensor[group.share(valid.size)] for tensor in valid))
+    scores = score(model, own, precision=precision)
+    if group.size == 1:
+        return scores
+    asked = int((own.answers != IGNORE).sum())
+    weights = torch.tensor([asked, asked, own.size], dtype=torch.float64)
+    sums, counts = group.add(torch.stack([weights * torch.tensor(scores, dtype=torch.float64), weights]))
+    return Scores(*(sums / counts).tolist())
 
 
 def rate(step: int, steps: int, warmup: float) -> float:

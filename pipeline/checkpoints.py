@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cat.parallel import ALONE, Group
 from cat.training import Row, State
 from pipeline import compute
 from pipeline.files import whole
@@ -87,18 +88,20 @@ def _digest(key: str | None, text: str, tensors: Mapping[str, Tensor]) -> str:
 class Keeper:
     """Called after every step of the runs that these are the checkpoints of: keeps their states every now and then.
 
-    And those of runs that have ended, and all of them where the process is asked to stop: then it raises Stopped.
+    And those of runs that have ended, and all of them where the process is asked to stop: then it raises Stopped. Of a group of
+    processes the first keeps them, and all stop where one of them is asked to.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint]):
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: Sequence[Checkpoint], group: Group = ALONE):
+        self.checkpoints, self.group = checkpoints, group
         self.kept = time.monotonic()
 
     def __call__(self, states: Callable[[], dict[int, State]], ended: bool) -> None:
-        stopping = compute.stopping()
-        if ended or stopping or time.monotonic() - self.kept >= EVERY:
+        stopping = self.group.largest(int(compute.stopping()))
+        if self.group.rank == 0 and (ended or stopping or time.monotonic() - self.kept >= EVERY):
             for place, state in states().items():
                 self.checkpoints[place].write(state)
             self.kept = time.monotonic()
         if stopping:
+            self.group.largest(0)  # waits for the first, which torchrun would end with the others
             raise compute.Stopped

@@ -48,11 +48,26 @@ def resolve_devices(name: str) -> list[torch.device]:
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
-def describe(device: torch.device) -> str:
-    """What results depend on: the kind of GPU, or the instruction set that PyTorch uses on this CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+def own_device(name: str, number: int | None) -> torch.device:
+    """The device that `name` stands for in the process with this number on its machine; None where it is the only one.
+
+    Each process has a GPU of its own. Raises ParamsError where there is none for it.
+    """
+    device = resolve_device(name)
+    if number is None or device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise ParamsError([f"params.yaml: device = {name}: is one GPU for several processes; use auto or cuda"])
+    if number >= (count := torch.cuda.device_count()):
+        raise ParamsError([f"--nproc-per-node: is {number + 1} at least, and there are {count} GPUs here, one for each process"])
+    return torch.device("cuda", number)
+
+
+def describe(device: torch.device, processes: int = 1) -> str:
+    """What results depend on: the kind of GPU, or the instruction set that PyTorch uses on this CPU; and how many of them."""
+    cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    return kind if processes == 1 else f"{processes} x {kind}"
 
 
 class Stopped(KeyboardInterrupt):

@@ -1,6 +1,7 @@
 """One cell: a variant on a task, every learning rate and seed of it; the validation split chooses the learning rate.
 
 What had been trained of it when a run of this was ended, however that was, is not trained again (pipeline/checkpoints.py).
+Started by torchrun, it is several processes that train each run together (cat/parallel.py), of which the first writes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from cat.configuration import Protocol, Schedule, Theory, VariantConfiguration
 from cat.diagnostics import head_entropies, key_filter_solves_every_length, largest_logit
 from cat.evaluation import Split, TrainingSplit, score
 from cat.model import SequenceModel
+from cat.parallel import ALONE, Group, joined, local_rank
 from cat.replicas import can_be_stacked, fit_together
 from cat.tasks.base import derive_seed
 from cat.training import Row, Run, build_model, fit, look
@@ -107,13 +109,18 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
     Ctrl-C ends it after the step that it is in, which the next call goes on from; raises KeyboardInterrupt then.
     """
     began, start = time.time(), time.perf_counter()
-    where = compute.resolve_device(device)
+    where = compute.own_device(device, local_rank())
     cell = Cell.of(task, variant, setting)
     steps = len(cell.jobs) * setting.schedule.steps
-    with compute.stoppable(), tqdm(total=steps, desc=f"{task} {variant}", unit="step", disable=None) as bar:
-        run = functools.partial(run_jobs, cell)
-        trained = compute.spread(run, groups(cell, where), device=where, threads=threads, report=functools.partial(_advance, bar))
-    write(cell, list(chain.from_iterable(trained)), began=began, seconds=time.perf_counter() - start)
+    with joined(where) as group, compute.stoppable():
+        hidden = None if group.rank == 0 else True
+        with tqdm(total=steps, desc=f"{task} {variant}", unit="step", disable=hidden) as bar:
+            run, report = functools.partial(run_jobs, cell, group=group), functools.partial(_advance, bar)
+            together = groups(cell, where, group)
+            side_by_side = threads if group.size == 1 else 1
+            trained = compute.spread(run, together, device=where, threads=side_by_side, report=report)
+    if group.rank == 0:
+        write(cell, list(chain.from_iterable(trained)), began=began, seconds=time.perf_counter() - start)
 
 
 def write(cell: Cell, outcomes: list[Trained], *, began: float, seconds: float) -> None:
@@ -154,24 +161,28 @@ def choose(outcomes: list[Trained], goal: str) -> float:
     return max(dict.fromkeys(o.job.learning_rate for o in outcomes), key=merit)
 
 
-def groups(cell: Cell, device: torch.device) -> list[tuple[Job, ...]]:
+def groups(cell: Cell, device: torch.device, group: Group = ALONE) -> list[tuple[Job, ...]]:
     """The runs of the cell that are trained at once.
 
     On a GPU, which one small model does not fill, they are as many as have TOGETHER tokens in a step. On a CPU every run is
-    by itself, and so are its last bits; and so is one that is compiled, or takes its batches in parts.
+    by itself, and so are its last bits; and so is one that is compiled, takes its batches in parts, or is trained by several
+    processes.
     """
     setting, jobs = cell.setting, cell.jobs
     size = max(1, TOGETHER // (setting.schedule.batch * cell.meta.length))
-    alone = setting.schedule.compile or setting.schedule.micro_batch is not None
+    alone = setting.schedule.compile or setting.schedule.micro_batch is not None or group.size > 1
     if alone or device.type == "cpu" or isinstance(setting.model, Theory) or not can_be_stacked(setting.model):
         size = 1
     return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
 
 
-def run_jobs(cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: compute.Report) -> list[Trained]:
+def run_jobs(
+    cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: compute.Report, group: Group = ALONE
+) -> list[Trained]:
     """Trains these models of the cell at once; `report` is told (steps done since it was last told, row or None)."""
     if isinstance(cell.setting.model, Theory):
         return [_prescribe(cell, job, device, report) for job in jobs]
+    where = compute.describe(device, group.size)
     told = dict.fromkeys(jobs, 0)
 
     def progress(job: Job, step: int, row: Row | None) -> None:
@@ -181,33 +192,39 @@ def run_jobs(cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: co
 
     trained: dict[Job, Run] = {}
     with contextlib.ExitStack() as locks:
-        for job in jobs:
-            locks.enter_context(_checkpoint(cell, job, device).alone())
-        waiting = _standing(cell, jobs, device)
+        for job in jobs if group.rank == 0 else ():
+            locks.enter_context(_checkpoint(cell, job, where).alone())
+        waiting = group.first(lambda: _standing(cell, jobs, where))
         while waiting:
-            group = waiting.pop()
+            alike = waiting.pop()
             try:
-                trained |= zip(group, _fit(cell, group, device, progress), strict=True)
+                trained |= zip(alike, _fit(cell, alike, device, progress, group), strict=True)
             except torch.OutOfMemoryError:
-                if len(group) == 1:
+                if len(alike) == 1:
                     raise
-                waiting += [(job,) for job in group]
+                waiting += [(job,) for job in alike]
     report((sum(cell.setting.schedule.steps - steps for steps in told.values()), None))
     outcomes = [(job, trained[job]) for job in jobs]
-    return [_trained(cell, job, run.model, run.history, run.steps, run.stop, device, run.micro_batch) for job, run in outcomes]
+    return [_trained(cell, job, run.model, run.history, run.steps, run.stop, where, run.micro_batch) for job, run in outcomes]
 
 
-def _standing(cell: Cell, jobs: tuple[Job, ...], device: torch.device) -> list[tuple[Job, ...]]:
+def _standing(cell: Cell, jobs: tuple[Job, ...], where: str) -> list[tuple[Job, ...]]:
     """The runs in groups of those that stand at the same step, all that have not begun in one; each that has ended by itself."""
     groups: dict[Any, tuple[Job, ...]] = {}
     for job in jobs:
-        state = _checkpoint(cell, job, device).read()
+        state = _checkpoint(cell, job, where).read()
         key = job if state and state.stop else state.step if state else 0
         groups[key] = (*groups.get(key, ()), job)
     return list(groups.values())
 
 
-def _fit(cell: Cell, jobs: tuple[Job, ...], device: torch.device, progress: Callable[[Job, int, Row | None], None]) -> list[Run]:
+def _fit(
+    cell: Cell,
+    jobs: tuple[Job, ...],
+    device: torch.device,
+    progress: Callable[[Job, int, Row | None], None],
+    group: Group,
+) -> list[Run]:
     """Trains these models at once, from where they stand."""
     task, _, setting, meta, _ = cell
     assert not isinstance(setting.model, Theory)
@@ -218,9 +235,9 @@ def _fit(cell: Cell, jobs: tuple[Job, ...], device: torch.device, progress: Call
         ).to(device)
         for job in jobs
     ]
-    checkpoints = [_checkpoint(cell, job, device) for job in jobs]
-    states = [checkpoint.read() for checkpoint in checkpoints]
-    keep = Keeper(checkpoints)
+    checkpoints = [_checkpoint(cell, job, compute.describe(device, group.size)) for job in jobs]
+    states = group.first(lambda: [checkpoint.read() for checkpoint in checkpoints])
+    keep = Keeper(checkpoints, group)
     seeds = [derive_seed(job.seed, task, "batches") for job in jobs]
     rates = [job.learning_rate for job in jobs]
     options: dict[str, Any] = {
@@ -236,14 +253,15 @@ def _fit(cell: Cell, jobs: tuple[Job, ...], device: torch.device, progress: Call
     options |= {
         "progress": functools.partial(progress, jobs[0]),
         "checkpoint": lambda state, ended: keep(lambda: {0: state()}, ended),
+        "group": group,
     }
     return [fit(models[0], train, valid, learning_rate=rates[0], seed=seeds[0], resume=states[0], **options)]
 
 
-def _checkpoint(cell: Cell, job: Job, device: torch.device) -> Checkpoint:
+def _checkpoint(cell: Cell, job: Job, where: str) -> Checkpoint:
     """Its key is made of all that the run depends on: other seeds and learning rates of the cell are nothing to it."""
     model, protocol, schedule, _, precision = cell.setting
-    parts = model, protocol, schedule.model_dump(exclude={"learning_rates"}), precision, cell.meta, job, compute.describe(device)
+    parts = model, protocol, schedule.model_dump(exclude={"learning_rates"}), precision, cell.meta, job, where
     key = hashlib.sha256(repr((*parts, cell.code, torch.__version__)).encode()).hexdigest()
     path = CHECKPOINTS / cell.task / cell.variant / f"{job.learning_rate}_{job.seed}.safetensors"
     return Checkpoint(path, key if cell.code else None)
@@ -258,7 +276,7 @@ def _prescribe(cell: Cell, job: Job, device: torch.device, report: compute.Repor
     scores = score(model, valid, precision=cell.setting.precision)
     report((cell.setting.schedule.steps, None))
     row = look(0, [math.nan], [math.nan], scores.loss, scores.accuracy, largest_logit(model, valid.inputs))
-    return _trained(cell, job, model, [row], 0, "theorem", device)
+    return _trained(cell, job, model, [row], 0, "theorem", compute.describe(device))
 
 
 @functools.lru_cache(maxsize=2)
@@ -273,7 +291,7 @@ def _trained(
     history: list[Row],
     steps: int,
     stop: str,
-    device: torch.device,
+    device: str,
     micro_batch: int | None = None,
 ) -> Trained:
     return Trained(
@@ -283,10 +301,10 @@ def _trained(
         stop,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         solves_every_length=key_filter_solves_every_length(model),
-        entropy=None if stop == "diverged" else head_entropies(model, _splits(cell.task, device)[1].inputs),
+        entropy=None if stop == "diverged" else head_entropies(model, _splits(cell.task, model.head.weight.device)[1].inputs),
         config=model.config.model_dump(mode="json", exclude_defaults=True),
         weights={name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()},
-        device=compute.describe(device),
+        device=device,
         micro_batch=micro_batch,
     )
 

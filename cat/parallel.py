@@ -1,0 +1,108 @@
+"""One model on several processes: each takes its share of the rows of every batch, and what they find out is added up.
+
+With the mean loss over the answers of the whole batch, each gradient is a sum over rows; so the sum of the processes' gradients
+is that of one process, up to rounding, and the weights stay the same bits on all.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+PATIENCE = 600
+"""Seconds after which a process that waits for the others ends with an error."""
+Value = TypeVar("Value")
+
+
+class Group(ABC):
+    """The processes that train one model, of which this is number `rank` of `size`. All call its methods in one order."""
+
+    def __init__(self, rank: int, size: int):
+        self.rank, self.size = rank, size
+
+    def share(self, count: int) -> slice:
+        """Which of `count` rows are this process's: as many as any other's, or one more or less."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    @abstractmethod
+    def add(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
+        """The sum of the processes' tensors, the same bits on each; may take the place of `tensor`."""
+
+    @abstractmethod
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+
+    @abstractmethod
+    def first(self, function: Callable[[], Value]) -> Value:
+        """What `function` returns in process 0, the only one that calls it."""
+
+
+class Alone(Group):
+    """A process with no others."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def add(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
+        return tensor
+
+    def largest(self, number: int) -> int:
+        return number
+
+    def first(self, function: Callable[[], Value]) -> Value:
+        return function()
+
+
+ALONE = Alone()
+
+
+class Processes(Group):
+    """Those of torch.distributed. Numbers and objects go by way of the CPU, so that nothing waits for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+    def add(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def largest(self, number: int) -> int:
+        box = torch.tensor(number)
+        torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
+        return int(box)
+
+    def first(self, function: Callable[[], Value]) -> Value:
+        box = [function() if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]  # type: ignore[return-value]  # that of process 0
+
+
+def local_rank() -> int | None:
+    """The number among the processes of this machine that torchrun has given this one; None where it has started no others."""
+    several = torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    return int(os.environ["LOCAL_RANK"]) if several else None
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Group]:
+    """The processes that torchrun has started beside this one, all of which compute on devices of this kind."""
+    if local_rank() is None:
+        yield ALONE
+        return
+    patience = timedelta(seconds=PATIENCE)
+    if device.type == "cuda":
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=patience, device_id=device)
+    else:
+        torch.distributed.init_process_group("gloo", timeout=patience)
+    try:
+        yield Processes()
+    finally:
+        torch.distributed.destroy_process_group()
