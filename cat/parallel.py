@@ -97,11 +97,11 @@ def joined(device: torch.device) -> Iterator[Group]:
     if local_rank() is None:
         yield ALONE
         return
-    patience = timedelta(seconds=PATIENCE)
+    backend = "gloo"
     if device.type == "cuda":
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=patience, device_id=device)
-    else:
-        torch.distributed.init_process_group("gloo", timeout=patience)
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
     try:
         yield Processes()
     finally:

@@ -96,6 +96,16 @@ def test_only_what_is_stale_is_trained_and_what_the_cache_has_is_restored(study)
     assert Path("runs/copying/k/summary.json").exists()
 
 
+def test_a_cell_that_torchrun_has_trained_is_given_to_dvc(study):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline", "train", "copying", "k"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {compute.describe(CPU)}"
+    dvc("commit", "--force", "train_streams@copying-k")
+    assert "up to date" in dvc("status", "train_streams@copying-k")
+    assert [stale.cell.variant for stale in scheduler.stale_cells()] == ["none"]
+
+
 def test_a_cell_that_fails_is_reported_while_the_others_are_recorded(study, monkeypatch):
     monkeypatch.setattr(scheduler, "_run", breaks_on_k)
     with pytest.raises(
