@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from cat.model import SequenceModel
@@ -86,6 +87,15 @@ class TextSplit(NamedTuple):
         return Split(self.tokens[at].long(), places, self.tokens[at + 1].long())
 
 
+class Outcomes(NamedTuple):
+    """What a model answered in N sequences, answer by answer."""
+
+    loss: Float[Tensor, "N A"]
+    """Nats; 0 where nothing is asked."""
+    right: Bool[Tensor, "N A"]
+    asked: Bool[Tensor, "N A"]
+
+
 class Tally(NamedTuple):
     """What a model answered, sequence by sequence: the sums that scores are quotients of."""
 
@@ -93,6 +103,12 @@ class Tally(NamedTuple):
     """Nats."""
     right: Float[Tensor, " N"]
     asked: Float[Tensor, " N"]
+
+    @classmethod
+    def of(cls, parts: Iterable[Outcomes]) -> Tally:
+        """The sums over the answers of each sequence, in float64, on the CPU."""
+        sums = ([column.sum(1).double().cpu() for column in part] for part in parts)
+        return cls(*map(torch.cat, zip(*sums, strict=True)))
 
 
 class Scores(NamedTuple):
@@ -125,26 +141,35 @@ def score(model: SequenceModel, split: Split, *, precision: str = "float32", aut
     return Scores.of(tally(model, split, precision=precision, autoregressive=autoregressive))
 
 
-@torch.no_grad()
 def tally(model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False) -> Tally:
-    """What `model` answers in each sequence of `split`, a bounded number of tokens at a time; in float64, on the CPU.
+    """What `model` answers in each sequence of `split`: the sums of its `outcomes`."""
+    return Tally.of(outcomes(model, split, precision=precision, autoregressive=autoregressive))
+
+
+def outcomes(
+    model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False
+) -> Iterator[Outcomes]:
+    """What `model` answers in `split`, a bounded number of tokens at a time, in the order of its sequences.
 
     Autoregressive: from the first asked position on, the model reads what it answered itself; the asked positions must then
     be the same in every sequence, and the last ones of it. The loss stays that of the true answers.
     """
     count, length = split.inputs.shape
     size = max(1, TOKENS_AT_ONCE[split.inputs.device.type] // length)
-    parts = []
     for start in range(0, count, size):
-        inputs, at, answers = split.rows(slice(start, start + size))
-        with autocast(inputs.device, precision):
-            if autoregressive:
-                inputs = continuation(model, inputs, first=int(at[0, 0]))
-            logits = model.answers(inputs, at).float()
-        loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE, reduction="none")
-        columns = loss.view_as(answers), logits.argmax(-1) == answers, answers != IGNORE
-        parts.append([column.sum(1).double().cpu() for column in columns])
-    return Tally(*map(torch.cat, zip(*parts, strict=True)))
+        yield _outcomes(model, split.rows(slice(start, start + size)), precision, autoregressive)
+
+
+@torch.no_grad()
+def _outcomes(model: SequenceModel, split: Split, precision: str, autoregressive: bool) -> Outcomes:
+    """Of all sequences at once."""
+    inputs, at, answers = split
+    with autocast(inputs.device, precision):
+        if autoregressive:
+            inputs = continuation(model, inputs, first=int(at[0, 0]))
+        logits = model.answers(inputs, at).float()
+    loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE, reduction="none")
+    return Outcomes(loss.view_as(answers), logits.argmax(-1) == answers, answers != IGNORE)
 
 
 def continuation(model: SequenceModel, inputs: Int[Tensor, "B L"], *, first: int) -> Int[Tensor, "B L"]:
