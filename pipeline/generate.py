@@ -1,7 +1,8 @@
 """data/<task>/: one .npz a split, `inputs` and `targets`, and a meta.json that says what they are.
 
 Of text the training split is tokens.npy, all its tokens once, and in train.npz the `starts` of its windows and their `length`.
-There are also extents.npz, what the answers of the test splits stand for, and tokenizer.json where one was learnt.
+There are also extents.npz, what the answers of the test splits stand for, and spans.npz, what every token of the longest does;
+recalled.npz, which answers stand in their context already, where that is asked; and tokenizer.json where one was learnt.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ def generate(name: str, task: Task, data_seed: int) -> None:
         if (extents := task.extents()) is not None:
             np.savez(folder / "extents.npz", **extents._asdict())
             meta["extents"] = {name: int(column.sum()) for name, column in extents._asdict().items()}
+        if (spans := task.spans()) is not None:
+            np.savez_compressed(folder / "spans.npz", **spans._asdict())
+        if (recalled := task.recalled()) is not None:
+            masks = {f"{kind}_{length}": mask for length, of in recalled.items() for kind, mask in of._asdict().items()}
+            np.savez(folder / "recalled.npz", **masks)
         if origin := task.origin():
             meta["origin"] = origin
         write_json(folder / "meta.json", meta)

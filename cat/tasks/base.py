@@ -59,6 +59,22 @@ class Extents(NamedTuple):
     """How many of the bytes the answers do not tell, since they are of words outside the vocabulary."""
 
 
+class Spans(NamedTuple):
+    """What the token after each of the L positions of N test sequences of the longest length stands for in a text, N x L."""
+
+    bytes: np.ndarray
+    unknown: np.ndarray
+
+
+class Recalled(NamedTuple):
+    """Which of the A answers of N test sequences can be recalled, N x A."""
+
+    recalled: np.ndarray
+    """Whether the tokens right before the answer stood in the context before, with the answer after them."""
+    rare: np.ndarray
+    """Whether, besides, they never stand before it in the training split."""
+
+
 class Task(Configuration):
     """What every task has: the training length, the sizes of its splits, and the lengths of its test splits."""
 
@@ -120,6 +136,14 @@ class Task(Configuration):
 
     def extents(self) -> Extents | None:
         """The text that the answers of the test splits stand for; None where they are no text."""
+        return None
+
+    def spans(self) -> Spans | None:
+        """The text that every token of the longest test sequences stands for; None where they are no text."""
+        return None
+
+    def recalled(self) -> dict[int, Recalled] | None:
+        """Which answers of each test split can be recalled, by its length; None where that is not asked."""
         return None
 
     def tokenizer(self) -> str | None:

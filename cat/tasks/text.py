@@ -12,8 +12,10 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from cat.tasks.base import IGNORE, Examples, Extents, Task, Windows
+from cat.configuration import Count
+from cat.tasks.base import IGNORE, Examples, Extents, Recalled, Spans, Task, Windows
 from cat.tasks.corpora import WIKITEXT, digests, ends_a_word, read
+from cat.tasks.ngrams import check_packing, occurs, pack, stood_before
 from cat.tasks.tokenizing import BPE, Bytes, Tokenizer, Words
 
 
@@ -29,6 +31,8 @@ class Text(Task):
     """What is predicted: bytes; pieces of words, learnt from the training split by merging bytes; or its words."""
     vocabulary_size: Annotated[int, Field(ge=3, le=1 << 20)] | None = None
     """Different tokens at most, for bpe and words; without it, words are all those of the training split."""
+    ngram: Count | None = None
+    """Tell answers apart by whether the last so many tokens stood in the context before, with the answer after them."""
 
     @model_validator(mode="after")
     def _something_is_scored(self) -> Self:
@@ -46,6 +50,15 @@ class Text(Task):
             raise ValueError("tokens = bpe needs vocabulary_size, the number of bytes and merges")
         if self.tokens == "bpe" and self.vocabulary_size is not None and self.vocabulary_size <= 256:
             raise ValueError(f"vocabulary_size = {self.vocabulary_size} leaves nothing to merge: bpe begins with 256 bytes")
+        return self
+
+    @model_validator(mode="after")
+    def _ngrams_fit(self) -> Self:
+        if self.ngram is not None:
+            if self.ngram > (before := self.lengths[0] - self._scored):
+                raise ValueError(f"ngram = {self.ngram} is more than the {before} tokens before the answers of a test window")
+            if (most := 256 if self.tokens == "bytes" else self.vocabulary_size) is not None:
+                check_packing(most, self.ngram + 1)
         return self
 
     @property
@@ -90,18 +103,43 @@ class Text(Task):
 
     def extents(self) -> Extents:
         text, tokens = read(self.source, self.folder, "test"), _tokens(self, "test")
-        learnt, longest = _tokenizer(self), self.lengths[-1]
-        after = longest + _spread(self.test, len(tokens) - longest) + 1
+        learnt, after = _tokenizer(self), self._test_ends() + 1
         before = after - self._scored
         offsets, unknown = (np.concatenate([[0], np.cumsum(count(text, tokens))]) for count in (learnt.sizes, learnt.unknown))
         words = np.searchsorted(np.flatnonzero(ends_a_word(text)) + 1, offsets, side="right")  # that ended by then
         return Extents(*(total[after] - total[before] for total in (offsets, words, unknown)))
+
+    def spans(self) -> Spans:
+        text, tokens = read(self.source, self.folder, "test"), _tokens(self, "test")
+        learnt, ends = _tokenizer(self), self._test_ends()
+        return Spans(*(_windows(count(text, tokens), ends, self.lengths[-1]) for count in (learnt.sizes, learnt.unknown)))
+
+    def recalled(self) -> dict[int, Recalled] | None:
+        """Raises ValueError where runs of so many tokens do not fit in 64 bits."""
+        if self.ngram is None:
+            return None
+        run, vocabulary = self.ngram + 1, self.vocabulary
+        check_packing(vocabulary, run)
+        packed = pack(_windows(_tokens(self, "test"), self._test_ends(), self.lengths[-1] + 1), run, vocabulary)
+        common = occurs(packed[:, -self._scored :], _tokens(self, "train"), run, vocabulary)
+        again = {length: stood_before(packed[:, self.ngram - length - 1 :])[:, -self._scored :] for length in self.lengths}
+        return {length: Recalled(recalled, recalled & ~common) for length, recalled in again.items()}
+
+    def _test_ends(self) -> np.ndarray:
+        """Where the last answer of each test window stands."""
+        longest = self.lengths[-1]
+        return longest + _spread(self.test, len(_tokens(self, "test")) - longest)
 
     def tokenizer(self) -> str | None:
         return _tokenizer(self).save()
 
     def origin(self) -> dict[str, str]:
         return digests(self.source, self.folder)
+
+
+def _windows(array: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
+    """The `length` entries up to each of the `ends`."""
+    return np.lib.stride_tricks.sliding_window_view(array, length)[ends - length + 1]
 
 
 def _spread(count: int, room: int) -> np.ndarray:
