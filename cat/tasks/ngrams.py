@@ -10,7 +10,7 @@ TRAINING_AT_ONCE = 1 << 20
 
 def check_packing(vocabulary: int, n: int) -> None:
     """Raises ValueError, in words, where so many different runs of n tokens have no 64-bit numbers of their own."""
-    if vocabulary**n > 1 << 64:
+    if n > 64 or vocabulary**n > 1 << 64:
         raise ValueError(f"ngram = {n - 1} with {vocabulary:,} different tokens: {n} of them in a row do not fit in 64 bits")
 
 
