@@ -26,6 +26,19 @@ class ByPosition(NamedTuple):
     """After at most T tokens, as a model is evaluated that reads no further: in windows of T, moved by T // 2."""
 
 
+class ByRecall(NamedTuple):
+    """Shares of all answers, and mean losses in nats an answer, nan where there is none.
+
+    Telling the rare ones apart is how Zoology (arXiv 2312.04927) controls for n-grams that a model has memorised.
+    """
+
+    recalled_share: float
+    recalled_rare_share: float
+    loss_recalled: float
+    loss_recalled_rare: float
+    loss_others: float
+
+
 def loss_by_position(model: SequenceModel, windows: Int[Tensor, "N M"], *, precision: str = "float32") -> ByPosition:
     """The loss of `model` on every token but the first of windows of M = L + 1 > T tokens; in float64, on the CPU."""
     trained, length = model.length, windows.shape[1] - 1
@@ -58,21 +71,15 @@ def bins(trained: int, length: int) -> list[int]:
     return [*(trained * quarter // 4 for quarter in quarters), length]
 
 
-def loss_by_recall(
-    loss: Float[np.ndarray, "N A"], recalled: Bool[np.ndarray, "N A"], rare: Bool[np.ndarray, "N A"]
-) -> dict[str, float]:
-    """The loss on answers that are recalled, on those of them that are rare, and on the others, and how many there are.
-
-    Losses are in nats an answer, nan where there is none; shares are of all answers. cat/tasks/base.py says what the masks are.
-    Telling the rare ones apart is how Zoology (arXiv 2312.04927) controls for n-grams that a model has memorised.
-    """
-    return {
-        "recalled_share": float(recalled.mean()),
-        "recalled_rare_share": float(rare.mean()),
-        "loss_recalled": _mean(loss[recalled]),
-        "loss_recalled_rare": _mean(loss[rare]),
-        "loss_others": _mean(loss[~recalled]),
-    }
+def loss_by_recall(loss: Float[np.ndarray, "N A"], recalled: Bool[np.ndarray, "N A"], rare: Bool[np.ndarray, "N A"]) -> ByRecall:
+    """The losses of N x A answers by whether they are `recalled`, and those `rare`, as cat/tasks/base.py has it."""
+    return ByRecall(
+        recalled_share=float(recalled.mean()),
+        recalled_rare_share=float(rare.mean()),
+        loss_recalled=_mean(loss[recalled]),
+        loss_recalled_rare=_mean(loss[rare]),
+        loss_others=_mean(loss[~recalled]),
+    )
 
 
 def _mean(loss: Float[np.ndarray, " n"]) -> float:

@@ -1,5 +1,6 @@
-"""results/<task>.csv: every metric of every variant, seed and length, one long tidy table; filters/<task>.csv: the filters.
+"""results/<task>.csv: every metric of every variant, seed and length, one long tidy table.
 
+filters/<task>.csv has the filters, positions/<task>.csv of text the bits per byte along the longest test windows, and
 scores/<task>.npz has what the metric of the task is a mean of, sequence by sequence, for intervals.
 """
 
@@ -16,15 +17,30 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from cat.context import ByRecall, bins, loss_by_position, loss_by_recall, sample
 from cat.diagnostics import attention_statistics, filter_taps
-from cat.evaluation import Scores, Tally, tally
+from cat.evaluation import Scores, Tally, outcomes
 from cat.model import SequenceModel
-from cat.tasks.base import Extents
+from cat.tasks.base import Extents, Recalled, Spans
 from pipeline import compute, runs
-from pipeline.files import CHECKPOINTS, DATA, FILTERS, RESULTS, SCORES, Meta, read_meta, read_split, read_task, whole, write_csv
+from pipeline.files import (
+    CHECKPOINTS,
+    DATA,
+    FILTERS,
+    POSITIONS,
+    RESULTS,
+    SCORES,
+    Meta,
+    read_meta,
+    read_split,
+    read_task,
+    whole,
+    write_csv,
+)
 
 COLUMNS = ("task", "variant", "seed", "length", "metric", "value")
 FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "tap", "value")
+POSITION_COLUMNS = ("task", "variant", "seed", "context", "position", "tokens", "bits_per_byte")
 
 
 Rows = list[dict[str, Any]]
@@ -38,6 +54,15 @@ class Job(NamedTuple):
 
     variant: str
     seed: int
+
+
+class Found(NamedTuple):
+    """What one model's evaluation comes to: rows of the three tables, and its sequences."""
+
+    scores: Rows
+    filters: Rows
+    positions: Rows
+    sequences: Sequences
 
 
 def evaluate(
@@ -54,14 +79,16 @@ def evaluate(
         def advance(done: int) -> None:
             bar.update(done)
 
-        work = functools.partial(_rows, task, meta, precision)
+        work = functools.partial(_found, task, meta, precision)
         tables = compute.spread(work, jobs, device=where, threads=threads, report=advance)
     with whole(RESULTS / f"{task}.csv") as path:
-        write_csv(path, (row for scored, _, _ in tables for row in scored), COLUMNS)
+        write_csv(path, (row for table in tables for row in table.scores), COLUMNS)
     with whole(FILTERS / f"{task}.csv") as path:
-        write_csv(path, (row for _, filters, _ in tables for row in filters), FILTER_COLUMNS)
+        write_csv(path, (row for table in tables for row in table.filters), FILTER_COLUMNS)
+    with whole(POSITIONS / f"{task}.csv") as path:
+        write_csv(path, (row for table in tables for row in table.positions), POSITION_COLUMNS)
     with whole(SCORES / f"{task}.npz") as path, path.open("wb") as file:
-        arrays = {key: columns for *_, sequences in tables for key, columns in sequences.items()}
+        arrays = {key: columns for table in tables for key, columns in table.sequences.items()}
         np.savez_compressed(file, allow_pickle=False, **arrays)
     shutil.rmtree(CHECKPOINTS / task, ignore_errors=True)
 
@@ -86,30 +113,37 @@ def metrics(answered: Tally, extents: Extents | None, *, autoregressive: bool) -
     }
 
 
-def _rows(
-    task: str, meta: Meta, precision: str, job: Job, device: torch.device, report: compute.Report
-) -> tuple[Rows, Rows, Sequences]:
+def _found(task: str, meta: Meta, precision: str, job: Job, device: torch.device, report: compute.Report) -> Found:
     path = runs.weights_path(task, job.variant, job.seed)
     model = runs.load_model(path).to(device) if path.exists() else None
     longest = runs.longest(task, job.variant)
     extents = _extents(task) if meta.goal == "loss" else None
+    key = {"task": task, **job._asdict()}
     rows: Rows = []
     sequences: Sequences = {}
     if model is not None:
-        rows += _tidy({"task": task, **job._asdict(), "length": meta.length}, _attention(task, meta, model, device))
+        rows += _tidy({**key, "length": meta.length}, _attention(task, meta, model, device))
     for length in meta.lengths:
         if longest is not None and length > longest:
             continue
+        recalled = _recalled(task, length)
         if model is None:
             values = dict.fromkeys(metrics(_ANYTHING, extents, autoregressive=meta.autoregressive), math.nan)
+            values |= dict.fromkeys(ByRecall._fields if recalled else (), math.nan)
         else:
             split = runs.split(task, f"test_{length}", device)
-            answered = tally(model, split, precision=precision, autoregressive=meta.autoregressive)
+            parts = list(outcomes(model, split, precision=precision, autoregressive=meta.autoregressive))
+            answered = Tally.of(parts)
             sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(answered, extents)
             values = metrics(answered, extents, autoregressive=meta.autoregressive)
-        rows += _tidy({"task": task, **job._asdict(), "length": length}, values.items())
+            if recalled:
+                losses = torch.cat([part.loss.double().cpu() for part in parts]).numpy()
+                values |= loss_by_recall(losses, *recalled)._asdict()
+        rows += _tidy({**key, "length": length}, values.items())
+    filters = [] if model is None else _filters(key, model)
+    positions = [] if model is None or extents is None else _positions(key, meta, precision, model, device)
     report(1)
-    return rows, [] if model is None else _filters({"task": task, **job._asdict()}, model), sequences
+    return Found(rows, filters, positions, sequences)
 
 
 def _sequences(answered: Tally, extents: Extents | None) -> NDArray[np.float32]:
@@ -121,6 +155,35 @@ def _sequences(answered: Tally, extents: Extents | None) -> NDArray[np.float32]:
 def _extents(task: str) -> Extents:
     with np.load(DATA / task / "extents.npz", allow_pickle=False) as arrays:
         return Extents(**arrays)
+
+
+def _recalled(task: str, length: int) -> Recalled | None:
+    """Which answers of a test split can be recalled, where that was asked."""
+    path = DATA / task / "recalled.npz"
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        return Recalled(*(arrays[f"{kind}_{length}"] for kind in Recalled._fields))
+
+
+def _positions(key: dict[str, Any], meta: Meta, precision: str, model: SequenceModel, device: torch.device) -> Rows:
+    """Bits per byte of the text in each bin of positions: of all tokens there, with eight bits a byte that no token tells."""
+    task, length = key["task"], meta.lengths[-1]
+    examples = read_split(task, f"test_{length}")
+    chosen, ends = sample(len(examples.inputs), length), np.array(bins(meta.length, length))
+    with np.load(DATA / task / "spans.npz", allow_pickle=False) as arrays:
+        spans = Spans(*(arrays[kind][chosen].astype(np.int64) for kind in Spans._fields))
+    tokens = np.concatenate([examples.inputs[chosen], examples.targets[chosen, -1:]], axis=1, dtype=np.int64)
+    rows: Rows = []
+    for context, losses in loss_by_position(model, torch.tensor(tokens, device=device), precision=precision)._asdict().items():
+        there = ends[ends <= losses.shape[1]]
+        starts = [0, *there[:-1]]
+        bits = losses.numpy() / math.log(2) + 8 * spans.unknown[:, : losses.shape[1]]
+        total, size = (np.add.reduceat(of.sum(0), starts) for of in (bits, spans.bytes[:, : losses.shape[1]]))
+        for begin, end, value in zip(starts, there, total / size, strict=True):
+            count = len(chosen) * int(end - begin)
+            rows.append({**key, "context": context, "position": int(end), "tokens": count, "bits_per_byte": float(value)})
+    return rows
 
 
 def _attention(task: str, meta: Meta, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,13 +12,15 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from cat.configuration import Theory
 from cat.tasks import Recall
 from pipeline import runs
+from pipeline.drawing import add_legend, errorbar, panels_of, set_ticks, style
 from pipeline.examples import attention_on, read_example
 from pipeline.grid import variants_on
+from pipeline.language import positions, recall
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import PRIMARY, read_filters, read_history
 from pipeline.stability import MEASURES, stability
@@ -49,6 +47,8 @@ def figures_of(name: str, ablation: Ablation) -> dict[str, Draw]:
         "stability": stable,
         "example": example,
         "filters": filters,
+        "positions": positions,
+        "recall": recall,
     }
     figures = {name: own[ablation.figure]}
     if ablation.looks_inside:
@@ -58,35 +58,23 @@ def figures_of(name: str, ablation: Ablation) -> dict[str, Draw]:
     return {**figures, f"{name}_training": training}
 
 
-def begin(study: Study) -> None:
-    """The looks of every figure. Without a salt and with a date, an SVG would differ from run to run."""
-    matplotlib.rcParams.update({"svg.hashsalt": "cat", "svg.fonttype": "none", "figure.dpi": study.render.dpi})
-    sns.set_theme(style="whitegrid", context="notebook", rc={"axes.titlesize": "medium"})
-
-
-def save(figure: Figure, png: Path, svg: Path) -> None:
-    figure.savefig(png, format="png", bbox_inches="tight", metadata={"Software": None})
-    figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-
-
 def lengths(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """The metric against the evaluation length by variant, a panel a task."""
-    figure, panels = _panels(shown_tasks(study, ablation))
+    figure, panels = panels_of(shown_tasks(study, ablation))
     for task, axes in panels.items():
         here = results[results["task"] == task]
         _lines(study, ablation, here, axes, x="multiple", y="value")
         axes.set_xscale("log", base=2)
-        _ticks(axes, study.tasks[task].data.multiples, "{:g}x")
+        set_ticks(axes, study.tasks[task].data.multiples, "{:g}x")
         axes.axvline(1, color="0.6", lw=1, ls=":", zorder=0)
         _label(study, task, axes, f"length, in training lengths of {study.tasks[task].data.length}")
-    _legend(figure, panels)
+    add_legend(figure, panels)
     return figure
 
 
 def training(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """The validation metric against the training step by variant, a panel a task."""
-    figure, panels = _panels(shown_tasks(study, ablation))
+    figure, panels = panels_of(shown_tasks(study, ablation))
     for task, axes in panels.items():
         column = "valid_accuracy" if study.tasks[task].data.goal == "accuracy" else "valid_loss"
         tables = []
@@ -100,7 +88,7 @@ def training(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
         _lines(study, ablation, history, axes, x="step", y="value", markers=False)
         _label(study, task, axes, "training step")
         axes.set_ylabel("validation accuracy" if column == "valid_accuracy" else "validation loss, nats a byte")
-    _legend(figure, panels)
+    add_legend(figure, panels)
     return figure
 
 
@@ -133,7 +121,7 @@ def heatmap(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
 
 def sweep(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """The metric against a number of the variants, a panel a task, a line a length; `full` stands at the training length."""
-    figure, panels = _panels(shown_tasks(study, ablation))
+    figure, panels = panels_of(shown_tasks(study, ablation))
     assert ablation.x is not None
     for task, axes in panels.items():
         length = study.tasks[task].data.length
@@ -145,17 +133,17 @@ def sweep(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
         here["at length"] = here["multiple"].map(lambda multiple: f"{multiple:g}x")
         sns.lineplot(
             here, x=ablation.x, y="value", hue="at length", style="at length", markers=True, dashes=False, ax=axes,
-            palette=sns.color_palette("colorblind", here["at length"].nunique()), errorbar=_errorbar(study),
+            palette=sns.color_palette("colorblind", here["at length"].nunique()), errorbar=errorbar(study),
         )  # fmt: skip
         axes.set_xscale("log", base=2)
-        _ticks(axes, sorted(set(here[ablation.x])), "{:g}")
+        set_ticks(axes, sorted(set(here[ablation.x])), "{:g}")
         _label(
             study,
             task,
             axes,
             f"{ablation.x}: taps, the last as many as the sequence has" if "full" in numbers.values() else ablation.x,
         )
-    _legend(figure, panels)
+    add_legend(figure, panels)
     return figure
 
 
@@ -179,13 +167,13 @@ def contrast(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             sns.pointplot(
                 here, x=ablation.x, y="value", order=list(dict.fromkeys(settings.values())), ax=axes, linestyle="none",
                 hue="filters", hue_order=["without", "with filters"], palette=sns.color_palette("colorblind", 2),
-                markers=["o", "s"], dodge=0.3, errorbar=_errorbar(study),
+                markers=["o", "s"], dodge=0.3, errorbar=errorbar(study),
             )  # fmt: skip
             _label(study, task, axes, ablation.x)
             axes.set_title(f"{task}, at {multiple:g}x the training length")
     panels = {str(i): axes for i, axes in enumerate(grid.flat)}
     figure.tight_layout()
-    _legend(figure, panels)
+    add_legend(figure, panels)
     return figure
 
 
@@ -217,21 +205,21 @@ def attention(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure
 def rates(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """By learning rate, the share of seeds whose key filter solves every length, and the mean accuracy on validation, dotted."""
     table = found(study, ablation)
-    figure, panels = _panels(shown_tasks(study, ablation))
+    figure, panels = panels_of(shown_tasks(study, ablation))
     for task, axes in panels.items():
         for variant, here in table[table["task"] == task].groupby("variant", sort=False):
             looks = style(study, str(variant))
             axes.plot(here["learning rate"], here["found"] / here["runs"], label=variant, lw=1.8, **looks)
             axes.plot(here["learning rate"], here["validation accuracy"], color=looks["color"], ls=":", lw=1.2)
         axes.set_xscale("log")
-        _ticks(axes, study.tasks[task].train.learning_rates, "{:g}")
+        set_ticks(axes, study.tasks[task].train.learning_rates, "{:g}")
         axes.set(
             title=task,
             xlabel="learning rate",
             ylabel="share of seeds that found it,\ndotted: validation accuracy",
             ylim=(-0.04, 1.04),
         )
-    _legend(figure, panels)
+    add_legend(figure, panels)
     return figure
 
 
@@ -322,12 +310,12 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             )
             axes.axhline(0, color="0.5", lw=0.8)
             axes.set_title(f"{variant} on {task}: {stream}" + ("" if len(trained) else ", no filter"))
-    _ticks(grid[0, 0], range(max(int(max(t.loc[t["tap"] < TAPS, "tap"].max() for t in tables.values())), 1) + 1), "{:g}")
+    set_ticks(grid[0, 0], range(max(int(max(t.loc[t["tap"] < TAPS, "tap"].max() for t in tables.values())), 1) + 1), "{:g}")
     for axes in grid[-1]:
         axes.set_xlabel("tokens back")
     for axes in grid[:, 0]:
         axes.set_ylabel("tap / largest tap")
-    _legend(figure, {str(at): axes for at, axes in enumerate(grid.flat)})
+    add_legend(figure, {str(at): axes for at, axes in enumerate(grid.flat)})
     return figure
 
 
@@ -376,19 +364,6 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return front
 
 
-def style(study: Study, variant: str) -> dict[str, Any]:
-    """Colour, dash and marker of a variant: the same in every figure, and kept when variants are added at the end."""
-    if isinstance(study.variants[variant], Theory):
-        return {"color": "black", "linestyle": ":", "marker": "x"}
-    number = list(study.variants).index(variant)
-    colours, dashes, markers = sns.color_palette("colorblind", 10), ["-", "--", ":"], "osD^vP*Xph<>"
-    return {
-        "color": colours[number % len(colours)],
-        "linestyle": dashes[number % len(dashes)],  # lines that coincide show through each other
-        "marker": markers[number % len(markers)],
-    }
-
-
 def _lines(study: Study, ablation: Ablation, table: pd.DataFrame, axes: Axes, *, x: str, y: str, markers: bool = True) -> None:
     for variant in shown_variants(ablation):
         here = table[table["variant"] == variant]
@@ -396,7 +371,7 @@ def _lines(study: Study, ablation: Ablation, table: pd.DataFrame, axes: Axes, *,
             looks = style(study, variant)
             if not markers:
                 looks["marker"] = None
-            sns.lineplot(here, x=x, y=y, ax=axes, label=variant, errorbar=_errorbar(study), legend=False, lw=1.8, ms=6, **looks)
+            sns.lineplot(here, x=x, y=y, ax=axes, label=variant, errorbar=errorbar(study), legend=False, lw=1.8, ms=6, **looks)
 
 
 def trained_variants(study: Study, ablation: Ablation) -> list[str]:
@@ -411,13 +386,6 @@ def _limit(study: Study, table: pd.DataFrame, axes: Axes) -> None:
         axes.axhline(values.mean(), color="black", lw=1.4, ls=":", label="theory")
 
 
-def _panels(tasks: Iterable[str]) -> tuple[Figure, dict[str, Axes]]:
-    tasks = list(tasks)
-    figure, grid = plt.subplots(1, len(tasks), figsize=(4.4 * len(tasks), 3.8), squeeze=False)
-    figure.tight_layout(w_pad=2.5)
-    return figure, dict(zip(tasks, grid[0], strict=True))
-
-
 def _label(study: Study, task: str, axes: Axes, x: str) -> None:
     metric = PRIMARY[study.tasks[task].data.goal]
     axes.set(title=task, xlabel=x, ylabel=LABELS[metric])
@@ -425,22 +393,3 @@ def _label(study: Study, task: str, axes: Axes, x: str) -> None:
         axes.set_ylim(-0.04, 1.04)
     if legend := axes.get_legend():
         legend.remove()
-
-
-def _ticks(axes: Axes, values: Iterable[float], form: str) -> None:
-    values = list(values)
-    axes.xaxis.set_major_locator(FixedLocator(values))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([form.format(value) for value in values])
-
-
-def _legend(figure: Figure, panels: dict[str, Axes]) -> None:
-    """One legend for all panels, beside them."""
-    found: dict[str, Any] = {}
-    for axes in panels.values():
-        found |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True) if label not in found}
-    figure.legend(found.values(), found.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-
-
-def _errorbar(study: Study) -> tuple[str, int]:
-    return ("pi", 100) if study.render.spread == "range" else ("sd", 1)

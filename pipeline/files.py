@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from cat.tasks import Examples, Task, TaskConfiguration, Windows
 
 PLAN, DATA, RUNS, RESULTS, REPORTS = Path("plan"), Path("data"), Path("runs"), Path("results"), Path("reports")
-FILTERS = RESULTS / "filters"
+FILTERS, POSITIONS = RESULTS / "filters", RESULTS / "positions"
 SCORES, VERDICTS = Path("scores"), Path("verdicts")
 LOGS = Path("logs")
 """What a run is not made of: when, where and how fast. Not an output of any stage, so it may differ from run to run."""

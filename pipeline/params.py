@@ -30,7 +30,7 @@ from cat.configuration import (
     Variant,
     VariantConfiguration,
 )
-from cat.tasks import Recall, TaskConfiguration
+from cat.tasks import Recall, TaskConfiguration, Text
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
 """Names become stage names, folders and command lines; a legend leaves out what begins with an underscore."""
@@ -55,18 +55,21 @@ class Ablation(Configuration):
     """Variants that another ablation trains and that belong in this figure as well."""
     across: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Tasks on which other ablations train these variants and that belong in this figure as well."""
-    figure: Literal["heatmap", "sweep", "contrast", "lines", "attention", "rates", "stability", "example", "filters"]
+    figure: Literal[
+        "heatmap", "sweep", "contrast", "lines", "attention", "rates", "stability", "example", "filters", "positions", "recall"
+    ]
     """heatmap: variants by tasks; sweep: against a number `x`; contrast: by `x`, filtered beside unfiltered; lines: by length;
     attention: how many tokens share it and how much is on the answer; rates: by learning rate, how many seeds found a key filter
     that solves every length; stability: by learning rate, what every run ended at and what its loss, gradients and attention went
-    through; example: what attention reads in one sequence of recall; filters: taps beside the theorem's."""
+    through; example: what attention reads in one sequence of recall; filters: taps beside the theorem's; positions: bits along
+    the windows of a text; recall: what is gained on the first variant, on answers of a text that can be recalled and on others."""
     x: Name | None = None
     """The key of a variant that a sweep or a contrast has on its axis."""
 
     @property
     def looks_inside(self) -> bool:
-        """Whether its figure is of models rather than of their scores."""
-        return self.figure in ("example", "filters")
+        """Whether its figure is of models, or of single answers, rather than of their scores."""
+        return self.figure in ("example", "filters", "positions", "recall")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -252,6 +255,10 @@ def _contradictions(study: Study) -> Iterator[str]:
         for task in ablation.across:
             if task in study.tasks and variants and not any((task, variant) in owner for variant in variants):
                 yield f"ablations.{name}.across: none of its variants is trained on {task!r}; list it under tasks"
+        if ablation.figure == "recall" and variants:
+            for task in tasks:
+                if (task, variants[0]) not in owner:
+                    yield f"ablations.{name}: figure = recall is of gains on {variants[0]!r}, which is not trained on {task!r}"
     for task, variant in owner:
         if task in study.tasks and variant in study.variants:
             data, model = study.tasks[task].data, study.variants[variant]
@@ -290,7 +297,7 @@ def _unknown_names(study: Study, name: str, ablation: Ablation) -> Iterator[str]
 
 
 def _nothing_to_draw(study: Study, subject: str, ablation: Ablation) -> Iterator[str]:
-    """What a figure of attention, or of key filters, has no place for."""
+    """What a figure of attention, of filters or of text has no place for."""
     models = {variant: study.variants[variant] for variant in shown_variants(ablation) if variant in study.variants}
     if ablation.figure in ("attention", "example"):
         for variant, model in models.items():
@@ -308,6 +315,15 @@ def _nothing_to_draw(study: Study, subject: str, ablation: Ablation) -> Iterator
         for task in shown_tasks(study, ablation):
             if len(study.tasks[task].train.learning_rates) < 2:
                 yield f"{subject} is drawn against the learning rate, of which task {task!r} has one"
+    if ablation.figure in ("positions", "recall"):
+        for task in shown_tasks(study, ablation):
+            data = study.tasks[task].data
+            if not isinstance(data, Text):
+                yield f"{subject} is about text, which task {task!r} is not"
+            elif ablation.figure == "recall" and data.ngram is None:
+                yield f"{subject} is about recalled answers, and tasks.{task}.data.ngram, which says what they are, is missing"
+    if ablation.figure == "recall" and len(shown_variants(ablation)) == 1:
+        yield f"{subject} compares variants with the first, and there is no other"
     if ablation.figure == "rates":
         for variant, model in models.items():
             if not (isinstance(model, Attention) and model.keys_decide):

@@ -11,8 +11,10 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.diagnosis import diagnose
-from pipeline.figures import attention, begin, figures_of, save
+from pipeline.drawing import begin, save
+from pipeline.figures import attention, figures_of
 from pipeline.files import REPORTS, whole, write_json
+from pipeline.language import recall
 from pipeline.params import Study, shown_tasks, shown_variants
 from pipeline.results import primary, read_results, strays
 from pipeline.stability import stability
@@ -37,7 +39,7 @@ def render(study: Study) -> None:
                 results["task"].isin(shown_tasks(study, ablation)) & results["variant"].isin(shown_variants(ablation))
             ]
             for file, draw in figures_of(name, ablation).items():
-                table = shown if draw is attention else primary(study, shown)
+                table = shown if draw in (attention, recall) else primary(study, shown)
                 save(draw(study, ablation, table), figures / f"{file}.png", svg / f"{file}.svg")
         for variant, values in _metrics(study, scores).items():
             write_json(metrics / f"{variant}.json", values)

@@ -29,14 +29,17 @@ def report(study: Study) -> None:
     if _is_new():
         return
     from pipeline.diagnosis import Sign
-    from pipeline.figures import begin, cost, save
+    from pipeline.drawing import begin, save
+    from pipeline.figures import cost
     from pipeline.html import page
+    from pipeline.language import gains_table, positions_table
     from pipeline.results import primary, read_results
     from pipeline.stability import stability
     from pipeline.tables import found, results_table, verdicts_in_words
     from pipeline.verdicts import read_verdicts
 
-    scores = primary(study, read_results(study))
+    results = read_results(study)
+    scores = primary(study, results)
     verdicts, diagnosis = read_verdicts(), readers.table(REPORTS / "diagnosis.csv", dict.fromkeys(Sign._fields, str))
     parts = ["# What the study shows", verdicts_in_words(), _study(study)]
     for name, ablation in study.ablations.items():
@@ -52,6 +55,10 @@ def report(study: Study) -> None:
                 table = table[table["task"].isin(shown_tasks(study, ablation)) & table["variant"].isin(shown_variants(ablation))]
                 parts.append(_folded("Every run, with the entropy of each head, layers apart by semicolons", table))
             parts.append(_failures(study, ablation, diagnosis))
+        if ablation.figure == "positions":
+            parts.append(positions_table(study, ablation).to_markdown(index=False, floatfmt=".3f"))
+        if ablation.figure == "recall":
+            parts.append(gains_table(study, ablation, results).to_markdown(index=False, floatfmt=".3f"))
         parts.append(_what_was_run(study, ablation))
     costs = costs_of(study, scores)
     begin(study)
@@ -133,11 +140,14 @@ def _what_was_run(study: Study, ablation: Ablation) -> str:
     own = [cell for cell in shown if cell.task in ablation.tasks and cell.variant in ablation.variants]
     others = f", {len(shown) - len(own)} of them for another question" if len(own) < len(shown) else ""
     sources = ", ".join(f"[results/{task}.csv](../results/{task}.csv)" for task in tasks)
-    if ablation.figure == "filters":
-        sources = ", ".join(f"[results/filters/{task}.csv](../results/filters/{task}.csv)" for task in tasks)
+    if ablation.figure in ("filters", "positions"):
+        files = [f"results/{ablation.figure}/{task}.csv" for task in tasks]
+        sources = ", ".join(f"[{file}](../{file})" for file in files)
     rows = {
         "filters": "the rows of these variants",
         "stability": "the rows of these variants, in nats, for every learning rate",
+        "positions": "the rows of these variants",
+        "recall": "the rows of these variants whose metric is recalled_share or begins with loss",
         "example": "the first test sequence of the training length, read by the weights in runs/",
     }.get(ablation.figure, "the rows of these variants whose metric is accuracy, or bits_per_byte on text; curves: every length")
     if ablation.figure == "stability":

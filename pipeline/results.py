@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline import readers
-from pipeline.files import FILTERS, RESULTS, RUNS
+from pipeline.files import FILTERS, POSITIONS, RESULTS, RUNS
 from pipeline.grid import cells, variants_on
 from pipeline.params import Study
 
@@ -17,6 +17,7 @@ KEYS = {"task": str, "variant": str, "seed": int, "length": int, "metric": str}
 FILTER = {"variant": str, "seed": int, "layer": int, "stream": str, "row": str, "tap": int, "value": float}
 CURVES = ("train_loss", "peak_loss", "gradient_norm", "valid_loss", "valid_accuracy", "largest_logit")
 HISTORY = {"learning_rate": float, "seed": int, "step": int, **dict.fromkeys(CURVES, float)}
+POSITION = {"variant": str, "seed": int, "context": str, "position": int, "bits_per_byte": float}
 
 PRIMARY = {"accuracy": "accuracy", "loss": "bits_per_byte"}
 """The metric that stands for a task, by its goal."""
@@ -62,6 +63,11 @@ def read_history(study: Study, task: str, variant: str, learning_rate: float | N
 def read_filters(task: str) -> pd.DataFrame:
     """The taps of every filter of the variants on the task."""
     return readers.table(FILTERS / f"{task}.csv", FILTER)
+
+
+def read_positions(task: str) -> pd.DataFrame:
+    """The bits per byte of the variants on the task, by position."""
+    return readers.table(POSITIONS / f"{task}.csv", POSITION)
 
 
 def strays(study: Study) -> Iterator[Path]:

@@ -64,9 +64,9 @@ def tiny_study(folder, *, tasks):
         task["train"]["steps"] = 5
     raw["ablations"]["depth"]["tasks"] = ["copying"]
     for ablation in raw["ablations"].values():
+        inside = not ablation["tasks"]  # of models that other questions train
         ablation["tasks"] = [task for task in ablation["tasks"] if task in tasks]
         ablation["across"] = [task for task in ablation.get("across", ()) if task in tasks]
-        inside = ablation["figure"] in ("example", "filters")  # of models that other questions train
         if not ablation["across" if inside else "tasks"]:
             ablation |= {"variants": [], "beside": [], "across": []}
     trained = {variant for ablation in raw["ablations"].values() for variant in ablation["variants"]}

@@ -99,14 +99,14 @@ def test_losses_of_classes_are_their_means_and_those_of_none_are_nan():
     loss = np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     recalled = np.array([[True, False, True], [False, False, True]])
     rare = np.array([[False, False, True], [False, False, False]])
-    assert loss_by_recall(loss, recalled, rare) == {
+    assert loss_by_recall(loss, recalled, rare)._asdict() == {
         "recalled_share": 0.5,
         "recalled_rare_share": pytest.approx(1 / 6),
         "loss_recalled": pytest.approx(37 / 3),
         "loss_recalled_rare": 4.0,
         "loss_others": pytest.approx(26 / 3),
     }
-    found = loss_by_recall(loss, ~rare | True, rare & False)
+    found = loss_by_recall(loss, ~rare | True, rare & False)._asdict()
     assert [name for name, value in found.items() if math.isnan(value)] == ["loss_recalled_rare", "loss_others"]
 
 

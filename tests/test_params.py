@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 STUDIES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 SMOKE_TEXT = (ROOT / "presets/smoke.yaml").read_text(encoding="utf-8")
 SMOKE = YAML(typ="safe").load(SMOKE_TEXT)
-for inside in ("example", "filters"):  # would object to much that is tried of the others' variants
+for inside in ("example", "filters", "positions", "recall"):  # would object to much that is tried of the others' variants
     del SMOKE["ablations"][inside]
 SMOKE_JSON = json.dumps(SMOKE)
 MIXERS = " or ".join(get_args(mixer.model_fields["mixer"].annotation)[0] for mixer in get_args(get_args(VariantConfiguration)[0]))
@@ -401,7 +401,7 @@ RULES = {
     "figure that there is not": (
         {"ablations.ngram.figure": "line"},
         'ablations.ngram.figure = "line": is not heatmap or sweep or contrast or lines or attention or rates or stability or'
-        " example or filters; did you mean 'lines'?",
+        " example or filters or positions or recall; did you mean 'lines'?",
     ),
     "attention of what attends to nothing": (
         {"ablations.baselines.figure": "attention"},

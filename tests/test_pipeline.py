@@ -243,7 +243,7 @@ def test_metrics_are_a_row_a_variant(study):
 
 
 def test_a_variant_looks_the_same_in_every_figure(study):
-    from pipeline.figures import style
+    from pipeline.drawing import style
 
     study_params = params.load()
     looks = {variant: style(study_params, variant) for variant in study_params.variants}
