@@ -10,13 +10,14 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from cat.configuration import Theory
-from pipeline.params import Study
+from pipeline.params import Ablation, Study, shown_variants
 
 
 def begin(study: Study) -> None:
@@ -42,6 +43,19 @@ def style(study: Study, variant: str) -> dict[str, Any]:
         "linestyle": dashes[number % len(dashes)],  # lines that coincide show through each other
         "marker": markers[number % len(markers)],
     }
+
+
+def draw_lines(
+    study: Study, ablation: Ablation, table: pd.DataFrame, axes: Axes, *, x: str, y: str, markers: bool = True
+) -> None:
+    """Column `y` of `table` against column `x`, a line with a band over seeds for each variant that has values."""
+    for variant in shown_variants(ablation):
+        here = table[table["variant"] == variant]
+        if here[y].notna().any():
+            looks = style(study, variant)
+            if not markers:
+                looks["marker"] = None
+            sns.lineplot(here, x=x, y=y, ax=axes, label=variant, errorbar=errorbar(study), legend=False, lw=1.8, ms=6, **looks)
 
 
 def panels_of(tasks: Iterable[str]) -> tuple[Figure, dict[str, Axes]]:

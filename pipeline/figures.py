@@ -17,13 +17,13 @@ from matplotlib.ticker import MaxNLocator
 from cat.configuration import Theory
 from cat.tasks import Recall
 from pipeline import runs
-from pipeline.drawing import add_legend, errorbar, panels_of, set_ticks, style
+from pipeline.drawing import add_legend, draw_lines, errorbar, panels_of, set_ticks, style
 from pipeline.examples import attention_on, read_example
 from pipeline.grid import variants_on
 from pipeline.language import positions, recall
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import PRIMARY, read_filters, read_history
-from pipeline.stability import MEASURES, stability
+from pipeline.stability import by_rate
 from pipeline.tables import LABELS, found
 
 TAPS = 16
@@ -44,7 +44,7 @@ def figures_of(name: str, ablation: Ablation) -> dict[str, Draw]:
         "lines": lengths,
         "attention": attention,
         "rates": rates,
-        "stability": stable,
+        "stability": by_rate,
         "example": example,
         "filters": filters,
         "positions": positions,
@@ -63,7 +63,7 @@ def lengths(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     figure, panels = panels_of(shown_tasks(study, ablation))
     for task, axes in panels.items():
         here = results[results["task"] == task]
-        _lines(study, ablation, here, axes, x="multiple", y="value")
+        draw_lines(study, ablation, here, axes, x="multiple", y="value")
         axes.set_xscale("log", base=2)
         set_ticks(axes, study.tasks[task].data.multiples, "{:g}x")
         axes.axvline(1, color="0.6", lw=1, ls=":", zorder=0)
@@ -85,7 +85,7 @@ def training(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
         # Seeds that stopped early keep their last value, or the mean over seeds would jump as they leave.
         history = history.pivot(index="step", columns=["variant", "seed"], values=column).ffill()
         history = history.melt(ignore_index=False, value_name="value").reset_index()
-        _lines(study, ablation, history, axes, x="step", y="value", markers=False)
+        draw_lines(study, ablation, history, axes, x="step", y="value", markers=False)
         _label(study, task, axes, "training step")
         axes.set_ylabel("validation accuracy" if column == "valid_accuracy" else "validation loss, nats a byte")
     add_legend(figure, panels)
@@ -223,31 +223,6 @@ def rates(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     return figure
 
 
-def stable(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
-    """By learning rate, what every run ended at and went through; a row a task, a cross at the top where a seed diverged."""
-    tasks = shown_tasks(study, ablation)
-    table = stability(study)
-    table = table[table["variant"].isin(shown_variants(ablation))]
-    figure, grid = plt.subplots(
-        len(tasks), len(MEASURES), squeeze=False, figsize=(4.2 * len(MEASURES), 3.6 * len(tasks)), layout="constrained"
-    )
-    for task, row in zip(tasks, grid, strict=True):
-        here = table[table["task"] == task]
-        for (measure, label), axes in zip(MEASURES.items(), row, strict=True):
-            _lines(study, ablation, here, axes, x="learning_rate", y=measure)
-            if measure == "gradient_norm" and here[measure].gt(0).any():
-                axes.set_yscale("log")
-            for variant, lost in here[here["stop"] == "diverged"].groupby("variant"):
-                at = lost["learning_rate"].drop_duplicates()
-                colour = style(study, str(variant))["color"]
-                axes.plot(at, [1.0] * len(at), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False, mew=2)
-            axes.set_xscale("log")
-            _ticks(axes, study.tasks[task].train.learning_rates, "{:g}")
-            axes.set(title=task, xlabel="learning rate", ylabel=label)
-    _legend(figure, {str(place): axes for place, axes in enumerate(grid.flat)})
-    return figure
-
-
 def example(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """Where every question of one test sequence looks, a panel a variant; the token that holds the answer has a frame.
 
@@ -362,16 +337,6 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
         if not front or points[name][1] > points[front[-1]][1] + WORTH:
             front.append(name)
     return front
-
-
-def _lines(study: Study, ablation: Ablation, table: pd.DataFrame, axes: Axes, *, x: str, y: str, markers: bool = True) -> None:
-    for variant in shown_variants(ablation):
-        here = table[table["variant"] == variant]
-        if here[y].notna().any():
-            looks = style(study, variant)
-            if not markers:
-                looks["marker"] = None
-            sns.lineplot(here, x=x, y=y, ax=axes, label=variant, errorbar=errorbar(study), legend=False, lw=1.8, ms=6, **looks)
 
 
 def trained_variants(study: Study, ablation: Ablation) -> list[str]:

@@ -62,7 +62,7 @@ class Ablation(Configuration):
     attention: how many tokens share it and how much is on the answer; rates: by learning rate, how many seeds found a key filter
     that solves every length; stability: by learning rate, what every run ended at and what its loss, gradients and attention went
     through; example: what attention reads in one sequence of recall; filters: taps beside the theorem's; positions: bits along
-    the windows of a text; recall: what is gained on the first variant, on answers of a text that can be recalled and on others."""
+    the windows of a text; recall: what is gained on the first variant, on answers that can be recalled and on others."""
     x: Name | None = None
     """The key of a variant that a sweep or a contrast has on its axis."""
 

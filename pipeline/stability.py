@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from pipeline import runs
+from pipeline.drawing import add_legend, draw_lines, set_ticks, style
 from pipeline.grid import variants_on
-from pipeline.params import Study, shown_tasks
+from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import read_history
 
 MEASURES = {
@@ -23,6 +26,31 @@ MEASURES = {
 COLUMNS = ("task", "variant", "learning_rate", "seed", "stop", *MEASURES, "entropy_by_head")
 
 
+def by_rate(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
+    """By learning rate, what every run ended at and went through; a row a task, a cross at the top where a seed diverged."""
+    tasks = shown_tasks(study, ablation)
+    table = stability(study)
+    table = table[table["variant"].isin(shown_variants(ablation))]
+    figure, grid = plt.subplots(
+        len(tasks), len(MEASURES), squeeze=False, figsize=(4.2 * len(MEASURES), 3.6 * len(tasks)), layout="constrained"
+    )
+    for task, row in zip(tasks, grid, strict=True):
+        here = table[table["task"] == task]
+        for (measure, label), axes in zip(MEASURES.items(), row, strict=True):
+            draw_lines(study, ablation, here, axes, x="learning_rate", y=measure)
+            if measure == "gradient_norm" and here[measure].gt(0).any():
+                axes.set_yscale("log")
+            for variant, lost in here[here["stop"] == "diverged"].groupby("variant"):
+                at = lost["learning_rate"].drop_duplicates()
+                colour = style(study, str(variant))["color"]
+                axes.plot(at, [1.0] * len(at), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False, mew=2)
+            axes.set_xscale("log")
+            set_ticks(axes, study.tasks[task].train.learning_rates, "{:g}")
+            axes.set(title=task, xlabel="learning rate", ylabel=label)
+    add_legend(figure, {str(place): axes for place, axes in enumerate(grid.flat)})
+    return figure
+
+
 def stability(study: Study) -> pd.DataFrame:
     """A row a run of every `stability` figure. A run that diverged has no loss and no entropy; what has no softmax, no logits.
 
@@ -30,7 +58,7 @@ def stability(study: Study) -> pd.DataFrame:
     heads of a layer apart by spaces, the layers by semicolons.
     """
     shown = [a for a in study.ablations.values() if a.figure == "stability"]
-    cells = [(t, v) for a in shown for t in shown_tasks(study, a) for v in (*a.beside, *a.variants) if v in variants_on(study, t)]
+    cells = [(t, v) for a in shown for t in shown_tasks(study, a) for v in shown_variants(a) if v in variants_on(study, t)]
     rows = []
     for task, variant in dict.fromkeys(cells):
         history = read_history(study, task, variant)
