@@ -21,22 +21,25 @@ CLASSES = {"recalled": "loss_recalled", "recalled, rare": "loss_recalled_rare", 
 def positions(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """Bits per byte against the position in the longest test windows by variant, a panel a task.
 
-    Dashed where a model reads a window of the training length that slides along, solid where it reads from the start.
+    Solid where a model reads from the start; dashed, from the training length on, where its window slides along.
     """
     figure, panels = panels_of(shown_tasks(study, ablation))
     for task, axes in panels.items():
-        table = _positions(study, ablation, task)
-        trained = study.tasks[task].data.length
-        for (variant, context), here in table.groupby(["variant", "context"], sort=False):
-            sns.lineplot(
-                here, x="position", y="bits_per_byte", ax=axes, color=style(study, str(variant))["color"], lw=1.8, legend=False,
-                linestyle="-" if context == "full" else "--", label=variant if context == "full" else None,
-                errorbar=errorbar(study),
-            )  # fmt: skip
+        table, trained = _positions(study, ablation, task), study.tasks[task].data.length
+        full, sliding = table["context"] == "full", (table["context"] == "sliding") & (table["position"] >= trained)
+        for variant in _shown(study, ablation, task):
+            for chosen, dash in ((full, "-"), (sliding, "--")):
+                here = table[chosen & (table["variant"] == variant)]
+                if len(here):  # a seed that diverged has none
+                    sns.lineplot(
+                        here, x="position", y="bits_per_byte", ax=axes, color=style(study, variant)["color"], linestyle=dash,
+                        label=variant if dash == "-" else None, legend=False, lw=1.8, errorbar=errorbar(study),
+                        err_kws={"alpha": 0.15},
+                    )  # fmt: skip
         axes.set_xscale("log", base=2)
         set_ticks(axes, _doubled(table["position"].min(), table["position"].max()), "{:g}")
         axes.axvline(trained, color="0.6", lw=1, ls=":", zorder=0)
-        axes.set(title=task, xlabel=f"position; dashed: windows of {trained} tokens that slide along", ylabel="bits per byte")
+        axes.set(title=task, xlabel=f"position; dashed: a window of {trained} slides along", ylabel="bits per byte")
     add_legend(figure, panels)
     return figure
 
@@ -48,19 +51,18 @@ def _doubled(first: int, last: int) -> Iterable[int]:
 
 
 def positions_table(study: Study, ablation: Ablation) -> pd.DataFrame:
-    """By task and variant the mean bits per byte of the last bin within the training length, and of the last in either way."""
+    """By task and variant the mean bits per byte of the last bins up to the training length and up to the longest."""
     rows = []
     for task in shown_tasks(study, ablation):
         trained, longest = study.tasks[task].data.length, study.tasks[task].data.lengths[-1]
-        table = _positions(study, ablation, task)
-        means = table.groupby(["variant", "context", "position"])["bits_per_byte"].mean()
+        means = _positions(study, ablation, task).groupby(["variant", "context", "position"])["bits_per_byte"].mean()
         for variant in _shown(study, ablation, task):
-            shown = {
-                f"up to position {trained}": (variant, "full", trained),
-                f"up to {longest}": (variant, "full", longest),
-                f"up to {longest}, sliding": (variant, "sliding", longest),
+            at = {
+                "at the training length": means.get((variant, "full", trained)),
+                "at the longest": means.get((variant, "full", longest)),
+                "at the longest, sliding": means.get((variant, "sliding", longest)),
             }
-            rows.append({"task": task, "variant": variant, **{name: means.get(key) for name, key in shown.items()}})
+            rows.append({"task": task, "variant": variant, **at})
     return pd.DataFrame(rows)
 
 
@@ -87,13 +89,18 @@ def recall(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             points = here.melt(id_vars="variant", value_vars=list(CLASSES), var_name="answers", value_name="gain").dropna()
             sns.pointplot(
                 points, x="variant", y="gain", order=variants, hue="answers", hue_order=list(CLASSES), linestyle="none", ax=axes,
-                palette=sns.color_palette("colorblind", len(CLASSES)), markers=["o", "D", "s"], dodge=0.4, legend=False,
+                palette=sns.color_palette("colorblind", len(CLASSES)), markers=["o", "D", "s"], dodge=0.4,
                 errorbar=errorbar(study),
             )  # fmt: skip
             axes.axhline(0, color="0.5", lw=0.8, zorder=0)
             shares = [f"{variant}\n{_of_recalled(here[here['variant'] == variant])}" for variant in variants]
             axes.set_xticks(range(len(variants)), shares)
-            axes.set(xlabel="", ylabel=f"gain on {reference}, nats a token", title=f"{task}, at {length} tokens")
+            axes.set(xlabel="and the share of its whole gain that is on recalled answers", ylabel="")
+            axes.set_title(f"{task}, at {length} tokens")
+            if legend := axes.get_legend():
+                legend.remove()
+        row[0].set_ylabel(f"gain on {reference}, nats a token")
+    add_legend(figure, {str(at): axes for at, axes in enumerate(grid.flat)})
     return figure
 
 
@@ -104,8 +111,8 @@ def gains(study: Study, ablation: Ablation, results: pd.DataFrame) -> pd.DataFra
     """
     keys = ["task", "length", "variant", "seed"]
     metrics = [*CLASSES.values(), "loss", "recalled_share"]
-    wide = results[results["metric"].isin(metrics)].pivot_table(index=keys, columns="metric", values="value", dropna=False)
-    wide = wide.reindex(columns=metrics).reset_index()
+    here = results[results["task"].isin(shown_tasks(study, ablation)) & results["metric"].isin(metrics)]
+    wide = here.pivot(index=keys, columns="metric", values="value").reset_index()
     reference, *variants = shown_variants(ablation)
     pairs = wide[wide["variant"].isin(variants)].merge(
         wide[wide["variant"] == reference], on=["task", "length", "seed"], suffixes=("", " of reference")
@@ -117,21 +124,24 @@ def gains(study: Study, ablation: Ablation, results: pd.DataFrame) -> pd.DataFra
 
 
 def gains_table(study: Study, ablation: Ablation, results: pd.DataFrame) -> pd.DataFrame:
-    """By task, length and variant the mean gains over seeds, and the share of the whole gain that is of recalled answers."""
+    """By task, variant and length the mean gains over seeds, and the share of the whole gain that is on recalled answers."""
     table = gains(study, ablation, results)
     rows = []
-    for (task, length, variant), here in table.groupby(["task", "length", "variant"], sort=False):
-        data = study.tasks[str(task)].data
-        if length in (data.length, data.lengths[-1]):
-            means = here[["recalled_share", *CLASSES, "all"]].mean().rename({"recalled_share": "recalled, share of answers"})
-            rows.append({"task": task, "length": length, "variant": variant, **means, "of the gain": _of_recalled(here)})
+    for task in shown_tasks(study, ablation):
+        data = study.tasks[task].data
+        for variant in _shown(study, ablation, task):
+            for length in dict.fromkeys((data.length, data.lengths[-1])):
+                here = table[(table["task"] == task) & (table["variant"] == variant) & (table["length"] == length)]
+                if len(here):
+                    means = here[["recalled_share", *CLASSES, "all"]].mean().rename({"recalled_share": "recalled answers"})
+                    rows.append({"task": task, "variant": variant, "length": length, **means, "of the gain": _of_recalled(here)})
     return pd.DataFrame(rows)
 
 
 def _of_recalled(gained: pd.DataFrame) -> str:
-    """How much of a gain is of recalled answers; more than all of it where others lose."""
+    """How much of a gain is on recalled answers; more than all of it where others lose."""
     gain = gained["all"].mean()
-    return f"{gained['of recalled'].mean() / gain:.0%} recalled" if gain > 0 else "no gain"
+    return f"{gained['of recalled'].mean() / gain:.0%}" if gain > 0 else "no gain"
 
 
 def _shown(study: Study, ablation: Ablation, task: str) -> list[str]:

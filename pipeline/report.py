@@ -56,9 +56,9 @@ def report(study: Study) -> None:
                 parts.append(_folded("Every run, with the entropy of each head, layers apart by semicolons", table))
             parts.append(_failures(study, ablation, diagnosis))
         if ablation.figure == "positions":
-            parts.append(positions_table(study, ablation).to_markdown(index=False, floatfmt=".3f"))
+            parts.append(_table(positions_table(study, ablation)))
         if ablation.figure == "recall":
-            parts.append(gains_table(study, ablation, results).to_markdown(index=False, floatfmt=".3f"))
+            parts.append(_table(gains_table(study, ablation, results)))
         parts.append(_what_was_run(study, ablation))
     costs = costs_of(study, scores)
     begin(study)
@@ -81,6 +81,11 @@ _COST = (
 def _folded(title: str, table: pd.DataFrame) -> str:
     text = table.to_markdown(index=False, floatfmt=(".3f",) * len(table.columns), intfmt=",")
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
+
+
+def _table(table: pd.DataFrame) -> str:
+    """A dash where there is nothing to be had."""
+    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3f", missingval="-")
 
 
 def _is_new() -> bool:

@@ -129,7 +129,16 @@ def test_answers_are_recalled_where_the_definition_says_so(n, tokens, tmp_path, 
     (tmp_path / "x.txt").write_text(letters)
     size = {"bpe": {"vocabulary_size": 262}}.get(tokens, {})
     task = Text(
-        kind="text", source="x.txt", tokens=tokens, **size, length=12, multiples=(0.5, 1, 1.5), train=5, valid=5, test=19, ngram=n
+        kind="text",
+        source=str(tmp_path / "x.txt"),
+        tokens=tokens,
+        **size,
+        length=12,
+        multiples=(0.5, 1, 1.5),
+        train=5,
+        valid=5,
+        test=19,
+        ngram=n,
     )
     generate("text", task, 0)
     seen = set()
@@ -174,6 +183,13 @@ def test_what_stands_first_in_a_row_did_not_stand_before():
         [False, False, True, False, True],
     ]
     assert not occurs(packed, np.array([], dtype=np.uint8), 1, 6).any()
+
+
+def test_a_run_is_found_wherever_it_stands_in_a_long_text(monkeypatch):
+    monkeypatch.setattr(ngrams, "TRAINING_AT_ONCE", 4)
+    text = np.random.default_rng(0).permutation(23).astype(np.uint8)
+    assert occurs(pack(text[None], 3, 23), text, 3, 23).all()
+    assert not occurs(pack(text[None, ::-1], 3, 23), text, 3, 23).any()
 
 
 @pytest.mark.parametrize(

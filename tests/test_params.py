@@ -29,8 +29,9 @@ ROOT = Path(__file__).parent.parent
 STUDIES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 SMOKE_TEXT = (ROOT / "presets/smoke.yaml").read_text(encoding="utf-8")
 SMOKE = YAML(typ="safe").load(SMOKE_TEXT)
-for inside in ("example", "filters", "positions", "recall"):  # would object to much that is tried of the others' variants
+for inside in ("example", "filters", "positions"):  # would object to much that is tried of the others' variants
     del SMOKE["ablations"][inside]
+RECALL = SMOKE["ablations"].pop("recall")
 SMOKE_JSON = json.dumps(SMOKE)
 MIXERS = " or ".join(get_args(mixer.model_fields["mixer"].annotation)[0] for mixer in get_args(get_args(VariantConfiguration)[0]))
 
@@ -429,6 +430,35 @@ RULES = {
         {"ablations.rates.across": ["nar", "copying"]},
         "ablations.rates: figure = rates is about recall with ngram = 1, which task 'nar' is not",
         "ablations.rates: figure = rates is about recall with ngram = 1, which task 'copying' is not",
+    ),
+    "bits along what is no text": (
+        {"ablations.theory.figure": "positions"},
+        *(
+            f"ablations.theory: figure = positions is about text, which task {task!r} is not"
+            for task in ("ar", "nar", "nar3", "copying")
+        ),
+    ),
+    "recall where nothing says what it is": (
+        {"ablations.language.figure": "recall", "tasks.text.data.ngram": MISSING},
+        "ablations.language: figure = recall is about recalled answers, and tasks.text.data.ngram, which says what they are, is"
+        " missing",
+    ),
+    "recall of one variant": (
+        {"ablations.language.figure": "recall", "ablations.language.beside": []},
+        "ablations.language: figure = recall compares variants with the first, and there is no other",
+    ),
+    "recall beside what is trained elsewhere": (
+        {"ablations.language.figure": "recall", "ablations.language.across": ["ar"], "ablations.language.beside": ["none"]},
+        "ablations.language: figure = recall is about text, which task 'ar' is not",
+    ),
+    "recall beside a reference that is not there": (
+        {"ablations.recall": RECALL | {"across": ["text", "text2"], "beside": ["k", "mamba"]}}
+        | {"tasks.text2": SMOKE["tasks"]["text"], "ablations.language.tasks": ["text", "text2"]},
+        "ablations.recall: figure = recall is of gains on 'k', which is not trained on 'text2'",
+    ),
+    "runs of tokens longer than what is before an answer": (
+        {"tasks.text.data.ngram": 9},
+        "tasks.text.data: ngram = 9 is more than the 8 tokens before the answers of a test window",
     ),
     "attention by an axis": (
         {"ablations.norm.x": "k"},

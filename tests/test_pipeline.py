@@ -232,6 +232,21 @@ def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
     assert not results["seed"].eq(99).any()
 
 
+def test_the_report_has_the_tables_of_what_is_along_a_text(study):
+    text = Path("reports/report.md").read_text()
+    positions, recall = (text.split(f'<a id="{name}"></a>')[1].split("<a id=")[0] for name in ("positions", "recall"))
+    for part, name, column, variants in (
+        (positions, "positions", "at the longest, sliding", ["none", "qk", "mamba"]),
+        (recall, "recall", "of the gain", ["k", "k", "qk", "qk", "mamba", "mamba"]),
+    ):
+        assert f"![{name}](figures/{name}.png)" in part
+        head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in part.splitlines() if line.startswith("|")]
+        assert column in head
+        assert [row[head.index("variant")] for row in rows] == variants
+        assert {row[head.index("task")] for row in rows} == {"text"}
+    assert "[results/positions/text.csv](../results/positions/text.csv)" in positions
+
+
 def test_metrics_are_a_row_a_variant(study):
     metrics = json.loads(Path("reports/metrics/k.json").read_text())
     assert set(metrics) == {"ar", "copying", "text"}
