@@ -15,6 +15,7 @@ from tabulate import tabulate
 from benchmarks.attention import landmark
 from benchmarks.convolution import filters, long_convolution, short_convolution
 from benchmarks.data import data
+from benchmarks.generation import generation
 from benchmarks.measure import REPEATS, Benchmark, NotRun, Place
 from benchmarks.recurrence import scan
 from benchmarks.startup import startup
@@ -37,6 +38,7 @@ SUITE: dict[str, Benchmark] = {
     "long_convolution": long_convolution(),
     "landmark": landmark(),
     "scan": scan(),
+    "generation": generation(),
     "data": data(),
     "replicas": replicas(),
     "startup": startup(),

@@ -20,6 +20,7 @@ from benchmarks.__main__ import main
 from benchmarks.attention import landmark
 from benchmarks.convolution import filters, long_convolution, short_convolution
 from benchmarks.data import all_at_once, data, mqar, one_by_one
+from benchmarks.generation import generation
 from benchmarks.measure import COST, POWER, SECONDS, SPEEDUP, Benchmark, Case, Place, Question, answer, compared
 from benchmarks.recurrence import scan
 from benchmarks.training import replicas, step
@@ -36,6 +37,7 @@ TINY = {
     "long_convolution": long_convolution(direct=512, shortest=16, longest=64, channels=2),
     "landmark": landmark(shortest=64, longest=128),
     "scan": scan(length=40),
+    "generation": generation(length=16, width=8),
     "data": data(32, count=3),
     "replicas": replicas(),
 }

@@ -135,10 +135,10 @@ def test_a_strange_name_is_refused_where_it_is_used(path, project):
     assert refusal(project, "validate") == [line]
 
 
-@pytest.mark.parametrize("command", ["generate", "train", "evaluate", "show", "profile"])
+@pytest.mark.parametrize("command", ["generate", "train", "evaluate", "show", "profile", "generate-text"])
 def test_a_strange_name_on_the_command_line_touches_no_file(command, project):
     for name in BAD.values():
-        for names in [(name, "k"), ("ar", name)] if command in ("train", "profile") else [(name,)]:
+        for names in [(name, "k"), ("ar", name)] if command in ("train", "profile", "generate-text") else [(name,)]:
             (line,) = refusal(project, command, "--", *names)
             assert line.startswith(f"params.yaml: {'tasks' if names[0] == name else 'variants'}.")
             assert "is missing" in line
