@@ -124,7 +124,7 @@ def read_task(task: str) -> Task:
 
 
 def read_split(task: str, split: str) -> Examples:
-    """Raises ValueError where there is no such split, or something else in its file."""
+    """Any but the training split of a text. Raises ValueError where there is no such split, or something else in its file."""
     path = DATA / task / f"{split}.npz"
     with readable(path, "a split of a task's data"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return Examples(arrays["inputs"], arrays["targets"])
