@@ -26,6 +26,7 @@ from pipeline.claims import Claim
 from pipeline.files import SCORES, VERDICTS, whole
 from pipeline.params import Study
 from pipeline.results import PRIMARY, read_results
+from pipeline.verdicts import ABSENT
 
 LEVEL = 0.05
 """Of the verdicts given, the share that is wrong in expectation; one less the coverage of an interval."""
@@ -146,7 +147,7 @@ def _gap(evidence: Evidence, claim: Claim, side: Side, key: tuple[str, str, str,
     task, metric, _, length = key
     values = evidence.values.get(key)
     if not length or values is None:
-        return f"the study has no {metric or 'score'} of {side.variant} on {task} at {side.multiple:g}x"
+        return f"{ABSENT} {metric or 'score'} of {side.variant} on {task} at {side.multiple:g}x"
     if np.isnan(values).any():
         return f"{side.variant} diverged on {task} with {np.isnan(values).sum()} of {len(values)} seeds"
     return f"too few seeds: {len(values)} of {claim.seeds}" if len(values) < claim.seeds else None

@@ -114,9 +114,9 @@ def _same(preset: Path, text: bytes) -> bool:
 
 
 def _verdicts(verdicts: pd.DataFrame, figure: str) -> str:
-    from pipeline.verdicts import verdict_table
+    from pipeline.verdicts import of_the_study, verdict_table
 
-    here = verdicts[verdicts["figure"] == figure]
+    here = of_the_study(verdicts[verdicts["figure"] == figure])
     return verdict_table(here).to_markdown(index=False, disable_numparse=True) if len(here) else ""
 
 

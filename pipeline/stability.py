@@ -16,11 +16,11 @@ from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import read_history
 
 MEASURES = {
-    "valid_loss": "validation loss at the end, nats",
-    "loss_rise": "largest rise of the loss in a step, nats",
-    "gradient_norm": "largest gradient norm after warm-up",
-    "largest_logit": "largest attention logit",
-    "entropy": "entropy of attention at the end, nats",
+    "valid_loss": "validation loss\nat the end, nats",
+    "loss_rise": "largest rise of the loss\nin a step, nats",
+    "gradient_norm": "largest gradient norm\nafter warm-up",
+    "largest_logit": "largest\nattention logit",
+    "entropy": "entropy of attention\nat the end, nats",
 }
 """Of a run, with what they are called in a figure."""
 COLUMNS = ("task", "variant", "learning_rate", "seed", "stop", *MEASURES, "entropy_by_head")
@@ -32,7 +32,7 @@ def by_rate(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     table = stability(study)
     table = table[table["variant"].isin(shown_variants(ablation))]
     figure, grid = plt.subplots(
-        len(tasks), len(MEASURES), squeeze=False, figsize=(4.2 * len(MEASURES), 3.6 * len(tasks)), layout="constrained"
+        len(tasks), len(MEASURES), squeeze=False, figsize=(3.4 * len(MEASURES), 3.6 * len(tasks)), layout="constrained"
     )
     for task, row in zip(tasks, grid, strict=True):
         here = table[table["task"] == task]
@@ -46,7 +46,7 @@ def by_rate(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
                 axes.plot(at, [1.0] * len(at), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False, mew=2)
             axes.set_xscale("log")
             set_ticks(axes, study.tasks[task].train.learning_rates, "{:g}")
-            axes.set(title=task, xlabel="learning rate", ylabel=label)
+            axes.set(title=label, xlabel="learning rate", ylabel=task if axes is row[0] else "")
     add_legend(figure, {str(place): axes for place, axes in enumerate(grid.flat)})
     return figure
 

@@ -8,7 +8,7 @@ from pipeline import runs
 from pipeline.grid import variants_on
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import PRIMARY
-from pipeline.verdicts import read_verdicts, verdict_table
+from pipeline.verdicts import of_the_study, read_verdicts, verdict_table
 
 LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
 
@@ -79,16 +79,20 @@ def what_was_run(study: Study) -> str:
 
 def verdicts_in_words(report: str = "") -> str:
     """The claims of claims.yaml with their verdicts, as Markdown, linked to their figures in the file `report`; or nothing."""
-    verdicts = read_verdicts()
+    every = read_verdicts()
+    verdicts = of_the_study(every)
     if not len(verdicts):
         return ""
+    others = len(every) - len(verdicts)
     counts = verdicts["verdict"].value_counts()
     said = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in ("supported", "contradicted", "undecided"))
     table = verdict_table(verdicts)
     table["figure"] = [f"[{name}]({report}#{name})" for name in verdicts["figure"]]
     return (
         f"{table.to_markdown(index=False, disable_numparse=True)}\n\n"
-        f"{len(verdicts)} claims: {said}. An effect is the mean of the metric less that of the other side, in the"
+        f"{len(verdicts)} claims: {said}."
+        + (f" {others} others are about what this study does not train." if others else "")
+        + " An effect is the mean of the metric less that of the other side, in the"
         " comparison that decides; its interval is a bootstrap over seeds and test sequences, p that of Student's test over"
         " seeds, corrected for all claims; a dash where no seed differs from another. claims.yaml says what decides a claim,"
         " verdicts/comparisons.csv has every comparison."

@@ -13,6 +13,8 @@ COLUMNS = {
     "claim": str, "says": str, "source": str, "verdict": str, "reason": str, "figure": str,
     "effect": float, "low": float, "high": float, "p": float,
 }  # fmt: skip
+ABSENT = "the study has no"
+"""How the reason begins of what is undecided because nothing that the claim is about was trained."""
 VALUES = ("supported", "contradicted", "undecided")
 
 
@@ -25,6 +27,11 @@ def read_verdicts() -> pd.DataFrame:
     if len(strange := table.loc[~table["verdict"].isin(VALUES), "verdict"]):
         raise ValueError(f"{path}: {strange.iloc[0]!r} is not {' or '.join(VALUES)}; run `dvc repro judge`")
     return table
+
+
+def of_the_study(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Without the claims about tasks, variants and lengths that the study does not have."""
+    return verdicts[~verdicts["reason"].str.startswith(ABSENT)]
 
 
 def claims_about(task: str) -> set[str]:
