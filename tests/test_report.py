@@ -16,7 +16,8 @@ from pipeline.diagnosis import diagnose
 from pipeline.examples import attention_on, read_example
 from pipeline.figures import example, filters, pareto_front
 from pipeline.logs import read_log
-from pipeline.results import primary, read_results
+from pipeline.results import CURVES, primary, read_results
+from pipeline.stability import by_rate, stability
 from tests.study import edit, finished_study, stage
 
 
@@ -125,7 +126,7 @@ def planted(study):
     for run in about["runs"]:
         run |= {"stop": "accuracy", "steps": 100}
     summary.write_text(json.dumps(about))
-    flat = {"learning_rate": about["learning_rate"], "train_loss": 1.0, "valid_loss": 1.0, "valid_accuracy": 1.0}
+    flat = {"learning_rate": about["learning_rate"], **dict.fromkeys(CURVES, 1.0)}
     rows = [flat | {"seed": seed, "step": step} for seed in study.seeds for step in range(10, 101, 10)]
     pd.DataFrame(rows).to_csv("runs/ar/k/history.csv", index=False)
 
@@ -268,3 +269,50 @@ def test_a_question_about_the_inside_needs_no_stage_and_must_make_sense(study):
         with pytest.raises(params.ParamsError) as error:
             params.load()
         assert error.value.lines == [f"params.yaml: ablations.inside: {line}"]
+
+
+def test_stability_is_of_every_run_and_says_what_it_went_through(study):
+    ablation = study.ablations["stability"]
+    assert (ablation.figure, ablation.across) == ("stability", ("ar",))
+    path = Path("runs/ar/k/history.csv")
+    about = json.loads(Path("runs/ar/k/summary.json").read_text())
+    rates = study.tasks["ar"].train.learning_rates
+    flat = {
+        "train_loss": 2.0,
+        "peak_loss": 2.1,
+        "gradient_norm": 3.0,
+        "valid_loss": 2.0,
+        "valid_accuracy": 0.5,
+        "largest_logit": 4.0,
+    }
+    steps = [1, 3, 5]
+    rows = [{"learning_rate": r, "seed": s, "step": at, **flat} for r in rates for s in study.seeds for at in steps]
+    history = pd.DataFrame(rows)
+    one = (history["learning_rate"] == rates[1]) & (history["seed"] == 1)
+    history.loc[one & (history["step"] == 3), "train_loss"] = 1.5
+    history.loc[one & (history["step"] == 5), ["peak_loss", "largest_logit"]] = [3.25, 50.0]
+    history.loc[history["step"] == 1, "gradient_norm"] = 9.0
+    history.to_csv(path, index=False)
+    for run in about["runs"]:
+        run |= {"valid_loss": 2.0, "attention_entropy": [[1.0, 2.0]]}
+        if (run["learning_rate"], run["seed"]) == (rates[0], 0):
+            run |= {"stop": "diverged", "valid_loss": None, "attention_entropy": None}
+    Path("runs/ar/k/summary.json").write_text(json.dumps(about))
+    table = stability(study)
+    assert set(table["variant"]) == set(ablation.beside)
+    here = table[table["variant"] == "k"].set_index(["learning_rate", "seed"])
+    assert len(here) == len(rates) * len(study.seeds)
+    calm, spiked, lost = here.loc[(rates[1], 0)], here.loc[(rates[1], 1)], here.loc[(rates[0], 0)]
+    assert calm["loss_rise"] == pytest.approx(0.1)  # above the lowest mean before, which is 2
+    assert spiked["loss_rise"] == pytest.approx(3.25 - 1.5)
+    assert (calm["largest_logit"], spiked["largest_logit"]) == (4, 50)
+    assert calm["gradient_norm"] == 9  # warm-up ends before step 1 of 5
+    assert (calm["entropy"], calm["entropy_by_head"]) == (1.5, "1.000 2.000")
+    assert np.isnan([lost["valid_loss"], lost["entropy"]]).all()
+    mamba = table[table["variant"] == "mamba"]
+    assert mamba["largest_logit"].isna().all()
+    assert mamba["gradient_norm"].gt(0).all()
+    panels = by_rate(study, ablation, read_results(study)).axes
+    crosses = [line for axes in panels for line in axes.lines if line.get_marker() == "x" and line.get_clip_on() is False]
+    assert [list(line.get_xdata()) for line in crosses] == [[rates[0]]] * len(panels)
+    assert len(panels[0].lines) > len(panels[3].lines)  # Mamba has no logits
