@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from cat.tasks.base import IGNORE
 
 TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 17}
 """Bounds the memory of an evaluation, on a CPU to what a core's cache holds; sequences longer than this are taken one by one."""
+Part = TypeVar("Part")
 
 
 @runtime_checkable
@@ -154,10 +155,28 @@ def outcomes(
     Autoregressive: from the first asked position on, the model reads what it answered itself; the asked positions must then
     be the same in every sequence, and the last ones of it. The loss stays that of the true answers.
     """
-    count, length = split.inputs.shape
-    size = max(1, TOKENS_AT_ONCE[split.inputs.device.type] // length)
-    for start in range(0, count, size):
-        yield _outcomes(model, split.rows(slice(start, start + size)), precision, autoregressive)
+    size = TOKENS_AT_ONCE[split.inputs.device.type] // split.inputs.shape[1]
+    return in_parts(lambda part: _outcomes(model, part, precision, autoregressive), split, size)
+
+
+def in_parts(function: Callable[[Split], Part], split: Split, size: int) -> Iterator[Part]:
+    """`function` of `size` sequences of `split` at a time, one at least, or of half as many where there is no memory for them.
+
+    Raises torch.OutOfMemoryError where there is none for one.
+    """
+    start, size = 0, max(1, min(size, split.size))
+    while start < split.size:
+        try:
+            part = function(split.rows(slice(start, start + size)))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = -(-size // 2)
+        else:
+            yield part
+            start += size
+            continue
+        torch.cuda.empty_cache()  # here the error is gone, and with it the tensors that its traceback held
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from cat.configuration import Mamba, ModelConfiguration, Protocol, Schedule
 from cat.diagnostics import largest_logit
-from cat.evaluation import TOKENS_AT_ONCE, Split, TrainingSplit, autocast
+from cat.evaluation import TOKENS_AT_ONCE, Split, TrainingSplit, autocast, in_parts
 from cat.folding import fold
 from cat.model import SequenceModel
 from cat.optimizer import BETAS, EPSILON
@@ -190,13 +190,9 @@ class Stack:
     @torch.no_grad()
     def score(self, split: Split) -> list[tuple[float, float]]:
         """Loss and accuracy of each model, as `cat.evaluation.score` has them, and with no more tokens at a time."""
-        count, length = split.inputs.shape
-        size = max(1, TOKENS_AT_ONCE[split.inputs.device.type] // (length * len(self.weights)))
+        size = TOKENS_AT_ONCE[split.inputs.device.type] // (split.inputs.shape[1] * len(self.weights))
         marks = partial(_marks, precision=self.precision)
-        parts = [
-            self._each(marks, self.weights, split.rows(slice(start, start + size)), mapped=None)
-            for start in range(0, count, size)
-        ]
+        parts = in_parts(lambda part: self._each(marks, self.weights, part, mapped=None), split, size)
         asked = (split.answers != IGNORE).sum()
         loss, right = (torch.stack(part).double().sum(0) / asked for part in zip(*parts, strict=True))
         return list(zip(loss.tolist(), right.tolist(), strict=True))

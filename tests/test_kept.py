@@ -21,7 +21,7 @@ from dvc.stage.exceptions import StageCmdFailedError
 
 import cat.training
 from cat.configuration import Attention, Mamba, Performer, Protocol, Schedule
-from cat.evaluation import Split
+from cat.evaluation import Split, tally
 from cat.replicas import Stack, fit_together
 from cat.training import backward, build_model, fit
 from pipeline import checkpoints, compute, runs, scheduler
@@ -198,6 +198,38 @@ def test_replicas_without_room_are_trained_fewer_at_a_time(monkeypatch):
     for mine, theirs in zip(together("features"), expected, strict=True):
         torch.testing.assert_close(mine.model.state_dict(), theirs.model.state_dict())
     assert tried[:5] == [3, 2, 1, 2, 1]
+
+
+def test_scoring_without_room_takes_fewer_sequences_at_a_time(monkeypatch):
+    valid, expected, sizes = successor(17, 1), tally(build(), successor(17, 1)), []
+    answers, each = cat.model.SequenceModel.answers, Stack._each
+    stack = Stack([build(), build()], [0.1, 0.1], protocol=PROTOCOL, precision="float32")
+    scores = stack.score(valid)
+
+    def limited(self, tokens, at):
+        sizes.append(len(tokens))
+        if len(tokens) > room:
+            raise torch.OutOfMemoryError
+        return answers(self, tokens, at)
+
+    def limited_each(self, function, weights, batch, **options):
+        sizes.append(len(batch.inputs))
+        if len(batch.inputs) > room:
+            raise torch.OutOfMemoryError
+        return each(self, function, weights, batch, **options)
+
+    room = 5
+    with monkeypatch.context() as patch:
+        patch.setattr(cat.model.SequenceModel, "answers", limited)
+        for mine, theirs in zip(tally(build(), valid), expected, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    monkeypatch.setattr(Stack, "_each", limited_each)
+    assert stack.score(valid) == [pytest.approx(pair) for pair in scores]
+    assert [size for size in sizes if size > room] == [17, 9, 17, 9]
+    assert sum(size for size in sizes if size <= room) == 2 * 17
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        stack.score(valid)
 
 
 # A study.
