@@ -74,7 +74,7 @@ def _positions(study: Study, ablation: Ablation, task: str) -> pd.DataFrame:
 def recall(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """What each variant gains on its reference, the ablation's first, on recalled answers and on others.
 
-    A row a task, a column the training length and the longest; with each variant the share of its gain that is of recalled ones.
+    A row a task, a column the training length and the longest; under each variant the share of its whole gain on recalled ones.
     """
     table, tasks = gains(study, ablation, results), shown_tasks(study, ablation)
     reference, *variants = shown_variants(ablation)
@@ -95,11 +95,11 @@ def recall(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             axes.axhline(0, color="0.5", lw=0.8, zorder=0)
             shares = [f"{variant}\n{_of_recalled(here[here['variant'] == variant])}" for variant in variants]
             axes.set_xticks(range(len(variants)), shares)
-            axes.set(xlabel="and the share of its whole gain that is on recalled answers", ylabel="")
-            axes.set_title(f"{task}, at {length} tokens")
+            axes.set(xlabel="", ylabel="", title=f"{task}, at {length} tokens")
             if legend := axes.get_legend():
                 legend.remove()
         row[0].set_ylabel(f"gain on {reference}, nats a token")
+    figure.supxlabel("and the share of its whole gain that is on recalled answers", fontsize="medium")
     add_legend(figure, {str(at): axes for at, axes in enumerate(grid.flat)})
     return figure
 
