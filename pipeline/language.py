@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.drawing import add_legend, errorbar, panels_of, set_ticks, style
+from pipeline.drawing import add_legend, errorbar, panels_of, set_ticks
 from pipeline.grid import variants_on
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import read_positions
@@ -24,6 +24,8 @@ def positions(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure
     Solid where a model reads from the start; dashed, from the training length on, where its window slides along.
     """
     figure, panels = panels_of(shown_tasks(study, ablation))
+    # Dashes tell windows here, not variants, so that colours must differ within the figure.
+    colours = dict(zip(shown_variants(ablation), sns.color_palette("colorblind", len(shown_variants(ablation))), strict=True))
     for task, axes in panels.items():
         table, trained = _positions(study, ablation, task), study.tasks[task].data.length
         full, sliding = table["context"] == "full", (table["context"] == "sliding") & (table["position"] >= trained)
@@ -32,7 +34,7 @@ def positions(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure
                 here = table[chosen & (table["variant"] == variant)]
                 if len(here):  # a seed that diverged has none
                     sns.lineplot(
-                        here, x="position", y="bits_per_byte", ax=axes, color=style(study, variant)["color"], linestyle=dash,
+                        here, x="position", y="bits_per_byte", ax=axes, color=colours[variant], linestyle=dash,
                         label=variant if dash == "-" else None, legend=False, lw=1.8, errorbar=errorbar(study),
                         err_kws={"alpha": 0.15},
                     )  # fmt: skip
