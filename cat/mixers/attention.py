@@ -35,7 +35,7 @@ class CausalAttention(Streams):
             heads = attend_last(q, keys, values, scale=self.scale, bias=bias)
         return self.merged(heads), Memory(memory.length + projected.shape[1], {"keys": keys, "values": values, **kept})
 
-    def _placed(self, q: Heads, k: Heads, start: int = 0) -> tuple[Heads, Heads, Float[Tensor, "H A L"] | None]:
+    def _placed(self, q: Heads, k: Heads, start: int = 0) -> tuple[Heads, Heads, Float[Tensor, "H _ _"] | None]:
         """The first of them token `start`: both with their positions in them, or what these add to the scores."""
         if self.config.position == "rotary":
             q, k = rotate(q, start=start), rotate(k, start=start)
