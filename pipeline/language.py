@@ -16,6 +16,8 @@ from pipeline.results import read_positions
 
 CLASSES = {"recalled": "loss_recalled", "recalled, rare": "loss_recalled_rare", "others": "loss_others"}
 """Of answers, and the metric that is their loss."""
+WORTH = 0.01
+"""Nats a token from which a gain is one."""
 
 
 def positions(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
@@ -143,7 +145,7 @@ def gains_table(study: Study, ablation: Ablation, results: pd.DataFrame) -> pd.D
 def _of_recalled(gained: pd.DataFrame) -> str:
     """How much of a gain is on recalled answers; more than all of it where others lose."""
     gain = gained["all"].mean()
-    return f"{gained['of recalled'].mean() / gain:.0%}" if gain > 0 else "no gain"
+    return f"{gained['of recalled'].mean() / gain:.0%}" if gain > WORTH else "no gain"
 
 
 def _shown(study: Study, ablation: Ablation, task: str) -> list[str]:
