@@ -90,7 +90,7 @@ def verdicts_in_words(report: str = "") -> str:
     table["figure"] = [f"[{name}]({report}#{name})" for name in verdicts["figure"]]
     return (
         f"{table.to_markdown(index=False, disable_numparse=True)}\n\n"
-        f"{len(verdicts)} claims: {said}."
+        f"{len(verdicts)} claim{'s' if len(verdicts) > 1 else ''}: {said}."
         + (f" {others} others are about what this study does not train." if others else "")
         + " An effect is the mean of the metric less that of the other side, in the"
         " comparison that decides; its interval is a bootstrap over seeds and test sequences, p that of Student's test over"
