@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path.cwd()))
 from pipeline.claims import load as load_claims
 from pipeline.figures import figures_of
 from pipeline.grid import cells
-from pipeline.params import load
+from pipeline.params import load, shown_tasks, shown_variants
 from pipeline.results import read_results
 
 
@@ -59,7 +59,8 @@ for cell in cells(study):
     assert {*zip(here["seed"], here["length"], strict=True)} == {(s, n) for s in study.seeds for n in lengths}, cell
     assert here["value"].between(0, 1).all(), cell
 for name, ablation in study.ablations.items():
-    for file in figures_of(name, ablation):
+    switched_on = shown_tasks(study, ablation) and shown_variants(ablation)
+    for file in figures_of(name, ablation) if switched_on else ():
         for folder, suffix in (("figures", "png"), ("svg", "svg")):
             assert Path(f"reports/{folder}/{file}.{suffix}").stat().st_size > 5000, (file, suffix)
 for task in study.tasks:
