@@ -111,12 +111,26 @@ def track(study: Study, *, prune: bool = False) -> None:
     from mlflow.tracking import MlflowClient
 
     try:
+        if local and not STORE.exists():
+            _begin_store()
         _sync(MlflowClient(_uri()), study, records, artifacts=ARTIFACTS.resolve() if local else None, prune=prune)
     except MlflowException as error:
         raise ValueError(f"MLflow at {_uri()}: {' '.join(str(error).split())[:200]}") from None
     if local:
         with whole(REST) as path:
             path.write_text(_appearance(), encoding="utf-8")
+
+
+def _begin_store() -> None:
+    """A store without runs, whole or not at all: MLflow makes its tables one by one, and cannot go on where that was ended."""
+    from mlflow.tracking import MlflowClient
+
+    folder = STORE.with_name(f".{STORE.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    MlflowClient(f"sqlite:///{(folder / STORE.name).resolve()}").search_experiments()
+    (folder / STORE.name).replace(STORE)
+    shutil.rmtree(folder)
 
 
 def load_run(run_id: str) -> SequenceModel:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sqlite3
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import params
+from pipeline import params, tracking
 from pipeline.grid import cells
 from pipeline.runs import load_model
 from pipeline.tracking import load_run
@@ -224,3 +225,20 @@ def test_a_server_that_is_not_there_ends_in_one_line(store, monkeypatch, capsys)
     assert stopped.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("track: MLflow at http://127.0.0.1:9: ")
+
+
+def test_a_store_whose_making_was_ended_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def ended(self, where):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", ended)
+        tracking._begin_store()
+    assert not Path("mlflow.db").exists()
+    Path(".mlflow.db.part/mlflow.db").write_bytes(b"half of it")
+    tracking._begin_store()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "mlflow.db"))] == ["mlflow.db"]
+    with sqlite3.connect("mlflow.db") as opened:
+        assert opened.execute("select count(*) from runs").fetchone() == (0,)
