@@ -227,18 +227,23 @@ def test_a_server_that_is_not_there_ends_in_one_line(store, monkeypatch, capsys)
     assert lines[-1].startswith("track: MLflow at http://127.0.0.1:9: ")
 
 
-def test_a_store_whose_making_was_ended_is_made_anew(tmp_path, monkeypatch):
+def test_a_store_whose_making_is_ended_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def ended(self, where):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Path, "replace", ended)
+    monkeypatch.setattr(Path, "replace", ended)
+    with pytest.raises(KeyboardInterrupt):
         tracking._begin_store()
     assert not Path("mlflow.db").exists()
+
+
+def test_what_is_left_of_its_making_is_not_built_upon(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path(".mlflow.db.part").mkdir()
     Path(".mlflow.db.part/mlflow.db").write_bytes(b"half of it")
     tracking._begin_store()
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "mlflow.db"))] == ["mlflow.db"]
+    assert not Path(".mlflow.db.part").exists()
     with sqlite3.connect("mlflow.db") as opened:
         assert opened.execute("select count(*) from runs").fetchone() == (0,)
