@@ -9,13 +9,17 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
 from cat.configuration import Attention
 from cat.filters import Filter
-from cat.mixers.streams import Streams
+from cat.mixers.base import Mixer
+from cat.mixers.streams import Projected, Streams
 from cat.model import SequenceModel
 from cat.types import Hidden, Tokens
+
+LOOKED_AT = 4096
+"""Tokens, whole sequences of them and one at least, in which attention is looked at while a model is trained."""
 
 
 class AttentionStatistics(NamedTuple):
@@ -52,23 +56,32 @@ def attention_statistics(
 
 def attention_maps(model: SequenceModel, inputs: Tokens) -> Iterator[Float[Tensor, "B H L L"] | None]:
     """The attention weights of one layer after the other; None for layers without attention."""
-    x = model.embedding(inputs)
-    for block in model.layers():
-        yield attention_weights(block.mixer, block.mixer_norm(x))
-        x = block(x)
+    for mixer, projected in _projections(model, inputs):
+        yield _weights(mixer, projected)
 
 
-def attention_weights(mixer: nn.Module, x: Hidden) -> Float[Tensor, "B H L L"] | None:
+def attention_weights(mixer: Mixer, x: Hidden) -> Float[Tensor, "B H L L"] | None:
     """How much each token reads of each: what the mixer makes of values that are axes. None where it attends to nothing."""
+    return _weights(mixer, mixer.project(x))
+
+
+def _weights(mixer: Mixer, projected: Projected) -> Float[Tensor, "B H L L"] | None:
     if not isinstance(mixer, Streams) or not mixer.attends:
         return None
-    q, k, v, *others = mixer.streams(mixer.project(x))
-    axes = torch.eye(x.shape[1], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+    q, k, v, *others = mixer.streams(projected)
+    axes = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
     return mixer.mix(q, k, axes, *others)
 
 
-LOOKED_AT = 4096
-"""Tokens, whole sequences of them and one at least, in which attention is looked at while a model is trained."""
+def _projections(model: SequenceModel, inputs: Tokens) -> Iterator[tuple[Mixer, Projected]]:
+    """The mixer of one layer after the other, and what it has made of each token; the last layer is not computed further."""
+    x = model.embedding(inputs)
+    *others, last = model.layers()
+    for block in others:
+        projected = block.project(x)
+        yield block.mixer, projected
+        x = block(x, projected=projected)
+    yield last.mixer, last.project(x)
 
 
 @torch.no_grad()
@@ -77,15 +90,14 @@ def largest_logit(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> float
 
     Attention that grows without a limit is what precedes divergence (arXiv 2302.05442, 2309.14322).
     """
-    largest = None
-    x = model.embedding(_first(inputs))
-    for block in model.layers():
-        mixer = block.mixer
-        if isinstance(mixer, Streams):
-            q, k, *_ = mixer.streams(mixer.project(block.mixer_norm(x)))
-            if (logits := mixer.logits(q, k)) is not None:
-                largest = max(logits.max().item(), -math.inf if largest is None else largest)
-        x = block(x)
+    largest = -math.inf
+    for mixer, projected in _projections(model, _first(inputs)):
+        if not isinstance(mixer, Streams):
+            return None
+        q, k, *_ = mixer.streams(projected)
+        if (logits := mixer.logits(q, k)) is None:
+            return None
+        largest = max(largest, logits.max().item())
     return largest
 
 

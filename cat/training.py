@@ -55,7 +55,7 @@ class Run:
     stop: Stop
     """`diverged`: the loss of step `steps` was not finite."""
     micro_batch: int | None = None
-    """Examples of a batch at a time in each process, where there was no memory for all of them at once."""
+    """Examples of a batch at a time in each process, where the schedule says so or there was no memory for all at once."""
 
 
 @dataclass(frozen=True, kw_only=True)

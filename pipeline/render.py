@@ -17,7 +17,7 @@ from pipeline.files import REPORTS, whole, write_json
 from pipeline.language import recall
 from pipeline.params import Study, shown_tasks, shown_variants
 from pipeline.results import primary, read_results, strays
-from pipeline.stability import stability
+from pipeline.stability import every_run
 from pipeline.tables import results_table, verdicts_in_words, what_was_run
 
 README_MARKS = ("<!-- results: written by `python -m pipeline readme` -->", "<!-- end of results -->")
@@ -43,7 +43,7 @@ def render(study: Study) -> None:
                 save(draw(study, ablation, table), figures / f"{file}.png", svg / f"{file}.svg")
         for variant, values in _metrics(study, scores).items():
             write_json(metrics / f"{variant}.json", values)
-        tables = {"lengths": _curves(study, scores), "diagnosis": diagnose(study, results), "stability": stability(study)}
+        tables = {"lengths": _curves(study, scores), "diagnosis": diagnose(study, results), "stability": every_run(study)}
         for name, table in tables.items():
             table.to_csv(parts.enter_context(whole(REPORTS / f"{name}.csv")), index=False, lineterminator="\n")
         parts.enter_context(whole(REPORTS / "headline.md")).write_text(_headline(study, scores), encoding="utf-8")

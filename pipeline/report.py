@@ -51,9 +51,8 @@ def report(study: Study) -> None:
             if ablation.figure == "rates":
                 parts.append(found(study, ablation).to_markdown(index=False))
             if ablation.figure == "stability":
-                table = stability(study)
-                table = table[table["task"].isin(shown_tasks(study, ablation)) & table["variant"].isin(shown_variants(ablation))]
-                parts.append(_folded("Every run, with the entropy of each head, layers apart by semicolons", table))
+                runs_of_it = stability(study, ablation)
+                parts.append(_folded("Every run, with the entropy of each head, layers apart by semicolons", runs_of_it))
             parts.append(_failures(study, ablation, diagnosis))
         if ablation.figure == "positions":
             parts.append(_table(positions_table(study, ablation)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -29,8 +30,7 @@ COLUMNS = ("task", "variant", "learning_rate", "seed", "stop", *MEASURES, "entro
 def by_rate(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """By learning rate, what every run ended at and went through; a row a task, a cross at the top where a seed diverged."""
     tasks = shown_tasks(study, ablation)
-    table = stability(study)
-    table = table[table["variant"].isin(shown_variants(ablation))]
+    table = stability(study, ablation)
     figure, grid = plt.subplots(
         len(tasks), len(MEASURES), squeeze=False, figsize=(3.4 * len(MEASURES), 3.6 * len(tasks)), layout="constrained"
     )
@@ -51,23 +51,30 @@ def by_rate(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     return figure
 
 
-def stability(study: Study) -> pd.DataFrame:
-    """A row a run of every `stability` figure. A run that diverged has no loss and no entropy; what has no softmax, no logits.
+def every_run(study: Study) -> pd.DataFrame:
+    """The `stability` of all questions whose figure it is, each run once."""
+    asked = [ablation for ablation in study.ablations.values() if ablation.figure == "stability"]
+    return pd.DataFrame([row for ablation in asked for row in _rows(study, ablation)], columns=COLUMNS).drop_duplicates()
+
+
+def stability(study: Study, ablation: Ablation) -> pd.DataFrame:
+    """A row a run of the variants in a figure. A run that diverged has no loss and no entropy; what has no softmax, no logits.
 
     `loss_rise` is how far the loss of one step stood above the lowest mean between two looks before it. `entropy_by_head` has the
     heads of a layer apart by spaces, the layers by semicolons.
     """
-    shown = [a for a in study.ablations.values() if a.figure == "stability"]
-    cells = [(t, v) for a in shown for t in shown_tasks(study, a) for v in shown_variants(a) if v in variants_on(study, t)]
-    rows = []
-    for task, variant in dict.fromkeys(cells):
+    return pd.DataFrame(_rows(study, ablation), columns=COLUMNS)
+
+
+def _rows(study: Study, ablation: Ablation) -> Iterator[dict[str, Any]]:
+    shown = [(t, v) for t in shown_tasks(study, ablation) for v in shown_variants(ablation) if v in variants_on(study, t)]
+    for task, variant in shown:
         history = read_history(study, task, variant)
         after = study.train.warmup * study.tasks[task].train.steps
         for run in runs.read_summary(task, variant)["runs"]:
             if run["seed"] in study.seeds:
                 own = history[(history["learning_rate"] == run["learning_rate"]) & (history["seed"] == run["seed"])]
-                rows.append({"task": task, "variant": variant, **_of_run(run, own, after)})
-    return pd.DataFrame(rows, columns=COLUMNS)
+                yield {"task": task, "variant": variant, **_of_run(run, own, after)}
 
 
 def _of_run(run: dict[str, Any], history: pd.DataFrame, after: float) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Shapes and types of everything that computes with tensors are checked while the tests run."""
 
 import pkgutil
+import shutil
 import signal
 from pathlib import Path
 
@@ -22,6 +23,16 @@ install_import_hook(
     [f"cat.{module.name}" for module in pkgutil.iter_modules([str(LIBRARY)]) if module.name not in CHECKED_BY_PYDANTIC],
     "beartype.beartype",
 )
+
+
+@pytest.fixture
+def study(finished, tmp_path, monkeypatch):
+    """A copy of the folder `finished`, which the module of a test makes, is the working folder; what its params.yaml says."""
+    from pipeline import params
+
+    shutil.copytree(finished, tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
+    return params.load()
 
 
 def pytest_addoption(parser):

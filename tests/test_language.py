@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,14 +44,6 @@ def finished(tmp_path_factory):
                 stage("train", "text", cell.variant)
         stage("evaluate", "text")
     return folder
-
-
-@pytest.fixture
-def study(finished, tmp_path, monkeypatch):
-    """A copy of it is the working folder."""
-    shutil.copytree(finished, tmp_path / "study")
-    monkeypatch.chdir(tmp_path / "study")
-    return params.load()
 
 
 def read_results():

@@ -17,7 +17,7 @@ from pipeline.examples import attention_on, read_example
 from pipeline.figures import example, filters, pareto_front
 from pipeline.logs import read_log
 from pipeline.results import CURVES, primary, read_results
-from pipeline.stability import by_rate, stability
+from pipeline.stability import by_rate, every_run, stability
 from tests.study import edit, finished_study, stage
 
 
@@ -28,14 +28,6 @@ def finished(tmp_path_factory):
         patch.chdir(folder)
         finished_study(folder, tasks=["ar", "copying"])
     return folder
-
-
-@pytest.fixture
-def study(finished, tmp_path, monkeypatch):
-    """A copy of a finished study is the working folder."""
-    shutil.copytree(finished, tmp_path / "study")
-    monkeypatch.chdir(tmp_path / "study")
-    return params.load()
 
 
 def written():
@@ -298,7 +290,8 @@ def test_stability_is_of_every_run_and_says_what_it_went_through(study):
         if (run["learning_rate"], run["seed"]) == (rates[0], 0):
             run |= {"stop": "diverged", "valid_loss": None, "attention_entropy": None}
     Path("runs/ar/k/summary.json").write_text(json.dumps(about))
-    table = stability(study)
+    table = every_run(study)
+    pd.testing.assert_frame_equal(table, stability(study, ablation), check_dtype=False)
     assert set(table["variant"]) == set(ablation.beside)
     here = table[table["variant"] == "k"].set_index(["learning_rate", "seed"])
     assert len(here) == len(rates) * len(study.seeds)
