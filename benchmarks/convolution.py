@@ -38,6 +38,7 @@ def filters(length: int, *, tokens: int = 8192, sizes: Sequence[tuple[int, int]]
                 sides=("filters on q, k, v", "no filters"),
                 unit=COST,
                 target=COST_TARGET[device],
+                replay=True,
                 count=(batch * length, "tokens"),
             )
             for width, heads in sizes
@@ -70,7 +71,7 @@ def layer(width: int, heads: int, length: int, batch: int, taps: dict[str, Any],
     return work
 
 
-def short_convolution(*, batch: int = 8, length: int = 1024, naive_length: int = 128, channels: int = 64) -> Benchmark:
+def short_convolution(*, batch: int = 8, length: int = 1024, naive_length: int = 32, channels: int = 64) -> Benchmark:
     """One filter a head and one a channel, over four heads as a projection leaves them: a view of (B, L, D)."""
     heads = 4
     kinds: dict[str, tuple[Operation, Operation, tuple[int, ...]]] = {
@@ -89,6 +90,7 @@ def short_convolution(*, batch: int = 8, length: int = 1024, naive_length: int =
                 other=partial(passes, other, partial(stream, batch, size, heads, channels, rows)),
                 sides=("this project", name),
                 target=1,
+                replay=True,
             )
             for kind, (ours, naive, rows) in kinds.items()
             for name, other, size in [("naive twin", naive, naive_length), *others]

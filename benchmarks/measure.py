@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cat.replay import Replay
+
 REPEATS = 5
 """Measurements of each way, the two in turn."""
 SHORTEST = 0.1
@@ -105,6 +107,8 @@ class Case(Question):
     other: Setup
     agree: Agree | None = None
     """Raises AssertionError where two outcomes are not the same; None: `same_numbers`."""
+    replay: bool = False
+    """Whether both are replayed on a GPU, as a step of training is (cat/replay.py): without what a launch takes of the CPU."""
 
 
 class NotRun(Exception):  # noqa: N818  it is no error
@@ -129,10 +133,15 @@ def compared(cases: Callable[[str], Sequence[Case]]) -> Callable[[Place], Iterat
 def compare(case: Case, place: Place) -> Figure:
     """Both ways of `case` checked against each other, then measured."""
     torch.set_num_threads(place.threads)
-    ours, other = case.ours(place.device), case.other(place.device)
+    ours, other = (_made(way, case.replay, place.device) for way in (case.ours, case.other))
     times = in_turn(ours, other, agree=case.agree or same_numbers, device=place.device)
     del ours, other
     return answer(case, *times, memory=(peak(case.ours, place), peak(case.other, place)))
+
+
+def _made(way: Setup, replay: bool, device: str) -> Work:
+    work = way(device)
+    return Replay(work) if replay and device == "cuda" else work
 
 
 def answer(question: Question, ours: Sequence[float], other: Sequence[float], *, memory: Sequence[int]) -> Figure:
@@ -159,9 +168,9 @@ def answer(question: Question, ours: Sequence[float], other: Sequence[float], *,
 
 
 def in_turn(ours: Work, other: Work, *, agree: Agree, device: str) -> tuple[list[float], list[float]]:
-    """Seconds a call of both, repeat by repeat. Two calls of each warm up, and what comes of them must be the same."""
+    """Seconds a call of both, repeat by repeat. Three calls of each warm up, and what comes of them must be the same."""
     calls: list[int] = []
-    for _ in range(2):
+    for _ in range(3):
         outcomes, calls = [], []
         for work in (ours, other):
             start = time.perf_counter()
@@ -222,7 +231,9 @@ def same_shapes(ours: Any, other: Any) -> None:
 
 
 def peak(setup: Setup, place: Place) -> int:
-    """Bytes at the peak of a call above those at rest, in a process of its own and after a call that warms up."""
+    """Bytes at the peak of a call above those at rest, after a call that warms up; on a CPU in a process of its own."""
+    if place.device == "cuda":
+        return _peak(setup, place)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (setup, place))
 

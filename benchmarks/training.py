@@ -42,7 +42,10 @@ def step(vocabulary: int, *, target: float, batch: int = 64) -> Benchmark:
 
 
 def project_step(vocabulary: int, size: int, device: str, seed: int = 0) -> Work:
-    """The step of `cat.training.fit`."""
+    """The step of `cat.training.fit`; on a GPU that of `fit_together`, by which one model is trained there, too."""
+    if device == "cuda":
+        step = together(1, size, device, vocabulary=vocabulary, first=seed)
+        return lambda: step()[0]
     model, inputs, targets = ready(vocabulary, size, device, seed)
     batch = Split.of(inputs, targets).rows(slice(None))
     decayed, others = decayed_or_not(model)
@@ -113,9 +116,9 @@ def replicas(*, count: int = 12, batch: int = 32, devices: Sequence[str] = ("cud
     )
 
 
-def together(count: int, size: int, device: str) -> Work:
+def together(count: int, size: int, device: str, *, vocabulary: int = 256, first: int = 0) -> Work:
     """The step of `cat.replicas.fit_together`: the losses of all replicas."""
-    models, inputs, targets = zip(*(ready(256, size, device, seed) for seed in range(count)), strict=True)
+    models, inputs, targets = zip(*(ready(vocabulary, size, device, first + place) for place in range(count)), strict=True)
     stack = Stack(models, [RATE] * count, protocol=PROTOCOL, precision="float32")
     alone = [Split.of(*examples).rows(slice(None)) for examples in zip(inputs, targets, strict=True)]
     batches = Split(*(torch.stack(tensors) for tensors in zip(*alone, strict=True)))
@@ -123,6 +126,6 @@ def together(count: int, size: int, device: str) -> Work:
 
 
 def one_by_one(count: int, size: int, device: str) -> Work:
-    """The steps of `cat.training.fit`."""
+    """The step of each, as `project_step` has it."""
     steps = [project_step(256, size, device, seed) for seed in range(count)]
     return lambda: torch.stack([step() for step in steps])

@@ -4,6 +4,8 @@ One filter a head has the same taps for every channel of it, so that filtering c
 filter a channel is the depthwise convolution; filters from every head to every head are those of multi-head CAT.
 """
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat.folding import fold
-from cat.types import ChannelFilter, HeadFilter, HeadMixingFilter, Heads
+from cat.types import ChannelFilter, GroupedFilter, GroupedHeads, HeadFilter, HeadMixingFilter, Heads
 
 
 class Limits(NamedTuple):
@@ -44,6 +46,14 @@ def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Head
     return _filter(x, taps, dilation, OF_CHANNELS, _by_shifts, _by_matrix_a_channel, _by_fft)
 
 
+def filter_groups(x: GroupedHeads, taps: GroupedFilter, *, dilation: int = 1) -> tuple[Heads, ...]:
+    """`filter_heads`, or `filter_channels`, of each group: at once where the filters are short."""
+    limits, single = (OF_HEADS, _by_matrix_a_head) if taps.shape[2] == 1 else (OF_CHANNELS, _by_matrix_a_channel)
+    if _short(taps, x.shape[3], dilation, limits):
+        return _Shifts.apply(x, taps, dilation).unbind()
+    return tuple(_filter(own, rows, dilation, limits, _by_shifts, single, _by_fft) for own, rows in zip(x, taps, strict=True))
+
+
 def mix_heads(x: Heads, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
     """Head h of the outcome is the sum over heads g of `x` (B, H, L, C), filtered with `taps[h, g]`."""
     return _filter(x, taps, dilation, OF_MIXING, _mix_by_shifts, _mix_by_matrix, _mix_by_fft)
@@ -56,7 +66,7 @@ def naive_filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Head
 
 def naive_filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Heads:
     """The definition, a channel at a time."""
-    channels = [naive_filter_heads(x[..., [c]], taps[:, c], dilation=dilation) for c in range(x.shape[3])]
+    channels = [naive_filter_heads(x[..., c : c + 1], taps[:, c], dilation=dilation) for c in range(x.shape[3])]
     return torch.cat(channels, dim=3)
 
 
@@ -86,11 +96,15 @@ def _filter(
     by_fft: Callable[[Heads, Tensor], Heads],
 ) -> Heads:
     length = x.shape[2]
-    taps = taps[..., : -(-length // dilation)]  # the others reach back beyond the first token
-    if taps.shape[-1] <= min(limits.taps, length // limits.part):
+    if _short(taps, length, dilation, limits):
         return by_shifts(x, taps, dilation)
-    taps = _spaced(taps, dilation)
+    taps = _spaced(taps[..., : -(-length // dilation)], dilation)  # the others reach back beyond the first token
     return by_matrix(x, taps) if length <= limits.tokens else by_fft(x, taps)
+
+
+def _short(taps: Tensor, length: int, dilation: int, limits: Limits) -> bool:
+    """Whether they are summed as shifted copies."""
+    return taps.shape[-1] <= min(limits.taps, length // limits.part, -(-length // dilation))
 
 
 def _spaced(taps: Tensor, dilation: int) -> Tensor:
@@ -101,48 +115,67 @@ def _spaced(taps: Tensor, dilation: int) -> Tensor:
 
 
 def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
-    return _Shifts.apply(x, taps, dilation)
+    return _Shifts.apply(x[None], taps[None], dilation)[0]
 
 
 class _Shifts(torch.autograd.Function):
-    """One pass over the sequence a tap, forwards and for the gradient of `x`, which is the filter run backwards in time."""
+    """One pass over the sequence a tap, forwards and for the gradient of `x`, which is the filter run backwards in time.
+
+    On a GPU one pass for all of them. What vmap maps over are groups.
+    """
 
     @staticmethod
-    def forward(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
-        y = x * taps[:, None, :, 0]
-        for j in range(1, taps.shape[2]):
+    def forward(x: GroupedHeads, taps: GroupedFilter, dilation: int) -> GroupedHeads:
+        if fused := _kernels(x):
+            return fused.filter_groups(x, taps, dilation)
+        y = x * taps[:, None, :, None, :, 0]
+        for j in range(1, taps.shape[3]):
             shift = j * dilation
-            y[:, :, shift:].addcmul_(x[:, :, :-shift], taps[:, None, :, j])
+            y[:, :, :, shift:].addcmul_(x[:, :, :, :-shift], taps[:, None, :, None, :, j])
         return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Heads, ChannelFilter, int], output: Heads) -> None:
+    def setup_context(ctx: Any, inputs: tuple[GroupedHeads, GroupedFilter, int], output: GroupedHeads) -> None:
         x, taps, ctx.dilation = inputs
         ctx.save_for_backward(x, taps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Heads) -> tuple[Heads, ChannelFilter, None]:
+    def backward(ctx: Any, gradient: GroupedHeads) -> tuple[GroupedHeads, GroupedFilter, None]:
         x, taps = ctx.saved_tensors
-        of_x = gradient * taps[:, None, :, 0]
-        of_taps = [_sum_over_tokens(gradient * x, taps.shape[1])]
-        for j in range(1, taps.shape[2]):
+        if fused := _kernels(x):
+            return *fused.filter_gradients(x, taps, gradient, ctx.dilation), None
+        of_x = gradient * taps[:, None, :, None, :, 0]
+        of_taps = [_sum_over_tokens(gradient * x, taps.shape[2])]
+        for j in range(1, taps.shape[3]):
             shift = j * ctx.dilation
-            of_x[:, :, :-shift].addcmul_(gradient[:, :, shift:], taps[:, None, :, j])
-            of_taps.append(_sum_over_tokens(gradient[:, :, shift:] * x[:, :, :-shift], taps.shape[1]))
+            of_x[:, :, :, :-shift].addcmul_(gradient[:, :, :, shift:], taps[:, None, :, None, :, j])
+            of_taps.append(_sum_over_tokens(gradient[:, :, :, shift:] * x[:, :, :, :-shift], taps.shape[2]))
         return of_x, torch.stack(of_taps, -1), None
 
     @staticmethod
     def vmap(info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor, dilation: int) -> tuple[Tensor, int]:
-        heads = fold(x, mapped[0], info.batch_size, into=1)
-        y = _Shifts.apply(heads, fold(taps, mapped[1], info.batch_size, into=0), dilation)
-        return y.unflatten(1, (info.batch_size, -1)), 1
+        groups, rows = (fold(t, axis, info.batch_size, into=0) for t, axis in zip((x, taps), mapped, strict=False))
+        return _Shifts.apply(groups, rows, dilation).unflatten(0, (info.batch_size, -1)), 0
 
 
-def _sum_over_tokens(x: Heads, channels: int) -> Float[Tensor, "H _"]:
+def _kernels(x: Tensor) -> Any:
+    """The module cat.kernels; None on a CPU, and where there is no Triton, which comes with PyTorch for a GPU on Linux."""
+    return _load_kernels() if x.is_cuda else None
+
+
+@functools.cache
+def _load_kernels() -> Any:
+    try:
+        return importlib.import_module("cat.kernels")
+    except ImportError:
+        return None
+
+
+def _sum_over_tokens(x: GroupedHeads, channels: int) -> Float[Tensor, "G H _"]:
     """Over sequences and tokens, and over the channels of a head where they are one."""
     # One axis after the other, which is three times as fast as both at once where the heads are apart in memory.
-    return x.sum((0, 2, 3))[:, None] if channels == 1 else x.sum(2).sum(0)
+    return x.sum((1, 3, 4))[..., None] if channels == 1 else x.sum(3).sum(1)
 
 
 def _by_matrix_a_head(x: Heads, taps: ChannelFilter) -> Heads:

@@ -10,6 +10,7 @@ All but the first generate taps for a sequence of any length. State-space filter
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import Taps
-from cat.convolution import filter_channels, filter_heads, mix_heads
-from cat.types import Heads
+from cat.convolution import filter_channels, filter_groups, filter_heads, mix_heads
+from cat.types import GroupedHeads, Heads
 
 FEATURES = 8
 """Time scales in which the network of an implicit filter sees how far back a tap is."""
@@ -88,6 +89,9 @@ class Filter(nn.Module, ABC):
                 y = filter_channels(x, taps, dilation=self.dilation)
             case _:
                 y = mix_heads(x, taps, dilation=self.dilation)
+        return self.biased(y)
+
+    def biased(self, y: Heads) -> Heads:
         return y if self.bias is None else y + self.bias
 
     def read(self, x: Heads, before: Float[Tensor, "B H R C"]) -> tuple[Heads, Float[Tensor, "B H S C"]]:
@@ -174,6 +178,23 @@ class NetworkFilter(Filter):
         hidden = torch.sin(features @ self.frequencies + self.phases)
         taps = self.coefficients @ hidden.mT * torch.exp(-ages * self.log_fading.exp()[..., None])
         return taps + F.pad(self.direct[..., None], (0, length - 1))
+
+
+def alike(one: Filter, other: Filter) -> bool:
+    """Whether `apply_together` takes both."""
+    shapes = [causal.taps.shape if isinstance(causal, ExplicitFilter) else None for causal in (one, other)]
+    return one.layout.sharing != "mixing" and shapes[0] is not None and shapes[0] == shapes[1]
+
+
+def apply_together(filters: Sequence[Filter], streams: GroupedHeads) -> list[Heads]:
+    """What each filter makes of its stream: where they are alike one operation does it."""
+    length, first = streams.shape[3], filters[0]
+    if len(filters) == 1:
+        return [first(streams[0])]
+    taps = torch.stack([causal.response(length) for causal in filters])
+    taps = taps[:, :, None] if first.layout.sharing == "head" else taps
+    outputs = filter_groups(streams, taps, dilation=first.dilation)
+    return [causal.biased(y) for causal, y in zip(filters, outputs, strict=True)]
 
 
 def time_scales(count: int, length: int) -> Tensor:

@@ -24,6 +24,7 @@ from cat.evaluation import TOKENS_AT_ONCE, Split, TrainingSplit, autocast, in_pa
 from cat.folding import fold
 from cat.model import SequenceModel
 from cat.optimizer import BETAS, EPSILON
+from cat.replay import Replay
 from cat.tasks.base import IGNORE
 from cat.training import Row, Run, State, Stop, _batches, copied, decayed_or_not, diverged, end, look, mean_loss, rate
 
@@ -158,6 +159,7 @@ class Stack:
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.peaks = torch.tensor(learning_rates).to(self.weights).view(len(models), 1)
         self.steps, self.at_once = 0, len(models)
+        self.replay = Replay(self._step)
         buffers = [dict(model.named_buffers()) for model in models]
         self.buffers = {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
 
@@ -166,18 +168,26 @@ class Stack:
 
         Where there is no memory for all replicas at once, from then on for half as many at a time.
         """
+        self.steps += 1
+        corrections = 1 - BETAS[0] ** self.steps, 1 - BETAS[1] ** self.steps
+        scalars = torch.tensor([share, *corrections]).to(self.weights, non_blocking=True)
+        if self.weights.is_cuda:
+            return self.replay(scalars, *batches).clone()
+        return self._step(scalars, *batches)
+
+    def _step(self, scalars: Float[Tensor, " 3"], *batches: Tensor) -> Float[Tensor, "R 2"]:
         while True:
             try:
                 starts = range(0, len(self.weights), self.at_once)
-                parts = [self._gradient(batches, slice(start, start + self.at_once)) for start in starts]
+                parts = [self._gradient(Split(*batches), slice(start, start + self.at_once)) for start in starts]
                 break
             except torch.OutOfMemoryError:
-                if self.at_once == 1:
+                if self.at_once == 1 or (self.weights.is_cuda and torch.cuda.is_current_stream_capturing()):
                     raise
             self.at_once = -(-self.at_once // 2)
             torch.cuda.empty_cache()
         losses, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
-        return torch.stack([losses, self._descend(gradient, share)], dim=1)
+        return torch.stack([losses, self._descend(gradient, *scalars)], dim=1)
 
     def _gradient(self, batches: Split, rows: slice) -> tuple[Float[Tensor, " r"], Float[Tensor, "r P"]]:
         weights = self.weights[rows].detach().requires_grad_()
@@ -214,21 +224,23 @@ class Stack:
 
     def keep(self, places: Sequence[int]) -> None:
         """Leaves the replicas at all other places out from now on."""
+        self.replay.forget()
         index = torch.tensor(places, device=self.weights.device)
         self.weights, self.mean, self.square, self.peaks = (x[index] for x in (self.weights, self.mean, self.square, self.peaks))
         self.buffers = {name: buffer[index] for name, buffer in self.buffers.items()}
 
     @torch.no_grad()
-    def _descend(self, gradient: Float[Tensor, "R P"], share: float) -> Float[Tensor, " R"]:
+    def _descend(
+        self, gradient: Float[Tensor, "R P"], share: Tensor, first_correction: Tensor, second_correction: Tensor
+    ) -> Float[Tensor, " R"]:
         norms = gradient.norm(dim=1)
         gradient /= (norms[:, None] / self.protocol.clip).clamp(min=1)
-        self.steps += 1
         rates, (first, second) = self.peaks * share, BETAS
         self.mean.lerp_(gradient, 1 - first)
         self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
         self.weights[:, : self.decayed] *= 1 - rates * self.protocol.weight_decay
-        size = (self.square / (1 - second**self.steps)).sqrt_().add_(EPSILON)
-        self.weights.addcdiv_(self.mean * rates, size, value=-1 / (1 - first**self.steps))
+        size = (self.square / second_correction).sqrt_().add_(EPSILON)
+        self.weights.addcdiv_(self.mean * (rates / first_correction), size, value=-1)
         return norms
 
     def _each(

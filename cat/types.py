@@ -1,7 +1,7 @@
 """Axis letters and the tensors made of them.
 
 B batch, L sequence length, A positions asked of a sequence, H heads, C channels of a head, E of its values, D channels of the
-residual stream, W filter taps, V vocabulary.
+residual stream, W filter taps, V vocabulary, G groups: what has weights of its own, as replicas have.
 """
 
 from jaxtyping import Float, Int
@@ -18,3 +18,5 @@ HeadFilter = Float[Tensor, "H W"]
 ChannelFilter = Float[Tensor, "H #C W"]
 """C is 1 where the channels of a head share their taps."""
 HeadMixingFilter = Float[Tensor, "H H W"]
+GroupedHeads = Float[Tensor, "G B H L C"]
+GroupedFilter = Float[Tensor, "G H #C W"]

@@ -169,11 +169,15 @@ def groups(cell: Cell, device: torch.device, group: Group = ALONE) -> list[tuple
     processes.
     """
     setting, jobs = cell.setting, cell.jobs
-    size = max(1, TOGETHER // (setting.schedule.batch * cell.meta.length))
-    alone = setting.schedule.compile or setting.schedule.micro_batch is not None or group.size > 1
-    if alone or device.type == "cpu" or isinstance(setting.model, Theory) or not can_be_stacked(setting.model):
-        size = 1
+    size = max(1, TOGETHER // (setting.schedule.batch * cell.meta.length)) if stacked(cell, device, group) else 1
     return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
+
+
+def stacked(cell: Cell, device: torch.device, group: Group = ALONE) -> bool:
+    """Whether its runs are trained by `fit_together`, whose steps are replayed, one that is by itself too."""
+    model, schedule = cell.setting.model, cell.setting.schedule
+    alone = schedule.compile or schedule.micro_batch is not None or group.size > 1
+    return device.type == "cuda" and not alone and not isinstance(model, Theory) and can_be_stacked(model)
 
 
 def run_jobs(
@@ -194,14 +198,16 @@ def run_jobs(
     with contextlib.ExitStack() as locks:
         for job in jobs if group.rank == 0 else ():
             locks.enter_context(_checkpoint(cell, job, where).alone())
-        waiting = group.first(lambda: _standing(cell, jobs, where))
+        waiting, alone = group.first(lambda: _standing(cell, jobs, where)), set[Job]()
         while waiting:
             alike = waiting.pop()
+            together = len(alike) > 1 or (stacked(cell, device, group) and alike[0] not in alone)
             try:
-                trained |= zip(alike, _fit(cell, alike, device, progress, group), strict=True)
+                trained |= zip(alike, _fit(cell, alike, device, progress, group, together), strict=True)
             except torch.OutOfMemoryError:
-                if len(alike) == 1:
+                if not together:
                     raise
+                alone |= set(alike)  # a batch in parts, of which replicas know nothing
                 waiting += [(job,) for job in alike]
     report((sum(cell.setting.schedule.steps - steps for steps in told.values()), None))
     outcomes = [(job, trained[job]) for job in jobs]
@@ -224,8 +230,9 @@ def _fit(
     device: torch.device,
     progress: Callable[[Job, int, Row | None], None],
     group: Group,
+    together: bool,
 ) -> list[Run]:
-    """Trains these models at once, from where they stand."""
+    """Trains these models at once, from where they stand; not `together`, one model."""
     task, _, setting, meta, _ = cell
     assert not isinstance(setting.model, Theory)
     train, valid = _splits(task, device)
@@ -246,7 +253,7 @@ def _fit(
         "stop_early": meta.goal == "accuracy",
         "precision": setting.precision,
     }
-    if len(jobs) > 1:
+    if together and not any(state and (state.stop or state.micro_batch) for state in states):
         options |= {"progress": lambda place, *news: progress(jobs[place], *news), "checkpoint": keep}
         resume = [state for state in states if state is not None]
         return fit_together(models, train, valid, learning_rates=rates, seeds=seeds, resume=resume or None, **options)

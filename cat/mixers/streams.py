@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import AttentionModel
-from cat.filters import Filter, Layout, build_filter
+from cat.filters import Filter, Layout, alike, apply_together, build_filter
 from cat.mixers.base import Memory, Mixer
 from cat.types import Asked, Heads, Hidden, Values
 
@@ -38,6 +38,7 @@ class Streams(Mixer):
         self.projection = nn.Linear(config.width, 3 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.filters = stream_filters(config, length)
+        self.together = side_by_side(self.filters)
         self.scale = 1 / math.sqrt(config.width // config.heads)
         self.log_temperature: nn.Parameter | None = None
         if config.qk_norm:
@@ -75,14 +76,18 @@ class Streams(Mixer):
 
     def filtered(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
         """The filtered q, k and v."""
-        q, k, v = self.heads(projected)
-        q, k, v = (self.filters[s](stream) if s in self.filters else stream for s, stream in zip("qkv", (q, k, v), strict=True))
+        heads = self.heads(projected)
+        streams = list(heads)
+        for names in self.together:
+            place = "qkv".index(names)
+            part = slice(place, place + len(names))
+            streams[part] = apply_together([cast(Filter, self.filters[name]) for name in names], heads[part])
+        q, k, v = streams
         return q, k, v
 
-    def heads(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
+    def heads(self, projected: Projected) -> Float[Tensor, "3 B H L C"]:
         """The q, k and v of every head before they are filtered."""
-        q, k, v = projected.unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
-        return q, k, v
+        return projected.unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def next_streams(self, projected: Projected, memory: Memory) -> tuple[Heads, Heads, Heads, dict[str, Tensor]]:
         """The `streams` of tokens that follow upon those of `memory`, and by stream the rows that its filter sees next."""
@@ -119,3 +124,15 @@ def stream_filters(config: AttentionModel, length: int) -> nn.ModuleDict:
             for stream, taps in config.filters.items()
         }
     )
+
+
+def side_by_side(filters: nn.ModuleDict) -> list[str]:
+    """The streams that are filtered at once, since they lie side by side and their filters are alike: "qk" and "v", say."""
+    together = list[str]()
+    for stream in (s for s in "qkv" if s in filters):
+        before = together[-1] if together else " "
+        if before + stream in "qkv" and alike(cast(Filter, filters[before[-1]]), cast(Filter, filters[stream])):
+            together[-1] += stream
+        else:
+            together.append(stream)
+    return together
