@@ -6,7 +6,7 @@ Rotary and ALiBi act inside attention, after the filters; sinusoidal and learned
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cat.types import Asked, Heads
@@ -30,16 +30,16 @@ def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0) -> Heads:
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-def alibi_bias(heads: int, length: int, like: Tensor, *, start: int = 0) -> Float[Tensor, "H _ L"]:
-    """Adds -slope * (i - j) to the score of query i and key j, -inf where j > i; slopes 2^(-8h/H), h = 1..H.
+def alibi_bias(heads: int, queries: Int[Tensor, "*A"], length: int, like: Tensor) -> Float[Tensor, "H *A L"]:
+    """Adds -slope * (i - j) to the score of query i and key j < L, -inf where j > i; slopes 2^(-8h/H), h = 1..H.
 
-    Of the queries from token `start` on.
+    Of the queries at positions `queries`, each below L.
     """
     slope = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=like.device, dtype=torch.float64) / heads)
-    i = torch.arange(length, device=like.device)
-    distance = i[start:, None] - i
-    bias = -slope[:, None, None] * distance
-    return bias.masked_fill(distance < 0, float("-inf")).to(like.dtype)
+    after = torch.arange(1 - length, length, device=like.device)  # j - i
+    bias = (slope[:, None] * after).masked_fill(after > 0, float("-inf")).to(like.dtype)
+    # Row i is a window of these numbers: there are few to compute.
+    return bias.unfold(1, length, 1)[:, length - 1 - queries]
 
 
 def sinusoidal(length: int, width: int, like: Tensor, *, start: int = 0) -> Float[Tensor, "L D"]:

@@ -21,7 +21,7 @@ from cat.landmark import grouped_matmul, landmark_attend, naive_landmark_attend
 from cat.linear_attention import features, linear_attend, naive_linear_attend
 from cat.mixers import build_mixer
 from cat.model import SequenceModel
-from cat.position import alibi_bias, rotate
+from cat.position import rotate
 from cat.random_features import naive_performer_attend
 from cat.state_space import fused_scan, naive_selective_scan, selective_scan
 from cat.taylor import naive_taylor_attend
@@ -340,8 +340,7 @@ def test_positions_and_the_scale_act_after_the_filters(position, qk_norm):
     q, k, v = mixer.streams(mixer.project(hidden(13)))
     if position == "rotary":
         q, k = rotate(q), rotate(k)
-    bias = alibi_bias(HEADS, 13, q) if position == "alibi" else None
-    heads = naive_attend(q, k, v, scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5, bias=bias)
+    heads = naive_attend(q, k, v, scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5, alibi=position == "alibi")
     close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
 
 
