@@ -31,7 +31,7 @@ class Limits(NamedTuple):
     """more of them are a Toeplitz matrix up to this length, and are applied by FFT beyond it."""
 
 
-OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 8, 128), Limits(6, 8, 96), Limits(2, 64, 128)
+OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 8, 128), Limits(6, 8, 96), Limits(12, 16, 96)
 
 
 def filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
@@ -157,16 +157,43 @@ def _by_fft(x: Heads, taps: ChannelFilter) -> Heads:
     length = x.shape[2]
     size = _fast_size(length + taps.shape[2] - 1)
     spectrum = _spectrum(x, size, dim=2) * _spectrum(taps, size, dim=-1).mT
-    return torch.fft.irfft(spectrum, n=size, dim=2)[:, :, :length]
+    return _tokens(spectrum, size, length)
 
 
 def _mix_by_shifts(x: Heads, taps: HeadMixingFilter, dilation: int) -> Heads:
-    rows = x.flatten(2)
-    y = taps[..., 0] @ rows
-    for j in range(1, taps.shape[2]):
-        shift = j * dilation * x.shape[3]
-        y = y + F.pad(taps[..., j] @ rows[..., :-shift], (shift, 0))
-    return y.view_as(x)
+    return _MixedShifts.apply(x, taps, dilation)
+
+
+class _MixedShifts(torch.autograd.Function):
+    """One product with the shifted copies of all heads, forwards and for each gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Heads, taps: HeadMixingFilter, dilation: int) -> Heads:
+        span = (taps.shape[2] - 1) * dilation
+        return (taps.flip(2).flatten(1) @ _shifted(F.pad(x, (0, 0, span, 0)), taps, dilation)).unflatten(2, x.shape[2:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Heads, HeadMixingFilter, int], output: Heads) -> None:
+        x, taps, ctx.dilation = inputs
+        ctx.save_for_backward(x, taps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Heads) -> tuple[Heads, HeadMixingFilter, None]:
+        x, taps = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)  # as autocast did
+        span = (taps.shape[2] - 1) * ctx.dilation
+        later = _shifted(F.pad(gradient, (0, 0, 0, span)), taps, ctx.dilation)
+        of_x = (taps.transpose(0, 1).flatten(1) @ later).unflatten(2, x.shape[2:])
+        of_taps = (x.flatten(2) @ later.mT).sum(0).unflatten(1, (len(taps), -1)).transpose(0, 1)
+        return of_x, of_taps, None
+
+
+def _shifted(padded: Heads, taps: HeadMixingFilter, dilation: int) -> Float[Tensor, "B HW LC"]:
+    """Of each head as many copies as there are taps, each begun `dilation` tokens later."""
+    rows, step = padded.flatten(2), dilation * padded.shape[3]
+    return rows.unfold(2, rows.shape[2] - (taps.shape[2] - 1) * step, step).flatten(1, 2)
 
 
 def _mix_by_matrix(x: Heads, taps: HeadMixingFilter) -> Heads:
@@ -179,7 +206,7 @@ def _mix_by_fft(x: Heads, taps: HeadMixingFilter) -> Heads:
     length = x.shape[2]
     size = _fast_size(length + taps.shape[2] - 1)
     spectrum = torch.einsum("hgf,bgfc->bhfc", _spectrum(taps, size, dim=-1), _spectrum(x, size, dim=2))
-    return torch.fft.irfft(spectrum, n=size, dim=2)[:, :, :length]
+    return _tokens(spectrum, size, length)
 
 
 def _fast_size(size: int) -> int:
@@ -190,3 +217,9 @@ def _fast_size(size: int) -> int:
 def _spectrum(x: Float[Tensor, "*shape"], size: int, *, dim: int) -> Tensor:
     """In float32 at least: there is no FFT of bfloat16, and on a GPU autocast leaves it as it is."""
     return torch.fft.rfft(x.to(torch.promote_types(x.dtype, torch.float32)), n=size, dim=dim)
+
+
+def _tokens(spectrum: Tensor, size: int, length: int) -> Tensor:
+    """The first `length` tokens of what has this spectrum along axis 2."""
+    # The transform leaves the tokens of a channel side by side in memory: attention has no fast kernel for that.
+    return torch.fft.irfft(spectrum, n=size, dim=2)[:, :, :length].contiguous()
