@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat.folding import fold
-from cat.types import ChannelFilter, HeadFilter, HeadMixingFilter, Heads
+from cat.types import ChannelFilter, HeadFilter, HeadMixingFilter, Heads, Sources
 
 
 class Limits(NamedTuple):
@@ -44,8 +44,8 @@ def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Head
     return _filter(x, taps, dilation, OF_CHANNELS, _by_shifts, _by_matrix_a_channel, _by_fft)
 
 
-def mix_heads(x: Heads, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
-    """Head h of the outcome is the sum over heads g of `x` (B, H, L, C), filtered with `taps[h, g]`."""
+def mix_heads(x: Sources, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
+    """Head h of the outcome is the sum over heads g of `x` (B, G, L, C), filtered with `taps[h, g]`."""
     return _filter(x, taps, dilation, OF_MIXING, _mix_by_shifts, _mix_by_matrix, _mix_by_fft)
 
 
@@ -60,7 +60,7 @@ def naive_filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -
     return torch.cat(channels, dim=3)
 
 
-def naive_mix_heads(x: Heads, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
+def naive_mix_heads(x: Sources, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
     """The definition, one output and one tap at a time."""
     outputs = []
     for i in range(x.shape[2]):
@@ -76,28 +76,28 @@ def toeplitz(taps: Float[Tensor, "*rows W"], length: int) -> Float[Tensor, "*row
     return padded.unfold(-1, length, 1).flip(-1)
 
 
+def spaced(taps: Tensor, dilation: int) -> Tensor:
+    """The same filter with every tap written out, those between two taps zero."""
+    if dilation == 1:
+        return taps
+    return F.pad(taps[..., None], (0, dilation - 1)).flatten(-2)[..., : 1 - dilation]
+
+
 def _filter(
-    x: Heads,
+    x: Sources,
     taps: Tensor,
     dilation: int,
     limits: Limits,
-    by_shifts: Callable[[Heads, Tensor, int], Heads],
-    by_matrix: Callable[[Heads, Tensor], Heads],
-    by_fft: Callable[[Heads, Tensor], Heads],
+    by_shifts: Callable[[Sources, Tensor, int], Heads],
+    by_matrix: Callable[[Sources, Tensor], Heads],
+    by_fft: Callable[[Sources, Tensor], Heads],
 ) -> Heads:
     length = x.shape[2]
     taps = taps[..., : -(-length // dilation)]  # the others reach back beyond the first token
     if taps.shape[-1] <= min(limits.taps, length // limits.part):
         return by_shifts(x, taps, dilation)
-    taps = _spaced(taps, dilation)
+    taps = spaced(taps, dilation)
     return by_matrix(x, taps) if length <= limits.tokens else by_fft(x, taps)
-
-
-def _spaced(taps: Tensor, dilation: int) -> Tensor:
-    """The same filter with every tap written out, those between two taps zero."""
-    if dilation == 1:
-        return taps
-    return F.pad(taps[..., None], (0, dilation - 1)).flatten(-2)[..., : 1 - dilation]
 
 
 def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
@@ -160,7 +160,7 @@ def _by_fft(x: Heads, taps: ChannelFilter) -> Heads:
     return _tokens(spectrum, size, length)
 
 
-def _mix_by_shifts(x: Heads, taps: HeadMixingFilter, dilation: int) -> Heads:
+def _mix_by_shifts(x: Sources, taps: HeadMixingFilter, dilation: int) -> Heads:
     return _MixedShifts.apply(x, taps, dilation)
 
 
@@ -170,18 +170,18 @@ class _MixedShifts(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Heads, taps: HeadMixingFilter, dilation: int) -> Heads:
+    def forward(x: Sources, taps: HeadMixingFilter, dilation: int) -> Heads:
         span = (taps.shape[2] - 1) * dilation
         return (taps.flip(2).flatten(1) @ _shifted(F.pad(x, (0, 0, span, 0)), taps, dilation)).unflatten(2, x.shape[2:])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Heads, HeadMixingFilter, int], output: Heads) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Sources, HeadMixingFilter, int], output: Heads) -> None:
         x, taps, ctx.dilation = inputs
         ctx.save_for_backward(x, taps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Heads) -> tuple[Heads, HeadMixingFilter, None]:
+    def backward(ctx: Any, gradient: Heads) -> tuple[Sources, HeadMixingFilter, None]:
         x, taps = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)  # as autocast did
         span = (taps.shape[2] - 1) * ctx.dilation
         later = _shifted(F.pad(gradient, (0, 0, 0, span)), taps, ctx.dilation)
@@ -190,19 +190,19 @@ class _MixedShifts(torch.autograd.Function):
         return of_x, of_taps, None
 
 
-def _shifted(padded: Heads, taps: HeadMixingFilter, dilation: int) -> Float[Tensor, "B HW LC"]:
+def _shifted(padded: Float[Tensor, "B N P C"], taps: HeadMixingFilter, dilation: int) -> Float[Tensor, "B NW LC"]:
     """Of each head as many copies as there are taps, each begun `dilation` tokens later."""
     rows, step = padded.flatten(2), dilation * padded.shape[3]
     return rows.unfold(2, rows.shape[2] - (taps.shape[2] - 1) * step, step).flatten(1, 2)
 
 
-def _mix_by_matrix(x: Heads, taps: HeadMixingFilter) -> Heads:
-    # One matrix over heads and tokens: (H L) x (H L).
+def _mix_by_matrix(x: Sources, taps: HeadMixingFilter) -> Heads:
+    # One matrix over heads and tokens: (H L) x (G L).
     matrix = toeplitz(taps, x.shape[2]).transpose(1, 2).flatten(2).flatten(0, 1)
-    return (matrix @ x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+    return (matrix @ x.flatten(1, 2)).unflatten(1, (-1, x.shape[2]))
 
 
-def _mix_by_fft(x: Heads, taps: HeadMixingFilter) -> Heads:
+def _mix_by_fft(x: Sources, taps: HeadMixingFilter) -> Heads:
     length = x.shape[2]
     size = _fast_size(length + taps.shape[2] - 1)
     spectrum = torch.einsum("hgf,bgfc->bhfc", _spectrum(taps, size, dim=-1), _spectrum(x, size, dim=2))

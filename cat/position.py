@@ -20,11 +20,15 @@ def take(x: Float[Tensor, "B *H L C"], at: Asked | None) -> Float[Tensor, "B *H 
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
-def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0) -> Heads:
-    """Turns the pair of channels (c, c + C/2) of token i by the angle i * base^(-2c/C); the first row is token `start`."""
+def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1) -> Heads:
+    """Turns the pair of channels (c, c + C/2) of token i by the angle i * base^(-2c/C).
+
+    The first row is token `start`, the next one `step` tokens later.
+    """
     length, channels = x.shape[2:]
     frequency = base ** (-torch.arange(0, channels, 2, device=x.device, dtype=torch.float64) / channels)
-    angle = torch.arange(start, start + length, device=x.device, dtype=torch.float64)[:, None] * frequency
+    place = torch.arange(start, start + length * step, step, device=x.device, dtype=torch.float64)
+    angle = place[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

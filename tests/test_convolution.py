@@ -91,6 +91,12 @@ def test_mixing_reads_the_head_that_its_taps_name():
     assert not y[:, 0, 0].any()
 
 
+@pytest.mark.parametrize(("length", "width"), [(83, 3), (19, 7), (131, 37)])
+def test_other_heads_can_be_mixed_than_come_out(length, width):
+    taps = normal(HEADS, 2 * HEADS, width, seed=1)
+    assert_twins(mix_heads, naive_mix_heads, normal(BATCH, 2 * HEADS, length, CHANNELS), taps)
+
+
 def test_mixing_has_gradients_under_autocast():
     x, taps = (t.float().requires_grad_() for t in (normal(BATCH, HEADS, 83, CHANNELS), normal(HEADS, HEADS, 4, seed=1)))
     exact = torch.autograd.grad(mix_heads(x, taps).square().sum(), (x, taps))
