@@ -455,6 +455,14 @@ def test_a_summary_is_of_keys_before_they_are_normalised_and_is_normalised_itsel
     close(plain.streams(plain.project(hidden(13)))[3], plain.streams(plain.project(hidden(13)))[1][:, :, [4, 9]])
 
 
+def test_landmarks_are_turned_by_the_positions_of_the_last_tokens_of_their_blocks():
+    mixer = build({**LANDMARK, "position": "rotary", "top": 1}, 23)
+    q, k, v = (normal(1, HEADS, 23, WIDTH // HEADS, seed=s) for s in range(3))
+    turned = rotate(k)
+    sizes = {"scale": mixer.scale, "block": mixer.block, "top": 1, "reach": 0}
+    close(mixer.mix(q, k, v), naive_landmark_attend(rotate(q), turned, v, ends(turned, mixer.block), **sizes))
+
+
 def test_a_landmark_that_matches_better_gets_its_block_more_attention():
     q, k, v = torch.zeros(3, 1, 1, 7, 2).double()
     q[..., 6, 0], v[..., :2, 0] = 1, 1  # the last query chooses one of three blocks of two; the values are those of block 0
