@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, compared, normal, passes, same_shapes
 from cat.attention import attend
-from cat.landmark import landmark_attend
+from cat.landmark import ends, landmark_attend
 
 CHANNELS, TOP = 64, 2
 TARGET = {"cpu": (5, 16384), "cuda": (3, 65536)}
@@ -55,4 +55,4 @@ def streams(length: int) -> list[Tensor]:
 
 
 def landmarks(q: Tensor, k: Tensor, v: Tensor, *, scale: float, block: int) -> Tensor:
-    return landmark_attend(q, k, v, k, scale=scale, block=block, top=TOP, reach=3)
+    return landmark_attend(q, k, v, ends(k, block), scale=scale, block=block, top=TOP, reach=3)

@@ -1,53 +1,63 @@
-"""Causal attention: out_i = sum_{j <= i} softmax_j(scale <q_i, k_j> + bias_ij) v_j."""
+"""Causal attention: out_i = sum_{j <= i} softmax_j(scale <q_i, k_j> + bias_ij) v_j, the bias that of ALiBi or none."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.position import take
+from cat.position import alibi_bias, take
 from cat.types import Asked, Heads, Values
+
+ROWS = 256
+"""With a bias, so many queries at a time attend to the keys up to their last: a kernel that is given one skips no keys."""
 
 
 def attend(
-    q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None, at: Asked | None = None
+    q: Heads, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
 ) -> Float[Tensor, "B H _ E"]:
-    """Dense causal attention, or its rows at positions `at`.
-
-    A `bias` holds -inf above the diagonal; without one the mask is the causal one.
-    """
-    if at is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None, scale=scale)
-    seen = torch.arange(k.shape[2], device=k.device) <= at[:, None, :, None]
-    mask = seen if bias is None else bias[:, at].transpose(0, 1)
-    return F.scaled_dot_product_attention(take(q, at), k, v, attn_mask=mask, scale=scale)
-
-
-def logits(q: Heads, k: Heads, *, scale: float, bias: Float[Tensor, "H L L"] | None = None) -> Float[Tensor, "B H L L"]:
-    """What the softmax is taken of, -inf above the diagonal."""
-    scores = scale * q @ k.mT
-    if bias is not None:
-        return scores + bias
-    return scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
+    """Dense causal attention, or its rows at positions `at`."""
+    length = k.shape[2]
+    if at is not None:
+        seen = torch.arange(length, device=k.device) <= at[:, None, :, None]
+        mask = alibi_bias(q.shape[1], at, length, q).transpose(0, 1) if alibi else seen
+        return F.scaled_dot_product_attention(take(q, at), k, v, attn_mask=mask, scale=scale)
+    if not alibi:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    ends = [min(start + ROWS, length) for start in range(0, length, ROWS)]
+    rows = zip(q.split(ROWS, dim=2), ends, strict=True)
+    return torch.cat([attend_last(some, k[:, :, :end], v[:, :, :end], scale=scale, alibi=True) for some, end in rows], dim=2)
 
 
 def attend_last(
-    q: Float[Tensor, "B H A C"], k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H A L"] | None = None
+    q: Float[Tensor, "B H A C"], k: Heads, v: Values, *, scale: float, alibi: bool = False
 ) -> Float[Tensor, "B H A E"]:
-    """Dense causal attention of the last A tokens alone: their queries, and their rows of a `bias`."""
-    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril(k.shape[2] - q.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if bias is None else bias, scale=scale)
+    """Dense causal attention of the last A tokens alone, by their queries."""
+    queries, length = q.shape[2], k.shape[2]
+    if alibi:
+        mask = alibi_bias(q.shape[1], torch.arange(length - queries, length, device=k.device), length, q)
+    else:
+        mask = torch.ones(queries, length, dtype=torch.bool, device=k.device).tril(length - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def logits(q: Heads, k: Heads, *, scale: float, alibi: bool = False) -> Float[Tensor, "B H L L"]:
+    """What the softmax is taken of, -inf above the diagonal."""
+    scores = scale * q @ k.mT
+    if alibi:
+        return scores + alibi_bias(q.shape[1], torch.arange(q.shape[2], device=q.device), q.shape[2], q)
+    return scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
 
 
 def naive_attend(
-    q: Heads, k: Heads, v: Values, *, scale: float, bias: Float[Tensor, "H L L"] | None = None, at: Asked | None = None
+    q: Heads, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
 ) -> Float[Tensor, "B H _ E"]:
     """The definition, one query at a time; the twin that `attend` is tested against."""
     outputs = []
     for i in range(q.shape[2]):
         scores = scale * (k[:, :, : i + 1] @ q[:, :, i, :, None])[..., 0]
-        if bias is not None:
-            scores = scores + bias[:, i, : i + 1]
+        if alibi:
+            slope = 2.0 ** (-8 * torch.arange(1, q.shape[1] + 1).to(q) / q.shape[1])
+            scores = scores - slope[:, None] * torch.arange(i, -1, -1, device=q.device)
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))
         weights = weights / weights.sum(-1, keepdim=True)
         outputs.append((weights[..., None] * v[:, :, : i + 1]).sum(2))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat.folding import fold
-from cat.types import ChannelFilter, GroupedFilter, GroupedHeads, HeadFilter, HeadMixingFilter, Heads
+from cat.types import ChannelFilter, GroupedFilter, GroupedHeads, HeadFilter, HeadMixingFilter, Heads, Sources
 
 
 class Limits(NamedTuple):
@@ -33,7 +33,7 @@ class Limits(NamedTuple):
     """more of them are a Toeplitz matrix up to this length, and are applied by FFT beyond it."""
 
 
-OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 8, 128), Limits(6, 8, 96), Limits(2, 64, 128)
+OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 8, 128), Limits(6, 8, 96), Limits(12, 16, 96)
 
 
 def filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
@@ -54,8 +54,8 @@ def filter_groups(x: GroupedHeads, taps: GroupedFilter, *, dilation: int = 1) ->
     return tuple(_filter(own, rows, dilation, limits, _by_shifts, single, _by_fft) for own, rows in zip(x, taps, strict=True))
 
 
-def mix_heads(x: Heads, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
-    """Head h of the outcome is the sum over heads g of `x` (B, H, L, C), filtered with `taps[h, g]`."""
+def mix_heads(x: Sources, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
+    """Head h of the outcome is the sum over heads g of `x` (B, G, L, C), filtered with `taps[h, g]`."""
     return _filter(x, taps, dilation, OF_MIXING, _mix_by_shifts, _mix_by_matrix, _mix_by_fft)
 
 
@@ -70,7 +70,7 @@ def naive_filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -
     return torch.cat(channels, dim=3)
 
 
-def naive_mix_heads(x: Heads, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
+def naive_mix_heads(x: Sources, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
     """The definition, one output and one tap at a time."""
     outputs = []
     for i in range(x.shape[2]):
@@ -86,32 +86,32 @@ def toeplitz(taps: Float[Tensor, "*rows W"], length: int) -> Float[Tensor, "*row
     return padded.unfold(-1, length, 1).flip(-1)
 
 
+def spaced(taps: Tensor, dilation: int) -> Tensor:
+    """The same filter with every tap written out, those between two taps zero."""
+    if dilation == 1:
+        return taps
+    return F.pad(taps[..., None], (0, dilation - 1)).flatten(-2)[..., : 1 - dilation]
+
+
 def _filter(
-    x: Heads,
+    x: Sources,
     taps: Tensor,
     dilation: int,
     limits: Limits,
-    by_shifts: Callable[[Heads, Tensor, int], Heads],
-    by_matrix: Callable[[Heads, Tensor], Heads],
-    by_fft: Callable[[Heads, Tensor], Heads],
+    by_shifts: Callable[[Sources, Tensor, int], Heads],
+    by_matrix: Callable[[Sources, Tensor], Heads],
+    by_fft: Callable[[Sources, Tensor], Heads],
 ) -> Heads:
     length = x.shape[2]
     if _short(taps, length, dilation, limits):
         return by_shifts(x, taps, dilation)
-    taps = _spaced(taps[..., : -(-length // dilation)], dilation)  # the others reach back beyond the first token
+    taps = spaced(taps[..., : -(-length // dilation)], dilation)  # the others reach back beyond the first token
     return by_matrix(x, taps) if length <= limits.tokens else by_fft(x, taps)
 
 
 def _short(taps: Tensor, length: int, dilation: int, limits: Limits) -> bool:
     """Whether they are summed as shifted copies."""
     return taps.shape[-1] <= min(limits.taps, length // limits.part, -(-length // dilation))
-
-
-def _spaced(taps: Tensor, dilation: int) -> Tensor:
-    """The same filter with every tap written out, those between two taps zero."""
-    if dilation == 1:
-        return taps
-    return F.pad(taps[..., None], (0, dilation - 1)).flatten(-2)[..., : 1 - dilation]
 
 
 def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
@@ -190,29 +190,56 @@ def _by_fft(x: Heads, taps: ChannelFilter) -> Heads:
     length = x.shape[2]
     size = _fast_size(length + taps.shape[2] - 1)
     spectrum = _spectrum(x, size, dim=2) * _spectrum(taps, size, dim=-1).mT
-    return torch.fft.irfft(spectrum, n=size, dim=2)[:, :, :length]
+    return _tokens(spectrum, size, length)
 
 
-def _mix_by_shifts(x: Heads, taps: HeadMixingFilter, dilation: int) -> Heads:
-    rows = x.flatten(2)
-    y = taps[..., 0] @ rows
-    for j in range(1, taps.shape[2]):
-        shift = j * dilation * x.shape[3]
-        y = y + F.pad(taps[..., j] @ rows[..., :-shift], (shift, 0))
-    return y.view_as(x)
+def _mix_by_shifts(x: Sources, taps: HeadMixingFilter, dilation: int) -> Heads:
+    return _MixedShifts.apply(x, taps, dilation)
 
 
-def _mix_by_matrix(x: Heads, taps: HeadMixingFilter) -> Heads:
-    # One matrix over heads and tokens: (H L) x (H L).
+class _MixedShifts(torch.autograd.Function):
+    """One product with the shifted copies of all heads, forwards and for each gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Sources, taps: HeadMixingFilter, dilation: int) -> Heads:
+        span = (taps.shape[2] - 1) * dilation
+        return (taps.flip(2).flatten(1) @ _shifted(F.pad(x, (0, 0, span, 0)), taps, dilation)).unflatten(2, x.shape[2:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Sources, HeadMixingFilter, int], output: Heads) -> None:
+        x, taps, ctx.dilation = inputs
+        ctx.save_for_backward(x, taps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Heads) -> tuple[Sources, HeadMixingFilter, None]:
+        x, taps = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)  # as autocast did
+        span = (taps.shape[2] - 1) * ctx.dilation
+        later = _shifted(F.pad(gradient, (0, 0, 0, span)), taps, ctx.dilation)
+        of_x = (taps.transpose(0, 1).flatten(1) @ later).unflatten(2, x.shape[2:])
+        of_taps = (x.flatten(2) @ later.mT).sum(0).unflatten(1, (len(taps), -1)).transpose(0, 1)
+        return of_x, of_taps, None
+
+
+def _shifted(padded: Float[Tensor, "B N P C"], taps: HeadMixingFilter, dilation: int) -> Float[Tensor, "B NW LC"]:
+    """Of each head as many copies as there are taps, each begun `dilation` tokens later."""
+    rows, step = padded.flatten(2), dilation * padded.shape[3]
+    return rows.unfold(2, rows.shape[2] - (taps.shape[2] - 1) * step, step).flatten(1, 2)
+
+
+def _mix_by_matrix(x: Sources, taps: HeadMixingFilter) -> Heads:
+    # One matrix over heads and tokens: (H L) x (G L).
     matrix = toeplitz(taps, x.shape[2]).transpose(1, 2).flatten(2).flatten(0, 1)
-    return (matrix @ x.flatten(1, 2)).unflatten(1, x.shape[1:3])
+    return (matrix @ x.flatten(1, 2)).unflatten(1, (-1, x.shape[2]))
 
 
-def _mix_by_fft(x: Heads, taps: HeadMixingFilter) -> Heads:
+def _mix_by_fft(x: Sources, taps: HeadMixingFilter) -> Heads:
     length = x.shape[2]
     size = _fast_size(length + taps.shape[2] - 1)
     spectrum = torch.einsum("hgf,bgfc->bhfc", _spectrum(taps, size, dim=-1), _spectrum(x, size, dim=2))
-    return torch.fft.irfft(spectrum, n=size, dim=2)[:, :, :length]
+    return _tokens(spectrum, size, length)
 
 
 def _fast_size(size: int) -> int:
@@ -223,3 +250,9 @@ def _fast_size(size: int) -> int:
 def _spectrum(x: Float[Tensor, "*shape"], size: int, *, dim: int) -> Tensor:
     """In float32 at least: there is no FFT of bfloat16, and on a GPU autocast leaves it as it is."""
     return torch.fft.rfft(x.to(torch.promote_types(x.dtype, torch.float32)), n=size, dim=dim)
+
+
+def _tokens(spectrum: Tensor, size: int, length: int) -> Tensor:
+    """The first `length` tokens of what has this spectrum along axis 2."""
+    # The transform leaves the tokens of a channel side by side in memory: attention has no fast kernel for that.
+    return torch.fft.irfft(spectrum, n=size, dim=2)[:, :, :length].contiguous()

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import Taps
-from cat.convolution import filter_channels, filter_groups, filter_heads, mix_heads
+from cat.convolution import filter_channels, filter_groups, filter_heads, mix_heads, spaced
 from cat.types import GroupedHeads, Heads
 
 FEATURES = 8
@@ -93,6 +93,26 @@ class Filter(nn.Module, ABC):
 
     def biased(self, y: Heads) -> Heads:
         return y if self.bias is None else y + self.bias
+
+    def at_ends(self, x: Heads, block: int) -> Float[Tensor, "B H N C"]:
+        """The outputs at the last tokens of the N whole blocks alone.
+
+        The first tokens of all blocks are a sequence of N, the second ones another: an output is a sum over `block` sequences.
+        """
+        blocks = x.shape[2] // block
+        if blocks == 0:
+            return x[:, :, :0]
+        taps = spaced(self.response(x.shape[2]), self.dilation)[..., : blocks * block]
+        taps = F.pad(taps, (0, -taps.shape[-1] % block)).unflatten(-1, (-1, block)).flip(-1).mT
+        tokens = x[:, :, : blocks * block].unflatten(2, (blocks, block)).transpose(2, 3).flatten(1, 2)
+        match self.layout.sharing:
+            case "head":
+                y = filter_heads(tokens, taps.flatten(0, 1)).unflatten(1, (-1, block)).sum(2)
+            case "channel":
+                y = filter_channels(tokens, taps.transpose(1, 2).flatten(0, 1)).unflatten(1, (-1, block)).sum(2)
+            case _:
+                y = mix_heads(tokens, taps.flatten(1, 2))
+        return self.biased(y)
 
     def read(self, x: Heads, before: Float[Tensor, "B H R C"]) -> tuple[Heads, Float[Tensor, "B H S C"]]:
         """The outputs of tokens that follow upon those `before`, and the last rows, as many as those that come next will see.

@@ -25,6 +25,7 @@ from cat.attention import attend
 from cat.position import take
 from cat.types import Asked, Heads, Values
 
+Landmarks = Float[Tensor, "B H N C"]
 Chosen = Int[Tensor, "B H A T"]
 Own = Int[Tensor, "#B A"]
 """The block that each query stands in."""
@@ -33,33 +34,33 @@ MANY = 8
 
 
 def landmark_attend(
-    q: Heads, k: Heads, v: Values, s: Heads, *, scale: float, block: int, top: int, reach: int, at: Asked | None = None
+    q: Heads, k: Heads, v: Values, s: Landmarks, *, scale: float, block: int, top: int, reach: int, at: Asked | None = None
 ) -> Float[Tensor, "B H _ E"]:
     """Landmark attention, or its rows at positions `at`, at a cost of A (L / block + (top + 1) block) C a head.
 
-    0 <= reach <= block. `s` sums up the tokens before each and itself; only the last one's of a block is read.
+    0 <= reach <= block. `s` has the landmarks of all whole blocks.
     """
     length = q.shape[2]
     if length <= block:
         return attend(q, k, v, scale=scale, at=at)
     earlier = (length - 1) // block
-    q, k, v = (F.pad(x, (0, 0, 0, -length % block)) for x in (q * scale, k, v))
-    q = take(q, at)
+    k_blocks, v_blocks = (in_blocks(x, block) for x in (k, v))
+    q = in_blocks(q, block).flatten(2, 3) if at is None else take(q, at)
+    q = q * scale
     place = torch.arange(q.shape[2], device=q.device)[None] if at is None else at
     own = place // block
-    chosen, matches = choose(q, s[:, :, block - 1 : earlier * block : block], own, top=top)
+    chosen, matches = choose(q, s[:, :, :earlier], own, top=top)
 
-    k_blocks, v_blocks = (x.unflatten(2, (-1, block)) for x in (k, v))
     later = torch.arange(block, device=q.device) > (place % block)[:, None, :, None]
     if at is None:  # the queries of a block are all there and in order
         near = (q.unflatten(2, (-1, block)) @ k_blocks.mT).flatten(2, 3)
     else:
         its_own = own[:, None, :, None].expand(-1, q.shape[1], -1, 1)
-        near = score(q, k_blocks.mT, its_own)[:, :, :, 0]
+        near = score(q, k_blocks, its_own)[:, :, :, 0]
     near = near.masked_fill(later, float("-inf"))
 
-    # One window a block that can be chosen: (B, H, blocks, C, block + reach).
-    k_windows, v_windows = (x[:, :, : earlier * block + reach].unfold(2, block + reach, block) for x in (k, v))
+    # One window a block that can be chosen: (B, H, blocks, block + reach, C).
+    k_windows, v_windows = (torch.cat([x[:, :, :-1], x[:, :, 1:, :reach]], dim=3) for x in (k_blocks, v_blocks))
     far = score(q, k_windows, chosen)
     far = far.masked_fill(~visible(chosen, own, block=block, reach=reach), float("-inf"))
     choosing = (own > top)[:, None, :, None, None]
@@ -71,33 +72,42 @@ def landmark_attend(
         out = (near.unflatten(2, (-1, block)) @ v_blocks).flatten(2, 3)
     else:
         out = read(near[:, :, :, None], v_blocks, its_own)
-    return (out + read(far, v_windows.mT, chosen))[:, :, :length]
+    return (out + read(far, v_windows, chosen))[:, :, :length]
 
 
 def naive_landmark_attend(
-    q: Heads, k: Heads, v: Values, s: Heads, *, scale: float, block: int, top: int, reach: int, at: Asked | None = None
+    q: Heads, k: Heads, v: Values, s: Landmarks, *, scale: float, block: int, top: int, reach: int, at: Asked | None = None
 ) -> Float[Tensor, "B H _ E"]:
     """The definition, one query at a time; the twin that `landmark_attend` is tested against."""
     out = torch.empty_like(v)
     for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         start = i // block * block
         scores = torch.exp(scale * k[b, h] @ q[b, h, i])
-        landmarks = torch.exp(scale * s[b, h, block - 1 : start : block] @ q[b, h, i])
-        chosen = landmarks.topk(min(top, len(landmarks))).indices.tolist()
+        matches = torch.exp(scale * s[b, h, : i // block] @ q[b, h, i])
+        chosen = matches.topk(min(top, len(matches))).indices.tolist()
         weights = {j: scores[j] for j in range(start, i + 1)}
         for n in chosen:
             end = (n + 1) * block
             overlap = [] if n + 1 in chosen else range(end, min(end + reach, start))
             tokens = [*range(n * block, end), *overlap]
-            share = landmarks[n] / scores[tokens].sum() if len(chosen) < len(landmarks) else 1
+            share = matches[n] / scores[tokens].sum() if len(chosen) < len(matches) else 1
             weights |= {j: scores[j] * share for j in tokens}
         out[b, h, i] = sum(weight * v[b, h, j] for j, weight in weights.items()) / sum(weights.values())
     return take(out, at)
 
 
-def choose(
-    q: Float[Tensor, "B H A C"], landmarks: Float[Tensor, "B H N C"], own: Own, *, top: int
-) -> tuple[Chosen, Float[Tensor, "B H A T"]]:
+def ends(x: Heads, block: int) -> Landmarks:
+    """The last tokens of whole blocks."""
+    return x[:, :, block - 1 :: block]
+
+
+def in_blocks(x: Heads, block: int) -> Float[Tensor, "B H N block C"]:
+    """Zeros in the last one's place of tokens that are not there."""
+    missing = -x.shape[2] % block
+    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, block))
+
+
+def choose(q: Float[Tensor, "B H A C"], landmarks: Landmarks, own: Own, *, top: int) -> tuple[Chosen, Float[Tensor, "B H A T"]]:
     """The blocks that each query retrieves, and how well they match.
 
     A query that has fewer blocks before its own than there are to choose gets later ones too, which are not `visible` to it.
@@ -121,12 +131,12 @@ def visible(chosen: Chosen, own: Own, *, block: int, reach: int) -> Bool[Tensor,
     return (chosen < own)[..., None] & (inside | ~read_anyway[..., None])
 
 
-def score(q: Float[Tensor, "B H A C"], windows: Float[Tensor, "B H N C W"], chosen: Chosen) -> Float[Tensor, "B H A T W"]:
+def score(q: Float[Tensor, "B H A C"], windows: Float[Tensor, "B H N W C"], chosen: Chosen) -> Float[Tensor, "B H A T W"]:
     """Each query times the keys of the windows that were chosen for it."""
     if _few(windows, chosen):
-        every = (q @ windows.transpose(2, 3).flatten(3)).unflatten(3, (windows.shape[2], -1))
-        return every.gather(3, chosen[..., None].expand(*chosen.shape, windows.shape[4]))
-    return _by_window(q[:, :, :, None].expand(*chosen.shape, -1), windows, chosen)
+        every = (q @ windows.flatten(2, 3).mT).unflatten(3, windows.shape[2:4])
+        return every.gather(3, chosen[..., None].expand(*chosen.shape, windows.shape[3]))
+    return _by_window(q[:, :, :, None].expand(*chosen.shape, -1), windows.mT, chosen)
 
 
 def read(weights: Float[Tensor, "B H A T W"], windows: Float[Tensor, "B H N W E"], chosen: Chosen) -> Float[Tensor, "B H A E"]:

@@ -6,7 +6,7 @@ Rotary and ALiBi act inside attention, after the filters; sinusoidal and learned
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cat.types import Asked, Heads
@@ -20,26 +20,30 @@ def take(x: Float[Tensor, "B *H L C"], at: Asked | None) -> Float[Tensor, "B *H 
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
-def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0) -> Heads:
-    """Turns the pair of channels (c, c + C/2) of token i by the angle i * base^(-2c/C); the first row is token `start`."""
+def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1) -> Heads:
+    """Turns the pair of channels (c, c + C/2) of token i by the angle i * base^(-2c/C).
+
+    The first row is token `start`, the next one `step` tokens later.
+    """
     length, channels = x.shape[2:]
     frequency = base ** (-torch.arange(0, channels, 2, device=x.device, dtype=torch.float64) / channels)
-    angle = torch.arange(start, start + length, device=x.device, dtype=torch.float64)[:, None] * frequency
+    place = torch.arange(start, start + length * step, step, device=x.device, dtype=torch.float64)
+    angle = place[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-def alibi_bias(heads: int, length: int, like: Tensor, *, start: int = 0) -> Float[Tensor, "H _ L"]:
-    """Adds -slope * (i - j) to the score of query i and key j, -inf where j > i; slopes 2^(-8h/H), h = 1..H.
+def alibi_bias(heads: int, queries: Int[Tensor, "*A"], length: int, like: Tensor) -> Float[Tensor, "H *A L"]:
+    """Adds -slope * (i - j) to the score of query i and key j < L, -inf where j > i; slopes 2^(-8h/H), h = 1..H.
 
-    Of the queries from token `start` on.
+    Of the queries at positions `queries`, each below L.
     """
     slope = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=like.device, dtype=torch.float64) / heads)
-    i = torch.arange(length, device=like.device)
-    distance = i[start:, None] - i
-    bias = -slope[:, None, None] * distance
-    return bias.masked_fill(distance < 0, float("-inf")).to(like.dtype)
+    after = torch.arange(1 - length, length, device=like.device)  # j - i
+    bias = (slope[:, None] * after).masked_fill(after > 0, float("-inf")).to(like.dtype)
+    # Row i is a window of these numbers: there are few to compute.
+    return bias.unfold(1, length, 1)[:, length - 1 - queries]
 
 
 def sinusoidal(length: int, width: int, like: Tensor, *, start: int = 0) -> Float[Tensor, "L D"]:

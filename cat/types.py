@@ -12,11 +12,14 @@ Asked = Int[Tensor, "B A"]
 """The positions of each sequence whose output is wanted, in rising order."""
 Hidden = Float[Tensor, "B L D"]
 Heads = Float[Tensor, "B H L C"]
+Sources = Float[Tensor, "B G L C"]
+"""The heads that are mixed."""
 Values = Float[Tensor, "B H L E"]
 """E is C in a model: only its diagnostics hand a mixer values of another width."""
 HeadFilter = Float[Tensor, "H W"]
 ChannelFilter = Float[Tensor, "H #C W"]
 """C is 1 where the channels of a head share their taps."""
-HeadMixingFilter = Float[Tensor, "H H W"]
+HeadMixingFilter = Float[Tensor, "H G W"]
+"""From each of G heads, as a rule the same ones, to each of H."""
 GroupedHeads = Float[Tensor, "G B H L C"]
 GroupedFilter = Float[Tensor, "G H #C W"]

@@ -5,17 +5,32 @@ from functools import partial
 import pytest
 import torch
 
-from cat.attention import attend, naive_attend
-from cat.position import alibi_bias
+from cat.attention import attend, logits, naive_attend
 from tests.twins import assert_twins, close, normal
 
 
-@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("length", [1, 2, 13])
-def test_attend_is_the_definition(length, biased):
-    q, k, v = (normal(2, 3, length, 5, seed=s) for s in range(3))
-    bias = alibi_bias(3, length, q) if biased else None
-    assert_twins(partial(attend, scale=0.7, bias=bias), partial(naive_attend, scale=0.7, bias=bias), q, k, v)
+def test_attend_is_the_definition(length, alibi, asked, monkeypatch):
+    monkeypatch.setattr("cat.attention.ROWS", 5)
+    q, k, v = (normal(2, 3, length, 7, seed=s) for s in range(3))
+    at = torch.tensor([[0, length // 2, length - 1], [length // 3, length // 2, length - 1]]) if asked else None
+    sizes = {"scale": 0.7, "alibi": alibi, "at": at}
+    assert_twins(partial(attend, **sizes), partial(naive_attend, **sizes), q, k, v)
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+def test_attention_is_the_softmax_of_its_logits(alibi):
+    q, k, v = (normal(2, 3, 13, 7, seed=s) for s in range(3))
+    close(logits(q, k, scale=0.7, alibi=alibi).softmax(-1) @ v, naive_attend(q, k, v, scale=0.7, alibi=alibi))
+
+
+def test_alibi_in_float32_is_as_exact_far_from_the_first_token_as_near_it():
+    q, k, v = (normal(1, 8, 1031, 4, seed=s) for s in range(3))
+    exact = attend(q, k, v, scale=0.7, alibi=True)
+    errors = (attend(q.float(), k.float(), v.float(), scale=0.7, alibi=True) - exact).abs()
+    assert errors.max() < 4e-6
 
 
 def test_a_sharp_query_returns_the_value_of_its_key():

@@ -35,6 +35,7 @@ KINDS = {
         (19, 5, 3, "toeplitz"),
         (19, 9, 4, "toeplitz"),  # half of the taps reach past the first token
         (67, 1, 1, "shifts"),
+        (83, 5, 3, "shifts"),
         (131, 2, 1, "shifts"),
         (131, 2, 11, "shifts"),
         (131, 37, 1, "fft"),
@@ -88,6 +89,27 @@ def test_mixing_reads_the_head_that_its_taps_name():
     close(y[:, 0, 1:], x[:, 2, :-1])
     assert not y[:, 1:].any()
     assert not y[:, 0, 0].any()
+
+
+@pytest.mark.parametrize(("length", "width"), [(83, 3), (19, 7), (131, 37)])
+def test_other_heads_can_be_mixed_than_come_out(length, width):
+    taps = normal(HEADS, 2 * HEADS, width, seed=1)
+    assert_twins(mix_heads, naive_mix_heads, normal(BATCH, 2 * HEADS, length, CHANNELS), taps)
+
+
+def test_mixing_has_gradients_under_autocast():
+    x, taps = (t.float().requires_grad_() for t in (normal(BATCH, HEADS, 83, CHANNELS), normal(HEADS, HEADS, 4, seed=1)))
+    exact = torch.autograd.grad(mix_heads(x, taps).square().sum(), (x, taps))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = mix_heads(x, taps)
+    for rough, gradient in zip(torch.autograd.grad(y.float().square().sum(), (x, taps)), exact, strict=True):
+        assert (rough - gradient).norm() < 0.02 * gradient.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_filtered_by_fft_has_its_channels_side_by_side(kind):
+    filtered, _, rows, _ = KINDS[kind]
+    assert filtered(normal(BATCH, HEADS, 131, CHANNELS), normal(*rows, 37, seed=1)).is_contiguous()
 
 
 def test_taps_are_dilation_tokens_apart():

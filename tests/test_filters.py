@@ -1,6 +1,7 @@
 """Filters: where taps come from, how they begin, what they are at other lengths, who shares them."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from cat.configuration import Attention
 from cat.filters import DecayFilter, ExplicitFilter, Layout, NetworkFilter, build_filter, time_scales
 from cat.mixers import build_mixer
-from tests.twins import close, normal
+from tests.twins import assert_twins, close, normal
 
 HEADS, CHANNELS, LENGTH = 3, 5, 19
 KINDS = [4, "full", "network", "decay", "state"]
@@ -149,3 +150,22 @@ def test_what_a_configuration_names_is_what_is_built():
         (DecayFilter, (2, 5)),
     ]
     assert not any(f.direct.any() for f in made.values())
+
+
+@pytest.mark.parametrize("taps", KINDS)
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize(("length", "block"), [(3, 5), (5, 5), (23, 5), (23, 1)])
+def test_at_the_ends_of_blocks_a_filter_is_what_it_is_there(taps, sharing, length, block, monkeypatch):
+    made = build(taps, sharing=sharing, init="random", norm=True, bias=True, dilation=2)
+    names = [name for name, _ in made.named_parameters()]
+
+    def run(x, *weights):
+        return torch.func.functional_call(made, dict(zip(names, weights, strict=True)), x)
+
+    def run_at_ends(x, *weights):
+        with monkeypatch.context() as patch:
+            patch.setattr(made, "forward", partial(made.at_ends, block=block))
+            return run(x, *weights)
+
+    x = normal(2, HEADS, length, CHANNELS)
+    assert_twins(run_at_ends, lambda *inputs: run(*inputs)[:, :, block - 1 :: block], x, *made.parameters())

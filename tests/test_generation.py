@@ -121,12 +121,11 @@ def test_a_memory_stays_what_it_was_when_it_is_gone_on_from_twice():
 
 
 @pytest.mark.parametrize("rows", [1, 3, 13])
-@pytest.mark.parametrize("biased", [False, True])
-def test_attention_of_the_last_tokens_is_the_last_rows_of_the_definition(rows, biased):
+@pytest.mark.parametrize("alibi", [False, True])
+def test_attention_of_the_last_tokens_is_the_last_rows_of_the_definition(rows, alibi):
     q, k, v = (normal(2, 3, 13, 5, seed=seed) for seed in range(3))
-    bias = normal(3, 13, 13).masked_fill(torch.ones(13, 13).triu(1).bool(), float("-inf")) if biased else None
-    expected = naive_attend(q, k, v, scale=0.7, bias=bias)[:, :, -rows:]
-    close(attend_last(q[:, :, -rows:], k, v, scale=0.7, bias=bias if bias is None else bias[:, -rows:]), expected)
+    expected = naive_attend(q, k, v, scale=0.7, alibi=alibi)[:, :, -rows:]
+    close(attend_last(q[:, :, -rows:], k, v, scale=0.7, alibi=alibi), expected)
 
 
 def test_learned_positions_refuse_to_go_past_their_end():

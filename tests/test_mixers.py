@@ -17,11 +17,11 @@ from cat.configuration import Attention, AttentionModel, Delta, GatedLinear, Mod
 from cat.convolution import naive_filter_channels, naive_filter_heads, naive_mix_heads
 from cat.delta import naive_delta_rule
 from cat.gated_linear_attention import naive_gated_linear_attend
-from cat.landmark import grouped_matmul, landmark_attend, naive_landmark_attend
+from cat.landmark import ends, grouped_matmul, landmark_attend, naive_landmark_attend
 from cat.linear_attention import features, linear_attend, naive_linear_attend
 from cat.mixers import build_mixer
 from cat.model import SequenceModel
-from cat.position import alibi_bias, rotate
+from cat.position import rotate
 from cat.random_features import naive_performer_attend
 from cat.state_space import fused_scan, naive_selective_scan, selective_scan
 from cat.taylor import naive_taylor_attend
@@ -340,8 +340,7 @@ def test_positions_and_the_scale_act_after_the_filters(position, qk_norm):
     q, k, v = mixer.streams(mixer.project(hidden(13)))
     if position == "rotary":
         q, k = rotate(q), rotate(k)
-    bias = alibi_bias(HEADS, 13, q) if position == "alibi" else None
-    heads = naive_attend(q, k, v, scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5, bias=bias)
+    heads = naive_attend(q, k, v, scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5, alibi=position == "alibi")
     close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
 
 
@@ -389,7 +388,7 @@ def test_features_stay_positive_where_elu_rounds_to_zero():
 @pytest.mark.parametrize("asked", [False, True])
 def test_landmark_attention_is_the_definition(length, top, reach, many, asked, monkeypatch):
     monkeypatch.setattr("cat.landmark.MANY", many)
-    streams = [normal(2, 3, length, 7, seed=s) for s in range(4)]
+    streams = [*(normal(2, 3, length, 7, seed=s) for s in range(3)), normal(2, 3, length // 5, 7, seed=3)]
     at = torch.tensor([[0, length // 2, length - 1], [length // 3, length // 2, length - 1]]) if asked else None
     sizes = {"scale": 0.7, "block": 5, "top": top, "reach": reach, "at": at}
     assert_twins(partial(landmark_attend, **sizes), partial(naive_landmark_attend, **sizes), *streams)
@@ -408,11 +407,12 @@ def test_landmark_attention_that_reads_every_block_is_dense(block, top, position
 @pytest.mark.parametrize("top", [1, 3])
 def test_a_query_reads_its_own_block_and_the_best_of_those_before(top):
     block, length = 5, 33
-    q, k, v, summary = (normal(1, 1, length, 7, seed=s).requires_grad_() for s in range(4))
-    out = landmark_attend(q, k, v, summary, scale=1.0, block=block, top=top, reach=0)[0, 0].sum(-1)
+    q, k, v = (normal(1, 1, length, 7, seed=s).requires_grad_() for s in range(3))
+    landmarks = normal(1, 1, length // block, 7, seed=3)
+    out = landmark_attend(q, k, v, landmarks, scale=1.0, block=block, top=top, reach=0)[0, 0].sum(-1)
     for i in range(length):
         own = i // block
-        matches = [(summary[0, 0, n * block + block - 1] @ q[0, 0, i]).item() for n in range(own)]
+        matches = [(landmarks[0, 0, n] @ q[0, 0, i]).item() for n in range(own)]
         best = sorted(range(own), key=lambda n: -matches[n])[:top]
         expected = [j // block == own or j // block in best for j in range(i + 1)] + [False] * (length - i - 1)
         assert (torch.autograd.grad(out[i], v, retain_graph=True)[0][0, 0].abs().sum(-1) > 0).tolist() == expected
@@ -432,8 +432,8 @@ def test_a_summary_begins_as_the_sum_of_the_block_s_keys(sharing):
     assert ((taps[..., :5] - one).abs() < 0.2).all()
     assert (taps[..., 5:].abs() < 0.2).all()
     k = mixer.filtered(mixer.project(hidden(13)))[1]
-    summary = mixer.streams(mixer.project(hidden(13)))[3]
-    close(summary, mixer.filters["summary"](k))
+    landmarks = mixer.streams(mixer.project(hidden(13)))[3]
+    close(landmarks, mixer.filters["summary"](k)[:, :, [4, 9]])
 
 
 def test_a_sum_of_keys_does_not_see_which_tokens_stood_side_by_side():
@@ -442,7 +442,7 @@ def test_a_sum_of_keys_does_not_see_which_tokens_stood_side_by_side():
         mixer.filters["summary"].taps.fill_(1)
     x = hidden(13)
     swapped = x[:, [0, 1, 2, 3, 4, 5, 7, 6, 8, 9, 10, 11, 12]]  # inside the block of tokens 5 to 9
-    landmarks = [mixer.streams(mixer.project(tokens))[3][:, :, 9] for tokens in (x, swapped)]
+    landmarks = [mixer.streams(mixer.project(tokens))[3][:, :, 1] for tokens in (x, swapped)]
     assert not torch.equal(mixer.streams(mixer.project(x))[1], mixer.streams(mixer.project(swapped))[1])
     close(*landmarks)
 
@@ -450,9 +450,17 @@ def test_a_sum_of_keys_does_not_see_which_tokens_stood_side_by_side():
 def test_a_summary_is_of_keys_before_they_are_normalised_and_is_normalised_itself():
     mixer = build({**LANDMARK, "k": 2, "summary": 5, "qk_norm": True}, 13)
     _, k, _ = mixer.filtered(mixer.project(hidden(13)))
-    close(mixer.streams(mixer.project(hidden(13)))[3], F.normalize(mixer.filters["summary"](k), dim=-1))
+    close(mixer.streams(mixer.project(hidden(13)))[3], F.normalize(mixer.filters["summary"](k)[:, :, [4, 9]], dim=-1))
     plain = build({**LANDMARK, "k": 2, "qk_norm": True}, 13)
-    close(plain.streams(plain.project(hidden(13)))[3], plain.streams(plain.project(hidden(13)))[1])
+    close(plain.streams(plain.project(hidden(13)))[3], plain.streams(plain.project(hidden(13)))[1][:, :, [4, 9]])
+
+
+def test_landmarks_are_turned_by_the_positions_of_the_last_tokens_of_their_blocks():
+    mixer = build({**LANDMARK, "position": "rotary", "top": 1}, 23)
+    q, k, v = (normal(1, HEADS, 23, WIDTH // HEADS, seed=s) for s in range(3))
+    turned = rotate(k)
+    sizes = {"scale": mixer.scale, "block": mixer.block, "top": 1, "reach": 0}
+    close(mixer.mix(q, k, v), naive_landmark_attend(rotate(q), turned, v, ends(turned, mixer.block), **sizes))
 
 
 def test_a_landmark_that_matches_better_gets_its_block_more_attention():
@@ -461,7 +469,7 @@ def test_a_landmark_that_matches_better_gets_its_block_more_attention():
     shares = []
     for match in (1.0, 2.0):
         k[..., 1, 0] = match
-        shares.append(landmark_attend(q, k, v, k, scale=1.0, block=2, top=1, reach=0)[0, 0, 6, 0].item())
+        shares.append(landmark_attend(q, k, v, ends(k, 2), scale=1.0, block=2, top=1, reach=0)[0, 0, 6, 0].item())
     assert shares == pytest.approx([math.e / (math.e + 1), math.e**2 / (math.e**2 + 1)])
 
 

@@ -28,14 +28,16 @@ def test_rotary_turns_each_pair_of_channels_by_its_angle():
             close(turned[:, :, i, [c, c + 5]], torch.view_as_real(pair))
 
 
-def test_alibi_subtracts_a_multiple_of_the_distance():
-    bias = alibi_bias(3, 5, normal(1))
+@pytest.mark.parametrize("queries", [[0, 1, 2, 3, 4], [3], [[0, 4], [2, 2]]])
+def test_alibi_subtracts_a_multiple_of_the_distance(queries):
+    queries = torch.tensor(queries)
+    bias = alibi_bias(3, queries, 5, normal(1))
     assert bias.dtype == torch.float64
+    assert bias.shape == (3, *queries.shape, 5)
     for h in range(3):
-        for i in range(5):
-            for j in range(5):
-                expected = -(2 ** (-8 * (h + 1) / 3)) * (i - j) if j <= i else -math.inf
-                assert bias[h, i, j].item() == pytest.approx(expected, rel=1e-12)
+        for i, row in zip(queries.flatten().tolist(), bias[h].flatten(end_dim=-2), strict=True):
+            expected = [-(2 ** (-8 * (h + 1) / 3)) * (i - j) if j <= i else -math.inf for j in range(5)]
+            assert row.tolist() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("width", [2, 7])
@@ -51,4 +53,4 @@ def test_sinusoidal_alternates_sines_and_cosines(width):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_positions_follow_the_type_of_what_they_are_added_to(dtype):
     like = normal(1, 1, 3, 4).to(dtype)
-    assert {rotate(like).dtype, alibi_bias(2, 3, like).dtype, sinusoidal(3, 5, like).dtype} == {dtype}
+    assert {rotate(like).dtype, alibi_bias(2, torch.arange(3), 3, like).dtype, sinusoidal(3, 5, like).dtype} == {dtype}

@@ -9,7 +9,7 @@ from torch import Tensor
 from cat.attention import attend, attend_last, logits
 from cat.mixers.base import Memory, joined
 from cat.mixers.streams import Projected, Streams
-from cat.position import alibi_bias, rotate
+from cat.position import rotate
 from cat.types import Asked, Heads, Values
 
 
@@ -17,27 +17,27 @@ class CausalAttention(Streams):
     """Dense causal attention over (B, L, D) with a filter on the streams that its configuration names."""
 
     def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
-        q, k, bias = self._placed(q, k)
-        return attend(q, k, v, scale=self.scale, bias=bias, at=at)
+        return attend(*self._placed(q, k), v, scale=self.scale, alibi=self.alibi, at=at)
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
-        q, k, bias = self._placed(q, k)
-        return logits(q, k, scale=self.scale, bias=bias)
+        return logits(*self._placed(q, k), scale=self.scale, alibi=self.alibi)
 
     def read(self, projected: Projected, memory: Memory) -> tuple[Float[Tensor, "B L D"], Memory]:
         """Keeps the keys and values of all tokens as they are attended to, and the rows that the filters see next."""
         q, k, v, kept = self.next_streams(projected, memory)
-        q, k, bias = self._placed(q, k, start=memory.length)
+        q, k = self._placed(q, k, start=memory.length)
         keys, values = joined(memory, "keys", k, dim=2), joined(memory, "values", v, dim=2)
-        if memory.length == 0:
-            heads = attend(q, k, v, scale=self.scale, bias=bias)
-        else:
-            heads = attend_last(q, keys, values, scale=self.scale, bias=bias)
+        attended = attend if memory.length == 0 else attend_last
+        heads = attended(q, keys, values, scale=self.scale, alibi=self.alibi)
         return self.merged(heads), Memory(memory.length + projected.shape[1], {"keys": keys, "values": values, **kept})
 
-    def _placed(self, q: Heads, k: Heads, start: int = 0) -> tuple[Heads, Heads, Float[Tensor, "H _ _"] | None]:
-        """The first of them token `start`: both with their positions in them, or what these add to the scores."""
+    @property
+    def alibi(self) -> bool:
+        """Whether scores fall with the distance."""
+        return self.config.position == "alibi"
+
+    def _placed(self, q: Heads, k: Heads, start: int = 0) -> tuple[Heads, Heads]:
+        """Both turned by their positions where these are rotary; the first token is token `start`."""
         if self.config.position == "rotary":
-            q, k = rotate(q, start=start), rotate(k, start=start)
-        alibi = self.config.position == "alibi"
-        return q, k, alibi_bias(self.config.heads, start + q.shape[2], q, start=start) if alibi else None
+            return rotate(q, start=start), rotate(k, start=start)
+        return q, k

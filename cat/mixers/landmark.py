@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cat.attention import logits
 from cat.configuration import Landmark
-from cat.filters import ExplicitFilter
-from cat.landmark import landmark_attend
+from cat.filters import ExplicitFilter, Filter
+from cat.landmark import Landmarks, ends, landmark_attend
 from cat.mixers.streams import Projected, Streams
 from cat.position import rotate
 from cat.types import Asked, Heads, Values
@@ -34,21 +34,24 @@ class LandmarkAttention(Streams):
         if isinstance(config.summary, int) or config.summary == "full":
             cast(ExplicitFilter, self.filters["summary"]).begin_as_sum(self.block)
 
-    def streams(self, projected: Projected) -> tuple[Heads, ...]:
-        """Filtered q, k and v, q and k scaled, then what landmarks are read from."""
+    def streams(self, projected: Projected) -> tuple[Float[Tensor, "B H _ C"], ...]:
+        """Filtered q, k and v, q and k scaled, then the landmarks."""
         q, k, v = self.filtered(projected)
-        summary = self.filters["summary"](k) if "summary" in self.filters else k
+        if "summary" in self.filters:
+            landmarks = cast(Filter, self.filters["summary"]).at_ends(k, self.block)
+        else:
+            landmarks = ends(k, self.block)
         if self.config.qk_norm:
-            summary = F.normalize(summary, dim=-1)
-        return *self.scaled(q, k), v, summary
+            landmarks = F.normalize(landmarks, dim=-1)
+        return *self.scaled(q, k), v, landmarks
 
     def mix(
-        self, q: Heads, k: Heads, v: Values, summary: Heads | None = None, *, at: Asked | None = None
+        self, q: Heads, k: Heads, v: Values, landmarks: Landmarks | None = None, *, at: Asked | None = None
     ) -> Float[Tensor, "B H _ E"]:
-        summary = k if summary is None else summary
+        landmarks = ends(k, self.block) if landmarks is None else landmarks
         if self.config.position == "rotary":
-            q, k, summary = rotate(q), rotate(k), rotate(summary)
-        return landmark_attend(q, k, v, summary, scale=self.scale, block=self.block, top=self.top, reach=self.reach, at=at)
+            q, k, landmarks = rotate(q), rotate(k), rotate(landmarks, start=self.block - 1, step=self.block)
+        return landmark_attend(q, k, v, landmarks, scale=self.scale, block=self.block, top=self.top, reach=self.reach, at=at)
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
         """Whichever blocks are read."""
