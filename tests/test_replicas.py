@@ -208,9 +208,10 @@ def test_divergence_is_found_at_a_look_and_recorded_with_its_step(sizes):
 # Operations of our own under vmap.
 
 
+@pytest.mark.parametrize("length", [29, 67, 131])  # by a matrix, by shifts, by FFT
 @pytest.mark.parametrize("mapped", [(0, 0), (1, None), (None, 2)])
-def test_a_filter_is_mapped_over_sequences_and_over_taps(mapped):
-    x, taps = normal(2, 3, 29, 5), normal(3, 4, seed=1)
+def test_a_filter_is_mapped_over_sequences_and_over_taps(mapped, length):
+    x, taps = normal(2, 3, length, 5), normal(3, 19 if length == 131 else 4, seed=1)
     stacked = [t if axis is None else torch.stack([t, -2 * t, t + 1], axis) for t, axis in zip((x, taps), mapped, strict=True)]
     assert_twins(torch.vmap(filter_heads, mapped), one_by_one(filter_heads, mapped), *stacked)
 
