@@ -32,8 +32,7 @@ def selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> 
     x, delta, b, c = (t.to(a.dtype) for t in (x, delta, b, c))
     if kernel := fused_scan(a.device.type, a.dtype, a.shape[1]):
         return kernel(x.mT, delta.mT, a, b.mT, c.mT).mT
-    with torch.autocast(a.device.type, enabled=False):
-        return _Scan.apply(x, delta, a.expand(len(x), -1, -1), b, c, torch.is_grad_enabled())[0]
+    return _Scan.apply(x, delta, a.expand(len(x), -1, -1), b, c, torch.is_grad_enabled())[0]
 
 
 def naive_selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
