@@ -14,13 +14,18 @@ from torch.autograd.function import once_differentiable
 
 from cat.tasks.base import IGNORE
 
+FEW = 1 << 18
+"""Logits up to which PyTorch's own is faster, on a CPU by a tenth of a millisecond."""
+
 Logits = Float[Tensor, "N V"]
 Answers = Int[Tensor, " N"]
 
 
 def cross_entropy(logits: Logits, answers: Answers) -> Float[Tensor, ""]:
     """Summed over the answers that are not IGNORE. There is one backward pass, the same graph cannot be gone through again."""
-    return _CrossEntropy.apply(logits, answers.clamp(min=0)[:, None], (answers != IGNORE).to(logits.dtype)[:, None])[0]
+    if logits.numel() <= FEW:
+        return naive_cross_entropy(logits, answers)
+    return _CrossEntropy.apply(logits, answers)[0]
 
 
 def naive_cross_entropy(logits: Logits, answers: Answers) -> Float[Tensor, ""]:
@@ -32,19 +37,20 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Logits, answers: Tensor, asked: Tensor) -> tuple[Tensor, Logits]:
-        logarithms = torch.log_softmax(logits, -1)
-        loss = -(logarithms.gather(1, answers) * asked).sum()
-        return loss, logarithms.exp_().scatter_add_(1, answers, -torch.ones_like(asked))
+    def forward(logits: Logits, answers: Answers) -> tuple[Tensor, Logits, Tensor]:
+        """The loss, its gradient in the rows that are asked, and which they are."""
+        logarithms, asked = torch.log_softmax(logits, -1), (answers != IGNORE).to(logits.dtype)[:, None]
+        loss = F.nll_loss(logarithms, answers, ignore_index=IGNORE, reduction="sum")
+        return loss, logarithms.exp_().scatter_add_(1, answers.clamp(min=0)[:, None], -asked), asked
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Logits]) -> None:
-        ctx.mark_non_differentiable(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Logits, Answers], output: tuple[Tensor, Logits, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(inputs[2], output[1])
+        ctx.save_for_backward(*output[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Logits, None, None]:
-        asked, of_logits = ctx.saved_tensors
-        return of_logits.mul_(asked * gradient), None, None
+    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Logits, None]:
+        of_logits, asked = ctx.saved_tensors
+        return of_logits.mul_(asked * gradient), None
