@@ -187,10 +187,45 @@ def _by_matrix_a_channel(x: Heads, taps: ChannelFilter) -> Heads:
 
 
 def _by_fft(x: Heads, taps: ChannelFilter) -> Heads:
-    length = x.shape[2]
-    size = _fast_size(length + taps.shape[2] - 1)
-    spectrum = _spectrum(x, size, dim=2) * _spectrum(taps, size, dim=-1).mT
-    return _tokens(spectrum, size, length)
+    wide = functools.reduce(torch.promote_types, (x.dtype, taps.dtype, torch.float32))  # there is no FFT of bfloat16
+    return _Fourier.apply(x.to(wide), taps.to(wide))[0]
+
+
+class _Fourier(torch.autograd.Function):
+    """Products of spectra, which are kept: the gradient takes three real transforms, where PyTorch's own takes complex ones."""
+
+    @staticmethod
+    def forward(x: Heads, taps: ChannelFilter) -> tuple[Heads, Tensor, Tensor]:
+        """The outputs, and the conjugate spectra of both."""
+        size = _fast_size(x.shape[2] + taps.shape[2] - 1)
+        of_x, of_taps = torch.fft.rfft(x.mT, n=size), torch.fft.rfft(taps, n=size)
+        y = torch.fft.irfft(of_x * of_taps, n=size)[..., : x.shape[2]].mT
+        return y.contiguous(), of_x.conj_physical_(), of_taps.conj_physical_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Heads, ChannelFilter], output: tuple[Heads, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:])
+        ctx.width = inputs[1].shape[2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Heads, *_: None) -> tuple[Heads, ChannelFilter]:
+        of_x, of_taps = ctx.saved_tensors
+        length = gradient.shape[2]
+        size = _fast_size(length + ctx.width - 1)
+        spectrum = torch.fft.rfft(gradient.mT, n=size)
+        back = torch.fft.irfft(spectrum * of_taps, n=size)[..., :length].mT
+        correlation = spectrum.mul_(of_x).sum_to_size(of_taps.shape)
+        return back, torch.fft.irfft(correlation, n=size)[..., : ctx.width]
+
+    @staticmethod
+    def vmap(info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        heads = fold(x, mapped[0], info.batch_size, into=1), fold(taps, mapped[1], info.batch_size, into=0)
+        y, of_x, of_taps = _Fourier.apply(*heads)
+        unfolded = y.unflatten(1, (info.batch_size, -1)), of_x.unflatten(1, (info.batch_size, -1))
+        return (*unfolded, of_taps.unflatten(0, (info.batch_size, -1))), (1, 1, 0)
 
 
 def _mix_by_shifts(x: Sources, taps: HeadMixingFilter, dilation: int) -> Heads:

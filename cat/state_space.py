@@ -2,8 +2,8 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t b_t x_t        y_t = <c_t, h_t>
 
-A chunk of tokens at a time, so that memory does not grow with the sequence. On a GPU the kernel of the package mamba_ssm does the
-same in one pass, where it is installed.
+What is of the size of a state is computed for a few tokens at a time, and computed anew for the gradient: only the states
+themselves are kept for it. On a GPU the kernel of the package mamba_ssm does the same in one pass, where it is installed.
 """
 
 import functools
@@ -18,30 +18,21 @@ from torch.autograd.function import once_differentiable
 
 from cat.folding import fold
 
-CHUNK = 16
-"""Tokens whose states are in memory at a time; only the last one's is carried on."""
+NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""In the states of a chunk of tokens: on a CPU, so few that they stay in the cache of a core."""
 
 Inner = Float[Tensor, "B L E"]
 Rates = Float[Tensor, "E S"]
 Vectors = Float[Tensor, "B L S"]
-States = Float[Tensor, "B L E S"]
-State = Float[Tensor, "B E S"]
 
 
 def selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
     """The outputs y of `x` with step sizes `delta` > 0, rates `a` < 0, input and output vectors `b` and `c`."""
+    # In the precision of `a`, a weight: under autocast the inputs have less, and a state adds many of them up.
+    x, delta, b, c = (t.to(a.dtype) for t in (x, delta, b, c))
     if kernel := fused_scan(a.device.type, a.dtype, a.shape[1]):
-        x, delta, b, c = (t.to(a.dtype).mT for t in (x, delta, b, c))
-        return kernel(x, delta, a, b, c).mT
-    state = a.new_zeros(x.shape[0], *a.shape)
-    outputs = []
-    for x_, delta_, b_, c_ in zip(*(t.split(CHUNK, dim=1) for t in (x, delta, b, c)), strict=True):
-        decay = torch.exp(delta_[..., None] * a)
-        # In the precision of `a`, a weight: under autocast the inputs have less, and a state adds many of them up.
-        states = scan(decay, (delta_ * x_).to(a.dtype)[..., None] * b_[:, :, None], state)
-        outputs.append((states @ c_[..., None])[..., 0])
-        state = states[:, -1]
-    return torch.cat(outputs, dim=1)
+        return kernel(x.mT, delta.mT, a, b.mT, c.mT).mT
+    return _Scan.apply(x, delta, a.expand(len(x), -1, -1), b, c, torch.is_grad_enabled())[0]
 
 
 def naive_selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
@@ -66,41 +57,88 @@ def fused_scan(device: str, dtype: torch.dtype, size: int) -> Callable[..., Tens
         return None
 
 
-def scan(decay: States, value: States, state: State) -> States:
-    """h_1 .. h_L of h_t = decay_t h_{t-1} + value_t, from h_0 = `state`."""
-    return _Scan.apply(decay, value, state)
-
-
 class _Scan(torch.autograd.Function):
-    """One operation a token, each on the states of all sequences; its gradient is a scan backwards in time."""
+    """One operation a token, on the states of all sequences; its gradient is a scan backwards in time.
+
+    The rates are those of each sequence, (B, E, S). Within, tokens come first and channels last: states are (L, B, S, E).
+    """
 
     @staticmethod
-    def forward(decay: States, value: States, state: State) -> States:
-        states = torch.empty_like(value)
-        for t in range(value.shape[1]):
-            state = torch.addcmul(value[:, t], decay[:, t], state, out=states[:, t])
-        return states
+    def forward(x: Inner, delta: Inner, a: Tensor, b: Vectors, c: Vectors, keep: bool) -> tuple[Inner, Tensor]:
+        """The outputs, and the states from h_0 on, or nothing of use without `keep`."""
+        x, delta, b, c = (_tokens_first(t) for t in (x, delta, b, c))
+        a, y, inputs = a.mT.contiguous(), torch.empty_like(x), delta * x
+        chunks = _chunks(len(x), a)
+        decays = a.new_empty(chunks[0].stop, *a.shape)
+        states = a.new_empty(1 + (len(x) if keep else len(decays)), *a.shape)
+        states[0] = 0
+        each_decay, each_state = decays.unbind(), states.unbind()
+        for chunk in chunks:
+            start, size = chunk.start if keep else 0, chunk.stop - chunk.start
+            new = torch.mul(b[chunk].mT, inputs[chunk], out=states[start + 1 :][:size])
+            torch.mul(delta[chunk], a, out=decays[:size]).exp_()
+            each_new = each_state[start + 1 : start + size + 1]
+            for state, decay, before in zip(each_new, each_decay, each_state[start:], strict=False):
+                state.addcmul_(decay, before)
+            torch.matmul(c[chunk], new, out=y[chunk])
+            if not keep:
+                states[0] = new[-1]
+        return _tokens_second(y), states
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[States, States, State], output: States) -> None:
-        decay, _, state = inputs
-        ctx.save_for_backward(decay, state, output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Inner, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:-1], output[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: States) -> tuple[States, States, State]:
-        decay, state, states = ctx.saved_tensors
-        # Of value_t: g_t = gradient_t + decay_{t+1} g_{t+1}.
-        of_value = torch.empty_like(states)
-        of_value[:, -1] = gradient[:, -1]
-        for t in range(states.shape[1] - 2, -1, -1):
-            torch.addcmul(gradient[:, t], decay[:, t + 1], of_value[:, t + 1], out=of_value[:, t])
-        of_decay = torch.empty_like(states)
-        torch.mul(of_value[:, 1:], states[:, :-1], out=of_decay[:, 1:])
-        torch.mul(of_value[:, 0], state, out=of_decay[:, 0])
-        return of_decay, of_value, of_value[:, 0] * decay[:, 0]
+    def backward(ctx: Any, gradient: Inner, _: None) -> tuple[Tensor | None, ...]:
+        x, delta, a, b, c, states = ctx.saved_tensors
+        x, delta, b, c, of_y = (_tokens_first(t) for t in (x, delta, b, c, gradient))
+        a, inputs = a.mT.contiguous(), delta * x
+        of_x, of_delta, of_b, of_c = (torch.empty_like(t) for t in (x, delta, b, c))
+        of_a, later = torch.zeros_like(a), torch.zeros_like(a)
+        chunks = _chunks(len(x), a)
+        decays = a.new_empty(chunks[0].stop, *a.shape)
+        # Of state t: g_t = c_t of_y_t + decay_{t+1} g_{t+1}.
+        of_states = torch.empty_like(decays)
+        each = of_states.unbind()
+        steps = list(zip(each, decays.unbind()[1:], each[1:], strict=False))[::-1]
+        for chunk in reversed(chunks):
+            size = chunk.stop - chunk.start
+            decay = torch.mul(delta[chunk], a, out=decays[:size]).exp_()
+            g = torch.mul(c[chunk].mT, of_y[chunk], out=of_states[:size])
+            g[-1] += later
+            for its_g, its_decay, its_later in steps[len(steps) + 1 - size :]:
+                its_g.addcmul_(its_decay, its_later)
+            torch.mul(decay[0], g[0], out=later)
+            torch.matmul(of_y[chunk], states[1:][chunk].mT, out=of_c[chunk])
+            torch.matmul(inputs[chunk], g.mT, out=of_b[chunk])
+            torch.matmul(b[chunk], g, out=of_x[chunk])
+            of_rate = g.mul_(states[chunk]).mul_(decay)  # of delta_t a
+            torch.sum(torch.mul(of_rate, a, out=decay), 2, keepdim=True, out=of_delta[chunk])
+            of_a += of_rate.mul_(delta[chunk]).sum(0)
+        of_delta.addcmul_(of_x, x)
+        of_x *= delta
+        return _tokens_second(of_x), _tokens_second(of_delta), of_a.mT, _tokens_second(of_b), _tokens_second(of_c), None
 
     @staticmethod
-    def vmap(info: Any, mapped: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
-        batches = (fold(x, axis, info.batch_size, into=0) for x, axis in zip(tensors, mapped, strict=True))
-        return _Scan.apply(*batches).unflatten(0, (info.batch_size, -1)), 0
+    def vmap(info: Any, mapped: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        batches = [fold(x, axis, info.batch_size, into=0) for x, axis in zip(inputs[:-1], mapped, strict=False)]
+        y, states = _Scan.apply(*batches, inputs[-1])
+        return (y.unflatten(0, (info.batch_size, -1)), states.unflatten(1, (info.batch_size, -1))), (0, 1)
+
+
+def _tokens_first(x: Float[Tensor, "B L N"]) -> Float[Tensor, "L B 1 N"]:
+    return x.transpose(0, 1)[:, :, None].contiguous()
+
+
+def _tokens_second(x: Float[Tensor, "L B 1 N"]) -> Float[Tensor, "B L N"]:
+    return x[:, :, 0].transpose(0, 1)
+
+
+def _chunks(length: int, state: Tensor) -> list[slice]:
+    """The first is not shorter than any."""
+    size = max(1, NUMBERS_AT_ONCE[state.device.type] // state.numel())
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -13,11 +13,11 @@ from itertools import islice
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import ModelConfiguration, Protocol, Schedule
+from cat.cross_entropy import cross_entropy
 from cat.diagnostics import largest_logit
 from cat.evaluation import Scores, Split, TrainingSplit, autocast, score
 from cat.model import SequenceModel
@@ -268,9 +268,7 @@ def mean_loss(model: SequenceModel, batch: Split, *, precision: str = "float32",
     with autocast(batch.inputs.device, precision):
         logits = model.answers(batch.inputs, batch.at).float()
     logits, answers = logits.flatten(0, 1), batch.answers.flatten()
-    if asked is None:
-        return F.cross_entropy(logits, answers, ignore_index=IGNORE)
-    return F.cross_entropy(logits, answers, ignore_index=IGNORE, reduction="sum") / asked
+    return cross_entropy(logits, answers) / ((answers != IGNORE).sum() if asked is None else asked)
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:

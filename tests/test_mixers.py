@@ -23,7 +23,7 @@ from cat.mixers import build_mixer
 from cat.model import SequenceModel
 from cat.position import rotate
 from cat.random_features import naive_performer_attend
-from cat.state_space import fused_scan, naive_selective_scan, selective_scan
+from cat.state_space import NUMBERS_AT_ONCE, fused_scan, naive_selective_scan, selective_scan
 from cat.taylor import naive_taylor_attend
 from tests.twins import assert_twins, close, normal
 
@@ -487,10 +487,16 @@ def test_grouped_matmul_multiplies_each_row_by_its_matrix(group):
 # Mamba.
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 47])
-def test_the_selective_scan_is_the_definition(length):
+@pytest.mark.parametrize("at_once", [1, 7, None])  # tokens
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 47])
+def test_the_selective_scan_is_the_definition(length, at_once, monkeypatch):
+    if at_once is not None:
+        monkeypatch.setitem(NUMBERS_AT_ONCE, "cpu", at_once * 2 * 5 * 3)
     x, delta, a = normal(2, length, 5), normal(2, length, 5, seed=1).exp(), -normal(5, 3, seed=2).exp()
-    assert_twins(selective_scan, naive_selective_scan, x, delta, a, normal(2, length, 3, seed=3), normal(2, length, 3, seed=4))
+    inputs = x, delta, a, normal(2, length, 3, seed=3), normal(2, length, 3, seed=4)
+    assert_twins(selective_scan, naive_selective_scan, *inputs)
+    with torch.no_grad():  # the states are not kept
+        close(selective_scan(*inputs), naive_selective_scan(*inputs))
 
 
 @pytest.fixture

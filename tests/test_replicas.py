@@ -10,7 +10,7 @@ from cat.configuration import Protocol, Schedule
 from cat.convolution import filter_heads
 from cat.evaluation import Split
 from cat.replicas import Stack, can_be_stacked, fit_together
-from cat.state_space import scan
+from cat.state_space import selective_scan
 from cat.training import _batches, build_model, fit
 from tests.test_mixers import BATTERY, configure
 from tests.twins import assert_twins, normal
@@ -208,18 +208,19 @@ def test_divergence_is_found_at_a_look_and_recorded_with_its_step(sizes):
 # Operations of our own under vmap.
 
 
+@pytest.mark.parametrize("length", [29, 67, 131])  # by a matrix, by shifts, by FFT
 @pytest.mark.parametrize("mapped", [(0, 0), (1, None), (None, 2)])
-def test_a_filter_is_mapped_over_sequences_and_over_taps(mapped):
-    x, taps = normal(2, 3, 29, 5), normal(3, 4, seed=1)
+def test_a_filter_is_mapped_over_sequences_and_over_taps(mapped, length):
+    x, taps = normal(2, 3, length, 5), normal(3, 19 if length == 131 else 4, seed=1)
     stacked = [t if axis is None else torch.stack([t, -2 * t, t + 1], axis) for t, axis in zip((x, taps), mapped, strict=True)]
     assert_twins(torch.vmap(filter_heads, mapped), one_by_one(filter_heads, mapped), *stacked)
 
 
-@pytest.mark.parametrize("mapped", [(0, 0, 0), (1, None, None), (None, 4, 1), (None, None, 0)])
-def test_a_scan_is_mapped_over_any_of_its_inputs(mapped):
-    inputs = normal(2, 7, 5, 3), normal(2, 7, 5, 3, seed=1), normal(2, 5, 3, seed=2)
-    stacked = [t if axis is None else torch.stack([t, -2 * t, t + 1], axis) for t, axis in zip(inputs, mapped, strict=True)]
-    assert_twins(torch.vmap(scan, mapped), one_by_one(scan, mapped), *stacked)
+@pytest.mark.parametrize("mapped", [(0, 0, 0, 0, 0), (1, None, None, 3, 0), (None, 3, 1, None, 2), (None, None, 0, None, None)])
+def test_a_selective_scan_is_mapped_over_any_of_its_inputs(mapped):
+    inputs = normal(2, 7, 5), normal(2, 7, 5, seed=1), normal(5, 3, seed=2), normal(2, 7, 3, seed=3), normal(2, 7, 3, seed=4)
+    stacked = [t if axis is None else torch.stack([t, -t / 2, t + 1], axis) for t, axis in zip(inputs, mapped, strict=True)]
+    assert_twins(torch.vmap(selective_scan, mapped), one_by_one(selective_scan, mapped), *stacked)
 
 
 def one_by_one(operation, mapped):
