@@ -1,7 +1,9 @@
 """What is done over and over on a GPU, recorded and replayed: the kernels of a small model take less time than their launches."""
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,7 +46,7 @@ class Replay:
     def _record(self, inputs: tuple[Tensor, ...]) -> None:
         graph, copies = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with _no_garbage_collected(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 output = self.function(*copies)
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             self.recordable = False
@@ -52,3 +54,16 @@ class Replay:
             warnings.warn(f"not recorded, and slower for it: {error}", stacklevel=2)
             return
         self.graph, self.inputs, self.output = graph, copies, output
+
+
+@contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """But before: a graph that is given back while another is recorded spoils the recording."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

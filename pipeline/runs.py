@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from cat.configuration import ModelConfiguration
@@ -73,11 +74,9 @@ def load_model(path: str | Path) -> SequenceModel:
 
 def split(task: str, name: str, device: torch.device) -> Split:
     """The split `name` of the task's data as tensors on a device."""
-    import torch
-
     from cat.evaluation import Split
 
-    return Split.of(*(torch.tensor(array, device=device) for array in read_split(task, name)))
+    return Split.of(*(_on(device, array) for array in read_split(task, name)))
 
 
 def training_split(task: str, device: torch.device) -> TrainingSplit:
@@ -88,11 +87,26 @@ def training_split(task: str, device: torch.device) -> TrainingSplit:
 
     read = read_training(task)
     if not isinstance(read, Windows):
-        return Split.of(*(torch.tensor(array, device=device) for array in read))
+        return Split.of(*(_on(device, array) for array in read))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a mapped file cannot be written to, which nothing does
         tokens = torch.from_numpy(read.tokens)
-    return TextSplit(tokens.to(device), torch.from_numpy(read.starts).to(device), read.length)
+    return TextSplit(_indexable(tokens, device), torch.from_numpy(read.starts).to(device), read.length)
+
+
+def _on(device: torch.device, array: NDArray[Any]) -> Tensor:
+    import torch
+
+    return _indexable(torch.tensor(array), device)
+
+
+def _indexable(tensor: Tensor, device: torch.device) -> Tensor:
+    """On a device, in a type of which rows can be taken there: on a GPU that is no unsigned one but uint8."""
+    import torch
+
+    if device.type != "cpu" and tensor.dtype in (torch.uint16, torch.uint32):
+        tensor = tensor.int() if tensor.dtype == torch.uint16 else tensor.long()
+    return tensor.to(device)
 
 
 def longest(task: str, variant: str) -> int | None:

@@ -145,3 +145,11 @@ def test_damaged_data_are_named_in_one_line(text, file, damage, words):
 def test_other_tasks_keep_their_examples(text):
     shutil.copy(DATA / "prose" / "valid.npz", DATA / "prose" / "train.npz")
     assert isinstance(runs.training_split("prose", CPU), Split)
+
+
+@pytest.mark.parametrize(("kept", "there"), [("uint8", "uint8"), ("uint16", "int32"), ("uint32", "int64"), ("int16", "int16")])
+def test_on_another_device_rows_of_tokens_can_be_taken(kept, there):
+    """On a GPU PyTorch takes no rows of what is unsigned and wider than a byte."""
+    tokens = torch.arange(5).to(getattr(torch, kept))
+    assert runs._indexable(tokens, torch.device("meta")).dtype == getattr(torch, there)
+    assert runs._indexable(tokens, CPU) is tokens
