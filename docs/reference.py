@@ -8,6 +8,7 @@ import re
 import typing
 import warnings
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,7 @@ from torch import nn
 from pipeline.files import whole
 
 PACKAGES = ("cat", "pipeline")
+NEEDS_TRITON = "cat.kernels"
 FOLDER = Path(__file__).parent / "api"
 
 
@@ -30,7 +32,7 @@ def write(folder: Path = FOLDER, packages: tuple[str, ...] = PACKAGES) -> None:
     for package in packages:
         _prepare(import_module(package))
     with warnings.catch_warnings(action="error"), whole(folder) as pages:
-        pdoc.pdoc(*packages, output_directory=pages)
+        pdoc.pdoc(*packages, *(f"!{name}" for name in _left_out()), output_directory=pages)
         for page in pages.rglob("*.html"):
             page.write_text(_tidied(page.read_text(encoding="utf-8")), encoding="utf-8")
 
@@ -45,7 +47,7 @@ def _prepare(module: ModuleType) -> None:
             for part in (kind.__new__, *(vars(kind)[field] for field in kind._fields)):
                 part.__doc__ = None  # it says which field of a tuple it is
     for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        if found.name == "__main__":
+        if found.name == "__main__" or f"{module.__name__}.{found.name}" in _left_out():
             continue
         below = import_module(f"{module.__name__}.{found.name}")
         _prepare(below)
@@ -53,6 +55,11 @@ def _prepare(module: ModuleType) -> None:
             docstrings = walk_tree(below).var_docstrings
             walk_tree(module).var_docstrings.update({name: docstrings[name] for name in names if name in docstrings})
             names.append(found.name)
+
+
+def _left_out() -> list[str]:
+    """What cannot be imported here."""
+    return [] if find_spec("triton") else [NEEDS_TRITON]
 
 
 def _fewer_words() -> None:

@@ -66,6 +66,7 @@ def test_a_listing_has_what_is_imported_by_what_is_imported_but_no_rules():
         "cat/delta.py",
         "cat/filters.py",
         "cat/folding.py",
+        "cat/kernels.py",
         "cat/mixers/base.py",
         "cat/mixers/delta.py",
         "cat/mixers/streams.py",
