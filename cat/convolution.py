@@ -33,7 +33,7 @@ class Limits(NamedTuple):
     """more of them are a Toeplitz matrix up to this length, and are applied by FFT beyond it."""
 
 
-OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 8, 128), Limits(6, 8, 32), Limits(12, 16, 96)
+OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 8, 128), Limits(6, 8, 96), Limits(12, 16, 96)
 
 
 def filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
