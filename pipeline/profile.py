@@ -1,4 +1,7 @@
-"""Where a training step's time goes: timed as it is, then taken apart under PyTorch's profiler, which slows it down."""
+"""Where a training step's time goes: timed as it is, then taken apart under PyTorch's profiler, which slows it down.
+
+On a GPU the step is that of one model, kernel by kernel, where training replays a recording of it (cat/replay.py).
+"""
 
 from __future__ import annotations
 
