@@ -47,11 +47,11 @@ def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Head
 
 
 def filter_groups(x: GroupedHeads, taps: GroupedFilter, *, dilation: int = 1) -> tuple[Heads, ...]:
-    """`filter_heads`, or `filter_channels`, of each group: at once where the filters are short."""
-    limits, single = (OF_HEADS, _by_matrix_a_head) if taps.shape[2] == 1 else (OF_CHANNELS, _by_matrix_a_channel)
-    if _short(taps, x.shape[3], dilation, limits):
-        return _Shifts.apply(x, taps, dilation).unbind()
-    return tuple(_filter(own, rows, dilation, limits, _by_shifts, single, _by_fft) for own, rows in zip(x, taps, strict=True))
+    """`filter_heads`, or `filter_channels`, of each group: on a GPU at once where the filters are short."""
+    limits, operation = (OF_HEADS, _by_matrix_a_head) if taps.shape[2] == 1 else (OF_CHANNELS, _by_matrix_a_channel)
+    if _kernels(x) and _short(taps, x.shape[3], dilation, limits):
+        return _Fused.apply(x, taps, dilation).unbind()
+    return tuple(_filter(own, rows, dilation, limits, _by_shifts, operation, _by_fft) for own, rows in zip(x, taps, strict=True))
 
 
 def mix_heads(x: Sources, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
@@ -115,24 +115,52 @@ def _short(taps: Tensor, length: int, dilation: int, limits: Limits) -> bool:
 
 
 def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
-    return _Shifts.apply(x[None], taps[None], dilation)[0]
+    if _kernels(x):
+        return _Fused.apply(x[None], taps[None], dilation)[0]
+    return _Shifts.apply(x, taps, dilation)
 
 
 class _Shifts(torch.autograd.Function):
-    """One pass over the sequence a tap, forwards and for the gradient of `x`, which is the filter run backwards in time.
+    """One pass over the sequence a tap, forwards and for the gradient of `x`, which is the filter run backwards in time."""
 
-    On a GPU one pass for all of them. What vmap maps over are groups.
-    """
+    @staticmethod
+    def forward(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
+        y = x * taps[:, None, :, 0]
+        for j in range(1, taps.shape[2]):
+            shift = j * dilation
+            y[:, :, shift:].addcmul_(x[:, :, :-shift], taps[:, None, :, j])
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Heads, ChannelFilter, int], output: Heads) -> None:
+        x, taps, ctx.dilation = inputs
+        ctx.save_for_backward(x, taps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Heads) -> tuple[Heads, ChannelFilter, None]:
+        x, taps = ctx.saved_tensors
+        of_x = gradient * taps[:, None, :, 0]
+        of_taps = [_sum_over_tokens(gradient * x, taps.shape[1])]
+        for j in range(1, taps.shape[2]):
+            shift = j * ctx.dilation
+            of_x[:, :, :-shift].addcmul_(gradient[:, :, shift:], taps[:, None, :, j])
+            of_taps.append(_sum_over_tokens(gradient[:, :, shift:] * x[:, :, :-shift], taps.shape[1]))
+        return of_x, torch.stack(of_taps, -1), None
+
+    @staticmethod
+    def vmap(info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor, dilation: int) -> tuple[Tensor, int]:
+        heads = fold(x, mapped[0], info.batch_size, into=1)
+        y = _Shifts.apply(heads, fold(taps, mapped[1], info.batch_size, into=0), dilation)
+        return y.unflatten(1, (info.batch_size, -1)), 1
+
+
+class _Fused(torch.autograd.Function):
+    """What `_Shifts` does, by a kernel for a GPU that makes one pass for all taps and groups. What vmap maps over are groups."""
 
     @staticmethod
     def forward(x: GroupedHeads, taps: GroupedFilter, dilation: int) -> GroupedHeads:
-        if fused := _kernels(x):
-            return fused.filter_groups(x, taps, dilation)
-        y = x * taps[:, None, :, None, :, 0]
-        for j in range(1, taps.shape[3]):
-            shift = j * dilation
-            y[:, :, :, shift:].addcmul_(x[:, :, :, :-shift], taps[:, None, :, None, :, j])
-        return y
+        return _kernels(x).filter_groups(x, taps, dilation)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[GroupedHeads, GroupedFilter, int], output: GroupedHeads) -> None:
@@ -143,20 +171,12 @@ class _Shifts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: GroupedHeads) -> tuple[GroupedHeads, GroupedFilter, None]:
         x, taps = ctx.saved_tensors
-        if fused := _kernels(x):
-            return *fused.filter_gradients(x, taps, gradient, ctx.dilation), None
-        of_x = gradient * taps[:, None, :, None, :, 0]
-        of_taps = [_sum_over_tokens(gradient * x, taps.shape[2])]
-        for j in range(1, taps.shape[3]):
-            shift = j * ctx.dilation
-            of_x[:, :, :, :-shift].addcmul_(gradient[:, :, :, shift:], taps[:, None, :, None, :, j])
-            of_taps.append(_sum_over_tokens(gradient[:, :, :, shift:] * x[:, :, :, :-shift], taps.shape[2]))
-        return of_x, torch.stack(of_taps, -1), None
+        return *_kernels(x).filter_gradients(x, taps, gradient, ctx.dilation), None
 
     @staticmethod
     def vmap(info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor, dilation: int) -> tuple[Tensor, int]:
         groups, rows = (fold(t, axis, info.batch_size, into=0) for t, axis in zip((x, taps), mapped, strict=False))
-        return _Shifts.apply(groups, rows, dilation).unflatten(0, (info.batch_size, -1)), 0
+        return _Fused.apply(groups, rows, dilation).unflatten(0, (info.batch_size, -1)), 0
 
 
 def _kernels(x: Tensor) -> Any:
@@ -172,10 +192,10 @@ def _load_kernels() -> Any:
         return None
 
 
-def _sum_over_tokens(x: GroupedHeads, channels: int) -> Float[Tensor, "G H _"]:
+def _sum_over_tokens(x: Heads, channels: int) -> Float[Tensor, "H _"]:
     """Over sequences and tokens, and over the channels of a head where they are one."""
     # One axis after the other, which is three times as fast as both at once where the heads are apart in memory.
-    return x.sum((1, 3, 4))[..., None] if channels == 1 else x.sum(3).sum(1)
+    return x.sum((0, 2, 3))[:, None] if channels == 1 else x.sum(2).sum(0)
 
 
 def _by_matrix_a_head(x: Heads, taps: ChannelFilter) -> Heads:

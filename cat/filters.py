@@ -201,16 +201,16 @@ class NetworkFilter(Filter):
 
 
 def alike(one: Filter, other: Filter) -> bool:
-    """Whether `apply_together` takes both."""
+    """Whether both may be among the filters of `apply_together`."""
     shapes = [causal.taps.shape if isinstance(causal, ExplicitFilter) else None for causal in (one, other)]
     return one.layout.sharing != "mixing" and shapes[0] is not None and shapes[0] == shapes[1]
 
 
 def apply_together(filters: Sequence[Filter], streams: GroupedHeads) -> list[Heads]:
-    """What each filter makes of its stream: where they are alike one operation does it."""
+    """What filters that are alike make of their streams, one of which each has."""
     length, first = streams.shape[3], filters[0]
     if len(filters) == 1:
-        return [first(streams[0])]
+        return [first(streams.squeeze(0))]
     taps = torch.stack([causal.response(length) for causal in filters])
     taps = taps[:, :, None] if first.layout.sharing == "head" else taps
     outputs = filter_groups(streams, taps, dilation=first.dilation)

@@ -685,3 +685,28 @@ def test_a_model_longer_than_its_sequences_is_refused(parameters, words):
     config.check_length(64)
     with pytest.raises(ValueError, match=words):
         SequenceModel(config, vocabulary=11, length=32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({}, ["q", "k", "v"]),
+        ({"k": 3}, ["q", "k", "v"]),
+        ({"q": 3, "k": 3}, ["qk", "v"]),
+        ({"q": 3, "v": 3}, ["q", "k", "v"]),
+        ({"q": 3, "k": 3, "v": 2, "filter_bias": True}, ["qk", "v"]),
+        ({"q": 3, "k": 3, "v": 3, "sharing": "channel", "filter_bias": True, "filter_norm": True}, ["qkv"]),
+        ({"q": "full", "k": "full", "v": "full", "dilation": 1}, ["qkv"]),
+        ({"q": 3, "k": 3, "sharing": "mixing"}, ["q", "k", "v"]),
+        ({"q": "state", "k": "state", "filter_size": 3}, ["q", "k", "v"]),
+    ],
+)
+def test_streams_filtered_at_once_are_those_filtered_one_by_one(changes, parts):
+    mixer = build_mixer(configure(mixer="attention", **{**STREAMS, **changes}), 29).double()
+    assert mixer.together == parts
+    with torch.no_grad():
+        for weight in mixer.filters.parameters():
+            weight += torch.linspace(-1, 1, weight.numel()).view_as(weight)
+    projected = torch.randn(2, 29, mixer.projection.out_features, generator=torch.Generator().manual_seed(0)).double()
+    for ours, theirs in zip(mixer._filtered_together(mixer.heads(projected)), mixer.filtered(projected), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -77,13 +77,21 @@ class Streams(Mixer):
     def filtered(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
         """The filtered q, k and v."""
         heads = self.heads(projected)
-        streams = list(heads)
-        for names in self.together:
-            place = "qkv".index(names)
-            part = slice(place, place + len(names))
-            streams[part] = apply_together([cast(Filter, self.filters[name]) for name in names], heads[part])
-        q, k, v = streams
+        if heads.is_cuda:
+            q, k, v = self._filtered_together(heads)
+        else:
+            q, k, v = (self.filters[s](x) if s in self.filters else x for s, x in zip("qkv", heads, strict=True))
         return q, k, v
+
+    def _filtered_together(self, heads: Float[Tensor, "3 B H L C"]) -> list[Heads]:
+        """On a GPU, slower to launch a kernel than to run it, filters that are alike of streams side by side are one."""
+        streams = list[Heads]()
+        for names, part in zip(self.together, heads.split([len(names) for names in self.together]), strict=True):
+            if names[0] in self.filters:
+                streams += apply_together([cast(Filter, self.filters[name]) for name in names], part)
+            else:
+                streams.append(part.squeeze(0))
+        return streams
 
     def heads(self, projected: Projected) -> Float[Tensor, "3 B H L C"]:
         """The q, k and v of every head before they are filtered."""
@@ -127,12 +135,12 @@ def stream_filters(config: AttentionModel, length: int) -> nn.ModuleDict:
 
 
 def side_by_side(filters: nn.ModuleDict) -> list[str]:
-    """The streams that are filtered at once, since they lie side by side and their filters are alike: "qk" and "v", say."""
-    together = list[str]()
-    for stream in (s for s in "qkv" if s in filters):
-        before = together[-1] if together else " "
-        if before + stream in "qkv" and alike(cast(Filter, filters[before[-1]]), cast(Filter, filters[stream])):
-            together[-1] += stream
+    """The streams in parts: those that lie side by side and have filters that are alike are one, such as "qk" and "v"."""
+    parts = ["q"]
+    for stream in "kv":
+        before = parts[-1][-1]
+        if before in filters and stream in filters and alike(cast(Filter, filters[before]), cast(Filter, filters[stream])):
+            parts[-1] += stream
         else:
-            together.append(stream)
-    return together
+            parts.append(stream)
+    return parts
