@@ -215,11 +215,14 @@ def run_jobs(
 
 
 def _standing(cell: Cell, jobs: tuple[Job, ...], where: str) -> list[tuple[Job, ...]]:
-    """The runs in groups of those that stand at the same step, all that have not begun in one; each that has ended by itself."""
+    """The runs in groups of those that stand at the same step, all that have not begun in one.
+
+    Each that has ended, or takes its batches in parts, is by itself.
+    """
     groups: dict[Any, tuple[Job, ...]] = {}
     for job in jobs:
         state = _checkpoint(cell, job, where).read()
-        key = job if state and state.stop else state.step if state else 0
+        key = job if state and (state.stop or state.micro_batch) else state.step if state else 0
         groups[key] = (*groups.get(key, ()), job)
     return list(groups.values())
 
