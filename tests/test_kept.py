@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,21 @@ def no_room_for_more_than(monkeypatch, size):
         return answers(self, tokens, at)
 
     monkeypatch.setattr(cat.model.SequenceModel, "answers", limited)
+
+
+def test_runs_go_on_together_where_they_stand_at_the_same_step(monkeypatch):
+    """But one that has ended, or takes its batches in parts, of which replicas know nothing, goes on by itself."""
+    jobs = [training.Job(0.1, seed) for seed in range(7)]
+    stood = {1: (5, None, None), 2: (5, None, None), 3: (5, 8, None), 4: (5, 8, None), 5: (5, None, "accuracy")}
+
+    def checkpoint(cell, job, where):
+        step, micro_batch, stop = stood.get(job.seed, (None, None, None))
+        state = SimpleNamespace(step=step, micro_batch=micro_batch, stop=stop) if step else None
+        return SimpleNamespace(read=lambda: state)
+
+    monkeypatch.setattr(training, "_checkpoint", checkpoint)
+    groups = [[job.seed for job in alike] for alike in training._standing(None, tuple(jobs), "here")]
+    assert groups == [[0, 6], [1, 2], [3], [4], [5]]
 
 
 def test_a_batch_without_room_is_taken_in_slices_and_the_step_is_the_same(monkeypatch):
