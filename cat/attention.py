@@ -5,22 +5,22 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.position import alibi_bias, take
-from cat.types import Asked, Heads, Values
+from cat.position import alibi_bias
+from cat.types import Asked, Heads, Queries, Values
 
 ROWS = 256
 """With a bias, so many queries at a time attend to the keys up to their last: a kernel that is given one skips no keys."""
 
 
 def attend(
-    q: Heads, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
+    q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
 ) -> Float[Tensor, "B H _ E"]:
-    """Dense causal attention, or its rows at positions `at`."""
+    """Dense causal attention, of all queries or of those at positions `at`, which are then all there are in `q`."""
     length = k.shape[2]
     if at is not None:
         seen = torch.arange(length, device=k.device) <= at[:, None, :, None]
         mask = alibi_bias(q.shape[1], at, length, q).transpose(0, 1) if alibi else seen
-        return F.scaled_dot_product_attention(take(q, at), k, v, attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if not alibi:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     ends = [min(start + ROWS, length) for start in range(0, length, ROWS)]
@@ -49,16 +49,18 @@ def logits(q: Heads, k: Heads, *, scale: float, alibi: bool = False) -> Float[Te
 
 
 def naive_attend(
-    q: Heads, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
+    q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
 ) -> Float[Tensor, "B H _ E"]:
     """The definition, one query at a time; the twin that `attend` is tested against."""
+    places = torch.arange(q.shape[2]).expand(len(q), -1) if at is None else at
     outputs = []
-    for i in range(q.shape[2]):
-        scores = scale * (k[:, :, : i + 1] @ q[:, :, i, :, None])[..., 0]
-        if alibi:
-            slope = 2.0 ** (-8 * torch.arange(1, q.shape[1] + 1).to(q) / q.shape[1])
-            scores = scores - slope[:, None] * torch.arange(i, -1, -1, device=q.device)
-        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-        weights = weights / weights.sum(-1, keepdim=True)
-        outputs.append((weights[..., None] * v[:, :, : i + 1]).sum(2))
-    return take(torch.stack(outputs, dim=2), at)
+    for b, sequence in enumerate(places.tolist()):
+        for a, i in enumerate(sequence):
+            scores = scale * (k[b, :, : i + 1] @ q[b, :, a, :, None])[..., 0]
+            if alibi:
+                slope = 2.0 ** (-8 * torch.arange(1, q.shape[1] + 1).to(q) / q.shape[1])
+                scores = scores - slope[:, None] * torch.arange(i, -1, -1, device=q.device)
+            weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+            weights = weights / weights.sum(-1, keepdim=True)
+            outputs.append((weights[..., None] * v[b, :, : i + 1]).sum(1))
+    return torch.stack(outputs).unflatten(0, places.shape).transpose(1, 2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat.folding import fold
-from cat.types import ChannelFilter, GroupedFilter, GroupedHeads, HeadFilter, HeadMixingFilter, Heads, Sources
+from cat.types import Asked, ChannelFilter, GroupedFilter, GroupedHeads, HeadFilter, HeadMixingFilter, Heads, Queries, Sources
 
 
 class Limits(NamedTuple):
@@ -26,19 +26,34 @@ class Limits(NamedTuple):
     """
 
     taps: int
-    """At most so many taps,"""
-    part: int
-    """and at most one for so many tokens of the sequence, are summed as shifted copies;"""
+    """At most so many taps are summed as shifted copies of the sequence,"""
     tokens: int
-    """more of them are a Toeplitz matrix up to this length, and are applied by FFT beyond it."""
+    """but of one of at most so many tokens"""
+    part: int
+    """only if it has as many as this for each of them; others are a Toeplitz matrix there, and applied by FFT beyond it."""
 
 
-OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 8, 128), Limits(6, 8, 96), Limits(12, 16, 96)
+MATRIX = 1024
+"""The longest sequence for which the matrix of a filter is written out to take some of its rows."""
+OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 128, 24), Limits(6, 96, 8), Limits(12, 96, 16)
 
 
 def filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
     """Filters head h of `x` (B, H, L, C) along L with row h of `taps` (H, W); any W >= 1, longer than L too."""
     return _filter(x, taps[:, None], dilation, OF_HEADS, _by_shifts, _by_matrix_a_head, _by_fft)
+
+
+def filter_heads_at(x: Heads, taps: HeadFilter, at: Asked, *, dilation: int = 1) -> Queries:
+    """`filter_heads` at positions `at` alone: these rows of the filter's matrix times `x`."""
+    length = x.shape[2]
+    matrix = toeplitz(_reaching(taps, length, dilation), length)
+    rows = F.embedding(at, matrix.transpose(0, 1).flatten(1)).unflatten(2, (len(taps), length))
+    return rows.transpose(1, 2) @ x
+
+
+def few(x: Heads, at: Asked) -> bool:
+    """Whether `filter_heads_at` is faster than the filter at every position: its matrix must be small beside `x`."""
+    return x.shape[2] <= MATRIX and 2 * at.shape[1] <= x.shape[2]
 
 
 def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Heads:
@@ -105,13 +120,20 @@ def _filter(
     length = x.shape[2]
     if _short(taps, length, dilation, limits):
         return by_shifts(x, taps, dilation)
-    taps = spaced(taps[..., : -(-length // dilation)], dilation)  # the others reach back beyond the first token
+    taps = _reaching(taps, length, dilation)
     return by_matrix(x, taps) if length <= limits.tokens else by_fft(x, taps)
+
+
+def _reaching(taps: Tensor, length: int, dilation: int) -> Tensor:
+    """Every tap written out, but those that reach back beyond the first token."""
+    return spaced(taps[..., : -(-length // dilation)], dilation)
 
 
 def _short(taps: Tensor, length: int, dilation: int, limits: Limits) -> bool:
     """Whether they are summed as shifted copies."""
-    return taps.shape[-1] <= min(limits.taps, length // limits.part, -(-length // dilation))
+    width = taps.shape[-1]
+    by_matrix = length <= limits.tokens and width * limits.part > length
+    return width <= min(limits.taps, -(-length // dilation)) and not by_matrix
 
 
 def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:

@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import Taps
-from cat.convolution import filter_channels, filter_groups, filter_heads, mix_heads, spaced
-from cat.types import GroupedHeads, Heads
+from cat.convolution import few, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads, spaced
+from cat.position import take
+from cat.types import Asked, GroupedHeads, Heads, Queries
 
 FEATURES = 8
 """Time scales in which the network of an implicit filter sees how far back a tap is."""
@@ -80,18 +81,21 @@ class Filter(nn.Module, ABC):
         total = taps.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
         return taps / total.clamp(min=1e-12)
 
-    def forward(self, x: Heads) -> Heads:
+    def forward(self, x: Heads, at: Asked | None = None) -> Queries:
+        """The outputs at every position, or at positions `at`."""
         taps = self.response(x.shape[2])
         match self.layout.sharing:
+            case "head" if at is not None and few(x, at):
+                return self.biased(filter_heads_at(x, taps, at, dilation=self.dilation))
             case "head":
                 y = filter_heads(x, taps, dilation=self.dilation)
             case "channel":
                 y = filter_channels(x, taps, dilation=self.dilation)
             case _:
                 y = mix_heads(x, taps, dilation=self.dilation)
-        return self.biased(y)
+        return self.biased(take(y, at))
 
-    def biased(self, y: Heads) -> Heads:
+    def biased(self, y: Queries) -> Queries:
         return y if self.bias is None else y + self.bias
 
     def at_ends(self, x: Heads, block: int) -> Float[Tensor, "B H N C"]:

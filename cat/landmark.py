@@ -22,8 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cat.attention import attend
-from cat.position import take
-from cat.types import Asked, Heads, Values
+from cat.types import Asked, Heads, Queries, Values
 
 Landmarks = Float[Tensor, "B H N C"]
 Chosen = Int[Tensor, "B H A T"]
@@ -34,19 +33,29 @@ MANY = 8
 
 
 def landmark_attend(
-    q: Heads, k: Heads, v: Values, s: Landmarks, *, scale: float, block: int, top: int, reach: int, at: Asked | None = None
+    q: Queries,
+    k: Heads,
+    v: Values,
+    s: Landmarks,
+    *,
+    scale: float,
+    block: int,
+    top: int,
+    reach: int,
+    at: Asked | None = None,
 ) -> Float[Tensor, "B H _ E"]:
-    """Landmark attention, or its rows at positions `at`, at a cost of A (L / block + (top + 1) block) C a head.
+    """Landmark attention at a cost of A (L / block + (top + 1) block) C a head.
+
+    Of all queries or of those at positions `at`, which are then all there are in `q`.
 
     0 <= reach <= block. `s` has the landmarks of all whole blocks.
     """
-    length = q.shape[2]
+    length = k.shape[2]
     if length <= block:
         return attend(q, k, v, scale=scale, at=at)
     earlier = (length - 1) // block
     k_blocks, v_blocks = (in_blocks(x, block) for x in (k, v))
-    q = in_blocks(q, block).flatten(2, 3) if at is None else take(q, at)
-    q = q * scale
+    q = scale * (in_blocks(q, block).flatten(2, 3) if at is None else q)
     place = torch.arange(q.shape[2], device=q.device)[None] if at is None else at
     own = place // block
     chosen, matches = choose(q, s[:, :, :earlier], own, top=top)
@@ -76,14 +85,24 @@ def landmark_attend(
 
 
 def naive_landmark_attend(
-    q: Heads, k: Heads, v: Values, s: Landmarks, *, scale: float, block: int, top: int, reach: int, at: Asked | None = None
+    q: Queries,
+    k: Heads,
+    v: Values,
+    s: Landmarks,
+    *,
+    scale: float,
+    block: int,
+    top: int,
+    reach: int,
+    at: Asked | None = None,
 ) -> Float[Tensor, "B H _ E"]:
     """The definition, one query at a time; the twin that `landmark_attend` is tested against."""
-    out = torch.empty_like(v)
-    for b, h, i in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+    out = v.new_empty(*q.shape[:3], v.shape[3])
+    for b, h, a in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        i = a if at is None else int(at[b, a])
         start = i // block * block
-        scores = torch.exp(scale * k[b, h] @ q[b, h, i])
-        matches = torch.exp(scale * s[b, h, : i // block] @ q[b, h, i])
+        scores = torch.exp(scale * k[b, h] @ q[b, h, a])
+        matches = torch.exp(scale * s[b, h, : i // block] @ q[b, h, a])
         chosen = matches.topk(min(top, len(matches))).indices.tolist()
         weights = {j: scores[j] for j in range(start, i + 1)}
         for n in chosen:
@@ -92,8 +111,8 @@ def naive_landmark_attend(
             tokens = [*range(n * block, end), *overlap]
             share = matches[n] / scores[tokens].sum() if len(chosen) < len(matches) else 1
             weights |= {j: scores[j] * share for j in tokens}
-        out[b, h, i] = sum(weight * v[b, h, j] for j, weight in weights.items()) / sum(weights.values())
-    return take(out, at)
+        out[b, h, a] = sum(weight * v[b, h, j] for j, weight in weights.items()) / sum(weights.values())
+    return out
 
 
 def ends(x: Heads, block: int) -> Landmarks:

@@ -56,12 +56,14 @@ class SequenceModel(nn.Module):
         """What the head reads at positions `at`. Raises ValueError where the sequence is longer than learned positions reach."""
         self.check_length(tokens.shape[1])
         first, *others = self.layers()
-        x = self.embedding(tokens)
-        projected = None
+        asked = None if others else at
         if self.embedding.scheme == "none" and tokens.numel() > len(self.embedding.token.weight):
             # What a token is projected to depends on nothing else: computed once for all places where it stands.
             projected = F.embedding(tokens, first.project(self.embedding.token.weight))
-        x = first(x, None if others else at, projected)
+            x = self.embedding(tokens if asked is None else tokens.gather(1, asked))
+            x = first(x, asked, projected)
+        else:
+            x = first(self.embedding(tokens), asked)
         for block in others:
             x = block(x, at if block is others[-1] else None)
         return self.norm(x)
@@ -141,10 +143,15 @@ class Block(nn.Module):
             self.mlp = nn.Sequential(build_norm(config), inner, *gelu, nn.Linear(hidden, config.width))
 
     def forward(
-        self, x: Hidden, at: Asked | None = None, projected: Float[Tensor, "B L P"] | None = None
+        self, x: Float[Tensor, "B _ D"], at: Asked | None = None, projected: Float[Tensor, "B L P"] | None = None
     ) -> Float[Tensor, "B _ D"]:
-        """The block's output at positions `at`; `projected` is what `project` makes of `x`, where that is known already."""
-        return self.refine(take(x, at) + self.mixer.combine(self.project(x) if projected is None else projected, at))
+        """The block's output at positions `at`.
+
+        `projected` is what `project` makes of every position, where that is known already: `x` is then what stands at `at` alone.
+        """
+        if projected is None:
+            x, projected = take(x, at), self.project(x)
+        return self.refine(x + self.mixer.combine(projected, at))
 
     def read(self, x: Hidden, memory: Memory) -> tuple[Hidden, Memory]:
         """The block's output of tokens that follow upon those of `memory`, and the memory of all of them."""

@@ -20,15 +20,15 @@ def take(x: Float[Tensor, "B *H L C"], at: Asked | None) -> Float[Tensor, "B *H 
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
-def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1) -> Heads:
+def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1, at: Asked | None = None) -> Heads:
     """Turns the pair of channels (c, c + C/2) of token i by the angle i * base^(-2c/C).
 
-    The first row is token `start`, the next one `step` tokens later.
+    The first row is token `start`, the next one `step` tokens later; or the rows are tokens `at` of each sequence.
     """
     length, channels = x.shape[2:]
     frequency = base ** (-torch.arange(0, channels, 2, device=x.device, dtype=torch.float64) / channels)
-    place = torch.arange(start, start + length * step, step, device=x.device, dtype=torch.float64)
-    angle = place[:, None] * frequency
+    place = torch.arange(start, start + length * step, step, device=x.device) if at is None else at[:, None]
+    angle = place[..., None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

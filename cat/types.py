@@ -12,6 +12,8 @@ Asked = Int[Tensor, "B A"]
 """The positions of each sequence whose output is wanted, in rising order."""
 Hidden = Float[Tensor, "B L D"]
 Heads = Float[Tensor, "B H L C"]
+Queries = Float[Tensor, "B H _ C"]
+"""Of every position, or of those that are asked for."""
 Sources = Float[Tensor, "B G L C"]
 """The heads that are mixed."""
 Values = Float[Tensor, "B H L E"]

@@ -14,8 +14,8 @@ from tests.twins import assert_twins, close, normal
 @pytest.mark.parametrize("length", [1, 2, 13])
 def test_attend_is_the_definition(length, alibi, asked, monkeypatch):
     monkeypatch.setattr("cat.attention.ROWS", 5)
-    q, k, v = (normal(2, 3, length, 7, seed=s) for s in range(3))
     at = torch.tensor([[0, length // 2, length - 1], [length // 3, length // 2, length - 1]]) if asked else None
+    q, k, v = (normal(2, 3, tokens, 7, seed=s) for s, tokens in enumerate((3 if asked else length, length, length)))
     sizes = {"scale": 0.7, "alibi": alibi, "at": at}
     assert_twins(partial(attend, **sizes), partial(naive_attend, **sizes), q, k, v)
 

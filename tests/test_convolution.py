@@ -8,12 +8,14 @@ from cat.convolution import (
     _fast_size,
     filter_channels,
     filter_heads,
+    filter_heads_at,
     mix_heads,
     naive_filter_channels,
     naive_filter_heads,
     naive_mix_heads,
     toeplitz,
 )
+from cat.position import take
 from tests.twins import assert_twins, close, normal
 
 BATCH, HEADS, CHANNELS = 2, 3, 5
@@ -35,7 +37,7 @@ KINDS = {
         (19, 5, 3, "toeplitz"),
         (19, 9, 4, "toeplitz"),  # half of the taps reach past the first token
         (67, 1, 1, "shifts"),
-        (83, 5, 3, "shifts"),
+        (83, 3, 3, "shifts"),
         (131, 2, 1, "shifts"),
         (131, 2, 11, "shifts"),
         (131, 37, 1, "fft"),
@@ -59,6 +61,17 @@ def test_every_algorithm_is_the_definition(kind, length, width, dilation, algori
         normal(*rows, width, seed=1),
     )
     assert called == [names.get(algorithm, algorithm)]
+
+
+@pytest.mark.parametrize(("length", "width", "dilation"), [(1, 1, 1), (5, 11, 1), (19, 4, 1), (19, 4, 3), (19, 9, 4), (67, 3, 1)])
+def test_a_filter_at_some_positions_is_the_definition_there(length, width, dilation):
+    at = torch.tensor([[0, length // 2, length - 1], [length // 3, length // 3, length - 1]])
+    assert_twins(
+        lambda x, taps: filter_heads_at(x, taps, at, dilation=dilation),
+        lambda x, taps: take(naive_filter_heads(x, taps, dilation=dilation), at),
+        normal(BATCH, HEADS, length, CHANNELS),
+        normal(HEADS, width, seed=1),
+    )
 
 
 @pytest.mark.parametrize("width", [1, 3, 7])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cat.position import alibi_bias, rotate, sinusoidal
+from cat.position import alibi_bias, rotate, sinusoidal, take
 from tests.twins import close, normal
 
 
@@ -26,6 +26,11 @@ def test_rotary_turns_each_pair_of_channels_by_its_angle():
             angle = i * 10_000 ** (-2 * c / 10)
             pair = torch.complex(x[:, :, i, c], x[:, :, i, c + 5]) * complex(math.cos(angle), math.sin(angle))
             close(turned[:, :, i, [c, c + 5]], torch.view_as_real(pair))
+
+
+def test_rotary_turns_what_stands_at_a_position_as_it_does_among_all():
+    x, at = normal(2, 3, 7, 10), torch.tensor([[0, 3, 6], [2, 2, 5]])
+    close(rotate(take(x, at), at=at), take(rotate(x), at))
 
 
 @pytest.mark.parametrize("queries", [[0, 1, 2, 3, 4], [3], [[0, 4], [2, 2]]])

@@ -10,14 +10,16 @@ from cat.attention import attend, attend_last, logits
 from cat.mixers.base import Memory, joined
 from cat.mixers.streams import Projected, Streams
 from cat.position import rotate
-from cat.types import Asked, Heads, Values
+from cat.types import Asked, Heads, Queries, Values
 
 
 class CausalAttention(Streams):
     """Dense causal attention over (B, L, D) with a filter on the streams that its configuration names."""
 
-    def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
-        return attend(*self._placed(q, k), v, scale=self.scale, alibi=self.alibi, at=at)
+    asks = True
+
+    def mix(self, q: Queries, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+        return attend(*self._placed(q, k, at=at), v, scale=self.scale, alibi=self.alibi, at=at)
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
         return logits(*self._placed(q, k), scale=self.scale, alibi=self.alibi)
@@ -36,8 +38,8 @@ class CausalAttention(Streams):
         """Whether scores fall with the distance."""
         return self.config.position == "alibi"
 
-    def _placed(self, q: Heads, k: Heads, start: int = 0) -> tuple[Heads, Heads]:
-        """Both turned by their positions where these are rotary; the first token is token `start`."""
+    def _placed(self, q: Queries, k: Heads, *, start: int = 0, at: Asked | None = None) -> tuple[Queries, Heads]:
+        """Both turned by their positions where these are rotary; the first token is token `start`, the queries those `at`."""
         if self.config.position == "rotary":
-            return rotate(q, start=start), rotate(k, start=start)
+            return rotate(q, start=start, at=at), rotate(k, start=start)
         return q, k

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cat.configuration import Delta
 from cat.delta import Rates, delta_rule
 from cat.mixers.streams import Projected, Streams
+from cat.normalization import unit
 from cat.position import take
 from cat.types import Asked, Heads, Values
 
@@ -46,10 +47,10 @@ class DeltaRule(Streams):
     def mix(self, q: Heads, k: Heads, v: Values, *rates: Rates, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         return take(delta_rule(q, k, v, *rates), at)
 
-    def streams(self, projected: Projected) -> tuple[Float[Tensor, "B H L ..."], ...]:
+    def streams(self, projected: Projected, at: Asked | None = None) -> tuple[Float[Tensor, "B H _ ..."], ...]:
         """Filtered q, k and v, q and k of unit length, then beta, and log alpha where there is a gate."""
         width = self.projection.out_features
-        q, k, v = super().streams(projected[..., :width])
+        q, k, v = super().streams(projected[..., :width], at)
         strength, *step = projected[..., width:].split(self.config.heads, dim=-1)
-        streams = F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, strength.sigmoid().mT
+        streams = unit(q), unit(k), v, strength.sigmoid().mT
         return *streams, *((-self.log_rate.exp() * F.softplus(s)).mT for s in step)

@@ -16,7 +16,7 @@ from cat.configuration import GatedLinear
 from cat.gated_linear_attention import gated_linear_attend
 from cat.mixers.streams import Projected, Streams
 from cat.position import take
-from cat.types import Asked, Heads, Values
+from cat.types import Asked, Heads, Queries, Values
 
 
 class GatedLinearAttention(Streams):
@@ -41,9 +41,9 @@ class GatedLinearAttention(Streams):
         heads = F.rms_norm(heads, heads.shape[-1:], eps=1e-5)
         return heads * F.silu(take(output_gate[0], at)) if output_gate else heads
 
-    def streams(self, projected: Projected) -> tuple[Heads, ...]:
+    def streams(self, projected: Projected, at: Asked | None = None) -> tuple[Queries, ...]:
         """Filtered q, k and v, then log alpha, then what the gate on the output is made of where there is one."""
         width = self.config.width
         gates = (x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for x in projected[..., 3 * width :].split(width, -1))
         log_decay, *output_gate = gates
-        return *self.filtered(projected[..., : 3 * width]), F.logsigmoid(log_decay) / 16, *output_gate
+        return *self.filtered(projected[..., : 3 * width], at), F.logsigmoid(log_decay) / 16, *output_gate

@@ -5,7 +5,6 @@ Figure 3 of arXiv 2407.05591; the formula is in cat/landmark.py.
 
 from typing import cast
 
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,8 +13,9 @@ from cat.configuration import Landmark
 from cat.filters import ExplicitFilter, Filter
 from cat.landmark import Landmarks, ends, landmark_attend
 from cat.mixers.streams import Projected, Streams
+from cat.normalization import unit
 from cat.position import rotate
-from cat.types import Asked, Heads, Values
+from cat.types import Asked, Heads, Queries, Values
 
 
 class LandmarkAttention(Streams):
@@ -26,6 +26,8 @@ class LandmarkAttention(Streams):
     and values carries over their end, at most by a block.
     """
 
+    asks = True
+
     def __init__(self, config: Landmark, length: int):
         super().__init__(config, length)
         self.block, self.top = config.block, config.top
@@ -34,23 +36,23 @@ class LandmarkAttention(Streams):
         if isinstance(config.summary, int) or config.summary == "full":
             cast(ExplicitFilter, self.filters["summary"]).begin_as_sum(self.block)
 
-    def streams(self, projected: Projected) -> tuple[Float[Tensor, "B H _ C"], ...]:
-        """Filtered q, k and v, q and k scaled, then the landmarks."""
-        q, k, v = self.filtered(projected)
+    def streams(self, projected: Projected, at: Asked | None = None) -> tuple[Float[Tensor, "B H _ C"], ...]:
+        """Filtered q, k and v, q and k scaled, then the landmarks; q at every position or at positions `at`."""
+        q, k, v = self.filtered(projected, at)
         if "summary" in self.filters:
             landmarks = cast(Filter, self.filters["summary"]).at_ends(k, self.block)
         else:
             landmarks = ends(k, self.block)
         if self.config.qk_norm:
-            landmarks = F.normalize(landmarks, dim=-1)
+            landmarks = unit(landmarks)
         return *self.scaled(q, k), v, landmarks
 
     def mix(
-        self, q: Heads, k: Heads, v: Values, landmarks: Landmarks | None = None, *, at: Asked | None = None
+        self, q: Queries, k: Heads, v: Values, landmarks: Landmarks | None = None, *, at: Asked | None = None
     ) -> Float[Tensor, "B H _ E"]:
         landmarks = ends(k, self.block) if landmarks is None else landmarks
         if self.config.position == "rotary":
-            q, k, landmarks = rotate(q), rotate(k), rotate(landmarks, start=self.block - 1, step=self.block)
+            q, k, landmarks = rotate(q, at=at), rotate(k), rotate(landmarks, start=self.block - 1, step=self.block)
         return landmark_attend(q, k, v, landmarks, scale=self.scale, block=self.block, top=self.top, reach=self.reach, at=at)
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:

@@ -10,14 +10,15 @@ from abc import abstractmethod
 from typing import ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import AttentionModel
 from cat.filters import Filter, Layout, alike, apply_together, build_filter
 from cat.mixers.base import Memory, Mixer
-from cat.types import Asked, Heads, Hidden, Values
+from cat.normalization import unit
+from cat.position import take
+from cat.types import Asked, Heads, Hidden, Queries, Values
 
 Projected = Float[Tensor, "B L P"]
 """Queries, keys and values of every token, side by side, as `project` makes them."""
@@ -31,6 +32,8 @@ class Streams(Mixer):
 
     attends: ClassVar[bool] = True
     """Whether `mix` reads off weighted means of the values."""
+    asks: ClassVar[bool] = False
+    """Whether a query asks for itself alone: of q, `mix` is then given what stands at the positions that it is to compute."""
 
     def __init__(self, config: AttentionModel, length: int):
         super().__init__()
@@ -55,36 +58,38 @@ class Streams(Mixer):
         return self.projection(x)
 
     def combine(self, projected: Projected, at: Asked | None = None) -> Float[Tensor, "B _ D"]:
-        return self.merged(self.mix(*self.streams(projected), at=at))
+        return self.merged(self.mix(*self.streams(projected, at if self.asks else None), at=at))
 
     def merged(self, heads: Values) -> Hidden:
         """What the heads have read, projected back."""
         return self.output(heads.transpose(1, 2).flatten(2))
 
     @abstractmethod
-    def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+    def mix(self, q: Queries, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         """What the heads read off the values, causally, at every position or at positions `at`."""
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"] | None:
         """What the softmax of q and k is taken of, -inf where nothing is read; None where there is none."""
         return None
 
-    def streams(self, projected: Projected) -> tuple[Heads, ...]:
-        """What is mixed: filtered q, k and v, q and k scaled."""
-        q, k, v = self.filtered(projected)
+    def streams(self, projected: Projected, at: Asked | None = None) -> tuple[Float[Tensor, "B H _ _"], ...]:
+        """What is mixed: filtered q, k and v, q and k scaled; q at every position or at positions `at`."""
+        q, k, v = self.filtered(projected, at)
         return *self.scaled(q, k), v
 
-    def filtered(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
-        """The filtered q, k and v."""
-        heads = self.heads(projected)
-        if heads.is_cuda:
-            q, k, v = self._filtered_together(heads)
-        else:
-            q, k, v = (self.filters[s](x) if s in self.filters else x for s, x in zip("qkv", heads, strict=True))
+    def filtered(self, projected: Projected, at: Asked | None = None) -> tuple[Queries, Heads, Heads]:
+        """The filtered q, k and v; q at every position or at positions `at`."""
+        if projected.is_cuda:
+            q, k, v = self._filtered_together(projected)
+            return take(q, at), k, v
+        q, k, v = self.heads(projected)
+        q = cast(Filter, self.filters["q"])(q, at) if "q" in self.filters else take(q, at)
+        k, v = (self.filters[s](x) if s in self.filters else x for s, x in zip("kv", (k, v), strict=True))
         return q, k, v
 
-    def _filtered_together(self, heads: Float[Tensor, "3 B H L C"]) -> list[Heads]:
+    def _filtered_together(self, projected: Projected) -> list[Heads]:
         """On a GPU, slower to launch a kernel than to run it, filters that are alike of streams side by side are one."""
+        heads = projected.unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
         streams = list[Heads]()
         for names, part in zip(self.together, heads.split([len(names) for names in self.together]), strict=True):
             if names[0] in self.filters:
@@ -93,9 +98,10 @@ class Streams(Mixer):
                 streams.append(part.squeeze(0))
         return streams
 
-    def heads(self, projected: Projected) -> Float[Tensor, "3 B H L C"]:
+    def heads(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
         """The q, k and v of every head before they are filtered."""
-        return projected.unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (stream.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for stream in projected.chunk(3, dim=-1))
+        return q, k, v
 
     def next_streams(self, projected: Projected, memory: Memory) -> tuple[Heads, Heads, Heads, dict[str, Tensor]]:
         """The `streams` of tokens that follow upon those of `memory`, and by stream the rows that its filter sees next."""
@@ -106,10 +112,10 @@ class Streams(Mixer):
                 streams[stream], kept[stream] = causal.read(x, memory.kept.get(stream, x[:, :, :0]))
         return *self.scaled(streams["q"], streams["k"]), streams["v"], kept
 
-    def scaled(self, q: Heads, k: Heads) -> tuple[Heads, Heads]:
+    def scaled(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
         """Both of unit length where `qk_norm` says so, q times a learned temperature."""
         if self.config.qk_norm:
-            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            q, k = unit(q), unit(k)
         if self.log_temperature is not None:
             q = q * self.log_temperature.exp()[:, None, None]
         return q, k

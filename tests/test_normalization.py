@@ -1,0 +1,38 @@
+"""Vectors of unit length against PyTorch's own."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from cat.normalization import unit
+from tests.twins import assert_twins, close, normal
+
+normalize = partial(F.normalize, dim=-1)
+
+
+def test_a_unit_vector_and_its_gradient_are_those_of_pytorch():
+    assert_twins(unit, normalize, normal(2, 3, 5, 7))
+
+
+def test_a_vector_of_zeros_stays_one():
+    x = normal(3, 7)
+    x[1] = 0
+    assert unit(x)[1].tolist() == [0] * 7
+    assert_twins(unit, normalize, x)
+
+
+def test_replicas_have_the_gradients_that_each_has_alone():
+    x, cotangent = normal(4, 3, 7), normal(4, 3, 7, seed=1)
+
+    def gradient(x, cotangent):
+        return torch.func.vjp(unit, x)[1](cotangent)[0]
+
+    close(torch.vmap(gradient)(x, cotangent), torch.stack([gradient(*pair) for pair in zip(x, cotangent, strict=True)]))
+
+
+def test_rounded_numbers_keep_their_type():
+    x = normal(3, 7).bfloat16().requires_grad_()
+    y = unit(x)
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
