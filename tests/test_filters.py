@@ -9,6 +9,7 @@ import torch
 from cat.configuration import Attention
 from cat.filters import DecayFilter, ExplicitFilter, Layout, NetworkFilter, build_filter, time_scales
 from cat.mixers import build_mixer
+from cat.position import take
 from tests.twins import assert_twins, close, normal
 
 HEADS, CHANNELS, LENGTH = 3, 5, 19
@@ -59,6 +60,18 @@ def test_generated_taps_go_on_at_longer_lengths_and_fade(taps):
     close(long[:, :LENGTH], short)
     assert long[:, -LENGTH:].abs().max() < 1e-3 * short.abs().max()
     assert long[:, LENGTH : 2 * LENGTH].abs().max() > 1e-3 * short.abs().max()
+
+
+@pytest.mark.parametrize("longest", [0, LENGTH])
+@pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.parametrize("sharing", SHARING)
+def test_the_outputs_at_some_positions_are_those_among_all(sharing, dilation, longest, monkeypatch):
+    monkeypatch.setattr("cat.convolution.MATRIX", longest)
+    made, x = build(4, sharing=sharing, dilation=dilation, bias=True), normal(2, HEADS, LENGTH, CHANNELS)
+    with torch.no_grad():
+        made.bias.copy_(normal(HEADS, 1, CHANNELS, seed=1))
+    for at in (torch.tensor([[0, 3, 18], [2, 2, 5]]), torch.arange(LENGTH - 2).expand(2, -1)):
+        assert_twins(lambda x, at=at: made(x, at), lambda x, at=at: take(made(x), at), x)
 
 
 def test_decays_add_up_as_written():
