@@ -70,6 +70,7 @@ def test_a_listing_has_what_is_imported_by_what_is_imported_but_no_rules():
         "cat/mixers/base.py",
         "cat/mixers/delta.py",
         "cat/mixers/streams.py",
+        "cat/normalization.py",
         "cat/position.py",
         "cat/types.py",
     }
