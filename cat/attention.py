@@ -33,9 +33,10 @@ def attend_last(
 ) -> Float[Tensor, "B H A E"]:
     """Dense causal attention of the last A tokens alone, by their queries."""
     queries, length = q.shape[2], k.shape[2]
+    mask = None
     if alibi:
         mask = alibi_bias(q.shape[1], torch.arange(length - queries, length, device=k.device), length, q)
-    else:
+    elif queries > 1:
         mask = torch.ones(queries, length, dtype=torch.bool, device=k.device).tril(length - queries)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.types import Heads, Values
+from cat.types import Heads, State, Values
 
 CHUNK = 32
 """Tokens of a triangular system at most; between two of them the state is carried."""
@@ -28,11 +28,19 @@ def delta_rule(q: Heads, k: Heads, v: Values, beta: Rates, log_decay: Rates | No
 
     States and systems are in float32 at least, under autocast too.
     """
+    return delta_rule_next(q, k, v, beta, log_decay, state=None)[0]
+
+
+def delta_rule_next(
+    q: Heads, k: Heads, v: Values, beta: Rates, log_decay: Rates | None = None, *, state: State | None
+) -> tuple[Values, State]:
+    """The outputs of tokens that follow upon those of `state`, None before the first one; and the state after all of them."""
     wide = torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         log_decay = beta.new_zeros(1, 1, q.shape[2]) if log_decay is None else log_decay
-        inputs = [x.to(wide) for x in (q, k, v, beta[..., None], log_decay[..., None])]
-        return _by_chunks(*inputs).to(v.dtype)
+        q, k, values, strength, log_decay = (x.to(wide) for x in (q, k, v, beta[..., None], log_decay[..., None]))
+        outputs, end = _by_chunks(q, k, values, strength, log_decay, state)
+    return outputs.to(v.dtype), end
 
 
 def naive_delta_rule(q: Heads, k: Heads, v: Values, beta: Rates, log_decay: Rates | None = None) -> Values:
@@ -50,8 +58,13 @@ def naive_delta_rule(q: Heads, k: Heads, v: Values, beta: Rates, log_decay: Rate
     return torch.stack(outputs, dim=2)
 
 
-def _by_chunks(q: Heads, k: Heads, v: Values, beta: Float[Tensor, "B H L 1"], log_decay: Float[Tensor, "#B #H L 1"]) -> Values:
-    """Chunks as equal as can be: one token too many for a chunk does not fill a second with padding."""
+def _by_chunks(
+    q: Heads, k: Heads, v: Values, beta: Float[Tensor, "B H L 1"], log_decay: Float[Tensor, "#B #H L 1"], state: State | None
+) -> tuple[Values, State]:
+    """Chunks as equal as can be: one token too many for a chunk does not fill a second with padding.
+
+    A place that no token takes leaves the state as it is.
+    """
     length = q.shape[2]
     count = -(-length // CHUNK)
     chunk = -(-length // count)
@@ -63,11 +76,11 @@ def _by_chunks(q: Heads, k: Heads, v: Values, beta: Float[Tensor, "B H L 1"], lo
     # Masked before exp: it overflows for what is to come, and zero times infinity has no gradient.
     decay = (total - total.mT).masked_fill(future, float("-inf")).exp()
 
-    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
+    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state
     outputs = []
     for q_, k_, v_, beta_, carry, decay_ in zip(*(x.unbind(2) for x in (q, k, v, beta, total.exp(), decay)), strict=True):
         system = beta_ * (k_ @ k_.mT) * decay_  # its diagonal is taken for ones, what is above is zero
         u = torch.linalg.solve_triangular(system, beta_ * (v_ - carry * (k_ @ state)), upper=False, unitriangular=True)
         outputs.append(carry * (q_ @ state) + (q_ @ k_.mT * decay_) @ u)
         state = carry[:, :, -1:] * state + (k_ * decay_[:, :, -1, :, None]).mT @ u
-    return torch.cat(outputs, dim=2)[:, :, :length]
+    return torch.cat(outputs, dim=2)[:, :, :length], state

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cat.model import SequenceModel
 from cat.tasks.base import IGNORE
+from cat.types import Tokens
 
 TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 17}
 """Bounds the memory of an evaluation, on a CPU to what a core's cache holds; sequences longer than this are taken one by one."""
@@ -152,8 +153,8 @@ def outcomes(
 ) -> Iterator[Outcomes]:
     """What `model` answers in `split`, a bounded number of tokens at a time, in the order of its sequences.
 
-    Autoregressive: from the first asked position on, the model reads what it answered itself; the asked positions must then
-    be the same in every sequence, and the last ones of it. The loss stays that of the true answers.
+    Autoregressive: after the first asked position the model reads what it answers itself; the asked positions must then be the
+    same in every sequence, and the last ones of it. The loss stays that of the true answers.
     """
     size = TOKENS_AT_ONCE[split.inputs.device.type] // split.inputs.shape[1]
     return in_parts(lambda part: _outcomes(model, part, precision, autoregressive), split, size)
@@ -185,30 +186,21 @@ def _outcomes(model: SequenceModel, split: Split, precision: str, autoregressive
     inputs, at, answers = split
     with autocast(inputs.device, precision):
         if autoregressive:
-            inputs = continuation(model, inputs, first=int(at[0, 0]))
-        logits = model.answers(inputs, at).float()
+            logits = own_answers(model, inputs[:, : int(at[0, 0]) + 1], at.shape[1]).float()
+        else:
+            logits = model.answers(inputs, at).float()
     loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE, reduction="none")
     return Outcomes(loss.view_as(answers), logits.argmax(-1) == answers, answers != IGNORE)
 
 
-def continuation(model: SequenceModel, inputs: Int[Tensor, "B L"], *, first: int) -> Int[Tensor, "B L"]:
-    """`inputs` with every token after position `first` replaced by the model's own greedy choice.
-
-    All choices at once, over and over until they stay as they are: since the model is causal, a pass settles one more of them
-    at least, and most often many.
-    """
-    inputs, length = inputs.clone(), inputs.shape[1]
-    at = torch.arange(first, length - 1, device=inputs.device)
-    unsettled = torch.arange(len(inputs), device=inputs.device)
-    for _ in at:
-        read = inputs[unsettled]
-        choices = model.answers(read, at.expand(len(read), -1)).argmax(-1)
-        changed = (choices != read[:, first + 1 :]).any(1)
-        unsettled, choices = unsettled[changed], choices[changed]
-        if not len(unsettled):
-            break
-        inputs[unsettled, first + 1 :] = choices
-    return inputs
+def own_answers(model: SequenceModel, prompt: Tokens, count: int) -> Float[Tensor, "B A V"]:
+    """The logits of the `count` tokens after each prompt, of which the model reads those that it holds most likely itself."""
+    logits, memories = model.read(prompt)
+    every = [logits]
+    while len(every) < count:
+        logits, memories = model.read(logits.argmax(-1)[:, None], memories)
+        every.append(logits)
+    return torch.stack(every, dim=1)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

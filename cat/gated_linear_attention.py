@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.types import Heads, Values
+from cat.types import Heads, State, Values
 
 CHUNK = 32
 """Tokens that are halved again and again at most, a power of two; between two chunks the state is carried."""
@@ -25,10 +25,18 @@ def gated_linear_attend(q: Heads, k: Heads, v: Values, log_decay: Heads, *, scal
 
     Weights and states are in float32 at least, under autocast too.
     """
+    return gated_linear_attend_next(q, k, v, log_decay, state=None, scale=scale)[0]
+
+
+def gated_linear_attend_next(
+    q: Heads, k: Heads, v: Values, log_decay: Heads, *, state: State | None, scale: float
+) -> tuple[Values, State]:
+    """The outputs of tokens that follow upon those of `state`, None before the first one; and the state after all of them."""
     wide = torch.promote_types(v.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         q, k, log_decay, values = (x.to(wide) for x in (q, k, log_decay, v))
-        return _by_chunks(scale * q, k, log_decay.exp(), values).to(v.dtype)
+        outputs, end = _by_chunks(scale * q, k, log_decay.exp(), values, state)
+    return outputs.to(v.dtype), end
 
 
 def naive_gated_linear_attend(q: Heads, k: Heads, v: Values, log_decay: Heads, *, scale: float) -> Values:
@@ -42,18 +50,20 @@ def naive_gated_linear_attend(q: Heads, k: Heads, v: Values, log_decay: Heads, *
     return torch.stack(outputs, dim=2)
 
 
-def _by_chunks(q: Heads, k: Heads, decay: Heads, v: Values) -> Values:
+def _by_chunks(q: Heads, k: Heads, decay: Heads, v: Values, state: State | None) -> tuple[Values, State]:
+    """A place in the last chunk that no token takes leaves the state as it is."""
     length = q.shape[2]
     chunk = min(CHUNK, 1 << (length - 1).bit_length())
-    q, k, decay, v = (F.pad(x, (0, 0, 0, -length % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, decay, v))
+    inputs = ((q, 0), (k, 0), (decay, 1), (v, 0))
+    q, k, decay, v = (F.pad(x, (0, 0, 0, -length % chunk), value=empty).unflatten(2, (-1, chunk)) for x, empty in inputs)
     weights, reading, writing, kept = _halved(q, k, decay)
     added = writing.mT @ v
-    state = torch.zeros_like(added[:, :, 0])
+    state = torch.zeros_like(added[:, :, 0]) if state is None else state
     states = []
     for kept_, added_ in zip(kept.mT.unbind(2), added.unbind(2), strict=True):
         states.append(state)
         state = kept_ * state + added_
-    return (weights @ v + reading @ torch.stack(states, dim=2)).flatten(2, 3)[:, :, :length]
+    return (weights @ v + reading @ torch.stack(states, dim=2)).flatten(2, 3)[:, :, :length], state
 
 
 def _halved(q: Keys, k: Keys, decay: Keys) -> tuple[Float[Tensor, "*chunks S S"], Keys, Keys, Float[Tensor, "*chunks 1 C"]]:

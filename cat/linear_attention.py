@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cat.position import rotate
-from cat.types import Heads, Values
+from cat.types import Heads, State, Values
 
 CHUNK = 64
 """Tokens between two states: inside a chunk the sum is taken as a masked product, between chunks it is carried."""
@@ -34,7 +34,7 @@ class Sums(NamedTuple):
 
     keys: Float[Tensor, "B H 1 C"]
     """Of phi(k_j)."""
-    products: Float[Tensor, "B H C E"]
+    products: State
     """Of phi(k_j) v_j^T, with turned features where there is rotary position."""
 
 

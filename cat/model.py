@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cat.configuration import AttentionModel, ModelConfiguration
 from cat.mixers import build_mixer
-from cat.mixers.base import Memory
+from cat.mixers.base import Memory, tail
 from cat.position import sinusoidal, take
 from cat.types import Asked, Hidden, Tokens
 
@@ -57,16 +57,21 @@ class SequenceModel(nn.Module):
         self.check_length(tokens.shape[1])
         first, *others = self.layers()
         asked = None if others else at
-        if self.embedding.scheme == "none" and tokens.numel() > len(self.embedding.token.weight):
-            # What a token is projected to depends on nothing else: computed once for all places where it stands.
-            projected = F.embedding(tokens, first.project(self.embedding.token.weight))
-            x = self.embedding(tokens if asked is None else tokens.gather(1, asked))
-            x = first(x, asked, projected)
-        else:
-            x = first(self.embedding(tokens), asked)
+        projected = self.looked_up(tokens)
+        x = self.embedding(tokens if projected is None or asked is None else tokens.gather(1, asked))
+        x = first(x, asked, projected)
         for block in others:
             x = block(x, at if block is others[-1] else None)
         return self.norm(x)
+
+    def looked_up(self, tokens: Tokens) -> Float[Tensor, "B L P"] | None:
+        """What the first block projects the tokens to, computed once for all places where one stands; None where that is more.
+
+        It depends on nothing but the token, if no position is added to it.
+        """
+        if self.embedding.scheme != "none" or tokens.numel() <= len(self.embedding.token.weight):
+            return None
+        return F.embedding(tokens, self.layers()[0].project(self.embedding.token.weight))
 
     @property
     def steady(self) -> bool:
@@ -89,11 +94,12 @@ class SequenceModel(nn.Module):
         memories = memories or [Memory()] * len(self.blocks)
         start = memories[0].length
         self.check_length(start + tokens.shape[1])
-        x, read = self.embedding(tokens, start), list[Memory]()
-        for block, memory in zip(self.layers(), memories, strict=True):
-            x, memory = block.read(x, memory)
+        projected, blocks, read = self.looked_up(tokens), self.layers(), list[Memory]()
+        x = self.embedding(tokens, start)
+        for block, memory in zip(blocks, memories, strict=True):
+            x, memory = block.read(x, memory, projected if block is blocks[0] else None, last=block is blocks[-1])
             read.append(memory)
-        return self.head(self.norm(x[:, -1])), read
+        return self.head(self.norm(x[:, 0])), read
 
     def check_length(self, length: int) -> None:
         """Raises ValueError where a sequence is longer than learned positions reach."""
@@ -153,10 +159,15 @@ class Block(nn.Module):
             x, projected = take(x, at), self.project(x)
         return self.refine(x + self.mixer.combine(projected, at))
 
-    def read(self, x: Hidden, memory: Memory) -> tuple[Hidden, Memory]:
-        """The block's output of tokens that follow upon those of `memory`, and the memory of all of them."""
-        mixed, memory = self.mixer.read(self.project(x), memory)
-        return self.refine(x + mixed), memory
+    def read(
+        self, x: Hidden, memory: Memory, projected: Float[Tensor, "B L P"] | None = None, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B _ D"], Memory]:
+        """The block's output of tokens that follow upon those of `memory`, or of the `last` alone; and the memory of all.
+
+        `projected` is what `project` makes of `x`, where that is known already.
+        """
+        mixed, memory = self.mixer.read(self.project(x) if projected is None else projected, memory, last=last)
+        return self.refine((tail(x, 1) if last else x) + mixed), memory
 
     def refine(self, x: Float[Tensor, "B _ D"]) -> Float[Tensor, "B _ D"]:
         """The second half, of each token alone."""

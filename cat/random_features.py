@@ -7,6 +7,7 @@ The mean of <phi(q), phi(k)> over normal directions w is exp(scale <q, k>).
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ SMALLEST = 1e-30
 """What the weights of a query add up to at least, as far above the smallest float32 as its gradients need."""
 
 Directions = Float[Tensor, "H M C"]
-Features = Float[Tensor, "B H N S M"]
-Logs = Float[Tensor, "B H N S 1"]
+Features = Float[Tensor, "B H L M"]
+Logs = Float[Tensor, "B H _ 1"]
 
 
 def performer_attend(q: Heads, k: Heads, v: Values, *, scale: float, directions: Directions) -> Values:
@@ -31,33 +32,55 @@ def performer_attend(q: Heads, k: Heads, v: Values, *, scale: float, directions:
     A factor of all weights of a query cancels out: the largest feature of a query is made 1, and so is the largest one of all
     keys up to it. So no key depends on later ones, and no head is too wide and no row too long for the range of float32.
     """
-    length = q.shape[2]
-    chunk = min(CHUNK, length)
+    return performer_attend_next(q, k, v, None, scale=scale, directions=directions)[0]
+
+
+class Sums(NamedTuple):
+    """What attention by random features needs of the tokens so far, however many they are."""
+
+    highest: Logs
+    """The logarithm of the largest feature of a key."""
+    products: Float[Tensor, "B H M E"]
+    """Of the features, divided by the largest, and the value; the last of E channels is that of ones."""
+
+
+def performer_attend_next(
+    q: Heads, k: Heads, v: Values, sums: Sums | None, *, scale: float, directions: Directions
+) -> tuple[Values, Sums]:
+    """The outputs of tokens that follow upon those of `sums`, None before the first one; and the sums of all of them."""
     with torch.autocast(q.device.type, enabled=False):
-        # A last channel of ones adds up the weights; it is zero where there is no token.
+        # A last channel of ones adds up the weights.
         q, k, ones = (x.to(directions.dtype) for x in (q, k, F.pad(v, (0, 1), value=1)))
-        q, k, ones = (F.pad(x, (0, 0, 0, -length % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, ones))
-        q_logs, k_logs = (math.sqrt(scale) * x @ directions.mT[:, None] for x in (q, k))
+        q_logs, k_logs = (math.sqrt(scale) * x @ directions.mT for x in (q, k))
         k_logs = k_logs - scale * k.square().sum(-1, keepdim=True) / 2
         peak = k_logs.detach().amax(-1, keepdim=True)
         q_features = torch.exp(q_logs - q_logs.detach().amax(-1, keepdim=True))
-        sums = _causal_sum(q_features, torch.exp(k_logs - peak), ones, peak).flatten(2, 3)[:, :, :length]
-    return (sums[..., :-1] / sums[..., -1:].clamp(min=SMALLEST)).to(v.dtype)
+        read, sums = _causal_sum(q_features, torch.exp(k_logs - peak), ones, peak, sums)
+    return (read[..., :-1] / read[..., -1:].clamp(min=SMALLEST)).to(v.dtype), sums
 
 
-def _causal_sum(q: Features, k: Features, v: Float[Tensor, "B H N S E"], peak: Logs) -> Float[Tensor, "B H N S E"]:
+def _causal_sum(q: Features, k: Features, v: Values, peak: Logs, sums: Sums | None) -> tuple[Values, Sums]:
     """sum_{j <= i} e^(peak_j - highest_i) <q_i, k_j> v_j, where highest_i is the largest peak up to i: no factor is above 1."""
-    highest = peak.flatten(2, 3).cummax(2).values.view_as(peak)
-    future = torch.ones(q.shape[3], q.shape[3], dtype=torch.bool, device=q.device).triu(1)
+    if sums is None:
+        none = peak.new_full((*peak.shape[:2], 1, 1), float("-inf"))
+        sums = Sums(none, q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]))
+    before, state = sums
+    length = q.shape[2]
+    chunk = min(CHUNK, length)
+    q, k, v = (F.pad(x, (0, 0, 0, -length % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
+    peak = F.pad(peak, (0, 0, 0, -length % chunk), value=float("-inf"))  # of a place that no token takes
+    highest = torch.maximum(peak.cummax(2).values, before).unflatten(2, (-1, chunk))
+    peak = peak.unflatten(2, (-1, chunk))
+    future = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
     factor = (peak.mT - highest).exp().masked_fill(future, 0)
     end = highest[:, :, :, -1:]
-    start = F.pad(end[:, :, :-1], (0, 0, 0, 0, 1, 0), value=float("-inf"))
-    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
+    start = torch.cat([before[:, :, None], end[:, :, :-1]], dim=2)
     states = []
     for kept, added in zip((start - end).exp().unbind(2), ((k * (peak - end).exp()).mT @ v).unbind(2), strict=True):
         states.append(state)
         state = kept * state + added
-    return (q @ k.mT * factor) @ v + (start - highest).exp() * (q @ torch.stack(states, dim=2))
+    read = (q @ k.mT * factor) @ v + (start - highest).exp() * (q @ torch.stack(states, dim=2))
+    return read.flatten(2, 3)[:, :, :length], Sums(end[:, :, -1], state)
 
 
 def naive_performer_attend(q: Heads, k: Heads, v: Values, *, scale: float, directions: Directions) -> Values:

@@ -24,6 +24,7 @@ NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
 Inner = Float[Tensor, "B L E"]
 Rates = Float[Tensor, "E S"]
 Vectors = Float[Tensor, "B L S"]
+State = Float[Tensor, "B E S"]
 
 
 def selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
@@ -32,7 +33,18 @@ def selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> 
     x, delta, b, c = (t.to(a.dtype) for t in (x, delta, b, c))
     if kernel := fused_scan(a.device.type, a.dtype, a.shape[1]):
         return kernel(x.mT, delta.mT, a, b.mT, c.mT).mT
-    return _Scan.apply(x, delta, a.expand(len(x), -1, -1), b, c, torch.is_grad_enabled())[0]
+    return _scan(x, delta, a, b, c, x.new_zeros(len(x), *a.shape))[0]
+
+
+def selective_scan_next(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors, *, state: State | None) -> tuple[Inner, State]:
+    """The outputs of tokens that follow upon those of `state`, None before the first one; and the state after all of them."""
+    x, delta, b, c = (t.to(a.dtype) for t in (x, delta, b, c))
+    return _scan(x, delta, a, b, c, x.new_zeros(len(x), *a.shape) if state is None else state)
+
+
+def _scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors, start: State) -> tuple[Inner, State]:
+    y, end, _ = _Scan.apply(x, delta, a.expand(len(x), -1, -1), b, c, start, torch.is_grad_enabled())
+    return y, end
 
 
 def naive_selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
@@ -64,41 +76,47 @@ class _Scan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Inner, delta: Inner, a: Tensor, b: Vectors, c: Vectors, keep: bool) -> tuple[Inner, Tensor]:
-        """The outputs, and the states from h_0 on, or nothing of use without `keep`."""
+    def forward(
+        x: Inner, delta: Inner, a: Tensor, b: Vectors, c: Vectors, start: State, keep: bool
+    ) -> tuple[Inner, State, Tensor]:
+        """The outputs, the last state, and the states from h_0 = `start` on, or nothing of use without `keep`."""
         x, delta, b, c = (_tokens_first(t) for t in (x, delta, b, c))
-        a, y, inputs = a.mT.contiguous(), torch.empty_like(x), delta * x
+        a, y, inputs, end = a.mT.contiguous(), torch.empty_like(x), delta * x, start
         chunks = _chunks(len(x), a)
         decays = a.new_empty(chunks[0].stop, *a.shape)
         states = a.new_empty(1 + (len(x) if keep else len(decays)), *a.shape)
-        states[0] = 0
+        states[0] = start.mT
         each_decay, each_state = decays.unbind(), states.unbind()
         for chunk in chunks:
-            start, size = chunk.start if keep else 0, chunk.stop - chunk.start
-            new = torch.mul(b[chunk].mT, inputs[chunk], out=states[start + 1 :][:size])
+            first, size = chunk.start if keep else 0, chunk.stop - chunk.start
+            new = torch.mul(b[chunk].mT, inputs[chunk], out=states[first + 1 :][:size])
             torch.mul(delta[chunk], a, out=decays[:size]).exp_()
-            each_new = each_state[start + 1 : start + size + 1]
-            for state, decay, before in zip(each_new, each_decay, each_state[start:], strict=False):
+            each_new = each_state[first + 1 : first + size + 1]
+            for state, decay, before in zip(each_new, each_decay, each_state[first:], strict=False):
                 state.addcmul_(decay, before)
             torch.matmul(c[chunk], new, out=y[chunk])
             if not keep:
                 states[0] = new[-1]
-        return _tokens_second(y), states
+            end = new[-1].mT
+        return _tokens_second(y), end.clone(), states
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Inner, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Inner, State, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[2])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:-1], output[1])
+        ctx.save_for_backward(*inputs[:5], output[2])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Inner, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Inner | None, of_end: State | None, _: None) -> tuple[Tensor | None, ...]:
         x, delta, a, b, c, states = ctx.saved_tensors
+        gradient = torch.zeros_like(x) if gradient is None else gradient
         x, delta, b, c, of_y = (_tokens_first(t) for t in (x, delta, b, c, gradient))
         a, inputs = a.mT.contiguous(), delta * x
         of_x, of_delta, of_b, of_c = (torch.empty_like(t) for t in (x, delta, b, c))
         of_a, later = torch.zeros_like(a), torch.zeros_like(a)
+        if of_end is not None:
+            later += of_end.mT
         chunks = _chunks(len(x), a)
         decays = a.new_empty(chunks[0].stop, *a.shape)
         # Of state t: g_t = c_t of_y_t + decay_{t+1} g_{t+1}.
@@ -121,13 +139,15 @@ class _Scan(torch.autograd.Function):
             of_a += of_rate.mul_(delta[chunk]).sum(0)
         of_delta.addcmul_(of_x, x)
         of_x *= delta
-        return _tokens_second(of_x), _tokens_second(of_delta), of_a.mT, _tokens_second(of_b), _tokens_second(of_c), None
+        of_x, of_delta, of_b, of_c = (_tokens_second(t) for t in (of_x, of_delta, of_b, of_c))
+        return of_x, of_delta, of_a.mT, of_b, of_c, later.mT, None
 
     @staticmethod
-    def vmap(info: Any, mapped: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    def vmap(info: Any, mapped: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
         batches = [fold(x, axis, info.batch_size, into=0) for x, axis in zip(inputs[:-1], mapped, strict=False)]
-        y, states = _Scan.apply(*batches, inputs[-1])
-        return (y.unflatten(0, (info.batch_size, -1)), states.unflatten(1, (info.batch_size, -1))), (0, 1)
+        y, end, states = _Scan.apply(*batches, inputs[-1])
+        y, end, states = (t.unflatten(axis, (info.batch_size, -1)) for t, axis in zip((y, end, states), (0, 0, 1), strict=True))
+        return (y, end, states), (0, 0, 1)
 
 
 def _tokens_first(x: Float[Tensor, "B L N"]) -> Float[Tensor, "L B 1 N"]:

@@ -18,6 +18,8 @@ Sources = Float[Tensor, "B G L C"]
 """The heads that are mixed."""
 Values = Float[Tensor, "B H L E"]
 """E is C in a model: only its diagnostics hand a mixer values of another width."""
+State = Float[Tensor, "B H C E"]
+"""What a head keeps of the tokens so far, however many they are: a sum over them of key times value."""
 HeadFilter = Float[Tensor, "H W"]
 ChannelFilter = Float[Tensor, "H #C W"]
 """C is 1 where the channels of a head share their taps."""

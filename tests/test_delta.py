@@ -9,9 +9,9 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from cat.configuration import ModelConfiguration
-from cat.delta import CHUNK, delta_rule, naive_delta_rule
+from cat.delta import CHUNK, delta_rule, delta_rule_next, naive_delta_rule
 from cat.mixers import build_mixer
-from tests.twins import assert_twins, close, normal
+from tests.twins import assert_twins, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, WIDTH = 2, 3, 5, 18
 gated = pytest.mark.parametrize("gate", [False, True])
@@ -37,6 +37,13 @@ def build(**parameters: object) -> nn.Module:
 @pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 131])
 def test_the_delta_rule_is_the_definition(length, gate):
     assert_twins(delta_rule, naive_delta_rule, *inputs(length, gate=gate))
+
+
+@gated
+@pytest.mark.parametrize("parts", [[1] * 5, [CHUNK + 1, 1, 2 * CHUNK], [2, 70]], ids=str)
+def test_it_goes_on_from_a_state(parts, gate):
+    x = inputs(sum(parts), gate=gate)
+    assert_twins(lambda *x: in_parts(delta_rule_next, x, parts, dim=2)[0], naive_delta_rule, *x)
 
 
 @pytest.mark.parametrize("places", [slice(None), slice(17, 18), slice(None, None, 7)])

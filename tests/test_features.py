@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import accumulate
 
 import pytest
 import torch
@@ -12,9 +13,17 @@ from cat.attention import naive_attend
 from cat.configuration import ModelConfiguration
 from cat.mixers import build_mixer
 from cat.position import rotate
-from cat.random_features import naive_performer_attend, orthogonal_directions, performer_attend
-from cat.taylor import attend_by_features, attend_by_scores, count_features, features, naive_taylor_attend, taylor_attend
-from tests.twins import assert_twins, close, normal
+from cat.random_features import naive_performer_attend, orthogonal_directions, performer_attend, performer_attend_next
+from cat.taylor import (
+    attend_by_features,
+    attend_by_scores,
+    count_features,
+    features,
+    naive_taylor_attend,
+    taylor_attend,
+    taylor_attend_next,
+)
+from tests.twins import assert_twins, close, in_parts, normal
 
 BASED = {"mixer": "based", "heads": 3, "position": "none", "window": 5}
 PERFORMER = {"mixer": "performer", "heads": 3, "position": "none", "features": 11}
@@ -67,6 +76,31 @@ def assert_precise_under_autocast(attend, *inputs: Tensor) -> None:
 # Taylor features and a window.
 
 
+@pytest.mark.parametrize("window", [1, 5, 70])
+def test_taylor_attention_of_some_queries_is_the_definition_and_does_not_compute_the_others(window):
+    q, k, v = streams(13, channels=2)
+    at = torch.tensor([[0, 5, 12], [1, 6, 7]])
+    sizes = {"scale": 0.7, "window": window, "at": at}
+    assert_twins(partial(taylor_attend, **sizes), partial(naive_taylor_attend, **sizes), q[:, :, :3], k, v)
+
+
+@pytest.mark.parametrize("parts", [[1] * 40, [9, 1, 30], [1, 2, 37], [40]], ids=str)
+@pytest.mark.parametrize("window", [1, 3, 50])
+def test_taylor_attention_goes_on_from_the_window_and_a_sum(parts, window):
+    """Two channels have six features: as many tokens out of the window become one sum, and then the next."""
+    inputs, sizes = streams(40, channels=2), {"scale": 0.7, "window": window}
+    lengths = iter(accumulate(parts, initial=0))
+
+    def step(*x, state):
+        return taylor_attend_next(*x, state, length=next(lengths), **sizes)
+
+    _, past = in_parts(step, inputs, parts, dim=2)
+    assert past.keys.shape[2] < window + count_features(2)
+    assert (past.state is None) == (window == 50)
+    lengths = iter(accumulate(parts, initial=0))
+    assert_twins(lambda *x: in_parts(step, x, parts, dim=2)[0], partial(naive_taylor_attend, **sizes), *inputs)
+
+
 @both_forms
 @pytest.mark.parametrize("window", [1, 5, 64, 70, 200])
 @pytest.mark.parametrize("length", [1, 2, 13, 64, 65, 131])
@@ -78,7 +112,7 @@ def test_taylor_attention_is_the_definition(form, length, window):
 def test_scores_are_cheaper_up_to_twice_as_many_tokens_as_features(length, form, monkeypatch):
     taken = []
     for name, function in {"attend_by_scores": attend_by_scores, "attend_by_features": attend_by_features}.items():
-        monkeypatch.setattr(f"cat.taylor.{name}", lambda *x, f=function, n=name, window: taken.append(n) or f(*x, window=window))
+        monkeypatch.setattr(f"cat.taylor.{name}", lambda *x, f=function, n=name, **options: taken.append(n) or f(*x, **options))
     sizes = {"scale": 0.7, "window": 3}
     assert_twins(partial(taylor_attend, **sizes), partial(naive_taylor_attend, **sizes), *streams(length, channels=2))
     assert taken == [form]
@@ -167,6 +201,27 @@ def test_based_with_a_window_of_all_tokens_is_the_transformer():
 def test_performer_attention_is_the_definition(length):
     sizes = {"scale": 0.7, "directions": directions(3, 13, 5)}
     assert_twins(partial(performer_attend, **sizes), partial(naive_performer_attend, **sizes), *streams(length))
+
+
+@pytest.mark.parametrize("parts", [[1] * 5, [1, 130], [70, 1, 60, 5]], ids=str)
+def test_performer_attention_goes_on_from_a_sum(parts):
+    inputs, sizes = streams(sum(parts)), {"scale": 0.7, "directions": directions(3, 11, 5)}
+    assert_twins(
+        lambda *x: in_parts(lambda *y, state: performer_attend_next(*y, state, **sizes), x, parts, dim=2)[0],
+        partial(naive_performer_attend, **sizes),
+        *inputs,
+    )
+
+
+@pytest.mark.parametrize("small", [slice(70), slice(70, None), slice(None)], ids=["first", "last", "all"])
+def test_the_sum_of_performer_attention_keeps_the_range_of_float32(small):
+    """Some keys are so long that their features are far too small for float32 beside those of others."""
+    q, k, v = (x.float() for x in streams(75))
+    sizes = {"scale": 0.7, "directions": directions(3, 11, 5).float()}
+    k[:, :, small] *= 1e3
+    out, _ = in_parts(lambda *x, state: performer_attend_next(*x, state, **sizes), (q, k, v), [70, 5], dim=2)
+    torch.testing.assert_close(out, performer_attend(q, k, v, **sizes))
+    assert out[:, :, -1].abs().amin() > 0
 
 
 def test_random_features_approach_softmax_attention_with_their_number():

@@ -10,10 +10,10 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from cat.configuration import ModelConfiguration
-from cat.gated_linear_attention import CHUNK, gated_linear_attend, naive_gated_linear_attend
+from cat.gated_linear_attention import CHUNK, gated_linear_attend, gated_linear_attend_next, naive_gated_linear_attend
 from cat.linear_attention import causal_sum
 from cat.mixers import build_mixer
-from tests.twins import assert_twins, close, normal
+from tests.twins import assert_twins, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, VALUES, WIDTH, RANK = 2, 3, 5, 7, 18, 4
 attend, naive_attend = (partial(form, scale=0.3) for form in (gated_linear_attend, naive_gated_linear_attend))
@@ -37,6 +37,13 @@ def build(**parameters: object) -> nn.Module:
 @pytest.mark.parametrize("length", [1, 2, 3, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 131])
 def test_gated_linear_attention_is_the_definition(length):
     assert_twins(attend, naive_attend, *inputs(length))
+
+
+@pytest.mark.parametrize("parts", [[1] * 5, [CHUNK + 1, 1, 2 * CHUNK], [2, 70]], ids=str)
+def test_it_goes_on_from_a_state(parts):
+    step = partial(gated_linear_attend_next, scale=0.3)
+    naive = partial(naive_gated_linear_attend, scale=0.3)
+    assert_twins(lambda *x: in_parts(step, x, parts, dim=2)[0], naive, *inputs(sum(parts)))
 
 
 @pytest.mark.parametrize("places", [slice(None), slice(17, 18), slice(None, None, 7)])

@@ -8,13 +8,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from cat.evaluation import continuation
 from pipeline import params, runs, train
 from pipeline.__main__ import main
 from pipeline.files import DATA
 from pipeline.generate_text import Drawing, _shown, _tokenizer, generate_text
 from pipeline.grid import variants_on
 from tests.study import edit, stage, tiny_study
+from tests.twins import naive_continuation
 
 PROMPT = "Line 3 of the"
 
@@ -58,9 +58,8 @@ def text(*arguments, **options):
 def test_the_most_likely_text_is_the_model_s_own_continuation(study):
     tokenizer = _tokenizer("text")
     read = tokenizer.encode(np.frombuffer(PROMPT.encode(), np.uint8)).tolist()
-    start = torch.tensor([read + [0] * 9])
     model = runs.load_model(runs.weights_path("text", "k", 4))
-    follows = continuation(model, start, first=len(read) - 1)[0, len(read) :].tolist()
+    follows = naive_continuation(model, torch.tensor([read]), 9)[0].tolist()
     found = text("--tokens", "9", "--temperature", "0")
     assert found == "".join(tokenizer.decode(follows, after=read[-1])) + "\n"
     assert text("--tokens", "9", "--temperature", "0", "--prompt", PROMPT, prompt=None) == found

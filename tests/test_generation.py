@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from cat.attention import attend_last, naive_attend
-from cat.evaluation import continuation
 from cat.generation import choose, generate
-from cat.mixers.base import Memory
+from cat.mixers.base import Memory, Mixer
 from cat.model import SequenceModel
+from cat.position import take
 from tests.test_mixers import BATTERY, STREAMS, build, configure, hidden
-from tests.twins import close, normal
+from tests.twins import close, naive_continuation, normal
 
 VOCABULARY, LENGTH = 61, 13
 ATTENTION, LINEAR = {"mixer": "attention", **STREAMS}, {"mixer": "linear", **STREAMS}
@@ -24,8 +24,11 @@ FILTERS = {
     "channels": {"q": "decay", "k": "network", "v": "state", "filter_size": 3, "sharing": "channel", "filter_init": "random"},
     "sums": {"q": 3, "k": "state", "v": "decay", "filter_size": 3, "filter_norm": True, "position": "rotary"},
 }
+BLOCKS = {"mixer": "landmark", **STREAMS, "block": 4, "top": 1}
 MODELS = {
     **BATTERY,
+    "landmark_summary": {**BLOCKS, "k": 3, "summary": "state", "filter_size": 3, "qk_norm": True, "position": "rotary"},
+    "landmark_dilated": {**BLOCKS, "q": 2, "v": 2, "summary": 3, "dilation": 2, "sharing": "mixing", "filter_bias": True},
     **{f"cat_{name}": {**ATTENTION, **filters} for name, filters in FILTERS.items()},
     **{f"lincat_{name}": {**LINEAR, **filters} for name, filters in FILTERS.items() if filters.get("position") != "alibi"},
 }
@@ -74,12 +77,21 @@ def test_what_is_read_in_parts_has_the_logits_of_the_whole(name, parts):
     torch.testing.assert_close(stepwise(model, read, parts), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [name for name in OWN if MODELS[name].get("position") != "learned"])
+@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].get("position") != "learned"])
 def test_it_goes_on_beyond_the_training_length(name):
     model, read = model_of(MODELS[name]), tokens(2 * LENGTH + 4)
     parts = [LENGTH - 2, 1, 1, 1, 1, LENGTH, 1, 1]
     expected = whole(model, read, list(accumulate(parts)))
     torch.testing.assert_close(stepwise(model, read, parts), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["cat_mixing", "lincat_channels", "mamba", "gla"])
+def test_what_is_read_is_looked_up_where_tokens_are_many(name):
+    model = model_of(MODELS[name])
+    read = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
+    assert model.looked_up(read[:, :35]) is not None
+    parts = [35, 1, 4]
+    torch.testing.assert_close(stepwise(model, read, parts), whole(model, read, list(accumulate(parts))), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -102,13 +114,45 @@ def test_attention_keeps_a_key_and_a_value_a_token_and_what_its_filters_see_next
     close(out, mixer.combine(x)[:, -1:])
 
 
-def test_linear_attention_keeps_two_sums_however_long_the_sequence():
-    mixer = build({**LINEAR, "k": 3, "position": "rotary"}, LENGTH)
-    sizes = []
-    for length in (5, 50):
-        _, memory = mixer.read(mixer.project(hidden(length)), Memory())
-        sizes.append({name: tuple(kept.shape[1:]) for name, kept in memory.kept.items()})
-    assert sizes[0] == sizes[1] == {"keys": (3, 1, 6), "products": (3, 6, 6), "k": (3, 2, 6)}
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        ({**LINEAR, "position": "rotary"}, {"keys": (3, 1, 6), "products": (3, 6, 6)}),
+        ({"mixer": "performer", **STREAMS, "features": 7}, {"highest": (3, 1, 1), "products": (3, 7, 7)}),
+        ({"mixer": "delta", **STREAMS, "gate": True}, {"state": (3, 6, 6)}),
+        ({"mixer": "gla", **STREAMS, "gate_rank": 2, "output_gate": True}, {"state": (3, 6, 6)}),
+        ({"mixer": "mamba", "conv": 3, "state": 5}, {"state": (36, 5), "rows": (2, 36)}),
+    ],
+    ids=lambda given: given.get("mixer", ""),
+)
+def test_a_recurrence_keeps_a_state_however_long_the_sequence(config, sizes):
+    filters = {} if config["mixer"] == "mamba" else {"k": 3}
+    mixer, rows = build({**config, **filters}, LENGTH), dict.fromkeys(filters, (3, 2, 6))
+    for parts in ([5], [1] * 5, [50], [4, 46]):
+        memory = Memory()
+        for part in mixer.project(hidden(sum(parts))).split(parts, dim=1):
+            _, memory = mixer.read(part, memory)
+        assert {name: tuple(kept.shape[1:]) for name, kept in memory.kept.items()} == {**sizes, **rows}
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if model_of(MODELS[name]).steady])
+def test_the_last_output_alone_is_the_last_of_all(name):
+    mixer = build(MODELS[name], LENGTH)
+    x, memory = mixer.project(hidden(LENGTH)), Memory()
+    for part in x.split([7, 4, 2], dim=1):
+        last, kept = mixer.read(part, memory, last=True)
+        out, memory = mixer.read(part, memory)
+        close(last, out[:, -1:])
+        close(tuple(kept.kept.values()), tuple(memory.kept.values()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_read_in_parts_under_autocast_is_roughly_what_it_is_in_float32(name):
+    model, read = model_of(MODELS[name]).float(), tokens(LENGTH)
+    exact = stepwise(model, read, [6, 1, 1, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = stepwise(model, read, [6, 1, 1, 5])
+    assert (rough - exact).norm() < 0.2 * exact.norm()
 
 
 def test_a_memory_stays_what_it_was_when_it_is_gone_on_from_twice():
@@ -118,6 +162,26 @@ def test_a_memory_stays_what_it_was_when_it_is_gone_on_from_twice():
         first, _ = model.read(read[:, 9:12], memories)
         model.read(read[:, 12:], memories)
         close(model.read(read[:, 9:12], memories)[0], first)
+
+
+def test_a_mixer_that_says_nothing_of_what_it_keeps_keeps_projections():
+    class Means(Mixer):
+        def project(self, x):
+            return 2 * x
+
+        def combine(self, projected, at=None):
+            count = torch.arange(1, projected.shape[1] + 1)[:, None]
+            return take(projected.cumsum(1) / count, at)
+
+    mixer, x, memory = Means(), hidden(9), Memory()
+    outputs = []
+    for part in x.split([1, 5, 3], dim=1):
+        last, _ = mixer.read(mixer.project(part), memory, last=True)
+        out, memory = mixer.read(mixer.project(part), memory)
+        close(last, out[:, -1:])
+        outputs.append(out)
+    close(torch.cat(outputs, dim=1), mixer(x))
+    close(memory.kept["projected"], 2 * x)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 13])
@@ -149,15 +213,7 @@ def test_learned_positions_refuse_to_go_past_their_end():
 def test_greedy_choices_are_those_of_the_model_s_own_continuation(name):
     model, prompt = model_of(MODELS[name]), tokens(5)
     found = torch.stack(list(generate(model, prompt, LENGTH - 5)), dim=1)
-    if model.steady:
-        start = torch.cat([prompt, torch.zeros(2, LENGTH - 5, dtype=torch.int64)], dim=1)
-        expected = continuation(model, start, first=4)[:, 5:]
-    else:
-        read = prompt
-        for _ in range(LENGTH - 5):
-            read = torch.cat([read, model(read)[:, -1:].argmax(-1)], dim=1)
-        expected = read[:, 5:]
-    assert found.tolist() == expected.tolist()
+    assert found.tolist() == naive_continuation(model, prompt, LENGTH - 5).tolist()
 
 
 def test_choices_are_drawn_from_the_softmax_and_the_same_for_the_same_seed():

@@ -23,9 +23,9 @@ from cat.mixers import build_mixer
 from cat.model import SequenceModel
 from cat.position import rotate
 from cat.random_features import naive_performer_attend
-from cat.state_space import NUMBERS_AT_ONCE, fused_scan, naive_selective_scan, selective_scan
+from cat.state_space import NUMBERS_AT_ONCE, fused_scan, naive_selective_scan, selective_scan, selective_scan_next
 from cat.taylor import naive_taylor_attend
-from tests.twins import assert_twins, close, normal
+from tests.twins import assert_twins, close, in_parts, normal
 
 BATCH, WIDTH, HEADS = 2, 18, 3
 
@@ -498,6 +498,24 @@ def test_the_selective_scan_is_the_definition(length, at_once, monkeypatch):
     assert_twins(selective_scan, naive_selective_scan, *inputs)
     with torch.no_grad():  # the states are not kept
         close(selective_scan(*inputs), naive_selective_scan(*inputs))
+
+
+@pytest.mark.parametrize("parts", [[1] * 5, [9, 1, 20]], ids=str)
+def test_the_selective_scan_goes_on_from_a_state(parts, monkeypatch):
+    monkeypatch.setitem(NUMBERS_AT_ONCE, "cpu", 7 * 2 * 5 * 3)
+    length = sum(parts)
+    x, delta, a = normal(2, length, 5), normal(2, length, 5, seed=1).exp(), -normal(5, 3, seed=2).exp()
+    b, c = normal(2, length, 3, seed=3), normal(2, length, 3, seed=4)
+
+    def stepwise(x, delta, a, b, c):
+        def step(x, delta, b, c, state):
+            return selective_scan_next(x, delta, a, b, c, state=state)
+
+        return in_parts(step, (x, delta, b, c), parts, dim=1)[0]
+
+    assert_twins(stepwise, naive_selective_scan, x, delta, a, b, c)
+    with torch.no_grad():  # the states are not kept
+        close(stepwise(x, delta, a, b, c), naive_selective_scan(x, delta, a, b, c))
 
 
 @pytest.fixture

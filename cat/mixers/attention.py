@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cat.attention import attend, attend_last, logits
 from cat.mixers.base import Memory, joined
-from cat.mixers.streams import Projected, Streams
+from cat.mixers.streams import Mixed, Streams
 from cat.position import rotate
 from cat.types import Asked, Heads, Queries, Values
 
@@ -24,14 +24,13 @@ class CausalAttention(Streams):
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
         return logits(*self._placed(q, k), scale=self.scale, alibi=self.alibi)
 
-    def read(self, projected: Projected, memory: Memory) -> tuple[Float[Tensor, "B L D"], Memory]:
-        """Keeps the keys and values of all tokens as they are attended to, and the rows that the filters see next."""
-        q, k, v, kept = self.next_streams(projected, memory)
+    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+        """Keeps the keys and values of all tokens as they are attended to."""
+        q, k, v = streams
         q, k = self._placed(q, k, start=memory.length)
         keys, values = joined(memory, "keys", k, dim=2), joined(memory, "values", v, dim=2)
-        attended = attend if memory.length == 0 else attend_last
-        heads = attended(q, keys, values, scale=self.scale, alibi=self.alibi)
-        return self.merged(heads), Memory(memory.length + projected.shape[1], {"keys": keys, "values": values, **kept})
+        attended = attend if q.shape[2] == keys.shape[2] else attend_last
+        return attended(q, keys, values, scale=self.scale, alibi=self.alibi), {"keys": keys, "values": values}
 
     @property
     def alibi(self) -> bool:
@@ -39,7 +38,10 @@ class CausalAttention(Streams):
         return self.config.position == "alibi"
 
     def _placed(self, q: Queries, k: Heads, *, start: int = 0, at: Asked | None = None) -> tuple[Queries, Heads]:
-        """Both turned by their positions where these are rotary; the first token is token `start`, the queries those `at`."""
+        """Both turned by their positions where these are rotary; the first key is token `start`.
+
+        The queries are those `at`, or the last ones as many as there are.
+        """
         if self.config.position == "rotary":
-            return rotate(q, start=start, at=at), rotate(k, start=start)
+            return rotate(q, start=start + k.shape[2] - q.shape[2], at=at), rotate(k, start=start)
         return q, k

@@ -43,14 +43,24 @@ class Mixer(nn.Module, ABC):
     def combine(self, projected: Float[Tensor, "B L P"], at: Asked | None = None) -> Float[Tensor, "B _ D"]:
         """The output at every position, or at positions `at`, of projected tokens."""
 
-    def read(self, projected: Float[Tensor, "B L P"], memory: Memory) -> tuple[Float[Tensor, "B L D"], Memory]:
+    def read(
+        self, projected: Float[Tensor, "B L P"], memory: Memory, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B _ D"], Memory]:
         """The outputs of projected tokens that follow upon those of `memory`, and the memory of all of them.
 
-        They are what `combine` makes of the whole sequence. What is kept is right for every mixer: the projections of all tokens.
+        The outputs, of the last token alone where `last` says so, are what `combine` makes of the whole sequence. What is kept
+        is right for every mixer, and more than most need: the projections of all tokens.
         """
         whole = joined(memory, "projected", projected, dim=1)
-        later = torch.arange(memory.length, whole.shape[1], device=whole.device).expand(len(whole), -1)
-        return self.combine(whole, later if memory.length else None), Memory(whole.shape[1], {"projected": whole})
+        length = whole.shape[1]
+        first = length - 1 if last else memory.length
+        later = torch.arange(first, length, device=whole.device).expand(len(whole), -1)
+        return self.combine(whole, later if first else None), Memory(length, {"projected": whole})
+
+
+def tail(x: Float[Tensor, "*batch L C"], count: int) -> Float[Tensor, "*batch _ C"]:
+    """The last `count` rows, or all where there are fewer."""
+    return x[..., max(0, x.shape[-2] - count) :, :]
 
 
 def joined(memory: Memory, name: str, x: Float[Tensor, "*shape"], *, dim: int) -> Float[Tensor, "*longer"]:

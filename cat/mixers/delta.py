@@ -16,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import Delta
-from cat.delta import Rates, delta_rule
-from cat.mixers.streams import Projected, Streams
+from cat.delta import Rates, delta_rule, delta_rule_next
+from cat.mixers.base import Memory
+from cat.mixers.streams import Mixed, Projected, Streams
 from cat.normalization import unit
 from cat.position import take
-from cat.types import Asked, Heads, Values
+from cat.types import Asked, Heads, Queries, Values
 
 
 class DeltaRule(Streams):
@@ -47,10 +48,17 @@ class DeltaRule(Streams):
     def mix(self, q: Heads, k: Heads, v: Values, *rates: Rates, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         return take(delta_rule(q, k, v, *rates), at)
 
-    def streams(self, projected: Projected, at: Asked | None = None) -> tuple[Float[Tensor, "B H _ ..."], ...]:
-        """Filtered q, k and v, q and k of unit length, then beta, and log alpha where there is a gate."""
+    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+        """Keeps the state."""
+        heads, state = delta_rule_next(*streams, state=memory.kept.get("state"))
+        return heads, {"state": state}
+
+    def scaled(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
+        """Both of unit length."""
+        return unit(q), unit(k)
+
+    def apart(self, projected: Projected) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
+        """What queries, keys and values are made of; beta, and log alpha where there is a gate."""
         width = self.projection.out_features
-        q, k, v = super().streams(projected[..., :width], at)
         strength, *step = projected[..., width:].split(self.config.heads, dim=-1)
-        streams = unit(q), unit(k), v, strength.sigmoid().mT
-        return *streams, *((-self.log_rate.exp() * F.softplus(s)).mT for s in step)
+        return projected[..., :width], [strength.sigmoid().mT, *((-self.log_rate.exp() * F.softplus(s)).mT for s in step)]

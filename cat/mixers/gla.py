@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import GatedLinear
-from cat.gated_linear_attention import gated_linear_attend
-from cat.mixers.streams import Projected, Streams
+from cat.gated_linear_attention import gated_linear_attend, gated_linear_attend_next
+from cat.mixers.base import Memory
+from cat.mixers.streams import Mixed, Projected, Streams
 from cat.position import take
-from cat.types import Asked, Heads, Queries, Values
+from cat.types import Asked, Heads, Values
 
 
 class GatedLinearAttention(Streams):
@@ -37,13 +38,23 @@ class GatedLinearAttention(Streams):
 
     def mix(self, q: Heads, k: Heads, v: Values, *gates: Heads, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         log_decay, *output_gate = gates
-        heads = take(gated_linear_attend(q, k, v, log_decay, scale=self.scale), at)
-        heads = F.rms_norm(heads, heads.shape[-1:], eps=1e-5)
-        return heads * F.silu(take(output_gate[0], at)) if output_gate else heads
+        heads = gated_linear_attend(q, k, v, log_decay, scale=self.scale)
+        return self._gated(take(heads, at), *(take(gate, at) for gate in output_gate))
 
-    def streams(self, projected: Projected, at: Asked | None = None) -> tuple[Queries, ...]:
-        """Filtered q, k and v, then log alpha, then what the gate on the output is made of where there is one."""
+    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+        """Keeps the state."""
+        q, k, v, log_decay, *output_gate = streams
+        heads, state = gated_linear_attend_next(q, k, v, log_decay, state=memory.kept.get("state"), scale=self.scale)
+        return self._gated(heads, *output_gate), {"state": state}
+
+    def apart(self, projected: Projected) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
+        """What queries, keys and values are made of; log alpha, and what the gate on the output is made of where there is one."""
         width = self.config.width
         gates = (x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for x in projected[..., 3 * width :].split(width, -1))
         log_decay, *output_gate = gates
-        return *self.filtered(projected[..., : 3 * width], at), F.logsigmoid(log_decay) / 16, *output_gate
+        return projected[..., : 3 * width], [F.logsigmoid(log_decay) / 16, *output_gate]
+
+    @staticmethod
+    def _gated(heads: Float[Tensor, "B H _ E"], *gate: Float[Tensor, "B H _ E"]) -> Float[Tensor, "B H _ E"]:
+        heads = F.rms_norm(heads, heads.shape[-1:], eps=1e-5)
+        return heads * F.silu(gate[0]) if gate else heads

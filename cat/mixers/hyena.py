@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cat.configuration import Hyena
 from cat.filters import ExplicitFilter, Layout, NetworkFilter
-from cat.mixers.base import Mixer
+from cat.mixers.base import Memory, Mixer, tail
 from cat.position import take
 from cat.types import Asked
 
@@ -33,3 +33,15 @@ class GatedConvolution(Mixer):
     def combine(self, projected: Float[Tensor, "B L P"], at: Asked | None = None) -> Float[Tensor, "B _ D"]:
         q, k, v = self.short(projected[:, None])[:, 0].chunk(3, dim=-1)
         return self.output(take(q * self.long((k * v)[:, None])[:, 0], at))
+
+    def read(
+        self, projected: Float[Tensor, "B L P"], memory: Memory, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B _ D"], Memory]:
+        """Keeps the rows that the short filter sees next, and every product of key and value, all of which the long one sees."""
+        x = projected[:, None]
+        x, rows = self.short.read(x, memory.kept.get("rows", x[:, :, :0]))
+        q, k, v = x.chunk(3, dim=-1)
+        x, products = self.long.read(k * v, memory.kept.get("products", k[:, :, :0]))
+        x = (q * x)[:, 0]
+        kept = {"rows": rows, "products": products}
+        return self.output(tail(x, 1) if last else x), Memory(memory.length + projected.shape[1], kept)

@@ -5,6 +5,7 @@ Figure 3 of arXiv 2407.05591; the formula is in cat/landmark.py.
 
 from typing import cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,7 +13,8 @@ from cat.attention import logits
 from cat.configuration import Landmark
 from cat.filters import ExplicitFilter, Filter
 from cat.landmark import Landmarks, ends, landmark_attend
-from cat.mixers.streams import Projected, Streams
+from cat.mixers.base import Memory, joined
+from cat.mixers.streams import Mixed, Projected, Streams
 from cat.normalization import unit
 from cat.position import rotate
 from cat.types import Asked, Heads, Queries, Values
@@ -54,6 +56,30 @@ class LandmarkAttention(Streams):
         if self.config.position == "rotary":
             q, k, landmarks = rotate(q, at=at), rotate(k), rotate(landmarks, start=self.block - 1, step=self.block)
         return landmark_attend(q, k, v, landmarks, scale=self.scale, block=self.block, top=self.top, reach=self.reach, at=at)
+
+    def next_streams(self, projected: Projected, memory: Memory, *, last: bool) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The landmarks are those of blocks that end among these tokens."""
+        q, k, v, rows = self.next_filtered(projected, memory, last=last)
+        landmarks = k
+        if "summary" in self.filters:
+            landmarks, rows["summary"] = self.next_of("summary", k, memory)
+        landmarks = landmarks[:, :, -(memory.length + 1) % self.block :: self.block]
+        if self.config.qk_norm:
+            landmarks = unit(landmarks)
+        return (*self.scaled(q, k), v, landmarks), rows
+
+    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+        """Keeps the landmarks, and the keys and values of all tokens, as they are attended to."""
+        q, k, v, landmarks = streams
+        start, length = memory.length, memory.length + k.shape[2]
+        first = length - q.shape[2]
+        if self.config.position == "rotary":
+            end = start + -(start + 1) % self.block
+            q, k, landmarks = rotate(q, start=first), rotate(k, start=start), rotate(landmarks, start=end, step=self.block)
+        added = {"keys": k, "values": v, "landmarks": landmarks}
+        kept = {name: joined(memory, name, x, dim=2) for name, x in added.items()}
+        at = torch.arange(first, length, device=q.device).expand(len(q), -1) if first else None
+        return landmark_attend(q, *kept.values(), scale=self.scale, block=self.block, top=self.top, reach=self.reach, at=at), kept
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
         """Whichever blocks are read."""

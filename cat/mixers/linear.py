@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cat.linear_attention import Sums, linear_attend, linear_attend_next
 from cat.mixers.base import Memory
-from cat.mixers.streams import Projected, Streams
+from cat.mixers.streams import Mixed, Streams
 from cat.position import take
 from cat.types import Asked, Heads, Values
 
@@ -19,9 +19,9 @@ class LinearAttention(Streams):
     def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         return take(linear_attend(q, k, v, rotary=self.config.position == "rotary"), at)
 
-    def read(self, projected: Projected, memory: Memory) -> tuple[Float[Tensor, "B L D"], Memory]:
-        """Keeps two sums over all tokens, and the rows that the filters see next."""
-        q, k, v, kept = self.next_streams(projected, memory)
+    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+        """Keeps two sums over all tokens."""
+        q, k, v = streams
         sums = Sums(memory.kept["keys"], memory.kept["products"]) if memory.length else None
         heads, sums = linear_attend_next(q, k, v, sums, start=memory.length, rotary=self.config.position == "rotary")
-        return self.merged(heads), Memory(memory.length + projected.shape[1], {**sums._asdict(), **kept})
+        return heads, sums._asdict()

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import Mamba as MambaConfiguration
-from cat.mixers.base import Mixer
+from cat.mixers.base import Memory, Mixer, joined, tail
 from cat.position import take
-from cat.state_space import selective_scan
+from cat.state_space import selective_scan, selective_scan_next
 from cat.types import Asked
 
 
@@ -28,6 +28,7 @@ class Mamba(Mixer):
         self.rank = math.ceil(config.width / 16)
         self.state = config.state
         self.input = nn.Linear(config.width, 2 * inner, bias=False)
+        self.reach = config.conv - 1
         self.convolution = nn.Conv1d(inner, inner, config.conv, groups=inner)
         self.selection = nn.Linear(inner, self.rank + 2 * config.state, bias=False)
         self.step = nn.Linear(self.rank, inner)
@@ -44,8 +45,26 @@ class Mamba(Mixer):
 
     def combine(self, projected: Float[Tensor, "B L P"], at: Asked | None = None) -> Float[Tensor, "B _ D"]:
         u, gate = projected.chunk(2, dim=-1)
-        u = F.silu(self.convolution(F.pad(u.mT, (self.convolution.kernel_size[0] - 1, 0))).mT)
-        step, b, c = self.selection(u).split([self.rank, self.state, self.state], dim=-1)
-        delta = F.softplus(self.step(step))
-        y = selective_scan(u, delta, -self.log_rate.exp(), b, c) + self.skip * u
+        u, *others = self._selected(F.pad(u, (0, 0, self.reach, 0)))
+        y = selective_scan(u, *others) + self.skip * u
         return self.output(take(y, at) * F.silu(take(gate, at)))
+
+    def read(
+        self, projected: Float[Tensor, "B L P"], memory: Memory, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B _ D"], Memory]:
+        """Keeps the state, and the rows that the convolution sees next."""
+        u, gate = projected.chunk(2, dim=-1)
+        rows = joined(memory, "rows", u, dim=1) if memory.length else F.pad(u, (0, 0, self.reach, 0))
+        u, delta, a, b, c = self._selected(rows)
+        y, state = selective_scan_next(u, delta, a, b, c, state=memory.kept.get("state"))
+        y = y + self.skip * u
+        if last:
+            y, gate = tail(y, 1), tail(gate, 1)
+        kept = {"state": state, "rows": tail(rows, self.reach)}
+        return self.output(y * F.silu(gate)), Memory(memory.length + projected.shape[1], kept)
+
+    def _selected(self, rows: Float[Tensor, "B R E"]) -> tuple[Tensor, ...]:
+        """The convolved u, step sizes, rates, inputs and outputs of the tokens for which the rows before them are there."""
+        u = F.silu(self.convolution(rows.mT).mT)
+        step, b, c = self.selection(u).split([self.rank, self.state, self.state], dim=-1)
+        return u, F.softplus(self.step(step)), -self.log_rate.exp(), b, c

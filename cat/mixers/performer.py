@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cat.configuration import Performer
-from cat.mixers.streams import Streams
+from cat.mixers.base import Memory
+from cat.mixers.streams import Mixed, Streams
 from cat.position import rotate, take
-from cat.random_features import orthogonal_directions, performer_attend
+from cat.random_features import Sums, orthogonal_directions, performer_attend, performer_attend_next
 from cat.types import Asked, Heads, Values
 
 
@@ -26,3 +27,12 @@ class RandomFeatureAttention(Streams):
         if self.config.position == "rotary":
             q, k = rotate(q), rotate(k)
         return take(performer_attend(q, k, v, scale=self.scale, directions=self.directions), at)
+
+    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+        """Keeps a sum over all tokens, and by how much it is divided."""
+        q, k, v = streams
+        if self.config.position == "rotary":
+            q, k = rotate(q, start=memory.length), rotate(k, start=memory.length)
+        sums = Sums(memory.kept["highest"], memory.kept["products"]) if memory.length else None
+        heads, sums = performer_attend_next(q, k, v, sums, scale=self.scale, directions=self.directions)
+        return heads, sums._asdict()

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 
 from cat.configuration import AttentionModel
 from cat.filters import Filter, Layout, alike, apply_together, build_filter
-from cat.mixers.base import Memory, Mixer
+from cat.mixers.base import Memory, Mixer, tail
 from cat.normalization import unit
 from cat.position import take
 from cat.types import Asked, Heads, Hidden, Queries, Values
 
 Projected = Float[Tensor, "B L P"]
 """Queries, keys and values of every token, side by side, as `project` makes them."""
+
+Mixed = tuple[Float[Tensor, "B H _ E"], dict[str, Tensor]]
+"""What heads have read, and by name what is kept to go on."""
 
 
 class Streams(Mixer):
@@ -60,6 +63,11 @@ class Streams(Mixer):
     def combine(self, projected: Projected, at: Asked | None = None) -> Float[Tensor, "B _ D"]:
         return self.merged(self.mix(*self.streams(projected, at if self.asks else None), at=at))
 
+    def read(self, projected: Projected, memory: Memory, *, last: bool = False) -> tuple[Float[Tensor, "B _ D"], Memory]:
+        streams, rows = self.next_streams(projected, memory, last=last)
+        heads, kept = self.mix_next(streams, memory)
+        return self.merged(tail(heads, 1) if last else heads), Memory(memory.length + projected.shape[1], {**kept, **rows})
+
     def merged(self, heads: Values) -> Hidden:
         """What the heads have read, projected back."""
         return self.output(heads.transpose(1, 2).flatten(2))
@@ -68,14 +76,23 @@ class Streams(Mixer):
     def mix(self, q: Queries, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
         """What the heads read off the values, causally, at every position or at positions `at`."""
 
+    @abstractmethod
+    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+        """What `mix` makes of tokens that follow upon those of `memory`; and what is kept of all of them."""
+
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"] | None:
         """What the softmax of q and k is taken of, -inf where nothing is read; None where there is none."""
         return None
 
-    def streams(self, projected: Projected, at: Asked | None = None) -> tuple[Float[Tensor, "B H _ _"], ...]:
-        """What is mixed: filtered q, k and v, q and k scaled; q at every position or at positions `at`."""
+    def streams(self, projected: Projected, at: Asked | None = None) -> tuple[Float[Tensor, "B H _ ..."], ...]:
+        """What is mixed: filtered q, k and v, q and k scaled, and what else there is; q at every position or at `at`."""
+        projected, others = self.apart(projected)
         q, k, v = self.filtered(projected, at)
-        return *self.scaled(q, k), v
+        return *self.scaled(q, k), v, *others
+
+    def apart(self, projected: Projected) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
+        """What queries, keys and values are made of, and what else of each token is mixed with them."""
+        return projected, []
 
     def filtered(self, projected: Projected, at: Asked | None = None) -> tuple[Queries, Heads, Heads]:
         """The filtered q, k and v; q at every position or at positions `at`."""
@@ -103,14 +120,29 @@ class Streams(Mixer):
         q, k, v = (stream.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for stream in projected.chunk(3, dim=-1))
         return q, k, v
 
-    def next_streams(self, projected: Projected, memory: Memory) -> tuple[Heads, Heads, Heads, dict[str, Tensor]]:
-        """The `streams` of tokens that follow upon those of `memory`, and by stream the rows that its filter sees next."""
-        kept, streams = {}, dict(zip("qkv", self.heads(projected), strict=True))
+    def next_streams(self, projected: Projected, memory: Memory, *, last: bool) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The `streams` of tokens that follow upon those of `memory`, and by stream the rows that its filter sees next.
+
+        Of q, only the `last` one where that is all that is to be mixed.
+        """
+        projected, others = self.apart(projected)
+        q, k, v, rows = self.next_filtered(projected, memory, last=last)
+        return (*self.scaled(q, k), v, *others), rows
+
+    def next_filtered(
+        self, projected: Projected, memory: Memory, *, last: bool
+    ) -> tuple[Queries, Heads, Heads, dict[str, Tensor]]:
+        """As `next_streams`, `filtered` and not scaled."""
+        rows, streams = dict[str, Tensor](), dict(zip("qkv", self.heads(projected), strict=True))
         for stream, x in streams.items():
             if stream in self.filters:
-                causal = cast(Filter, self.filters[stream])
-                streams[stream], kept[stream] = causal.read(x, memory.kept.get(stream, x[:, :, :0]))
-        return *self.scaled(streams["q"], streams["k"]), streams["v"], kept
+                streams[stream], rows[stream] = self.next_of(stream, x, memory)
+        q, k, v = streams.values()
+        return tail(q, 1) if last and self.asks else q, k, v, rows
+
+    def next_of(self, stream: str, x: Heads, memory: Memory) -> tuple[Heads, Float[Tensor, "B H S C"]]:
+        """What the filter of the stream makes of rows that follow upon those of `memory`, and the rows that it sees next."""
+        return cast(Filter, self.filters[stream]).read(x, memory.kept.get(stream, x[:, :, :0]))
 
     def scaled(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
         """Both of unit length where `qk_norm` says so, q times a learned temperature."""
