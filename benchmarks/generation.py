@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, Work, compared
-from cat.configuration import Attention, Linear
+from cat.configuration import Attention, Delta, Linear, Mamba, ModelConfiguration
 from cat.mixers.base import Memory
 from cat.model import SequenceModel
 
@@ -17,9 +17,15 @@ VOCABULARY, TARGET = 256, 10
 
 
 def generation(*, length: int = 1024, width: int = 256) -> Benchmark:
-    """One sequence, four layers; filters of four taps on queries, keys and values."""
-    sizes = {"width": width, "layers": 4, "heads": 4, "position": "none", "mlp": 4, "q": 4, "k": 4, "v": 4}
-    configs = {"CAT": Attention(mixer="attention", **sizes), "LinCAT": Linear(mixer="linear", **sizes)}
+    """One sequence, four layers; filters of four taps on queries, keys and values, where there are such."""
+    sizes = {"width": width, "layers": 4, "mlp": 4}
+    streams = {**sizes, "heads": 4, "position": "none", "q": 4, "k": 4, "v": 4}
+    configs = {
+        "CAT": Attention(mixer="attention", **streams),
+        "LinCAT": Linear(mixer="linear", **streams),
+        "Gated DeltaNet": Delta(mixer="delta", gate=True, **streams),
+        "Mamba": Mamba(mixer="mamba", **sizes),
+    }
     cases = [
         Case(
             name=f"{name}, after {length:,} tokens",
@@ -38,7 +44,7 @@ def generation(*, length: int = 1024, width: int = 256) -> Benchmark:
     )
 
 
-def step(config: Attention | Linear, length: int, device: str) -> Work:
+def step(config: ModelConfiguration, length: int, device: str) -> Work:
     model, tokens = ready(config, length, device)
     with torch.no_grad():
         _, memories = model.read(tokens[:, :-1])
@@ -50,7 +56,7 @@ def _step(model: SequenceModel, token: Tensor, memories: Sequence[Memory]) -> Te
     return model.read(token, memories)[0]
 
 
-def forward(config: Attention | Linear, length: int, device: str) -> Work:
+def forward(config: ModelConfiguration, length: int, device: str) -> Work:
     return partial(_forward, *ready(config, length, device))
 
 
@@ -59,7 +65,7 @@ def _forward(model: SequenceModel, tokens: Tensor) -> Tensor:
     return model(tokens)[:, -1]
 
 
-def ready(config: Attention | Linear, length: int, device: str) -> tuple[SequenceModel, Tensor]:
+def ready(config: ModelConfiguration, length: int, device: str) -> tuple[SequenceModel, Tensor]:
     """A model with the same weights at every call, and the tokens before and the last one."""
     torch.manual_seed(0)
     model = SequenceModel(config, vocabulary=VOCABULARY, length=length).to(device)
