@@ -1,7 +1,7 @@
 """What can be said about a model and its training: frozen, keyword-only classes, their rules in words.
 
-No torch here, so that a study is validated in an instant. A key left out means that the feature is off; nothing here is a
-number that an experiment depends on, which is why no stage of the study depends on this file.
+No torch here, so that a study is validated in an instant. No stage of the study depends on this file: a key left out means
+that the feature is off, and what it means otherwise is written into plan/, on which they depend.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def performer_attend(q: Heads, k: Heads, v: Values, *, scale: float, directions:
     """Attention by random features, at a cost of L (chunk + C) M a head, in float32 at least.
 
     A factor of all weights of a query cancels out: the largest feature of a query is made 1, and so is the largest one of all
-    keys up to it. So no key depends on later ones, and no head is too wide and no row too long for the range of float32.
+    keys up to it. So no key depends on later ones, and nothing overflows float32, however wide a head and long a row. Rows may be
+    so long that no key has any size in the features that are large for a query: weights below SMALLEST add up to less than one.
     """
     return performer_attend_next(q, k, v, None, scale=scale, directions=directions)[0]
 

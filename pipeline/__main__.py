@@ -70,6 +70,7 @@ def validate(file: str) -> None:
     from pipeline.plan import check_stages, of_other_files, table
 
     study = params.load(file)
+    params.check_rewritten(file)
     check_stages(study, file)
     claims.load()
     click.echo(table(study))

@@ -70,6 +70,11 @@ def describe(device: torch.device, processes: int = 1) -> str:
     return kind if processes == 1 else f"{processes} x {kind}"
 
 
+def made_on(device: torch.device, processes: int = 1) -> str:
+    """`describe`, and by which PyTorch."""
+    return f"{describe(device, processes)}, PyTorch {torch.__version__.partition('+')[0]}"
+
+
 class Stopped(KeyboardInterrupt):
     """Every job has kept what it has done."""
 

@@ -220,6 +220,20 @@ def checked(schema: Any, raw: object, file: str | Path) -> Any:
         raise refusal(file, [f"{subject}{', and '.join(rules)}" for subject, rules in faults.items()]) from None
 
 
+def check_rewritten(path: str | Path) -> None:
+    """Raises ParamsError unless the file can be read again once `dvc exp run -S` has written all of it anew."""
+    writer = YAML()
+    with io.StringIO() as text:
+        writer.dump(writer.load(Path(path).read_text(encoding="utf-8")), text)
+        try:
+            YAML(typ="safe").load(text.getvalue())
+        except YAMLError as error:
+            place = getattr(error, "problem_mark", None)
+            line = text.getvalue().splitlines()[place.line].strip() if place else ""
+            what = "cannot be read once `dvc exp run -S` has written it anew, without quotes; is there a question mark in braces?"
+            raise refusal(path, [f"{_cut(line, 60)}: {what}"]) from None
+
+
 def refusal(file: str | Path, faults: Iterable[str]) -> ParamsError:
     """The error that says what is wrong with `file`, each fault cut to LONGEST characters."""
     return ParamsError([f"{file}: {_cut(fault, LONGEST)}" for fault in faults])

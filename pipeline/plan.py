@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from cat.configuration import Theory, Variant
+from cat.configuration import Configuration, Theory, Variant
 from pipeline.code import listings
 from pipeline.files import DATA, PLAN, read_json, whole, write_json
 from pipeline.grid import cells, variants_on
@@ -23,7 +23,8 @@ _STAGES = Path("dvc.yaml")
 def write(study: Study) -> None:
     """plan/<stage>/<name>.txt, what each stage depends on besides data and parameters; params.schema.json, which none changes.
 
-    That is the code that it runs, and for an evaluation the variants that it walks.
+    That is the code that it runs; of data and training what the configuration leaves to defaults, which are no parameters; and
+    for an evaluation the variants that it walks.
     """
     kinds = {task: f"cat/tasks/{section.data.kind}.py" for task, section in study.tasks.items()}
     looked_at = {v for a in study.ablations.values() if a.figure == "example" for v in shown_variants(a)}
@@ -40,7 +41,10 @@ def write(study: Study) -> None:
     for variant, model in study.variants.items():
         begin[f"train/{variant}"] = ["pipeline/train.py", *_code_of(model)]
     texts = listings(begin)
-    for task in study.tasks:
+    for variant, model in study.variants.items():
+        texts[f"train/{variant}"] += _defaults(model)
+    for task, section in study.tasks.items():
+        texts[f"generate/{task}"] += _defaults(section.data)
         texts[f"evaluate/{task}"] += "".join(f"{variant}\n" for variant in variants_on(study, task))
     with whole(PLAN) as folder:
         for name, text in texts.items():
@@ -49,6 +53,12 @@ def write(study: Study) -> None:
             path.write_text(text, encoding="utf-8")
     with whole(SCHEMA) as path:
         write_json(path, Study.model_json_schema())
+
+
+def _defaults(config: Configuration) -> str:
+    """What is set without being given, a line a key; what is not set, or not true, is as if there were no such key."""
+    content = config.model_dump(mode="json", exclude=config.model_fields_set)
+    return "".join(f"{key}: {value}\n" for key, value in content.items() if value not in (None, False))
 
 
 def _code_of(model: Variant) -> list[str]:

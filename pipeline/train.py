@@ -186,7 +186,7 @@ def run_jobs(
     """Trains these models of the cell at once; `report` is told (steps done since it was last told, row or None)."""
     if isinstance(cell.setting.model, Theory):
         return [_prescribe(cell, job, device, report) for job in jobs]
-    where = compute.describe(device, group.size)
+    where = compute.made_on(device, group.size)
     told = dict.fromkeys(jobs, 0)
 
     def progress(job: Job, step: int, row: Row | None) -> None:
@@ -245,7 +245,7 @@ def _fit(
         ).to(device)
         for job in jobs
     ]
-    checkpoints = [_checkpoint(cell, job, compute.describe(device, group.size)) for job in jobs]
+    checkpoints = [_checkpoint(cell, job, compute.made_on(device, group.size)) for job in jobs]
     states = group.first(lambda: [checkpoint.read() for checkpoint in checkpoints])
     keep = Keeper(checkpoints, group)
     seeds = [derive_seed(job.seed, task, "batches") for job in jobs]
@@ -286,7 +286,7 @@ def _prescribe(cell: Cell, job: Job, device: torch.device, report: compute.Repor
     scores = score(model, valid, precision=cell.setting.precision)
     report((cell.setting.schedule.steps, None))
     row = look(0, [math.nan], [math.nan], scores.loss, scores.accuracy, largest_logit(model, valid.inputs))
-    return _trained(cell, job, model, [row], 0, "theorem", compute.describe(device))
+    return _trained(cell, job, model, [row], 0, "theorem", compute.made_on(device))
 
 
 @functools.lru_cache(maxsize=2)
@@ -312,7 +312,7 @@ def _trained(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         solves_every_length=key_filter_solves_every_length(model),
         entropy=None if stop == "diverged" else head_entropies(model, _splits(cell.task, model.head.weight.device)[1].inputs),
-        config=model.config.model_dump(mode="json", exclude_defaults=True),
+        config=model.config.model_dump(mode="json"),
         weights={name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()},
         device=device,
         micro_batch=micro_batch,

@@ -109,6 +109,16 @@ def test_a_new_cell_changes_the_evaluation_of_its_task_alone(plan):
     assert {name for name in after if after[name] != before.get(name)} == {"train/added.txt", "evaluate/nar.txt"}
 
 
+def test_what_a_configuration_leaves_to_defaults_is_listed_and_what_is_off_is_not(plan):
+    def defaults(name):
+        return [line for line in plan()[name].splitlines() if ": " in line]
+
+    assert defaults("train/mamba.txt") == ["activation: gelu", "norm: layer", "expand: 2", "state: 16", "conv: 4"]
+    edit(**{"variants.mamba.state": 8})
+    assert defaults("train/mamba.txt") == ["activation: gelu", "norm: layer", "expand: 2", "conv: 4"]
+    assert defaults("generate/text.txt") == ["tokens: bytes"]
+
+
 def test_the_schema_is_the_same_for_every_study(plan):
     plan()
     before = (PLAN.parent / "params.schema.json").read_text()

@@ -180,7 +180,7 @@ def test_a_cell_goes_on_to_the_same_bits_where_one_process_was_interrupted(tmp_p
 
     assert together(2, train) == [40, 40]
     expected = digests(Path("runs"))
-    assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {compute.describe(CPU)}"
+    assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {compute.made_on(CPU)}"
     assert [p.name for p in Path("checkpoints/copying/k").glob("*.safetensors")] != []
     for path in [*Path("runs/copying/k").iterdir(), *Path("checkpoints/copying/k").iterdir()]:
         path.unlink()

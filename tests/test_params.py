@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 from click.testing import CliRunner, Result
 from dvc.repo import Repo
-from dvc.utils.serialize import load_yaml
+from dvc.utils.serialize import load_yaml, modify_yaml
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
@@ -98,6 +98,25 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 def test_a_study_of_this_repository_is_valid(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     check_stages(load(file))
+
+
+@ALL
+def test_a_study_is_what_it_was_once_dvc_has_written_it_for_an_experiment(file, tmp_path):
+    written = shutil.copy(file, tmp_path)
+    with modify_yaml(written) as content:
+        content["seeds"] = [7]
+    assert load_yaml(written) == {**load_yaml(file), "seeds": [7]}
+
+
+def test_what_cannot_be_read_once_dvc_has_written_it_is_refused(project):
+    text = SMOKE_TEXT.replace("{question: Other blocks,", '{question: "Other blocks?",')
+    assert text != SMOKE_TEXT
+    (project / "params.yaml").write_text(text, encoding="utf-8")
+    assert load().ablations["blocks"].question == "Other blocks?"
+    assert refused(project, "validate") == [
+        "params.yaml: blocks: {question: Other blocks?, tasks: [], variants: []...: cannot be read once `dvc exp run -S` has"
+        " written it anew, without quotes; is there a question mark in braces?"
+    ]
 
 
 @ALL

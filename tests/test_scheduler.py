@@ -100,7 +100,7 @@ def test_a_cell_that_torchrun_has_trained_is_given_to_dvc(study):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline", "train", "copying", "k"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {compute.describe(CPU)}"
+    assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {compute.made_on(CPU)}"
     dvc("commit", "--force", "train_streams@copying-k")
     assert "up to date" in dvc("status", "train_streams@copying-k")
     assert [stale.cell.variant for stale in scheduler.stale_cells()] == ["none"]
