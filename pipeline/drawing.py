@@ -1,10 +1,19 @@
-"""What the figures have in common: their looks, those of a variant, panels by task, ticks, and one legend."""
+"""What the figures have in common: how they come to be drawn, their looks, those of a variant, panels, ticks, and one legend."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -18,6 +27,59 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from cat.configuration import Theory
 from pipeline.params import Ablation, Study, shown_variants
+
+Draw = Callable[[Study, Ablation, pd.DataFrame], Figure]
+
+
+class Picture(NamedTuple):
+    """A figure to be drawn: by what, of what, and into which files."""
+
+    draw: Draw
+    ablation: Ablation
+    table: pd.DataFrame
+    png: Path
+    svg: Path
+
+
+def draw_all(study: Study, pictures: Sequence[Picture]) -> None:
+    """Draws and saves each, as many at a time as the study has threads, in processes; no file depends on how many they are.
+
+    Raises what drawing one raises, once no other is under way; ValueError where a process is killed.
+    """
+    one, count = partial(_draw, study), min(len(pictures), _cores() if study.threads == "auto" else study.threads)
+    if count <= 1:
+        for picture in pictures:
+            one(picture)
+        return
+    # Not `spread` of pipeline/compute.py, for which torch would have to be imported, by a study that does not look inside, too.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    try:
+        with ProcessPoolExecutor(count, context, _serve) as pool:
+            list(pool.map(one, pictures))
+    except BrokenProcessPool:
+        raise ValueError("a process that draws figures was killed, as when memory runs out") from None
+
+
+def _draw(study: Study, picture: Picture) -> None:
+    begin(study)
+    save(picture.draw(study, picture.ablation, picture.table), picture.png, picture.svg)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _serve() -> None:
+    """Ctrl-C reaches every process of a terminal and is for the first alone; where that one is killed, the others end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def begin(study: Study) -> None:
@@ -55,7 +117,16 @@ def draw_lines(
             looks = style(study, variant)
             if not markers:
                 looks["marker"] = None
-            sns.lineplot(here, x=x, y=y, ax=axes, label=variant, errorbar=errorbar(study), legend=False, lw=1.8, ms=6, **looks)
+            draw_line(study, here, axes, x=x, y=y, label=variant, **looks)
+
+
+def draw_line(study: Study, table: pd.DataFrame, axes: Axes, *, x: str, y: str, band: float = 0.2, **looks: Any) -> None:
+    """The mean over seeds, and where there are several a band; as `sns.lineplot`, which calls Python for each point, draws it."""
+    seeds = table.dropna(subset=y).groupby(x)[y]
+    mean, spread, several = seeds.mean(), seeds.std(), seeds.count() > 1
+    low, high = (seeds.min(), seeds.max()) if study.render.spread == "range" else (mean - spread, mean + spread)
+    (line,) = axes.plot(mean.index, mean, lw=1.8, ms=6, mew=0.75, mec="w", **looks)
+    axes.fill_between(mean.index, low.where(several), high.where(several), color=line.get_color(), alpha=band)
 
 
 def panels_of(tasks: Iterable[str]) -> tuple[Figure, dict[str, Axes]]:

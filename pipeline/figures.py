@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from cat.configuration import Theory
 from cat.tasks import Recall
 from pipeline import runs
-from pipeline.drawing import add_legend, draw_lines, errorbar, panels_of, set_ticks, style
+from pipeline.drawing import Draw, add_legend, draw_lines, errorbar, panels_of, set_ticks, style
 from pipeline.examples import attention_on, read_example
 from pipeline.grid import variants_on
 from pipeline.language import positions, recall
@@ -30,9 +30,6 @@ TAPS = 16
 """Of a filter as long as the sequence, so many are drawn."""
 WORTH = 0.005
 """Accuracy, or bits, that is worth a higher price."""
-
-
-Draw = Callable[[Study, Ablation, pd.DataFrame], Figure]
 
 
 def figures_of(name: str, ablation: Ablation) -> dict[str, Draw]:

@@ -69,9 +69,8 @@ class Evidence:
     def __init__(self, study: Study, results: pd.DataFrame, sequences: Mapping[str, Mapping[str, Floats]]):
         self.study, self.sequences = study, sequences
         keys = ["task", "metric", "variant", "length"]
-        self.values: dict[Any, Floats] = {
-            key: group.sort_values("seed")["value"].to_numpy(float) for key, group in results.groupby(keys, sort=False)
-        }
+        by_seed = results.sort_values("seed").groupby(keys, sort=False)["value"]
+        self.values: dict[Any, Floats] = {key: values.to_numpy(float) for key, values in by_seed}
 
     @classmethod
     def read(cls, study: Study) -> Evidence:

@@ -9,7 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.drawing import add_legend, errorbar, panels_of, set_ticks
+from pipeline.drawing import add_legend, draw_line, errorbar, panels_of, set_ticks
 from pipeline.grid import variants_on
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import read_positions
@@ -35,10 +35,9 @@ def positions(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure
             for chosen, dash in ((full, "-"), (sliding, "--")):
                 here = table[chosen & (table["variant"] == variant)]
                 if len(here):  # a seed that diverged has none
-                    sns.lineplot(
-                        here, x="position", y="bits_per_byte", ax=axes, color=colours[variant], linestyle=dash,
-                        label=variant if dash == "-" else None, legend=False, lw=1.8, errorbar=errorbar(study),
-                        err_kws={"alpha": 0.15},
+                    draw_line(
+                        study, here, axes, x="position", y="bits_per_byte", color=colours[variant], linestyle=dash,
+                        label=variant if dash == "-" else None, band=0.15,
                     )  # fmt: skip
         axes.set_xscale("log", base=2)
         set_ticks(axes, _doubled(table["position"].min(), table["position"].max()), "{:g}")

@@ -5,13 +5,14 @@ All that is written here is the same whenever the results are; the report around
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
 
 from pipeline.diagnosis import diagnose
-from pipeline.drawing import begin, save
+from pipeline.drawing import Picture, draw_all
 from pipeline.figures import attention, figures_of
 from pipeline.files import REPORTS, whole, write_json
 from pipeline.language import recall
@@ -27,20 +28,11 @@ def render(study: Study) -> None:
     """Writes what is in reports/ anew. Raises ValueError where a cell of the grid has no results."""
     results = read_results(study)
     scores = primary(study, results)
-    begin(study)
     with ExitStack() as parts:
         figures, svg, metrics = (parts.enter_context(whole(REPORTS / name)) for name in ("figures", "svg", "metrics"))
         for folder in (figures, svg, metrics):
             folder.mkdir()
-        for name, ablation in study.ablations.items():
-            if not (shown_tasks(study, ablation) and shown_variants(ablation)):
-                continue
-            shown = results[
-                results["task"].isin(shown_tasks(study, ablation)) & results["variant"].isin(shown_variants(ablation))
-            ]
-            for file, draw in figures_of(name, ablation).items():
-                table = shown if draw in (attention, recall) else primary(study, shown)
-                save(draw(study, ablation, table), figures / f"{file}.png", svg / f"{file}.svg")
+        draw_all(study, list(_pictures(study, results, figures, svg)))
         for variant, values in _metrics(study, scores).items():
             write_json(metrics / f"{variant}.json", values)
         tables = {"lengths": _curves(study, scores), "diagnosis": diagnose(study, results), "stability": every_run(study)}
@@ -49,6 +41,16 @@ def render(study: Study) -> None:
         parts.enter_context(whole(REPORTS / "headline.md")).write_text(_headline(study, scores), encoding="utf-8")
     for stray in strays(study):
         print(f"{stray}: is no cell of the study any more and was left out; `rm -r {stray}` removes it")
+
+
+def _pictures(study: Study, results: pd.DataFrame, figures: Path, svg: Path) -> Iterator[Picture]:
+    """Those of the inside of models first, which take longest to draw."""
+    for name, ablation in sorted(study.ablations.items(), key=lambda item: not item[1].looks_inside):
+        tasks, variants = shown_tasks(study, ablation), shown_variants(ablation)
+        shown = results[results["task"].isin(tasks) & results["variant"].isin(variants)]
+        for file, draw in figures_of(name, ablation).items() if tasks and variants else ():
+            table = shown if draw in (attention, recall) else primary(study, shown)
+            yield Picture(draw, ablation, table, figures / f"{file}.png", svg / f"{file}.svg")
 
 
 def _headline(study: Study, scores: pd.DataFrame) -> str:

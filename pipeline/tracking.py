@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -322,7 +323,7 @@ def _log(client: MlflowClient, key: str, record: Record, tags: Mapping[str, str]
     """Logs the run; its id."""
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.data.sources import LocalArtifactDatasetSource
-    from mlflow.entities import DatasetInput, InputTag, Metric, Param
+    from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 
     started = int((record.started or time.time()) * 1000)
     all_tags = {
@@ -340,14 +341,13 @@ def _log(client: MlflowClient, key: str, record: Record, tags: Mapping[str, str]
         all_tags["mlflow.source.git.commit"] = record.origin["commit"]
     experiment = pages.experiments[record.experiment]
     run = client.create_run(experiment, start_time=started, tags=all_tags, run_name=record.name)
-    client.set_tag(run.info.run_id, "mlflow.note.content", pages.note(record, run.info.run_id))
+    note = RunTag("mlflow.note.content", pages.note(record, run.info.run_id))
     metrics = [Metric(name, value, started, step) for name, step, value in record.metrics]
     if record.seconds is not None:
         metrics.append(Metric("cell_seconds", record.seconds, started, 0))
     for at in range(0, max(len(metrics), 1), 1000):
-        client.log_batch(
-            run.info.run_id, metrics[at : at + 1000], [Param(k, v) for k, v in record.params.items()] if at == 0 else []
-        )
+        params, named = ([Param(k, v) for k, v in record.params.items()], [note]) if at == 0 else ([], [])
+        client.log_batch(run.info.run_id, metrics[at : at + 1000], params, named)
     if record.dataset is not None:
         source = LocalArtifactDatasetSource(record.dataset["path"])
         dataset = MetaDataset(source, name=record.dataset["name"], digest=record.dataset["digest"])
@@ -497,18 +497,19 @@ def _shown(value: Any) -> str:
 
 
 def _curves(history: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
+    steps = history["step"].tolist()
     for column, name in CURVES.items():
-        known = history.dropna(subset=column)
-        for step, value in zip(known["step"], known[column], strict=True):
-            yield name, int(step), float(value)
+        for step, value in zip(steps, history[column].tolist(), strict=True):
+            if not math.isnan(value):
+                yield name, step, value
 
 
 def _over_seeds(history: pd.DataFrame) -> pd.DataFrame:
     """The mean curve; seeds that stopped early keep their last value."""
     import pandas as pd
 
-    means = {name: history.pivot(index="step", columns="seed", values=name).ffill().mean(axis=1) for name in CURVES}
-    return pd.DataFrame(means).reset_index()
+    seeds = history.pivot(index="step", columns="seed", values=[*CURVES]).ffill()
+    return pd.DataFrame({name: seeds[name].mean(axis=1) for name in CURVES}).reset_index()
 
 
 def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[tuple[str, int, float]]:

@@ -4,15 +4,19 @@ import json
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import seaborn as sns
 
-from pipeline import params, runs
+from pipeline import params, render, runs
 from pipeline.claims import load as load_claims
 from pipeline.diagnosis import diagnose
+from pipeline.drawing import draw_line, errorbar
 from pipeline.examples import attention_on, read_example
 from pipeline.figures import example, filters, pareto_front
 from pipeline.logs import read_log
@@ -309,3 +313,47 @@ def test_stability_is_of_every_run_and_says_what_it_went_through(study):
     crosses = [line for axes in panels for line in axes.lines if line.get_marker() == "x" and line.get_clip_on() is False]
     assert [list(line.get_xdata()) for line in crosses] == [[rates[0]]] * len(panels)
     assert len(panels[0].lines) > len(panels[3].lines)  # Mamba has no logits
+
+
+def fails(study, ablation, results):
+    raise ValueError("no figure of this")
+
+
+def is_killed(study, ablation, results):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def drawn(folder=Path("reports")):
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("draw", "words"),
+    [(fails, "no figure of this"), (is_killed, "a process that draws figures was killed, as when memory runs out")],
+)
+def test_a_figure_that_cannot_be_drawn_ends_all_in_one_line_and_leaves_what_was(study, monkeypatch, capsys, draw, words):
+    edit(threads=2)
+    before = drawn()
+    others = render.figures_of
+    monkeypatch.setattr(render, "figures_of", lambda name, ablation: others(name, ablation) | {"another": draw})
+    with pytest.raises(SystemExit) as stopped:
+        stage("render")
+    assert (stopped.value.code, capsys.readouterr().err) == (2, f"render: {words}\n")
+    assert drawn() == before
+
+
+def test_a_line_is_as_seaborn_draws_it(study):
+    """With seeds that have no value, and a step that has one seed."""
+    steps, seeds = [1, 2, 3, 4], [0, 1, 2]
+    table = pd.DataFrame([{"step": step, "value": step * seed + 0.3} for step in steps for seed in seeds])
+    table.loc[[0, 1, 3, 9, 10, 11], "value"] = np.nan
+    for spread in ("range", "sd"):
+        shown = study.model_copy(update={"render": study.render.model_copy(update={"spread": spread})})
+        figure, (own, other) = plt.subplots(1, 2)
+        draw_line(shown, table, own, x="step", y="value", color="C1")
+        sns.lineplot(table, x="step", y="value", ax=other, color="C1", errorbar=errorbar(shown), lw=1.8, ms=6)
+        for ours, theirs in zip(own.lines, other.lines, strict=True):
+            np.testing.assert_allclose(ours.get_xydata(), theirs.get_xydata(), rtol=1e-12)
+        ((ours,), (theirs,)) = (axes.collections[0].get_paths() for axes in (own, other))
+        np.testing.assert_allclose(ours.vertices, theirs.vertices, rtol=1e-12)
+        plt.close(figure)
