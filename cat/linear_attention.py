@@ -39,21 +39,21 @@ class Sums(NamedTuple):
 
 
 def linear_attend_next(
-    q: Heads, k: Heads, v: Values, sums: Sums | None, *, start: int, rotary: bool = False
+    q: Heads, k: Heads, v: Values, *, state: Sums | None, start: int, rotary: bool = False
 ) -> tuple[Values, Sums]:
-    """Linear attention of tokens from `start` on, to themselves and to those of `sums`; and the sums of all.
+    """Linear attention of tokens from `start` on, to themselves and to those of `state`; and the sums of all.
 
-    `sums` is None before the first token.
+    `state` is None before the first token.
     """
     q, k = features(q), features(k)
-    keys = k.cumsum(2) if sums is None else sums.keys + k.cumsum(2)
+    keys = k.cumsum(2) if state is None else state.keys + k.cumsum(2)
     total = (q * keys).sum(-1, keepdim=True)
     if rotary:
         q, k = rotate(q, start=start), rotate(k, start=start)
     own, read = k.mT @ v, causal_sum(q, k, v)
-    if sums is None:
+    if state is None:
         return read / total, Sums(keys[:, :, -1:], own)
-    return (read + q @ sums.products) / total, Sums(keys[:, :, -1:], sums.products + own)
+    return (read + q @ state.products) / total, Sums(keys[:, :, -1:], state.products + own)
 
 
 def naive_linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:

@@ -33,7 +33,7 @@ def performer_attend(q: Heads, k: Heads, v: Values, *, scale: float, directions:
     keys up to it. So no key depends on later ones, and nothing overflows float32, however wide a head and long a row. Rows may be
     so long that no key has any size in the features that are large for a query: weights below SMALLEST add up to less than one.
     """
-    return performer_attend_next(q, k, v, None, scale=scale, directions=directions)[0]
+    return performer_attend_next(q, k, v, state=None, scale=scale, directions=directions)[0]
 
 
 class Sums(NamedTuple):
@@ -46,9 +46,9 @@ class Sums(NamedTuple):
 
 
 def performer_attend_next(
-    q: Heads, k: Heads, v: Values, sums: Sums | None, *, scale: float, directions: Directions
+    q: Heads, k: Heads, v: Values, *, state: Sums | None, scale: float, directions: Directions
 ) -> tuple[Values, Sums]:
-    """The outputs of tokens that follow upon those of `sums`, None before the first one; and the sums of all of them."""
+    """The outputs of tokens that follow upon those of `state`, None before the first one; and the sums of all of them."""
     with torch.autocast(q.device.type, enabled=False):
         # A last channel of ones adds up the weights.
         q, k, ones = (x.to(directions.dtype) for x in (q, k, F.pad(v, (0, 1), value=1)))
@@ -56,7 +56,7 @@ def performer_attend_next(
         k_logs = k_logs - scale * k.square().sum(-1, keepdim=True) / 2
         peak = k_logs.detach().amax(-1, keepdim=True)
         q_features = torch.exp(q_logs - q_logs.detach().amax(-1, keepdim=True))
-        read, sums = _causal_sum(q_features, torch.exp(k_logs - peak), ones, peak, sums)
+        read, sums = _causal_sum(q_features, torch.exp(k_logs - peak), ones, peak, state)
     return (read[..., :-1] / read[..., -1:].clamp(min=SMALLEST)).to(v.dtype), sums
 
 

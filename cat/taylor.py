@@ -47,34 +47,32 @@ class Past(NamedTuple):
     """Of the last of them: of the window and, until there are as many as features, of those before it."""
     values: Float[Tensor, "B H _ E"]
     """Of the same; the last of E channels is one."""
-    state: Float[Tensor, "B H F E"] | None
+    far: Float[Tensor, "B H F E"] | None
     """The sum over all tokens before them of features times value; None where there are none."""
 
 
 def taylor_attend_next(
-    q: Queries, k: Heads, v: Values, past: Past | None, *, length: int, scale: float, window: int
+    q: Queries, k: Heads, v: Values, *, state: Past | None, length: int, scale: float, window: int
 ) -> tuple[Float[Tensor, "B H _ E"], Past]:
-    """The outputs of tokens that follow upon the `length` of `past`, None before the first one; and what is kept of all of them.
+    """The outputs of tokens that follow upon the `length` of `state`, None before the first one; and what is kept of all of them.
 
     The queries are those of every token, or of the last ones alone.
     """
     kind = v.dtype
     with torch.autocast(q.device.type, enabled=False):
         q, k, v = scale * wide(q), wide(k), F.pad(wide(v), (0, 1), value=1)
-        keys, values, state = past or Past(k[:, :, :0], v[:, :, :0], None)
+        keys, values, far = state or Past(k[:, :, :0], v[:, :, :0], None)
         summed = length - keys.shape[2]
         keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
         j = torch.arange(keys.shape[2], device=q.device)
         i = j[-q.shape[2] :, None]
         logs = log_weights(q @ keys.mT, i - j, window)
-        if state is None:
-            out = logs.softmax(-1) @ values
-        else:
-            out = compete(logs, values, features(q) @ state, torch.full_like(i, summed))
+        there = torch.full_like(i, summed)
+        out = logs.softmax(-1) @ values if far is None else compete(logs, values, features(q) @ far, there)
         if (gone := keys.shape[2] - window) >= count_features(k.shape[3]):
             added = features(keys[:, :, :gone]).mT @ values[:, :, :gone]
-            keys, values, state = keys[:, :, gone:], values[:, :, gone:], added if state is None else state + added
-    return out[..., :-1].to(kind), Past(keys, values, state)
+            keys, values, far = keys[:, :, gone:], values[:, :, gone:], added if far is None else far + added
+    return out[..., :-1].to(kind), Past(keys, values, far)
 
 
 def naive_taylor_attend(

@@ -258,7 +258,8 @@ def test_the_stage_judges_and_the_report_and_the_terminal_tell(tmp_path, monkeyp
             assert right / asked == pytest.approx(value), name
     for file in ("reports/report.md", "reports/headline.md"):
         text = Path(file).read_text(encoding="utf-8")
-        assert f"{known} claims: 0 supported, 0 contradicted, {known} undecided. {len(verdicts) - known} others are about what" in text
+        said = f"{known} claims: 0 supported, 0 contradicted, {known} undecided. {len(verdicts) - known} others are about what"
+        assert said in text
         assert ("state space in the place" in text, "One layer whose keys are convolved" in text) == (False, True)
     capsys.readouterr()
     stage("show", "ar")

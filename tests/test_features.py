@@ -92,11 +92,11 @@ def test_taylor_attention_goes_on_from_the_window_and_a_sum(parts, window):
     lengths = iter(accumulate(parts, initial=0))
 
     def step(*x, state):
-        return taylor_attend_next(*x, state, length=next(lengths), **sizes)
+        return taylor_attend_next(*x, state=state, length=next(lengths), **sizes)
 
     _, past = in_parts(step, inputs, parts, dim=2)
     assert past.keys.shape[2] < window + count_features(2)
-    assert (past.state is None) == (window == 50)
+    assert (past.far is None) == (window == 50)
     lengths = iter(accumulate(parts, initial=0))
     assert_twins(lambda *x: in_parts(step, x, parts, dim=2)[0], partial(naive_taylor_attend, **sizes), *inputs)
 
@@ -207,7 +207,7 @@ def test_performer_attention_is_the_definition(length):
 def test_performer_attention_goes_on_from_a_sum(parts):
     inputs, sizes = streams(sum(parts)), {"scale": 0.7, "directions": directions(3, 11, 5)}
     assert_twins(
-        lambda *x: in_parts(lambda *y, state: performer_attend_next(*y, state, **sizes), x, parts, dim=2)[0],
+        lambda *x: in_parts(lambda *y, state: performer_attend_next(*y, state=state, **sizes), x, parts, dim=2)[0],
         partial(naive_performer_attend, **sizes),
         *inputs,
     )
@@ -219,7 +219,7 @@ def test_the_sum_of_performer_attention_keeps_the_range_of_float32(small):
     q, k, v = (x.float() for x in streams(75))
     sizes = {"scale": 0.7, "directions": directions(3, 11, 5).float()}
     k[:, :, small] *= 1e3
-    out, _ = in_parts(lambda *x, state: performer_attend_next(*x, state, **sizes), (q, k, v), [70, 5], dim=2)
+    out, _ = in_parts(lambda *x, state: performer_attend_next(*x, state=state, **sizes), (q, k, v), [70, 5], dim=2)
     torch.testing.assert_close(out, performer_attend(q, k, v, **sizes))
     assert out[:, :, -1].abs().amin() > 0
 

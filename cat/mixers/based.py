@@ -34,6 +34,6 @@ class TaylorAttention(Streams):
         if self.config.position == "rotary":
             q, k = rotate(q, start=memory.length + k.shape[2] - q.shape[2]), rotate(k, start=memory.length)
         kept = memory.kept
-        past = Past(kept["keys"], kept["values"], kept.get("state")) if memory.length else None
-        heads, past = taylor_attend_next(q, k, v, past, length=memory.length, scale=self.scale, window=self.window)
+        before = Past(kept["keys"], kept["values"], kept.get("far")) if memory.length else None
+        heads, past = taylor_attend_next(q, k, v, state=before, length=memory.length, scale=self.scale, window=self.window)
         return heads, {name: x for name, x in past._asdict().items() if x is not None}

@@ -22,6 +22,6 @@ class LinearAttention(Streams):
     def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
         """Keeps two sums over all tokens."""
         q, k, v = streams
-        sums = Sums(memory.kept["keys"], memory.kept["products"]) if memory.length else None
-        heads, sums = linear_attend_next(q, k, v, sums, start=memory.length, rotary=self.config.position == "rotary")
+        before = Sums(memory.kept["keys"], memory.kept["products"]) if memory.length else None
+        heads, sums = linear_attend_next(q, k, v, state=before, start=memory.length, rotary=self.config.position == "rotary")
         return heads, sums._asdict()

@@ -33,6 +33,6 @@ class RandomFeatureAttention(Streams):
         q, k, v = streams
         if self.config.position == "rotary":
             q, k = rotate(q, start=memory.length), rotate(k, start=memory.length)
-        sums = Sums(memory.kept["highest"], memory.kept["products"]) if memory.length else None
-        heads, sums = performer_attend_next(q, k, v, sums, scale=self.scale, directions=self.directions)
+        before = Sums(memory.kept["highest"], memory.kept["products"]) if memory.length else None
+        heads, sums = performer_attend_next(q, k, v, state=before, scale=self.scale, directions=self.directions)
         return heads, sums._asdict()
