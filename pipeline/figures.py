@@ -84,7 +84,7 @@ def training(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
         history = history.melt(ignore_index=False, value_name="value").reset_index()
         draw_lines(study, ablation, history, axes, x="step", y="value", markers=False)
         _label(study, task, axes, "training step")
-        axes.set_ylabel("validation accuracy" if column == "valid_accuracy" else "validation loss, nats a byte")
+        axes.set_ylabel("validation accuracy" if column == "valid_accuracy" else "validation loss, nats a token")
     add_legend(figure, panels)
     return figure
 

@@ -38,23 +38,26 @@ def show(study: Study, task: str | None, console: Console | None = None) -> None
 
 
 def _scores(study: Study, task: str, scores: pd.DataFrame) -> Table:
-    """A row a variant, best first at the last length of the tables; mean over seeds and the range where they differ."""
+    """A row a variant, best first at the last length of the tables."""
     section = study.tasks[task]
     multiples = [m for m in section.data.multiples if m in set(scores["multiple"])]
-    means = scores.pivot_table(index="variant", columns="multiple", values="value", aggfunc=["mean", "min", "max"])
+    cells = scores.dropna(subset="value").groupby(["variant", "multiple"])["value"].agg(_mean_and_range)
     last = max((m for m in study.evaluate.multiples if m in multiples), default=multiples[-1])
-    order = means["mean"][last].sort_values(ascending=section.data.goal != "accuracy").index
+    means = scores[scores["multiple"] == last].groupby("variant")["value"].mean()
+    order = means.sort_values(ascending=section.data.goal != "accuracy").index
     metric = PRIMARY[section.data.goal].replace("_", " ")
-    table = Table(title=f"{task}: {metric} over {len(study.seeds)} seeds, by training lengths", title_justify="left")
-    table.add_column("variant")
+    table = Table(
+        title=f"{task}: {metric} over {len(study.seeds)} seeds, by training lengths", title_justify="left", collapse_padding=True
+    )
+    table.add_column("variant", no_wrap=True)  # cut, they would be no names
     for multiple in multiples:
-        table.add_column(f"{multiple:g}x", justify="right")
+        table.add_column(f"{multiple:g}x", justify="right", overflow="fold")
     for variant in [*order, *(v for v in variants_on(study, task) if v not in order)]:
-        cells = []
-        for multiple in multiples:
-            mean, low, high = ((means[k].get(multiple, pd.Series()).get(variant, float("nan"))) for k in ("mean", "min", "max"))
-            cells.append(
-                "-" if mean != mean else f"{mean:.3f}" + ("" if high - low < 5e-4 else f" [dim]±{(high - low) / 2:.3f}[/]")
-            )
-        table.add_row(variant, *cells)
+        table.add_row(variant, *(cells.get((variant, multiple), "-") for multiple in multiples))
     return table
+
+
+def _mean_and_range(values: pd.Series) -> str:
+    """The mean and, below it where seeds differ in what is shown, the lowest to the highest."""
+    mean, low, high = (f"{value:.3f}" for value in (values.mean(), values.min(), values.max()))
+    return mean if low == high else f"{mean}\n[dim]{low} to {high}[/]"

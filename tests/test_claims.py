@@ -2,18 +2,22 @@
 
 import itertools
 import math
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 from ruamel.yaml import YAML
 
 from pipeline import claims, params
 from pipeline.claims import Claim
+from pipeline.grid import variants_on
 from pipeline.judge import Comparison, Evidence, compare, decide
 from pipeline.params import ParamsError
 from pipeline.results import read_results
+from pipeline.show import show
 from pipeline.verdicts import of_the_study, verdict_table
 from tests.study import ROOT, finished_study, stage
 
@@ -115,6 +119,18 @@ def test_an_interval_over_sequences_has_the_width_of_theory():
     row = verdict(planted({"k": [0.5] * 3}, noise=0.3), than=0.2)
     # The sequences are drawn alike for all seeds, but what the seeds answer in them is planted without correlation.
     assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * 0.3 / math.sqrt(SEQUENCES * 3), rel=0.45)
+
+
+def test_an_interval_over_seeds_covers_95_per_cent():
+    seeds = np.random.default_rng(0).standard_normal(200)
+    row = verdict(planted({"k": seeds}, metric="attention_entropy_1"), metric="attention_entropy_1", than=0.2)
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * seeds.std() / math.sqrt(len(seeds)), rel=0.08)
+
+
+def test_a_variant_that_does_not_vary_is_as_sure_as_a_number():
+    """By Welch's test; with one variance for both sides, the degrees of freedom of the side that does not vary would count."""
+    evidence = planted({"k": [0.3, 0.4, 0.6], "none": [0.2] * 3})
+    assert verdict(evidence)["p"] == pytest.approx(verdict(evidence, than=0.2)["p"])
 
 
 def test_what_is_the_mean_of_no_sequences_has_an_interval_over_seeds():
@@ -225,8 +241,6 @@ def test_a_file_that_is_not_yaml_is_one_line(tmp_path):
 
 def test_every_claim_of_the_repository_is_about_cells_of_its_study():
     """A misspelt name would be undecided for ever."""
-    from pipeline.grid import variants_on
-
     for name, one in claims.load(ROOT / "claims.yaml").items():
         assert one.figure in STUDY.ablations, name
         rivals = one.than if isinstance(one.than, tuple) else ()
@@ -267,6 +281,24 @@ def test_the_stage_judges_and_the_report_and_the_terminal_tell(tmp_path, monkeyp
     assert "ar: accuracy over 2 seeds" in shown
     assert "copying: " not in shown
     assert "undecided" in shown
+
+
+def test_the_terminal_shows_whole_names_and_from_where_to_where_seeds_go(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    results = read_results(STUDY)
+    at = (results["task"] == "nar") & (results["variant"] == "qk_network") & (results["multiple"] == 8)
+    results.loc[at & (results["metric"] == "accuracy"), "value"] = [1.0, 0.34, 0.994]
+    monkeypatch.setattr("pipeline.show.read_results", lambda study: results)
+    for task in STUDY.tasks:
+        show(STUDY, task, Console(width=80, file=(shown := StringIO())))
+        scores = shown.getvalue().partition("\nclaims")[0].splitlines()
+        rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in scores if line.startswith("│")]
+        names = [row[0] for row in rows]
+        assert sorted(filter(None, names)) == sorted(variants_on(STUDY, task))
+        if task == "nar":
+            first = names.index("qk_network")
+            column = 1 + STUDY.tasks[task].data.multiples.index(8)
+            assert [row[column] for row in rows[first : first + 3]] == ["0.778", "0.340 to", "1.000"]
 
 
 def test_nothing_is_printed_for_a_task_that_is_not_there(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from cat.evaluation import Split, outcomes
 from pipeline import params, runs
 from pipeline.drawing import save
 from pipeline.evaluate import Found, Job, _found
+from pipeline.figures import training
 from pipeline.files import read_meta, read_split
 from pipeline.generate import generate
 from pipeline.grid import cells
@@ -163,6 +164,15 @@ def test_positions_are_drawn_solid_from_the_start_and_dashed_in_windows(study, t
     assert tabled.loc["qk", "at the training length"] == means["qk", "full", 32]
     assert tabled.loc["qk", "at the longest, sliding"] == means["qk", "sliding", 64]
     assert math.isnan(tabled.loc["none", "at the longest"])
+
+
+def test_the_loss_of_validation_is_drawn_a_token(study):
+    """Not a byte: a model that is hardly trained guesses among the words, and its loss is the logarithm of their number."""
+    axes = training(study, RECALL, read_results()).axes[0]
+    assert axes.get_ylabel() == "validation loss, nats a token"
+    size = study.tasks["text"].data.vocabulary
+    starts = [line.get_ydata()[0] for line in axes.lines if len(line.get_ydata())]
+    assert starts == pytest.approx([math.log(size)] * len(starts), rel=0.3)
 
 
 def test_gains_are_drawn_by_class_at_the_training_length_and_the_longest(study, tmp_path):

@@ -188,6 +188,19 @@ def test_seeds_apart_spikes_and_unfinished_training_are_seen(study, planted):
     }
 
 
+def test_only_what_is_gained_in_the_last_fifth_is_unfinished(study, planted):
+    results, _ = planted
+    path = Path("runs/ar/k/summary.json")
+    path.write_text(path.read_text().replace('"stop": "accuracy"', '"stop": "steps"'))
+    history = pd.read_csv("runs/ar/k/history.csv")
+    history.loc[history["step"] < 80, "valid_accuracy"] = 0.9
+    history.to_csv("runs/ar/k/history.csv", index=False)
+    assert signs(study, results) == {}
+    history.loc[history["step"] == 80, "valid_accuracy"] = 0.9
+    history.to_csv("runs/ar/k/history.csv", index=False)
+    assert set(signs(study, results)) == {"unfinished training"}
+
+
 def test_divergence_is_counted(study, planted):
     results, plant = planted
     plant(np.nan, seed=1)
