@@ -21,7 +21,6 @@ from pipeline.results import primary, read_results, strays
 from pipeline.stability import every_run
 from pipeline.tables import results_table, verdicts_in_words, what_was_run
 
-LINK_HERE, LINK_FROM_README = "](report.md#", "](reports/report.md#"
 README_MARKS = ("<!-- results: written by `python -m pipeline readme` -->", "<!-- end of results -->")
 
 
@@ -55,13 +54,12 @@ def _pictures(study: Study, results: pd.DataFrame, figures: Path, svg: Path) -> 
 
 
 def _headline(study: Study, scores: pd.DataFrame) -> str:
-    """What README.md shows: the verdicts, and the results of the first ablation; its links are those of a file in reports/."""
+    """What README.md shows: the verdicts, and the results of the first ablation."""
     first = next((a for a in study.ablations.values() if a.tasks and a.variants), None)
-    parts = [verdicts_in_words("reports/report.md")]
+    parts = [verdicts_in_words("report.md")]
     if first is not None:
         parts += [results_table(study, scores, first), what_was_run(study)]
-    # Columns are as wide as README.md needs them, where the text is read.
-    return "\n\n".join(filter(None, parts)).replace(LINK_FROM_README, LINK_HERE) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _curves(study: Study, results: pd.DataFrame) -> pd.DataFrame:
@@ -82,13 +80,16 @@ def _metrics(study: Study, results: pd.DataFrame) -> dict[str, dict[str, dict[st
 
 
 def update_readme() -> None:
-    """Replaces what stands between the marks in README.md by reports/headline.md. Raises ValueError where a mark is missing."""
+    """Replaces what stands between the marks in README.md by reports/headline.md, whose links are those of a file in reports/.
+
+    Raises ValueError where a mark is missing.
+    """
     path = Path("README.md")
     text = path.read_text(encoding="utf-8")
     first, last = README_MARKS
     if first not in text or last not in text:
         raise ValueError(f"README.md: lacks the line {first if first not in text else last}")
     before, after = text.split(first)[0], text.split(last)[1]
-    headline = (REPORTS / "headline.md").read_text(encoding="utf-8").replace(LINK_HERE, LINK_FROM_README)
+    headline = (REPORTS / "headline.md").read_text(encoding="utf-8").replace("](report.md#", "](reports/report.md#")
     with whole(path) as part:
         part.write_text(f"{before}{first}\n\n{headline}\n{last}{after}", encoding="utf-8")

@@ -485,7 +485,7 @@ def leaves(raw, path=()):
 
 
 def test_text_around_the_headline_of_the_readme_is_kept(study):
-    from pipeline.render import LINK_FROM_README, LINK_HERE, README_MARKS
+    from pipeline.render import README_MARKS
 
     Path("README.md").write_text(f"before\n{README_MARKS[0]}\nold\n{README_MARKS[1]}\nafter\n")
     stage("readme")
@@ -494,7 +494,7 @@ def test_text_around_the_headline_of_the_readme_is_kept(study):
     assert text.endswith("after\n")
     assert "old" not in text
     headline = Path("reports/headline.md").read_text()
-    assert headline.replace(LINK_HERE, LINK_FROM_README) in text
+    assert headline.replace("](report.md#", "](reports/report.md#") in text
     for folder, shown in (("reports", headline), (".", text)):
         links = set(re.findall(r"\]\(([^)#]+)#\w+\)", shown))
         assert [Path(folder, link).resolve() for link in links] == [Path("reports/report.md").resolve()]

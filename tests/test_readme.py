@@ -8,7 +8,7 @@ import sys
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.render import LINK_FROM_README, LINK_HERE, README_MARKS
+from pipeline.render import README_MARKS
 from tests.study import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,7 +25,9 @@ def test_the_headline_is_that_of_the_committed_study():
     if headline is None:
         pytest.skip("not a checkout of git, so there is no committed study to compare with")
     first, last = README_MARKS
-    assert readme.partition(first)[2].partition(last)[0].strip() == headline.replace(LINK_HERE, LINK_FROM_README).strip()
+    assert (
+        readme.partition(first)[2].partition(last)[0].strip() == headline.replace("](report.md#", "](reports/report.md#").strip()
+    )
 
 
 def test_what_dvc_draws_in_the_working_folder_is_not_for_git():
