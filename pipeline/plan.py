@@ -46,6 +46,8 @@ def write(study: Study) -> None:
     for task, section in study.tasks.items():
         texts[f"generate/{task}"] += _defaults(section.data)
         texts[f"evaluate/{task}"] += "".join(f"{variant}\n" for variant in variants_on(study, task))
+    # Of mappings DVC does not see the order, in which they are shown.
+    texts["render"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
     with whole(PLAN) as folder:
         for name, text in texts.items():
             path = folder / f"{name}.txt"

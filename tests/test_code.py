@@ -106,7 +106,7 @@ def test_a_new_cell_changes_the_evaluation_of_its_task_alone(plan):
     edit(**{"variants.added": dict(read_params()["variants"]["k"])})
     edit(**{"ablations.kinds.variants": ["qk_channel", "qk_mixing", "qk_network", "added"]})
     after = plan()
-    assert {name for name in after if after[name] != before.get(name)} == {"train/added.txt", "evaluate/nar.txt"}
+    assert {name for name in after if after[name] != before.get(name)} == {"train/added.txt", "evaluate/nar.txt", "render.txt"}
 
 
 def test_what_a_configuration_leaves_to_defaults_is_listed_and_what_is_off_is_not(plan):
@@ -117,6 +117,16 @@ def test_what_a_configuration_leaves_to_defaults_is_listed_and_what_is_off_is_no
     edit(**{"variants.mamba.state": 8})
     assert defaults("train/mamba.txt") == ["activation: gelu", "norm: layer", "expand: 2", "conv: 4"]
     assert defaults("generate/text.txt") == ["tokens: bytes"]
+
+
+def test_figures_are_drawn_anew_when_variants_change_places(plan):
+    before = plan()
+    raw = read_params()
+    raw["variants"] = dict(reversed(raw["variants"].items()))
+    write_params(raw)
+    after = plan()
+    assert "render.txt" in {name for name in after if after[name] != before[name]}
+    assert all(after[name] == before[name] for name in after if name.startswith("train/"))
 
 
 def test_the_schema_is_the_same_for_every_study(plan):
