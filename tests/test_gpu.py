@@ -178,6 +178,18 @@ def test_what_cannot_be_recorded_is_called_as_it_is():
     assert torch.ones(1, device="cuda").item() == 1
 
 
+@pytest.mark.parametrize("name", [name for name in BATTERY if name != "landmark"])
+def test_what_is_read_in_parts_is_what_the_cpu_reads_at_once(name):
+    (model,) = models(name, (3,))
+    model.double()
+    twin, read = copy.deepcopy(model).cpu(), successor(5).inputs.long()
+    memories = []
+    with torch.no_grad():
+        for part in read.cuda().split([3, 1, read.shape[1] - 4], dim=1):
+            logits, memories = model.read(part, memories)
+        torch.testing.assert_close(logits.cpu(), twin(read)[:, -1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", REPEATING)
 def test_the_same_seed_trains_to_the_same_bits(name):
     same_bits(train(name), train(name))

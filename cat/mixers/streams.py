@@ -30,6 +30,8 @@ Mixed = tuple[Float[Tensor, "B H _ E"], dict[str, Tensor]]
 class Streams(Mixer):
     """Maps (B, L, D) to (B, L, D): queries, keys and values, mixed along L by the subclass, then projected back.
 
+    A subclass says how: `mix` of a whole sequence, `mix_next` of what follows upon tokens that are remembered.
+
     `length` is the training length: what `full` stands for. `scale` is what a product of query and key is multiplied by.
     """
 
