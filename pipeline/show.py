@@ -41,7 +41,7 @@ def _scores(study: Study, task: str, scores: pd.DataFrame) -> Table:
     """A row a variant, best first at the last length of the tables."""
     section = study.tasks[task]
     multiples = [m for m in section.data.multiples if m in set(scores["multiple"])]
-    cells = scores.dropna(subset="value").groupby(["variant", "multiple"])["value"].agg(_mean_and_range)
+    cells = scores.groupby(["variant", "multiple"])["value"].agg(_mean_and_range)
     last = max((m for m in study.evaluate.multiples if m in multiples), default=multiples[-1])
     means = scores[scores["multiple"] == last].groupby("variant")["value"].mean()
     order = means.sort_values(ascending=section.data.goal != "accuracy").index
@@ -58,6 +58,9 @@ def _scores(study: Study, task: str, scores: pd.DataFrame) -> Table:
 
 
 def _mean_and_range(values: pd.Series) -> str:
-    """The mean and, below it where seeds differ in what is shown, the lowest to the highest."""
-    mean, low, high = (f"{value:.3f}" for value in (values.mean(), values.min(), values.max()))
-    return mean if low == high else f"{mean}\n[dim]{low} to {high}[/]"
+    """The mean, below it where seeds differ in what is shown the lowest to the highest, and how many seeds diverged."""
+    lines, lost = [], values.isna().sum()
+    if lost < len(values):
+        mean, low, high = (f"{value:.3f}" for value in (values.mean(), values.min(), values.max()))
+        lines = [mean] if low == high else [mean, f"[dim]{low} to {high}[/]"]
+    return "\n".join([*lines, f"{lost} diverged"] if lost else lines)

@@ -301,6 +301,21 @@ def test_the_terminal_shows_whole_names_and_from_where_to_where_seeds_go(monkeyp
             assert [row[column] for row in rows[first : first + 3]] == ["0.778", "0.340 to", "1.000"]
 
 
+def test_the_terminal_counts_the_seeds_that_diverged(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    results = read_results(STUDY)
+    for variant, values in {"qk": [1.0, math.nan, 0.5], "k": [math.nan] * 3}.items():
+        at = (results["task"] == "nar") & (results["variant"] == variant) & (results["multiple"] == 8)
+        results.loc[at & (results["metric"] == "accuracy"), "value"] = values
+    monkeypatch.setattr("pipeline.show.read_results", lambda study: results)
+    show(STUDY, "nar", Console(width=200, file=(shown := StringIO())))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.getvalue().splitlines() if line.startswith("│")]
+    names, column = [row[0] for row in rows], 1 + STUDY.tasks["nar"].data.multiples.index(8)
+    first = names.index("qk")
+    assert [row[column] for row in rows[first : first + 3]] == ["0.750", "0.500 to 1.000", "1 diverged"]
+    assert rows[names.index("k")][column] == "3 diverged"
+
+
 def test_nothing_is_printed_for_a_task_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as error:
