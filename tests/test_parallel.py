@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
@@ -180,7 +181,9 @@ def test_a_cell_goes_on_to_the_same_bits_where_one_process_was_interrupted(tmp_p
 
     assert together(2, train) == [40, 40]
     expected = digests(Path("runs"))
-    assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {compute.made_on(CPU)}"
+    summary = read_json(Path("runs/copying/k/summary.json"))
+    assert summary["device"] == f"2 x {compute.describe(CPU)}, PyTorch {version('torch').partition('+')[0]}"
+    assert summary["model"]["config"]["norm"] == "layer"  # a default, so that a weights file needs no other version's
     assert [p.name for p in Path("checkpoints/copying/k").glob("*.safetensors")] != []
     for path in [*Path("runs/copying/k").iterdir(), *Path("checkpoints/copying/k").iterdir()]:
         path.unlink()
