@@ -16,7 +16,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat.folding import fold
-from cat.types import Asked, ChannelFilter, GroupedFilter, GroupedHeads, HeadFilter, HeadMixingFilter, Heads, Queries, Sources
+from cat.types import (
+    Asked,
+    ChannelFilter,
+    GroupedFilter,
+    GroupedHeads,
+    HeadFilter,
+    HeadMixingFilter,
+    Heads,
+    Queries,
+    Replicated,
+    Sources,
+    StackedFilter,
+    StackedHeads,
+)
 
 
 class Limits(NamedTuple):
@@ -40,7 +53,7 @@ OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 128, 24), Limits(6, 96, 8), Limits
 
 def filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
     """Filters head h of `x` (B, H, L, C) along L with row h of `taps` (H, W); any W >= 1, longer than L too."""
-    return _filter(x, taps[:, None], dilation, OF_HEADS, _by_shifts, _by_matrix_a_head, _by_fft)
+    return _filter(x, taps[:, None], dilation, _here(x, OF_HEADS), _by_shifts, _by_matrix_a_head, _by_fft)
 
 
 def filter_heads_at(x: Heads, taps: HeadFilter, at: Asked, *, dilation: int = 1) -> Queries:
@@ -58,14 +71,15 @@ def few(x: Heads, at: Asked) -> bool:
 
 def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Heads:
     """Filters channel c of head h of `x` (B, H, L, C) along L with `taps[h, c]`."""
-    return _filter(x, taps, dilation, OF_CHANNELS, _by_shifts, _by_matrix_a_channel, _by_fft)
+    return _filter(x, taps, dilation, _here(x, OF_CHANNELS), _by_shifts, _by_matrix_a_channel, _by_fft)
 
 
 def filter_groups(x: GroupedHeads, taps: GroupedFilter, *, dilation: int = 1) -> tuple[Heads, ...]:
     """`filter_heads`, or `filter_channels`, of each group: on a GPU at once where the filters are short."""
     limits, operation = (OF_HEADS, _by_matrix_a_head) if taps.shape[2] == 1 else (OF_CHANNELS, _by_matrix_a_channel)
+    limits = _here(x, limits)
     if _kernels(x) and _short(taps, x.shape[3], dilation, limits):
-        return _Fused.apply(x, taps, dilation).unbind()
+        return tuple(y.squeeze(0) for y in _Fused.apply(x[None], taps[None], dilation))
     return tuple(_filter(own, rows, dilation, limits, _by_shifts, operation, _by_fft) for own, rows in zip(x, taps, strict=True))
 
 
@@ -129,6 +143,11 @@ def _reaching(taps: Tensor, length: int, dilation: int) -> Tensor:
     return spaced(taps[..., : -(-length // dilation)], dilation)
 
 
+def _here(x: Tensor, limits: Limits) -> Limits:
+    """On a GPU a kernel sums the taps of short sequences as well."""
+    return limits._replace(part=0) if _kernels(x) else limits
+
+
 def _short(taps: Tensor, length: int, dilation: int, limits: Limits) -> bool:
     """Whether they are summed as shifted copies."""
     width = taps.shape[-1]
@@ -138,7 +157,7 @@ def _short(taps: Tensor, length: int, dilation: int, limits: Limits) -> bool:
 
 def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
     if _kernels(x):
-        return _Fused.apply(x[None], taps[None], dilation)[0]
+        return _Fused.apply(x[None, None], taps[None, None], dilation)[0].squeeze(0)
     return _Shifts.apply(x, taps, dilation)
 
 
@@ -178,27 +197,30 @@ class _Shifts(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """What `_Shifts` does, by a kernel for a GPU that makes one pass for all taps and groups. What vmap maps over are groups."""
+    """What `_Shifts` does, by a kernel for a GPU: one pass for all taps and groups. What vmap maps over are replicas."""
 
     @staticmethod
-    def forward(x: GroupedHeads, taps: GroupedFilter, dilation: int) -> GroupedHeads:
-        return _kernels(x).filter_groups(x, taps, dilation)
+    def forward(x: StackedHeads, taps: StackedFilter, dilation: int) -> tuple[Replicated, ...]:
+        return _kernels(x).filter_stacks(x, taps, dilation).unbind(1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[GroupedHeads, GroupedFilter, int], output: GroupedHeads) -> None:
+    def setup_context(ctx: Any, inputs: tuple[StackedHeads, StackedFilter, int], output: tuple[Replicated, ...]) -> None:
         x, taps, ctx.dilation = inputs
         ctx.save_for_backward(x, taps)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: GroupedHeads) -> tuple[GroupedHeads, GroupedFilter, None]:
+    def backward(ctx: Any, *gradients: Replicated) -> tuple[StackedHeads, StackedFilter, None]:
         x, taps = ctx.saved_tensors
-        return *_kernels(x).filter_gradients(x, taps, gradient, ctx.dilation), None
+        return *_kernels(x).filter_gradients(x, taps, gradients, ctx.dilation), None
 
     @staticmethod
-    def vmap(info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor, dilation: int) -> tuple[Tensor, int]:
-        groups, rows = (fold(t, axis, info.batch_size, into=0) for t, axis in zip((x, taps), mapped, strict=False))
-        return _Fused.apply(groups, rows, dilation).unflatten(0, (info.batch_size, -1)), 0
+    def vmap(
+        info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor, dilation: int
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        stacks, rows = (fold(t, axis, info.batch_size, into=0) for t, axis in zip((x, taps), mapped, strict=False))
+        outputs = _Fused.apply(stacks, rows, dilation)
+        return tuple(y.unflatten(0, (info.batch_size, -1)) for y in outputs), (0,) * len(outputs)
 
 
 def _kernels(x: Tensor) -> Any:

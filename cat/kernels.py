@@ -1,9 +1,11 @@
 """Triton kernels for a GPU: a causal filter of a few taps in one pass over the sequence, where PyTorch takes one a tap.
 
-Tensors have an axis of groups in front, each with taps of its own: x (G, B, H, L, C), taps (G, H, 1 or C, W). A view, such as
-a slice of a projection, is read where it lies. Sums are in float32, those of float64 numbers in float64.
+Tensors have two axes in front, of replicas and of groups, all with taps of their own: x (R, G, B, H, L, C), taps
+(R, G, H, 1 or C, W). A view, such as a slice of a projection, is read where it lies, and what is made of it lies in the same
+order. Sums are in float32, those of float64 numbers in float64.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,41 +13,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cat.types import GroupedFilter, GroupedHeads
+from cat.types import Replicated, StackedFilter, StackedHeads
 
-TOKENS, CHANNELS, WARPS = 32, 64, 2
+TOKENS, CHANNELS, WARPS = 32, 32, 1
 """Of the tile that a program computes, at most; and the warps that compute it."""
 
 
-def filter_groups(x: GroupedHeads, taps: GroupedFilter, dilation: int) -> GroupedHeads:
+def filter_stacks(x: StackedHeads, taps: StackedFilter, dilation: int) -> StackedHeads:
     """y_i = sum_{j < W} taps_j x_{i - j dilation}, with zeros before the first token."""
     tiles = _Tiles.of(x)
-    y = _token_by_token(x, torch.promote_types(x.dtype, taps.dtype))
-    of_a_channel = taps.stride(2) if taps.shape[2] > 1 else 0
+    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, taps.dtype))
     _filter[tiles.grid](
-        x, taps, y, *x.shape[1:], dilation, *x.stride(), *taps.stride()[:2], of_a_channel, taps.stride(3), *y.stride(),
-        taps.shape[3], tiles.tokens, tiles.channels, _sum_in(y), num_warps=WARPS,
+        x, taps, y, *x.shape[1:], dilation, *x.stride(), *_strides(taps), *y.stride(),
+        taps.shape[4], tiles.tokens, tiles.channels, _sum_in(y), num_warps=WARPS,
     )  # fmt: skip
     return y
 
 
 def filter_gradients(
-    x: GroupedHeads, taps: GroupedFilter, gradient: GroupedHeads, dilation: int
-) -> tuple[GroupedHeads, GroupedFilter]:
-    """Those of x and of the taps, given that of the outcome. They repeat to the bit: every tile has sums of its own."""
+    x: StackedHeads, taps: StackedFilter, gradients: Sequence[Replicated], dilation: int
+) -> tuple[StackedHeads, StackedFilter]:
+    """Those of x and of the taps, given one of the outcome of each of up to three groups.
+
+    They repeat to the bit: every tile has sums of its own.
+    """
+    if len({gradient.stride() for gradient in gradients}) > 1:
+        gradients = torch.stack(list(gradients)).unbind()
+    first, second, third = (*gradients, gradients[0], gradients[0])[:3]
     tiles = _Tiles.of(x)
-    shared = taps.shape[2] == 1
-    of_x = _token_by_token(x, x.dtype)
-    columns = tiles.grid[2] if shared else x.shape[4]
-    sums = taps.new_empty(*x.shape[:3], tiles.grid[1], taps.shape[3], columns)
-    of_a_channel = 0 if shared else taps.stride(2)
+    shared = taps.shape[3] == 1
+    of_x = torch.empty_like(x)
+    columns = tiles.grid[2] if shared else x.shape[5]
+    wide = torch.promote_types(taps.dtype, torch.float32)
+    replicas, groups, batch, heads = x.shape[:4]
+    sums = taps.new_empty(replicas, groups, heads, taps.shape[4], batch, tiles.grid[1], columns, dtype=wide)
     _gradients[tiles.grid](
-        x, taps, gradient, of_x, sums, *x.shape[1:], dilation, *x.stride(), *taps.stride()[:2], of_a_channel, taps.stride(3),
-        *gradient.stride(), *of_x.stride(), columns, taps.shape[3], tiles.tokens, tiles.channels, _sum_in(gradient), shared,
-        num_warps=WARPS,
+        x, taps, first, second, third, of_x, sums, *x.shape[1:], dilation, *x.stride(), *_strides(taps), *first.stride(),
+        *of_x.stride(), *sums.stride()[:-1], taps.shape[4], tiles.tokens, tiles.channels, _sum_in(first), shared, num_warps=WARPS,
     )  # fmt: skip
-    of_taps = sums.sum((1, 3)).mT
-    return of_x, of_taps.sum(2, keepdim=True) if shared else of_taps
+    of_taps = sums.sum((4, 5, 6))[:, :, :, None] if shared else sums.sum((4, 5)).mT
+    return of_x, of_taps.to(taps.dtype)
 
 
 class _Tiles(NamedTuple):
@@ -56,16 +63,17 @@ class _Tiles(NamedTuple):
     channels: int
 
     @classmethod
-    def of(cls, x: GroupedHeads) -> "_Tiles":
-        groups, batch, heads, length, width = x.shape
+    def of(cls, x: StackedHeads) -> "_Tiles":
+        replicas, groups, batch, heads, length, width = x.shape
         tokens = min(TOKENS, triton.next_power_of_2(length))
         channels = min(CHANNELS, triton.next_power_of_2(width))
-        return cls((groups * batch * heads, triton.cdiv(length, tokens), triton.cdiv(width, channels)), tokens, channels)
+        rows = replicas * groups * batch * heads
+        return cls((rows, triton.cdiv(length, tokens), triton.cdiv(width, channels)), tokens, channels)
 
 
-def _token_by_token(x: GroupedHeads, dtype: torch.dtype) -> GroupedHeads:
-    """Memory for as many numbers, in the order in which projections have them: (G, B, L, H, C)."""
-    return x.new_empty([x.shape[axis] for axis in (0, 1, 3, 2, 4)], dtype=dtype).transpose(2, 3)
+def _strides(taps: StackedFilter) -> tuple[int, ...]:
+    """None from channel to channel where they share their taps."""
+    return *taps.stride()[:3], taps.stride(3) if taps.shape[3] > 1 else 0, taps.stride(4)
 
 
 def _sum_in(x: Tensor) -> tl.dtype:
@@ -74,40 +82,48 @@ def _sum_in(x: Tensor) -> tl.dtype:
 
 @triton.jit
 def _filter(
-    x, taps, y, batch, heads, length, width, dilation,
-    x_g, x_b, x_h, x_l, x_c, t_g, t_h, t_c, t_w, y_g, y_b, y_h, y_l, y_c,
+    x, taps, y, groups, batch, heads, length, width, dilation,
+    x_r, x_g, x_b, x_h, x_l, x_c, t_r, t_g, t_h, t_c, t_w, y_r, y_g, y_b, y_h, y_l, y_c,
     W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    g, b, h = row // (batch * heads), row // heads % batch, row % heads
+    r, g = row // (groups * batch * heads), row // (batch * heads) % groups
+    b, h = row // heads % batch, row % heads
     i = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    x += g * x_g + b * x_b + h * x_h
-    taps += g * t_g + h * t_h
+    x += r * x_r + g * x_g + b * x_b + h * x_h
+    taps += r * t_r + g * t_g + h * t_h
     total = tl.zeros((TOKENS, CHANNELS), SUM)
     for j in tl.static_range(W):
         at = i - j * dilation
         seen = ((at >= 0) & (at < length))[:, None] & (c < width)[None, :]
         rows = tl.load(x + at[:, None] * x_l + c[None, :] * x_c, mask=seen, other=0).to(SUM)
         total += rows * tl.load(taps + c * t_c + j * t_w, mask=c < width, other=0).to(SUM)[None, :]
+    y += r * y_r + g * y_g + b * y_b + h * y_h
     there = (i < length)[:, None] & (c < width)[None, :]
-    tl.store(y + g * y_g + b * y_b + h * y_h + i[:, None] * y_l + c[None, :] * y_c, total, mask=there)
+    tl.store(y + i[:, None] * y_l + c[None, :] * y_c, total, mask=there)
 
 
 @triton.jit
 def _gradients(
-    x, taps, of_y, of_x, sums, batch, heads, length, width, dilation,
-    x_g, x_b, x_h, x_l, x_c, t_g, t_h, t_c, t_w, y_g, y_b, y_h, y_l, y_c, d_g, d_b, d_h, d_l, d_c, columns,
+    x, taps, of_y, of_second, of_third, of_x, sums, groups, batch, heads, length, width, dilation,
+    x_r, x_g, x_b, x_h, x_l, x_c, t_r, t_g, t_h, t_c, t_w, y_r, y_b, y_h, y_l, y_c,
+    d_r, d_g, d_b, d_h, d_l, d_c, s_r, s_g, s_h, s_w, s_b, s_l,
     W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SUM: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    g, b, h = row // (batch * heads), row // heads % batch, row % heads
+    r, g = row // (groups * batch * heads), row // (batch * heads) % groups
+    b, h = row // heads % batch, row % heads
     i = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    x += g * x_g + b * x_b + h * x_h
-    of_y += g * y_g + b * y_b + h * y_h
-    taps += g * t_g + h * t_h
-    sums += (row * tl.num_programs(1) + tl.program_id(1)) * W * columns
+    x += r * x_r + g * x_g + b * x_b + h * x_h
+    if g == 1:
+        of_y = of_second
+    if g == 2:
+        of_y = of_third
+    of_y += r * y_r + b * y_b + h * y_h
+    taps += r * t_r + g * t_g + h * t_h
+    sums += r * s_r + g * s_g + h * s_h + b * s_b + tl.program_id(1) * s_l
     there = (i < length)[:, None] & (c < width)[None, :]
     own = tl.load(of_y + i[:, None] * y_l + c[None, :] * y_c, mask=there, other=0).to(SUM)
     total = tl.zeros((TOKENS, CHANNELS), SUM)
@@ -119,7 +135,8 @@ def _gradients(
         seen = there & (before >= 0)[:, None]
         products = own * tl.load(x + before[:, None] * x_l + c[None, :] * x_c, mask=seen, other=0).to(SUM)
         if SHARED:
-            tl.store(sums + j * columns + tl.program_id(2), tl.sum(products))
+            tl.store(sums + j * s_w + tl.program_id(2), tl.sum(products))
         else:
-            tl.store(sums + j * columns + c, tl.sum(products, 0), mask=c < width)
-    tl.store(of_x + g * d_g + b * d_b + h * d_h + i[:, None] * d_l + c[None, :] * d_c, total, mask=there)
+            tl.store(sums + j * s_w + c, tl.sum(products, 0), mask=c < width)
+    of_x += r * d_r + g * d_g + b * d_b + h * d_h
+    tl.store(of_x + i[:, None] * d_l + c[None, :] * d_c, total, mask=there)

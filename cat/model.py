@@ -95,7 +95,7 @@ class SequenceModel(nn.Module):
         start = memories[0].length
         self.check_length(start + tokens.shape[1])
         projected, blocks, read = self.looked_up(tokens), self.layers(), list[Memory]()
-        x = self.embedding(tokens, start)
+        x = self.embedding(tokens if projected is None or len(blocks) > 1 else tokens[:, -1:], start)
         for block, memory in zip(blocks, memories, strict=True):
             x, memory = block.read(x, memory, projected if block is blocks[0] else None, last=block is blocks[-1])
             read.append(memory)
@@ -160,11 +160,11 @@ class Block(nn.Module):
         return self.refine(x + self.mixer.combine(projected, at))
 
     def read(
-        self, x: Hidden, memory: Memory, projected: Float[Tensor, "B L P"] | None = None, *, last: bool = False
+        self, x: Float[Tensor, "B _ D"], memory: Memory, projected: Float[Tensor, "B L P"] | None = None, *, last: bool = False
     ) -> tuple[Float[Tensor, "B _ D"], Memory]:
         """The block's output of tokens that follow upon those of `memory`, or of the `last` alone; and the memory of all.
 
-        `projected` is what `project` makes of `x`, where that is known already.
+        `projected` is what `project` makes of every token, where that is known already: of `x`, the last row may then do.
         """
         mixed, memory = self.mixer.read(self.project(x) if projected is None else projected, memory, last=last)
         return self.refine((tail(x, 1) if last else x) + mixed), memory

@@ -5,6 +5,7 @@ Every tensor has one axis more, in front, over which torch.vmap maps the model: 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
@@ -27,6 +29,10 @@ from cat.optimizer import BETAS, EPSILON
 from cat.replay import Replay
 from cat.tasks.base import IGNORE
 from cat.training import Row, Run, State, Stop, _batches, copied, decayed_or_not, diverged, end, look, mean_loss, rate
+
+TOKENS_A_SUM, LEAST_A_SUM, MANY = 512, 64, 1 << 20
+"""On a GPU the gradient of a linear map is summed over so many tokens, at least so many, and then the sums: unless it has so many
+numbers that it fills the GPU."""
 
 
 def can_be_stacked(config: ModelConfiguration) -> bool:
@@ -295,10 +301,10 @@ def _marks(model: SequenceModel, batch: Split, *, precision: str) -> tuple[Float
 
 
 class _Whole(TorchFunctionMode):
-    """Two operations that vmap takes apart too soon, before autocast has seen them, are called as a whole.
+    """Three operations that vmap takes apart too soon, two of them before autocast has seen them, are called as a whole.
 
     The parts of attention are kernels that have no rule for vmap on a CPU; on a GPU they have one, under which they do not
-    notice that a gradient will be asked for.
+    notice that a gradient will be asked for. Those of a linear map are products of which one is slow on a GPU.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -307,12 +313,52 @@ class _Whole(TorchFunctionMode):
             return _attend(*args, **kwargs)
         if function is F.conv1d:
             args = [_cast(x) if isinstance(x, Tensor) else x for x in args]
+        if function is F.linear and args[0].is_cuda:
+            return _project(*args, **kwargs)
         return function(*args, **kwargs)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
     masks = [] if attn_mask is None else [attn_mask.expand(len(q), -1, -1, -1)]
     return _Folded.apply(partial(F.scaled_dot_product_attention, **options), q, k, v, *masks)
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = _Projected.apply(_cast(x).flatten(0, -2)[None], _cast(weight)[None])[0].unflatten(0, x.shape[:-1])
+    return y if bias is None else y + _cast(bias)
+
+
+class _Projected(torch.autograd.Function):
+    """Linear maps of tokens: (R, N, D) by (R, E, D) is (R, N, E). What vmap maps over are replicas.
+
+    A weight's gradient is a sum over many tokens with few outcomes: parts of it are summed side by side, or most of a GPU idles.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        size = _tokens_a_sum(x.shape[1], weight.numel())
+        rows, columns = (t.unflatten(1, (-1, size)) for t in (gradient, x))
+        return gradient @ weight if ctx.needs_input_grad[0] else None, (rows.mT @ columns).sum(1)
+
+    @staticmethod
+    def vmap(info: Any, mapped: tuple[int | None, ...], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
+        folded = (fold(t, axis, info.batch_size, into=0) for t, axis in zip((x, weight), mapped, strict=True))
+        return _Projected.apply(*folded).unflatten(0, (info.batch_size, -1)), 0
+
+
+def _tokens_a_sum(tokens: int, outcomes: int) -> int:
+    size = math.gcd(tokens, TOKENS_A_SUM)
+    return size if size >= LEAST_A_SUM and outcomes < MANY else tokens
 
 
 def _cast(x: Tensor) -> Tensor:

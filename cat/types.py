@@ -27,3 +27,7 @@ HeadMixingFilter = Float[Tensor, "H G W"]
 """From each of G heads, as a rule the same ones, to each of H."""
 GroupedHeads = Float[Tensor, "G B H L C"]
 GroupedFilter = Float[Tensor, "G H #C W"]
+Replicated = Float[Tensor, "R B H L C"]
+StackedHeads = Float[Tensor, "R G B H L C"]
+StackedFilter = Float[Tensor, "R G H #C W"]
+"""Those of R replicas."""

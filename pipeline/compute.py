@@ -22,6 +22,7 @@ import torch
 
 from pipeline.determinism import settle
 from pipeline.params import ParamsError
+from pipeline.processes import available, end_with_parent
 
 LOOK = 0.5
 """Seconds after which it is noticed, where nothing else happens, that this process is asked to stop."""
@@ -231,7 +232,7 @@ def _serve(pipe: Any, function: Callable[..., Any], device: torch.device) -> Non
     torch.set_num_threads(1)
     settle()
     signal.signal(signal.SIGINT, _stop)  # the process that gave the jobs decides what else becomes of them
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     while True:
         try:
             job = pipe.recv()
@@ -244,13 +245,6 @@ def _serve(pipe: Any, function: Callable[..., Any], device: torch.device) -> Non
         pipe.send(("done", outcome))
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
 def _processes(jobs: int, threads: int | Literal["auto"]) -> int:
     """As many processes as threads, or a few more where that ends the jobs together: 3 jobs on 2 threads take 3 processes."""
     threads = available() if threads == "auto" else threads
@@ -258,8 +252,3 @@ def _processes(jobs: int, threads: int | Literal["auto"]) -> int:
         return min(jobs, threads)
     rounds = jobs // threads
     return -(-jobs // rounds)
-
-
-def available() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +24,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from cat.configuration import Theory
 from pipeline.params import Ablation, Study, shown_variants
+from pipeline.processes import available, end_with_parent
 
 Draw = Callable[[Study, Ablation, pd.DataFrame], Figure]
 
@@ -46,7 +44,7 @@ def draw_all(study: Study, pictures: Sequence[Picture]) -> None:
 
     Raises what drawing one raises, once no other is under way; ValueError where a process is killed.
     """
-    one, count = partial(_draw, study), min(len(pictures), _cores() if study.threads == "auto" else study.threads)
+    one, count = partial(_draw, study), min(len(pictures), available() if study.threads == "auto" else study.threads)
     if count <= 1:
         for picture in pictures:
             one(picture)
@@ -65,21 +63,10 @@ def _draw(study: Study, picture: Picture) -> None:
     save(picture.draw(study, picture.ablation, picture.table), picture.png, picture.svg)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _serve() -> None:
     """Ctrl-C reaches every process of a terminal and is for the first alone; where that one is killed, the others end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    end_with_parent()
 
 
 def begin(study: Study) -> None:

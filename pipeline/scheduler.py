@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 from pipeline import cluster, compute, params
 from pipeline.cluster import Cluster
 from pipeline.files import LOGS, whole
+from pipeline.processes import available
 from pipeline.progress import Progress
 from pipeline.train import Cell, Job, Setting, Trained, groups, run_jobs, write
 
@@ -106,7 +107,7 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
 
 def assign(devices: list[torch.device], jobs: int | None) -> list[torch.device]:
     """The device of each of `jobs` processes: round robin, by default one a core or one a GPU."""
-    count = jobs or (compute.available() if devices[0].type == "cpu" else len(devices))
+    count = jobs or (available() if devices[0].type == "cpu" else len(devices))
     return [devices[i % len(devices)] for i in range(count)]
 
 

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import cat.replicas
 from cat.configuration import Protocol, Schedule
 from cat.convolution import filter_heads
 from cat.evaluation import Split
-from cat.replicas import Stack, can_be_stacked, fit_together
+from cat.replicas import Stack, _project, _tokens_a_sum, can_be_stacked, fit_together
 from cat.state_space import selective_scan
 from cat.training import _batches, build_model, fit
 from tests.test_mixers import BATTERY, configure
@@ -231,3 +232,35 @@ def one_by_one(operation, mapped):
         return torch.stack([operation(*row) for row in zip(*rows, strict=True)])
 
     return run
+
+
+@pytest.mark.parametrize("outcomes", [cat.replicas.MANY, 1])
+@pytest.mark.parametrize("tokens", [(7,), (3, 5), (4, 256)])
+@pytest.mark.parametrize("mapped", [(0, 0, 0), (None, 0, 0), (2, 1, None), (0, None, 0)])
+def test_a_linear_map_on_a_gpu_is_the_linear_map(mapped, tokens, outcomes, monkeypatch):
+    """Its gradient in parts where there are enough tokens, and at once where there are not or it is large."""
+    monkeypatch.setattr(cat.replicas, "MANY", outcomes)
+    shapes = [(*tokens, 6), (5, 6), (5,)]
+    whole = [normal(*shape, seed=n) for n, shape in enumerate(shapes)]
+    stacked = [t if axis is None else torch.stack([t, -2 * t, t + 1], axis) for t, axis in zip(whole, mapped, strict=True)]
+    leaves = [t.requires_grad_() for t in stacked]
+    weights = normal(3, *tokens, 5, seed=3)
+
+    def passes(operation, count):
+        y = torch.vmap(operation, mapped[:count])(*leaves[:count])
+        return [y, *torch.autograd.grad(y, leaves[:count], weights)]
+
+    for count in (2, 3):
+        for ours, theirs in zip(passes(_project, count), passes(F.linear, count), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_what_is_summed_at_a_time_is_a_part_of_all_tokens_where_that_pays():
+    assert [_tokens_a_sum(*about) for about in [(8192, 64), (1000, 64), (192, 64), (8192, 1 << 20)]] == [512, 1000, 64, 8192]
+
+
+def test_a_weight_alone_has_a_gradient():
+    x, weight = normal(128, 6), normal(3, 5, 6, seed=1).requires_grad_()
+    y = torch.vmap(_project, (None, 0))(x, weight)
+    (ours,) = torch.autograd.grad(y.sum(), weight)
+    torch.testing.assert_close(ours, x.sum(0).expand(3, 5, 6))

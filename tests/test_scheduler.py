@@ -19,6 +19,7 @@ from pipeline import compute, scheduler
 from pipeline.files import read_json
 from pipeline.grid import cells
 from pipeline.params import load
+from pipeline.processes import available
 from pipeline.progress import Progress
 from tests.study import ROOT, edit, read_params, stage, tiny_study, write_params
 
@@ -268,7 +269,7 @@ def test_processes_are_spread_over_the_gpus():
     gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
     assert scheduler.assign(gpus, 5) == [gpus[0], gpus[1], gpus[0], gpus[1], gpus[0]]
     assert scheduler.assign(gpus, None) == gpus
-    assert scheduler.assign([CPU], None) == [CPU] * compute.available()
+    assert scheduler.assign([CPU], None) == [CPU] * available()
 
 
 def test_progress_shows_what_is_in_work_and_says_what_has_ended(study):

@@ -108,13 +108,15 @@ class Streams(Mixer):
 
     def _filtered_together(self, projected: Projected) -> list[Heads]:
         """On a GPU, slower to launch a kernel than to run it, filters that are alike of streams side by side are one."""
-        heads = projected.unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
-        streams = list[Heads]()
-        for names, part in zip(self.together, heads.split([len(names) for names in self.together]), strict=True):
+        streams, parts = list[Heads](), [projected]
+        if len(self.together) > 1:  # else the gradient would be copied
+            parts = list(projected.split([len(names) * self.config.width for names in self.together], dim=-1))
+        for names, part in zip(self.together, parts, strict=True):
+            heads = part.unflatten(-1, (len(names), self.config.heads, -1)).permute(2, 0, 3, 1, 4)
             if names[0] in self.filters:
-                streams += apply_together([cast(Filter, self.filters[name]) for name in names], part)
+                streams += apply_together([cast(Filter, self.filters[name]) for name in names], heads)
             else:
-                streams.append(part.squeeze(0))
+                streams.append(heads.squeeze(0))
         return streams
 
     def heads(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
