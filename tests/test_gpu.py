@@ -12,7 +12,7 @@ import cat.replay
 from cat.configuration import Schedule
 from cat.convolution import filter_channels, filter_heads, naive_filter_channels, naive_filter_heads
 from cat.evaluation import Split, score
-from cat.replay import WARM, Replay
+from cat.replay import Replay
 from cat.replicas import Stack, can_be_stacked, fit_together
 from cat.training import backward, build_model, fit, mean_loss
 from pipeline import runs
@@ -170,12 +170,20 @@ def test_it_goes_on_from_a_state_to_the_same_bits():
     same_bits(whole, train("attention_all", resume=list(kept[4].values())))
 
 
+UNRECORDABLE = """
+import torch
+from cat.replay import Replay
+replay = Replay(lambda x: x * x.sum().item())
+x = torch.ones(3, device="cuda")
+assert [replay(x + i).tolist() for i in range(WARM + 2)] == [[3 * (1 + i) ** 2] * 3 for i in range(WARM + 2)]
+assert not replay.recordable
+assert torch.ones(1, device="cuda").item() == 1
+"""
+
+
 def test_what_cannot_be_recorded_is_called_as_it_is():
-    replay = Replay(lambda x: x * x.sum().item())
-    x = torch.ones(3, device="cuda")
-    assert [replay(x + i).tolist() for i in range(WARM + 2)] == [[3 * (1 + i) ** 2] * 3 for i in range(WARM + 2)]
-    assert not replay.recordable
-    assert torch.ones(1, device="cuda").item() == 1
+    """In a process of its own: to PyTorch's allocator a recording that failed never ends, and other tests are about memory."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", UNRECORDABLE], check=True)
 
 
 @pytest.mark.parametrize("name", [name for name in BATTERY if name != "landmark"])
@@ -248,9 +256,9 @@ def test_replicas_for_which_memory_does_not_suffice_take_turns(little_memory):
     expected, at_once = steps()
     assert at_once == len(seeds)
     gc.collect()
-    little_memory((torch.cuda.max_memory_allocated() - before) // 4)
+    little_memory((torch.cuda.max_memory_allocated() - before) // 2)
     taken, at_once = steps()
-    assert at_once < len(seeds)
+    assert at_once < len(seeds), torch.cuda.memory_summary(abbreviated=True)
     torch.testing.assert_close(taken, expected, rtol=1e-4, atol=1e-4)
 
 
