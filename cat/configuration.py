@@ -92,7 +92,7 @@ class AttentionModel(Model):
     filter_bias: bool = False
     """Add a learned vector to what is filtered."""
     filter_norm: bool = False
-    """Divide every filter by the sum of its absolute taps."""
+    """Divide every filter by the sum of its absolute taps, a generated one by that of as many as a training sequence has."""
     qk_norm: bool = False
     """Scale queries and keys to unit length after the filter; the temperature is then learned, one a head."""
     temperature: bool = False

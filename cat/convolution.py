@@ -75,7 +75,7 @@ def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Head
 
 
 def filter_groups(x: GroupedHeads, taps: GroupedFilter, *, dilation: int = 1) -> tuple[Heads, ...]:
-    """`filter_heads`, or `filter_channels`, of each group: on a GPU at once where the filters are short."""
+    """`filter_heads`, or `filter_channels`, of each of up to three groups: on a GPU at once where the filters are short."""
     limits, operation = (OF_HEADS, _by_matrix_a_head) if taps.shape[2] == 1 else (OF_CHANNELS, _by_matrix_a_channel)
     limits = _here(x, limits)
     if _kernels(x) and _short(taps, x.shape[3], dilation, limits):
@@ -251,8 +251,11 @@ def _by_matrix_a_channel(x: Heads, taps: ChannelFilter) -> Heads:
 
 
 def _by_fft(x: Heads, taps: ChannelFilter) -> Heads:
-    wide = functools.reduce(torch.promote_types, (x.dtype, taps.dtype, torch.float32))  # there is no FFT of bfloat16
-    return _Fourier.apply(x.to(wide), taps.to(wide))[0]
+    if x.numel() == 0:  # MKL takes none
+        return x * taps.sum()
+    narrow = torch.promote_types(x.dtype, taps.dtype)
+    wide = torch.promote_types(narrow, torch.float32)  # there is no FFT of bfloat16
+    return _Fourier.apply(x.to(wide), taps.to(wide))[0].to(narrow)
 
 
 class _Fourier(torch.autograd.Function):
@@ -335,10 +338,12 @@ def _mix_by_matrix(x: Sources, taps: HeadMixingFilter) -> Heads:
 
 
 def _mix_by_fft(x: Sources, taps: HeadMixingFilter) -> Heads:
+    if x.numel() == 0:  # MKL takes none
+        return x[:, :1].expand(-1, len(taps), -1, -1) * taps.sum()
     length = x.shape[2]
     size = _fast_size(length + taps.shape[2] - 1)
     spectrum = torch.einsum("hgf,bgfc->bhfc", _spectrum(taps, size, dim=-1), _spectrum(x, size, dim=2))
-    return _tokens(spectrum, size, length)
+    return _tokens(spectrum, size, length).to(torch.promote_types(x.dtype, taps.dtype))
 
 
 def _fast_size(size: int) -> int:

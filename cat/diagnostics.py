@@ -156,9 +156,7 @@ def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
     only filters are on the keys, one a head. The condition takes tokens for orthonormal, which trained ones are in part.
     """
     config = model.config
-    if not isinstance(config, Attention) or (config.layers, config.position, config.sharing) != (1, "none", "head"):
-        return None
-    if config.filters.keys() != {"k"} or config.filter_bias or config.qk_norm:
+    if not isinstance(config, Attention) or not config.keys_decide:
         return None
     (block,) = model.layers()
     mixer = cast(Streams, block.mixer)

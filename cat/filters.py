@@ -40,7 +40,7 @@ class Layout:
     """Channels of a head."""
     sharing: Literal["head", "channel", "mixing"] = "head"
     norm: bool = False
-    """Divide the taps by the sum of their absolute values."""
+    """Divide the taps by the sum of their absolute values, of generated ones by that of as many as a training sequence has."""
     bias: bool = False
 
     @property
@@ -53,6 +53,8 @@ class Filter(nn.Module, ABC):
     """Maps (B, H, L, C) to (B, H, L, C): the taps (*rows, W) of the subclass applied, a bias added where there is one."""
 
     dilation = 1
+    span: int | None = None
+    """Tokens of a training sequence, where taps are generated."""
 
     def __init__(self, layout: Layout):
         super().__init__()
@@ -68,17 +70,14 @@ class Filter(nn.Module, ABC):
         """How many tokens before the present one are seen; None for all of them."""
         return None
 
-    @property
-    def steady(self) -> bool:
-        """Whether the taps stay what they are in a longer sequence: generated ones have a larger sum there to be divided by."""
-        return self.reach is not None or not self.layout.norm
-
     def response(self, length: int) -> Tensor:
         """The taps that are applied to a sequence of `length` tokens, normalised where that is asked for."""
         taps = self.generate(length)
         if not self.layout.norm:
             return taps
-        total = taps.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
+        # The sum of a training sequence's taps whatever the length: or what is read would change with what comes after it.
+        summed = taps if self.span in (None, length) else self.generate(self.span)
+        total = summed.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
         return taps / total.clamp(min=1e-12)
 
     def forward(self, x: Heads, at: Asked | None = None) -> Queries:
@@ -167,6 +166,7 @@ class DecayFilter(Filter):
 
     def __init__(self, layout: Layout, size: int, *, init: Init, length: int, learned: bool):
         super().__init__(layout)
+        self.span = length
         coefficients, direct = self._initial(size, init)
         self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
         log_rate = -time_scales(size, length).log()
@@ -189,6 +189,7 @@ class NetworkFilter(Filter):
 
     def __init__(self, layout: Layout, size: int, *, init: Init, length: int):
         super().__init__(layout)
+        self.span = length
         coefficients, direct = self._initial(size, init)
         self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
         self.frequencies = nn.Parameter(math.pi * torch.randn(FEATURES, size))

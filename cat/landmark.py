@@ -73,7 +73,9 @@ def landmark_attend(
     far = score(q, k_windows, chosen)
     far = far.masked_fill(~visible(chosen, own, block=block, reach=reach), float("-inf"))
     choosing = (own > top)[:, None, :, None, None]
-    far = torch.where(choosing, far.log_softmax(-1) + matches[..., None], far)
+    # Where there is nothing to choose, windows may be unseen: zeros stand in for what has no softmax.
+    shares = far.masked_fill(~choosing, 0).log_softmax(-1)
+    far = torch.where(choosing, shares + matches[..., None], far)
 
     weights = torch.cat([near, far.flatten(3)], dim=-1).softmax(-1)
     near, far = weights[..., :block], weights[..., block:].unflatten(3, (-1, block + reach))
@@ -178,7 +180,7 @@ def _by_window(
     """Each row times the window that was chosen for it."""
     sequences = torch.arange(chosen.shape[0] * chosen.shape[1], device=chosen.device).view(*chosen.shape[:2], 1, 1)
     group = (sequences * windows.shape[2] + chosen).flatten()
-    return grouped_matmul(rows.flatten(0, 3), windows.flatten(0, 2), group).view(*chosen.shape, -1)
+    return grouped_matmul(rows.flatten(0, 3), windows.flatten(0, 2), group).view(*chosen.shape, windows.shape[4])
 
 
 def grouped_matmul(
@@ -189,7 +191,7 @@ def grouped_matmul(
     Rows are laid out group by group in tiles of one size, each group beginning a new tile: one batched product, whose shape does
     not depend on how the rows fall into groups. Places that no row takes are zero.
     """
-    groups, size = len(matrices), max(1, len(rows) // (2 * len(matrices)))
+    groups, size = len(matrices), max(1, len(rows) // max(1, 2 * len(matrices)))
     tiles = len(rows) // size + groups  # as many as there can be
     count = group.new_zeros(groups).scatter_add(0, group, torch.ones_like(group))
     end = (count // size + 1).cumsum(0)

@@ -15,7 +15,8 @@ from cat.types import Hidden
 class ConvolutionAugmentedAttention(nn.Module):
     """Causal softmax attention whose queries, keys and values pass through short causal filters first.
 
-    Maps `x` (batch, length, width) to the same shape, for any length; what stands at a position depends on nothing after it.
+    Maps `x` (batch, length, width) to the same shape, for any length; what stands at a position depends on nothing after it,
+    but for rounding where long filters are applied by FFT. So tokens that pad a sequence on its right change nothing.
     Each of `q`, `k` and `v` is the number of taps of the filter on that stream, `full` for as many as `length`, or what
     generates them: a `network` or a basis of fixed `decay` or a `state` space of learned ones, of size `filter_size`. None is
     no filter, and without any the layer is the transformer's attention. The filters begin close to the identity.
@@ -28,7 +29,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         filter_size   hidden units of a network, or decays
         filter_init   begin close to the identity, or at random
         filter_bias   add a learned vector to what is filtered
-        filter_norm   divide every filter by the sum of its absolute taps
+        filter_norm   divide every filter by the sum of its absolute taps, a generated one by that of `length` taps
         qk_norm       queries and keys of unit length, with a learned temperature a head
         temperature   a learned temperature a head without that
         length        tokens of a training sequence; only full and generated taps need it

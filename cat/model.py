@@ -73,24 +73,12 @@ class SequenceModel(nn.Module):
             return None
         return F.embedding(tokens, self.layers()[0].project(self.embedding.token.weight))
 
-    @property
-    def steady(self) -> bool:
-        """Whether the logits of a sequence stay what they are when more tokens follow.
-
-        They do not where taps that are generated for the length of the sequence are divided by their sum, `filter_norm`.
-        """
-        return all(block.mixer.steady for block in self.layers())
-
     def read(self, tokens: Tokens, memories: Sequence[Memory] = ()) -> tuple[Float[Tensor, "B V"], list[Memory]]:
         """Logits of the token after `tokens`, which follow upon those of `memories`; and the memories of all of them.
 
         The logits are what `forward` has at the last position of the whole sequence. There is a memory a block, none before the
-        first token; a model that is not `steady` remembers the tokens and reads all of them anew. Raises ValueError as `hidden`.
+        first token. Raises ValueError as `hidden`.
         """
-        if not self.steady:
-            whole = torch.cat([*(memory.kept["tokens"] for memory in memories), tokens], dim=1)
-            last = torch.full_like(whole[:, :1], whole.shape[1] - 1)
-            return self.answers(whole, last)[:, 0], [Memory(whole.shape[1], {"tokens": whole})]
         memories = memories or [Memory()] * len(self.blocks)
         start = memories[0].length
         self.check_length(start + tokens.shape[1])

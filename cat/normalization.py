@@ -37,5 +37,5 @@ class _Unit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: None) -> Tensor:
         y, length = ctx.saved_tensors
-        along = (gradient * y).sum(-1, keepdim=True)
+        along = (gradient * y).sum(-1, keepdim=True) * (length > LEAST)  # a shorter vector is divided by a constant
         return torch.addcmul(gradient, y, along, value=-1) / length

@@ -160,5 +160,5 @@ def _tokens_second(x: Float[Tensor, "L B 1 N"]) -> Float[Tensor, "B L N"]:
 
 def _chunks(length: int, state: Tensor) -> list[slice]:
     """The first is not shorter than any."""
-    size = max(1, NUMBERS_AT_ONCE[state.device.type] // state.numel())
+    size = max(1, NUMBERS_AT_ONCE[state.device.type] // max(1, state.numel()))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from torch import Tensor
 from cat.parallel import ALONE, Group
 from cat.training import Row, State
 from pipeline import compute
-from pipeline.files import whole
+from pipeline.files import CHECKPOINTS, whole
 
 EVERY = 60.0
 """Seconds of a run that are lost at most."""
@@ -72,10 +72,21 @@ class Checkpoint(NamedTuple):
         """Raises ValueError where another process trains the run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.path.with_suffix(".lock"), timeout=PATIENCE):
+            with _lock(self.path, PATIENCE):
                 yield
         except Timeout:
             raise ValueError(f"{self.path}: another process trains this run; wait for it, or end it") from None
+
+
+def clear(task: str) -> None:
+    """Removes those of a task, but of runs that are being trained. Locks stay: one that is removed can be had twice."""
+    for path in (CHECKPOINTS / task).glob("*/*.safetensors"):
+        with suppress(Timeout), _lock(path, 0):
+            path.unlink(missing_ok=True)
+
+
+def _lock(path: Path, patience: float) -> FileLock:
+    return FileLock(path.with_suffix(".lock"), timeout=patience)
 
 
 def _digest(key: str | None, text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shutil
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -22,9 +21,8 @@ from cat.diagnostics import attention_statistics, filter_taps
 from cat.evaluation import Scores, Tally, outcomes
 from cat.model import SequenceModel
 from cat.tasks.base import Extents, Recalled, Spans
-from pipeline import compute, runs
+from pipeline import checkpoints, compute, runs
 from pipeline.files import (
-    CHECKPOINTS,
     DATA,
     FILTERS,
     POSITIONS,
@@ -90,7 +88,7 @@ def evaluate(
     with whole(SCORES / f"{task}.npz") as path, path.open("wb") as file:
         arrays = {key: columns for table in tables for key, columns in table.sequences.items()}
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    shutil.rmtree(CHECKPOINTS / task, ignore_errors=True)
+    checkpoints.clear(task)
 
 
 def metrics(answered: Tally, extents: Extents | None, *, autoregressive: bool) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,22 +29,37 @@ CHECKPOINTS = Path("checkpoints")
 def whole(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path`, a file or a folder to be; it replaces `path` when the block ends without an error.
 
-    An OSError that names no file, as when the disk is full, is given the name of `path`.
+    Its content is on the disk before it does, so that even a power cut leaves the one or the other. An OSError that names no
+    file, as when the disk is full, is given the name of `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     _remove(part)
     try:
         yield part
+        for file in (part, *part.rglob("*")):
+            _settle(file)
         if path.is_dir():
             _remove(path)
         part.replace(path)
+        _settle(path.parent)
     except OSError as error:
         if error.filename is None:
             error.filename = str(path)
         raise
     finally:
         _remove(part)
+
+
+def _settle(path: Path) -> None:
+    """Waits until it is on the disk; Windows can do so with files alone."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -33,6 +34,7 @@ from cat.tasks.base import derive_seed
 from cat.training import Row, Run, build_model, fit, look
 from pipeline import compute, runs
 from pipeline.checkpoints import Checkpoint, Keeper
+from pipeline.determinism import MARK
 from pipeline.files import CHECKPOINTS, LOGS, Meta, read_code, read_meta, read_task, whole, write_csv, write_json
 from pipeline.provenance import provenance
 
@@ -271,7 +273,8 @@ def _fit(
 def _checkpoint(cell: Cell, job: Job, where: str) -> Checkpoint:
     """Its key is made of all that the run depends on: other seeds and learning rates of the cell are nothing to it."""
     model, protocol, schedule, _, precision = cell.setting
-    parts = model, protocol, schedule.model_dump(exclude={"learning_rates"}), precision, cell.meta, job, where
+    pinned = MARK in os.environ
+    parts = model, protocol, schedule.model_dump(exclude={"learning_rates"}), precision, cell.meta, job, where, pinned
     key = hashlib.sha256(repr((*parts, cell.code, torch.__version__)).encode()).hexdigest()
     path = CHECKPOINTS / cell.task / cell.variant / f"{job.learning_rate}_{job.seed}.safetensors"
     return Checkpoint(path, key if cell.code else None)

@@ -125,6 +125,16 @@ def test_normalised_taps_sum_to_one_for_everyone_who_reads_them(taps, sharing):
     close(total, torch.ones_like(total))
 
 
+@pytest.mark.parametrize("taps", KINDS)
+@pytest.mark.parametrize("sharing", SHARING)
+def test_normalised_taps_do_not_change_with_the_length(taps, sharing):
+    made = build(taps, sharing=sharing, norm=True)
+    expected = made.response(LENGTH)
+    for length in (LENGTH // 2, 3 * LENGTH):
+        common = min(length, expected.shape[-1])
+        close(made.response(length)[..., :common], expected[..., :common])
+
+
 def test_taps_that_are_all_zero_stay_zero_when_normalised():
     made = build(3, norm=True)
     with torch.no_grad():

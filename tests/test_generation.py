@@ -63,10 +63,8 @@ def stepwise(model: SequenceModel, read: Tensor, parts: list[int]) -> Tensor:
 
 
 def whole(model: SequenceModel, read: Tensor, ends: list[int]) -> Tensor:
-    """The logits at the end of each of the sequences of the first tokens, all of each read at once."""
-    if model.steady:
-        return model(read)[:, [end - 1 for end in ends]]
-    return torch.stack([model(read[:, :end])[:, -1] for end in ends], dim=1)
+    """The logits at these ends of its parts, all read at once."""
+    return model(read)[:, [end - 1 for end in ends]]
 
 
 @pytest.mark.parametrize("parts", [[1] * LENGTH, [6, 1, 1, 3, 1, 1]], ids=["one", "several"])
@@ -95,10 +93,9 @@ def test_what_is_read_is_looked_up_where_tokens_are_many(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_is_not_steady_where_generated_taps_are_divided_by_their_sum(name):
+def test_the_logits_of_a_sequence_are_those_of_a_longer_one_that_begins_with_it(name):
     model, read = model_of(MODELS[name]), tokens(LENGTH)
-    assert model.steady is not name.endswith("_sums")
-    assert model.steady is torch.allclose(model(read[:, :-1]), model(read)[:, :-1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(model(read[:, :-1]), model(read)[:, :-1], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["attention", "attention_q", "attention_all", "attention_mixing", "cat_dilated"])
@@ -135,7 +132,7 @@ def test_a_recurrence_keeps_a_state_however_long_the_sequence(config, sizes):
         assert {name: tuple(kept.shape[1:]) for name, kept in memory.kept.items()} == {**sizes, **rows}
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if model_of(MODELS[name]).steady])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_last_output_alone_is_the_last_of_all(name):
     mixer = build(MODELS[name], LENGTH)
     x, memory = mixer.project(hidden(LENGTH)), Memory()

@@ -19,6 +19,7 @@ import torch
 from dvc.exceptions import ReproductionError
 from dvc.repo import Repo
 from dvc.stage.exceptions import StageCmdFailedError
+from filelock import FileLock
 
 import cat.training
 from cat.configuration import Attention, Mamba, Performer, Protocol, Schedule
@@ -355,8 +356,26 @@ def test_what_is_kept_of_a_task_is_given_up_when_it_is_evaluated(study, monkeypa
     stage("train", "copying", "none")
     stage("train", "copying", "k")
     assert len(list(Path("checkpoints/copying").rglob("*.safetensors"))) == 8
-    stage("evaluate", "copying")
-    assert not Path("checkpoints/copying").exists()
+    kept = Path("checkpoints/copying/k/0.01_1.safetensors")
+    with FileLock(kept.with_suffix(".lock")):  # another process trains this one anew
+        stage("evaluate", "copying")
+    assert list(Path("checkpoints/copying").rglob("*.safetensors")) == [kept]
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0)
+    lock = FileLock(kept.with_suffix(".lock"))
+    with lock, pytest.raises(ValueError, match="another process"), Checkpoint(kept, "").alone():
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux says what a file descriptor is of")
+def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(f"/proc/self/fd/{fd}").readlink()), fsync(fd)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (done.append(to), replace(path, to)))
+    with whole(tmp_path / "cell") as folder:
+        folder.mkdir()
+        (folder / "summary.json").touch()
+    part = tmp_path / ".cell.part"
+    assert done == [part, part / "summary.json", tmp_path / "cell", tmp_path]
 
 
 def test_states_are_kept_now_and_then_and_where_the_run_is_stopped(tmp_path, monkeypatch):

@@ -245,6 +245,31 @@ def test_bfloat16_agrees_with_float32_roughly(name):
 
 
 @every_mixer
+@pytest.mark.parametrize("length", [29, 150])  # filters are matrices here, and applied by FFT there
+def test_a_model_of_bfloat16_trains_in_it(name, length):
+    mixer, x = build(BATTERY[name], length), hidden(length).bfloat16().requires_grad_()
+    y = mixer.bfloat16()(x)
+    y.float().square().sum().backward()
+    assert {y.dtype, x.grad.dtype, *(p.grad.dtype for p in mixer.parameters() if p.grad is not None)} == {torch.bfloat16}
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+@every_mixer
+@pytest.mark.parametrize("length", [29, 150])
+def test_an_empty_batch_comes_out_empty(name, length):
+    x = torch.zeros(0, length, WIDTH, dtype=torch.float64)
+    assert build(BATTERY[name], length)(x).shape == x.shape
+
+
+@every_mixer
+def test_no_gradient_is_nan_on_its_way(name):
+    mixer, x = build(BATTERY[name], 29), hidden(50).requires_grad_()
+    with torch.autograd.set_detect_anomaly(True):
+        mixer(x).square().sum().backward()
+
+
+@every_mixer
 def test_a_mixer_begins_as_it_was_built(name, monkeypatch):
     built = []
 

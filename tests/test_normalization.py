@@ -2,10 +2,11 @@
 
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 
-from cat.normalization import unit
+from cat.normalization import LEAST, unit
 from tests.twins import assert_twins, close, normal
 
 normalize = partial(F.normalize, dim=-1)
@@ -20,6 +21,11 @@ def test_a_vector_of_zeros_stays_one():
     x[1] = 0
     assert unit(x)[1].tolist() == [0] * 7
     assert_twins(unit, normalize, x)
+
+
+@pytest.mark.parametrize("size", [0.5 * LEAST, 0.999 * LEAST, 1.001 * LEAST])
+def test_a_vector_that_is_too_short_is_divided_by_a_constant(size):
+    assert_twins(unit, normalize, size * normalize(normal(3, 7)))
 
 
 def test_replicas_have_the_gradients_that_each_has_alone():

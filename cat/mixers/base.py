@@ -27,11 +27,6 @@ class Mixer(nn.Module, ABC):
     The two halves are apart because a model calls them apart: a token's projection may be looked up instead of computed.
     """
 
-    @property
-    def steady(self) -> bool:
-        """Whether the outputs of a sequence stay what they are when more tokens follow."""
-        return True
-
     def forward(self, x: Hidden, at: Asked | None = None) -> Float[Tensor, "B _ D"]:
         return self.combine(self.project(x), at)
 

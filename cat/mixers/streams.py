@@ -55,10 +55,6 @@ class Streams(Mixer):
         elif config.temperature:
             self.log_temperature = nn.Parameter(torch.zeros(config.heads))
 
-    @property
-    def steady(self) -> bool:
-        return all(cast(Filter, causal).steady for causal in self.filters.values())
-
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         return self.projection(x)
 
