@@ -28,8 +28,10 @@ if TYPE_CHECKING:
         Theory,
         VariantConfiguration,
     )
+    from cat.generation import generate
     from cat.layer import ConvolutionAugmentedAttention
     from cat.mixers import build_mixer
+    from cat.mixers.base import Memory
     from cat.model import SequenceModel
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Landmark",
     "Linear",
     "Mamba",
+    "Memory",
     "ModelConfiguration",
     "Performer",
     "Protocol",
@@ -50,9 +53,16 @@ __all__ = [
     "Theory",
     "VariantConfiguration",
     "build_mixer",
+    "generate",
 ]
 
-_HOMES = {"ConvolutionAugmentedAttention": "cat.layer", "SequenceModel": "cat.model", "build_mixer": "cat.mixers"}
+_HOMES = {
+    "ConvolutionAugmentedAttention": "cat.layer",
+    "Memory": "cat.mixers.base",
+    "SequenceModel": "cat.model",
+    "build_mixer": "cat.mixers",
+    "generate": "cat.generation",
+}
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and would take every other name for one of these
 

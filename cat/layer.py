@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
 from cat.configuration import Attention, Count, Taps
 from cat.mixers import build_mixer
+from cat.mixers.base import Memory
 from cat.types import Hidden
 
 
@@ -33,6 +35,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         qk_norm       queries and keys of unit length, with a learned temperature a head
         temperature   a learned temperature a head without that
         length        tokens of a training sequence; only full and generated taps need it
+        device, dtype of the weights, as in the modules of torch
 
     Raises ValueError, in one line that names the argument, where one is wrong or two contradict each other, and where `x` has
     another shape. Source: arXiv 2407.05591.
@@ -56,6 +59,8 @@ class ConvolutionAugmentedAttention(nn.Module):
         qk_norm: bool = False,
         temperature: bool = False,
         length: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         try:
@@ -86,12 +91,24 @@ class ConvolutionAugmentedAttention(nn.Module):
         if length is not None:
             config.check_length(length)
         self.width = width
-        self.mixer = build_mixer(config, 1 if length is None else length)
+        self.mixer = build_mixer(config, 1 if length is None else length).to(device, dtype)
 
     def forward(self, x: Hidden) -> Hidden:
+        self._check(x)
+        return self.mixer(x)
+
+    def read(self, x: Hidden, memory: Memory | None = None) -> tuple[Hidden, Memory]:
+        """What `forward` makes of tokens that follow upon those of `memory`, and the memory of all of them.
+
+        For generation, where a sequence comes token by token or part by part; None before the first one. Keys, values and what
+        the filters see next are kept, so that no token is read twice. Raises ValueError where `x` has another shape.
+        """
+        self._check(x)
+        return self.mixer.read(self.mixer.project(x), memory or Memory())
+
+    def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, length, {self.width}) with at least one token")
-        return self.mixer(x)
 
 
 class _Arguments(Attention):

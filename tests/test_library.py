@@ -15,6 +15,7 @@ from cat import ConvolutionAugmentedAttention
 from examples import transformer
 from tests.study import ROOT
 from tests.test_imports import FOREIGN_TO_CAT, loaded_by
+from tests.twins import normal
 
 BLOCKED = FOREIGN_TO_CAT | {"yaml", "scipy", "rich", "markdown_it"}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -150,6 +151,25 @@ def test_the_gradient_reaches_every_filter_and_the_input():
     for tensor in (x, *layer.parameters()):
         assert tensor.grad is not None
         assert tensor.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("parts", [[1] * 12, [7, 1, 4]])
+@pytest.mark.parametrize("options", [{"q": 4, "k": 3}, {"v": "state", "filter_size": 3, "length": 9, "filter_norm": True}])
+def test_what_is_read_part_by_part_is_what_is_read_at_once(options, parts):
+    layer, x = ConvolutionAugmentedAttention(12, 2, position="rotary", **options).double(), normal(2, 12, 12)
+    memory, outputs = None, []
+    for part in x.split(parts, dim=1):
+        y, memory = layer.read(part, memory)
+        outputs.append(y)
+    assert memory.length == 12
+    torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
+    with pytest.raises(ValueError, match="x has shape"):
+        layer.read(x[0], memory)
+
+
+def test_it_is_made_where_and_of_what_it_is_asked_to_be():
+    layer = ConvolutionAugmentedAttention(12, 2, k="decay", filter_size=3, length=9, device="meta", dtype=torch.bfloat16)
+    assert {(t.device.type, t.dtype) for t in layer.state_dict().values()} == {("meta", torch.bfloat16)}
 
 
 def test_without_filters_it_is_the_attention_of_torch():
