@@ -94,6 +94,12 @@ class Filter(nn.Module, ABC):
                 y = mix_heads(x, taps, dilation=self.dilation)
         return self.biased(take(y, at))
 
+    def extra_repr(self) -> str:
+        said = [f"{name}={w.shape[-1]}" for name, w in self.named_parameters() if name in ("taps", "coefficients")]
+        if self.dilation > 1:
+            said.append(f"dilation={self.dilation}")
+        return ", ".join([*said, f"sharing={self.layout.sharing}"])
+
     def biased(self, y: Queries) -> Queries:
         return y if self.bias is None else y + self.bias
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import ValidationError
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cat.configuration import Attention, Count, Taps
 from cat.mixers import build_mixer
 from cat.mixers.base import Memory
+from cat.mixers.streams import Streams
 from cat.types import Hidden
 
 
@@ -38,7 +39,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         device, dtype of the weights, as in the modules of torch
 
     Raises ValueError, in one line that names the argument, where one is wrong or two contradict each other, and where `x` has
-    another shape. Source: arXiv 2407.05591.
+    another shape or type. Source: arXiv 2407.05591.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         if length is not None:
             config.check_length(length)
         self.width = width
-        self.mixer = build_mixer(config, 1 if length is None else length).to(device, dtype)
+        self.mixer = cast(Streams, build_mixer(config, 1 if length is None else length)).to(device, dtype)
 
     def forward(self, x: Hidden) -> Hidden:
         self._check(x)
@@ -101,7 +102,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         """What `forward` makes of tokens that follow upon those of `memory`, and the memory of all of them.
 
         For generation, where a sequence comes token by token or part by part; None before the first one. Keys, values and what
-        the filters see next are kept, so that no token is read twice. Raises ValueError where `x` has another shape.
+        the filters see next are kept, so that no token is read twice. Raises ValueError where `x` has another shape or type.
         """
         self._check(x)
         return self.mixer.read(self.mixer.project(x), memory or Memory())
@@ -109,6 +110,9 @@ class ConvolutionAugmentedAttention(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, length, {self.width}) with at least one token")
+        own = self.mixer.projection.weight.dtype
+        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"x is of {x.dtype}, the layer of {own}: x.to({own}), or the layer to that of x")
 
 
 class _Arguments(Attention):

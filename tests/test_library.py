@@ -164,7 +164,24 @@ def test_what_is_read_part_by_part_is_what_is_read_at_once(options, parts):
     assert memory.length == 12
     torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
     with pytest.raises(ValueError, match="x has shape"):
-        layer.read(x[0], memory)
+        layer.read(x[:, :0], memory)
+
+
+def test_an_input_of_another_type_is_refused_but_where_torch_casts_it():
+    layer, x = ConvolutionAugmentedAttention(12, 2, k=4), torch.randn(2, 7, 12)
+    with pytest.raises(ValueError, match=r"x is of torch.float64, the layer of torch.float32: x\.to\(torch.float32\)"):
+        layer(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_is_printed_of_it_tells_its_filters():
+    layer = ConvolutionAugmentedAttention(12, 2, q=4, v="state", filter_size=3, length=9, position="rotary")
+    assert "width=12, heads=2, position=rotary, q=4, v=state, filter_size=3" in repr(layer)
+    assert "(q): ExplicitFilter(taps=4, sharing=head)" in repr(layer)
+    assert "(v): DecayFilter(coefficients=3, sharing=head)" in repr(layer)
+    spaced = ConvolutionAugmentedAttention(12, 2, k=3, dilation=2, sharing="channel")
+    assert "(k): ExplicitFilter(taps=3, dilation=2, sharing=channel)" in repr(spaced)
 
 
 def test_it_is_made_where_and_of_what_it_is_asked_to_be():

@@ -48,4 +48,4 @@ def build_mixer(config: Model, length: int) -> Mixer:
 
             return MambaMixer(config, length)
         case _:
-            raise TypeError(f"there is no mixer for {type(config).__name__}")
+            raise TypeError(f"cat/mixers/__init__.py: build_mixer has no case for {type(config).__name__}")

@@ -55,6 +55,10 @@ class Streams(Mixer):
         elif config.temperature:
             self.log_temperature = nn.Parameter(torch.zeros(config.heads))
 
+    def extra_repr(self) -> str:
+        said = self.config.model_dump(exclude_defaults=True, exclude={"mixer", "layers", "mlp"})
+        return ", ".join(f"{key}={value}" for key, value in said.items())
+
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         return self.projection(x)
 
