@@ -1,8 +1,14 @@
 """verdicts/: every claim of claims.yaml supported, contradicted or undecided by the results, and why.
 
-An effect is the mean over seeds of the variant's metric less that of the other side. Its interval is a bootstrap over seeds and,
-crossed with them, over the test sequences, which all seeds and variants share; its test is Student's over seeds (Welch's between
-variants, paired between two lengths of one, against the number otherwise), since three seeds are too few for a bootstrap alone.
+An effect is the mean over seeds of the variant's metric less that of the other side. One standard error is behind its interval
+and its test, so that they agree: squared, it is the variance of each side's mean over seeds (between two lengths of one variant,
+that of the mean of the seeds' differences) plus, where the metric is the one that stands for the task, the effect's variance over
+resamples of the test sequences, which all seeds and variants share. Both are by Student's t, with the degrees of freedom of Welch
+and Satterthwaite, for seeds that vary about as a normal distribution does; an interval may reach past what the metric can be.
+What differs from seed to seed in which sequences are answered counts in both terms, which errs on the wide side. A comparison is
+not tested where no seed and no sequence differs: its interval is a point and its verdict that of the number, which says nothing
+about seeds or sequences not seen.
+
 A claim is supported where all of its comparisons are, contradicted where one of them is. Its two p values, the largest for it
 and the smallest, times the number of comparisons, against it, are corrected for all claims (Benjamini and Yekutieli).
 """
@@ -12,7 +18,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -29,8 +34,10 @@ from pipeline.results import PRIMARY, read_results
 from pipeline.verdicts import ABSENT
 
 LEVEL = 0.05
-"""Of the verdicts given, the share that is wrong in expectation; one less the coverage of an interval."""
+"""What the false discovery rate of the tests of all claims is held to; one less the nominal coverage of an interval."""
 RESAMPLES = 2000
+ROUNDING = 1e-12
+"""A smaller standard error is one of arithmetic: nothing varies."""
 Verdict = Literal["supported", "contradicted", "undecided"]
 Floats = NDArray[np.floating[Any]]
 
@@ -40,6 +47,15 @@ class Side(NamedTuple):
 
     variant: str
     multiple: float
+
+
+class Sample(NamedTuple):
+    """What was measured of a side: the metric by seed, and its mean over seeds in each resample of the test sequences."""
+
+    seeds: Floats
+    resampled: Floats
+    sequences: int
+    """How many there are; 0 where the metric is no mean over sequences."""
 
 
 class Comparison(NamedTuple):
@@ -55,7 +71,7 @@ class Comparison(NamedTuple):
     low: float = math.nan
     high: float = math.nan
     p_for: float = math.nan
-    """Of an effect as large if the claim were not true of it; nan where no seed differs from another, and nothing is tested."""
+    """Of an effect as large if the claim were not true of it; nan where no seed and no sequence differs: it is not tested."""
     p_against: float = math.nan
     seeds: int = 0
     """The fewer of the two sides."""
@@ -80,18 +96,18 @@ class Evidence:
             sequences[task] = {name: array.astype(float) for name, array in readers.arrays(SCORES / f"{task}.npz").items()}
         return cls(study, read_results(study), sequences)
 
-    def resamples(self, task: str, metric: str, variant: str, length: int) -> Floats:
-        """RESAMPLES means by seed over test sequences drawn anew, the same ones for all variants of a length."""
-        values = self.values[task, metric, variant, length]
+    def sample(self, task: str, metric: str, variant: str, length: int) -> Sample:
+        """The sequences are drawn anew RESAMPLES times, the same ones for all seeds and variants of a length."""
+        values, sequences = self.values[task, metric, variant, length], 0
         draws = np.tile(values, (RESAMPLES, 1))
-        if metric != PRIMARY[self.study.tasks[task].data.goal]:
-            return draws  # is no mean over sequences
-        for place, seed in enumerate(sorted(self.study.seeds)):
-            columns = self.sequences.get(task, {}).get(f"{variant}/{seed}/{length}")
-            if columns is not None:
-                counts = _counts(columns.shape[1], length)
-                draws[:, place] = (counts @ columns[0]) / (counts @ columns[1])
-        return draws
+        if metric == PRIMARY[self.study.tasks[task].data.goal]:
+            for place, seed in enumerate(sorted(self.study.seeds)):
+                columns = self.sequences.get(task, {}).get(f"{variant}/{seed}/{length}")
+                if columns is not None:
+                    sequences = columns.shape[1]
+                    counts = _counts(sequences, length)
+                    draws[:, place] = (counts @ columns[0]) / (counts @ columns[1])
+        return Sample(values, draws.mean(1), sequences)
 
 
 @functools.lru_cache(maxsize=16)
@@ -135,10 +151,9 @@ def compare(evidence: Evidence, name: str, claim: Claim) -> Iterator[Comparison]
         if faults := [fault for side, key in zip(sides, keys, strict=True) if (fault := _gap(evidence, claim, side, key))]:
             yield blank._replace(reason=faults[0])
             continue
-        values = [evidence.values[key] for key in keys]
-        draws = [evidence.resamples(*key) for key in keys]
+        samples = [evidence.sample(*key) for key in keys]
         number = other if isinstance(other, float) else 0.0
-        yield _measured(blank, claim, values, draws, paired=claim.than_multiple is not None, number=number)
+        yield _measured(blank, claim, samples, paired=claim.than_multiple is not None, number=number)
 
 
 def _gap(evidence: Evidence, claim: Claim, side: Side, key: tuple[str, str, str, int]) -> str | None:
@@ -152,52 +167,40 @@ def _gap(evidence: Evidence, claim: Claim, side: Side, key: tuple[str, str, str,
     return f"too few seeds: {len(values)} of {claim.seeds}" if len(values) < claim.seeds else None
 
 
-def _measured(
-    blank: Comparison, claim: Claim, values: list[Floats], draws: list[Floats], *, paired: bool, number: float
-) -> Comparison:
+def _measured(blank: Comparison, claim: Claim, sides: list[Sample], *, paired: bool, number: float) -> Comparison:
     """The comparison with its effect, interval, p values and verdict."""
-    rng = np.random.default_rng(0)
-    chosen = [rng.integers(len(v), size=(RESAMPLES, len(v))) for v in values]
-    if paired:
-        chosen = chosen[:1] * 2
-    means = [np.take_along_axis(draw, seeds, axis=1).mean(1) for draw, seeds in zip(draws, chosen, strict=True)]
-    resampled = means[0] - (means[1] if len(means) > 1 else number)
-    effect = values[0].mean() - (values[1].mean() if len(values) > 1 else number)
-    low, high = np.quantile(resampled, [LEVEL / 2, 1 - LEVEL / 2])
-    tests = {side: _test(values, claim.threshold + number, paired=paired, side=side) for side in (1, -1)}
+    effect = sides[0].seeds.mean() - (sides[1].seeds.mean() if len(sides) > 1 else number)
+    error, freedom = _error(sides, paired=paired)
+    half, p_for, p_against = 0.0, math.nan, math.nan
+    if error > ROUNDING:
+        student = stats.t(freedom)
+        beyond = claim.sign * (effect - claim.threshold) / error
+        half, p_for, p_against = error * student.isf(LEVEL / 2), student.sf(beyond), student.cdf(beyond)
+    low, high = effect - half, effect + half
     above, below = low > claim.threshold, high < claim.threshold
     holds, fails = (above, below) if claim.sign > 0 else (below, above)
-    p_for, p_against = tests[claim.sign], tests[-claim.sign]
-    verdict: Verdict = "undecided"
-    if holds and not p_for > LEVEL:
-        verdict = "supported"
-    elif fails and not p_against > LEVEL:
-        verdict = "contradicted"
-    reason = "" if verdict != "undecided" else "interval across the threshold" if not (holds or fails) else "not significant"
     return blank._replace(
         effect=effect,
         low=low,
         high=high,
         p_for=p_for,
         p_against=p_against,
-        seeds=min(map(len, values)),
-        verdict=verdict,
-        reason=reason,
+        seeds=min(len(side.seeds) for side in sides),
+        verdict="supported" if holds else "contradicted" if fails else "undecided",
+        reason="" if holds or fails else "interval across the threshold",
     )
 
 
-def _test(values: list[Floats], threshold: float, *, paired: bool, side: int) -> float:
-    """Student's p value of an effect above (side 1) or below (-1) `threshold`; nan where no seed differs from another."""
-    if paired:
-        values = [values[0] - values[1]]
-    if not any(np.ptp(v) > 0 for v in values):
-        return math.nan
-    alternative = "greater" if side > 0 else "less"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns of values that are nearly equal
-        if len(values) == 1:
-            return float(stats.ttest_1samp(values[0], threshold, alternative=alternative).pvalue)
-        return float(stats.ttest_ind(values[0] - threshold, values[1], equal_var=False, alternative=alternative).pvalue)
+def _error(sides: list[Sample], *, paired: bool) -> tuple[float, float]:
+    """The standard error of the effect over seeds and test sequences, and its degrees of freedom."""
+    seeds = [sides[0].seeds - sides[1].seeds] if paired else [side.seeds for side in sides]
+    resampled = sides[0].resampled - (sides[1].resampled if len(sides) > 1 else 0)
+    parts = [(values.var(ddof=1) / len(values), len(values) - 1) for values in seeds]
+    parts.append((resampled.var(ddof=1), max(min(side.sequences for side in sides) - 1, 1)))  # of one sequence or none it is 0
+    squared = sum(variance for variance, _ in parts)
+    if not squared:
+        return 0.0, math.nan
+    return math.sqrt(squared), squared**2 / sum(variance**2 / freedom for variance, freedom in parts)
 
 
 def decide(claims: dict[str, Claim], comparisons: dict[str, list[Comparison]]) -> pd.DataFrame:
@@ -238,7 +241,7 @@ def _verdict(claim: Claim, rows: list[Comparison], p_for: float, p_against: floa
     worst = min(measured, key=margin, default=rows[0])
     lost = [row for row in measured if row.verdict == "contradicted"]
     where = f"{worst.variant} against {worst.than} on {worst.task} at length {worst.length}"
-    # A contradiction that no seed varies in is not tested, and stands by itself.
+    # A contradiction in which no seed and no sequence differs is not tested, and stands by itself.
     if lost and (not p_against > LEVEL or any(math.isnan(row.p_against) for row in lost)):
         worst = min(lost, key=margin)
         where = f"{worst.variant} against {worst.than} on {worst.task} at length {worst.length}"

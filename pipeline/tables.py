@@ -92,8 +92,9 @@ def verdicts_in_words(report: str = "") -> str:
         f"{table.to_markdown(index=False, disable_numparse=True)}\n\n"
         f"{len(verdicts)} claim{'s' if len(verdicts) > 1 else ''}: {said}."
         + (f" {others} others are about what this study does not train." if others else "")
-        + " An effect is the mean of the metric less that of the other side, in the"
-        " comparison that decides; its interval is a bootstrap over seeds and test sequences, p that of Student's test over"
-        " seeds, corrected for all claims; a dash where no seed differs from another. claims.yaml says what decides a claim,"
-        " verdicts/comparisons.csv has every comparison."
+        + " An effect is the mean of the metric less that of the other side, in the comparison named under *decided by*; its"
+        " interval is Student's, over seeds and test sequences, or over seeds alone where the metric is not the one that stands"
+        " for its task. p is of the same test but of the whole claim: of its comparisons the largest for it, or the smallest"
+        " against it times their number where it is contradicted, corrected for all claims; a dash where no seed and no sequence"
+        " differs, and nothing is tested. claims.yaml says what decides a claim, verdicts/comparisons.csv has every comparison."
     )

@@ -41,7 +41,7 @@ def claims_about(task: str) -> set[str]:
 
 
 def verdict_table(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """Claim, verdict, effect with its interval, p and the comparison that decided, as text."""
+    """Claim, verdict, effect and interval of the comparison that decided, p of the whole claim, and that comparison, as text."""
     rows = [
         {
             "claim": f"{row.says} ({row.source})",

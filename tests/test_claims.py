@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 from ruamel.yaml import YAML
+from scipy import stats
 
 from pipeline import claims, params
 from pipeline.claims import Claim
@@ -109,42 +110,92 @@ def test_the_effect_is_the_difference_of_means_and_lies_in_its_interval():
     assert row["low"] < row["effect"] < row["high"]
 
 
-def test_the_interval_counts_sequences_as_well_as_seeds():
-    still, noisy = (verdict(planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=noise)) for noise in (0, 0.5))
-    assert still["high"] - still["low"] == pytest.approx(0, abs=1e-9)
-    assert noisy["high"] - noisy["low"] > 0.05
+def test_the_interval_and_the_test_count_sequences_as_well_as_seeds():
+    still, noisy = (verdict(planted({"k": HIGH, "none": LOW}, noise=noise)) for noise in (0, 2))
+    assert still["high"] - still["low"] < 0.06
+    assert noisy["high"] - noisy["low"] > 0.5
+    assert noisy["p"] > 100 * still["p"]
 
 
-def test_an_interval_over_sequences_has_the_width_of_theory():
-    row = verdict(planted({"k": [0.5] * 3}, noise=0.3), than=0.2)
-    # The sequences are drawn alike for all seeds, but what the seeds answer in them is planted without correlation.
-    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * 0.3 / math.sqrt(SEQUENCES * 3), rel=0.45)
+def test_an_interval_over_sequences_alone_is_that_of_students_test():
+    """Seeds and variants share the sequences, so that what is easy for all of them is no evidence."""
+    evidence = planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=0.3)
+    right = [np.mean([evidence.sequences["ar"][f"{name}/{seed}/36"][0] for seed in range(3)], axis=0) for name in ("k", "none")]
+    expected = stats.ttest_rel(*(answers / ASKED for answers in right))
+    row = verdict(evidence)
+    assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval()), abs=0.005)
 
 
-def test_an_interval_over_seeds_covers_95_per_cent():
+def test_sequences_as_hard_for_both_sides_are_no_evidence():
+    evidence = planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=0.3)
+    for seed in range(3):
+        evidence.sequences["ar"][f"none/{seed}/36"] = evidence.sequences["ar"][f"k/{seed}/36"] - [[0.3 * ASKED], [0]]
+    row = verdict(evidence)
+    assert row["high"] - row["low"] == pytest.approx(0, abs=1e-9)
+
+
+def test_seeds_and_sequences_count_as_welch_and_satterthwaite_have_it():
+    values = {"k": [0.55, 0.61, 0.52], "none": [0.20, 0.23, 0.24]}
+    evidence = planted(values, noise=0.5)
+    sides = [evidence.sample("ar", "accuracy", name, 36) for name in values]
+    parts = [np.var(seeds, ddof=1) / 3 for seeds in values.values()]
+    parts.append(np.var(sides[0].resampled - sides[1].resampled, ddof=1))
+    assert 0.1 < parts[2] / sum(parts) < 0.9
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 2 + parts[2] ** 2 / (SEQUENCES - 1))
+    error, (row,) = math.sqrt(sum(parts)), compare(evidence, "it", claim())
+    assert (row.low, row.high) == pytest.approx(stats.t.interval(0.95, freedom, row.effect, error))
+    assert row.p_for == pytest.approx(stats.t.sf((row.effect - 0.1) / error, freedom))
+
+
+@pytest.mark.parametrize(
+    ("scores", "changes", "test"),
+    [
+        ({"k": HIGH, "none": [0.1, 0.3, 0.2]}, {}, lambda k, none: stats.ttest_ind(k, none, equal_var=False)),
+        ({"k": HIGH, ("k", 288): [0.75, 0.85, 0.8]}, {"than": None, "than_multiple": 8.0}, stats.ttest_rel),
+        ({"k": HIGH}, {"than": 0.2}, lambda k: stats.ttest_1samp(k - 0.2, 0)),
+        ({"k": [0.3, 0.4, 0.6], "none": [0.2] * 3}, {}, lambda k, none: stats.ttest_1samp(k - none, 0)),
+    ],
+)
+@pytest.mark.parametrize(("metric", "noise"), [(None, 0), ("attention_entropy_1", 0.5)])
+def test_where_seeds_alone_vary_or_count_it_is_students_test(scores, changes, test, metric, noise):
+    """Paired between two lengths; between variants Welch's, by which a variant that does not vary is as sure as a number."""
+    expected = test(*map(np.array, scores.values()))
+    evidence, one = planted(scores, metric=metric or "accuracy", noise=noise), claim(by=0.0, metric=metric, **changes)
+    (row,) = compare(evidence, "it", one)
+    assert (row.low, row.high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert 2 * min(row.p_for, row.p_against) == pytest.approx(expected.pvalue)
+    assert row.p_for < row.p_against
+
+
+def test_the_interval_and_the_test_agree():
+    """The threshold is a bound of the interval just where p is half of what the interval leaves out."""
+    evidence = planted({"k": HIGH, "none": [0.3, 0.4, 0.35]}, noise=0.3)
+    (row,) = compare(evidence, "it", claim())
+    for direction, bound in (("higher", row.low), ("not_higher", row.high)):
+        (at,) = compare(evidence, "it", claim(by=bound, direction=direction))
+        assert at.p_for == pytest.approx(0.025)
+
+
+def test_an_interval_over_many_seeds_covers_95_per_cent():
     seeds = np.random.default_rng(0).standard_normal(200)
     row = verdict(planted({"k": seeds}, metric="attention_entropy_1"), metric="attention_entropy_1", than=0.2)
-    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * seeds.std() / math.sqrt(len(seeds)), rel=0.08)
+    assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * seeds.std() / math.sqrt(len(seeds)), rel=0.01)
 
 
-def test_a_variant_that_does_not_vary_is_as_sure_as_a_number():
-    """By Welch's test; with one variance for both sides, the degrees of freedom of the side that does not vary would count."""
-    evidence = planted({"k": [0.3, 0.4, 0.6], "none": [0.2] * 3})
-    assert verdict(evidence)["p"] == pytest.approx(verdict(evidence, than=0.2)["p"])
-
-
-def test_what_is_the_mean_of_no_sequences_has_an_interval_over_seeds():
-    evidence = planted({"k": HIGH, "none": LOW}, metric="attention_entropy_1", noise=0.5)
-    row = verdict(evidence, metric="attention_entropy_1")
-    assert row["verdict"] == "supported"
-    assert 0 < row["high"] - row["low"] < 0.05
-
-
-def test_seeds_that_are_compared_with_themselves_are_drawn_together():
+def test_nothing_is_tested_where_no_seed_and_no_sequence_differs():
+    (row,) = compare(planted({"k": [0.8] * 3, "none": [0.3] * 3}), "it", claim())
+    assert (row.low, row.high) == (row.effect, row.effect)
+    assert (row.verdict, math.isnan(row.p_for), math.isnan(row.p_against)) == ("supported", True, True)
     evidence = planted({"k": [0.9, 0.5, 0.1], ("k", 288): [0.9, 0.5, 0.1]})
     row = verdict(evidence, than=None, than_multiple=8.0, direction="not_lower")
-    assert (row["low"], row["high"]) == pytest.approx((0, 0), abs=1e-9)
-    assert row["verdict"] == "supported"
+    assert (row["low"], row["high"], row["verdict"]) == (0, 0, "supported")
+    assert math.isnan(row["p"])
+
+
+def test_sequences_that_differ_are_tested_though_no_seed_does():
+    (row,) = compare(planted({"k": [0.8] * 3, "none": [0.3] * 3}, noise=0.1), "it", claim())
+    assert row.low < row.effect < row.high
+    assert 0 <= row.p_for < 0.001
 
 
 def test_a_claim_is_as_sure_as_its_least_sure_comparison_and_against_it_each_counts():
