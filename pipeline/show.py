@@ -10,7 +10,7 @@ from rich.table import Table
 from pipeline.grid import variants_on
 from pipeline.params import Study
 from pipeline.results import PRIMARY, primary, read_results
-from pipeline.verdicts import claims_about, read_verdicts, verdict_table
+from pipeline.verdicts import claims_about, left_out, of_the_study, read_verdicts, verdict_table
 
 COLOURS = {"supported": "green", "contradicted": "red", "undecided": "yellow"}
 
@@ -22,11 +22,19 @@ def show(study: Study, task: str | None, console: Console | None = None) -> None
     """
     console = console or Console()
     scores = primary(study, read_results(study))
-    verdicts = read_verdicts()
+    every = read_verdicts()
     if task:
-        verdicts = verdicts[verdicts["claim"].isin(claims_about(task))]
+        every = every[every["claim"].isin(claims_about(task))]
+    verdicts = of_the_study(every)
     for name in [task] if task else study.tasks:
         console.print(_scores(study, name, scores[scores["task"] == name]))
+    if len(verdicts):
+        console.print(_claims(verdicts))
+    if others := left_out(every):
+        console.print(others, highlight=False)
+
+
+def _claims(verdicts: pd.DataFrame) -> Table:
     table = Table(title="claims", title_justify="left", show_lines=True)
     shown = verdict_table(verdicts)
     for column in shown.columns:
@@ -34,7 +42,7 @@ def show(study: Study, task: str | None, console: Console | None = None) -> None
     for verdict, row in zip(verdicts["verdict"], shown.itertuples(index=False), strict=True):
         claim, _, *rest = map(escape, row)
         table.add_row(claim, f"[{COLOURS[verdict]}]{verdict}[/]", *rest)
-    console.print(table)
+    return table
 
 
 def _scores(study: Study, task: str, scores: pd.DataFrame) -> Table:

@@ -8,7 +8,7 @@ from pipeline import runs
 from pipeline.grid import variants_on
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
 from pipeline.results import PRIMARY
-from pipeline.verdicts import of_the_study, read_verdicts, verdict_table
+from pipeline.verdicts import left_out, of_the_study, read_verdicts, verdict_table
 
 LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
 
@@ -78,12 +78,11 @@ def what_was_run(study: Study) -> str:
 
 
 def verdicts_in_words(report: str = "") -> str:
-    """The claims of claims.yaml with their verdicts, as Markdown, linked to their figures in the file `report`; or nothing."""
+    """The claims of claims.yaml with their verdicts, as Markdown, linked to their figures in the file `report`."""
     every = read_verdicts()
     verdicts = of_the_study(every)
     if not len(verdicts):
-        return ""
-    others = len(every) - len(verdicts)
+        return left_out(every)
     counts = verdicts["verdict"].value_counts()
     said = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in ("supported", "contradicted", "undecided"))
     table = verdict_table(verdicts)
@@ -91,7 +90,7 @@ def verdicts_in_words(report: str = "") -> str:
     return (
         f"{table.to_markdown(index=False, disable_numparse=True)}\n\n"
         f"{len(verdicts)} claim{'s' if len(verdicts) > 1 else ''}: {said}."
-        + (f" {others} others are about what this study does not train." if others else "")
+        + (f" {others}" if (others := left_out(every)) else "")
         + " An effect is the mean of the metric less that of the other side, in the comparison named under *decided by*; its"
         " interval is Student's, over seeds and test sequences, or over seeds alone where the metric is not the one that stands"
         " for its task. p is of the same test but of the whole claim: of its comparisons the largest for it, or the smallest"

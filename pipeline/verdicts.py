@@ -15,6 +15,8 @@ COLUMNS = {
 }  # fmt: skip
 ABSENT = "the study has no"
 """How the reason begins of what is undecided because nothing that the claim is about was trained."""
+FEW = 5
+"""Claims that a sentence names."""
 VALUES = ("supported", "contradicted", "undecided")
 
 
@@ -32,6 +34,16 @@ def read_verdicts() -> pd.DataFrame:
 def of_the_study(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Without the claims about tasks, variants and lengths that the study does not have."""
     return verdicts[~verdicts["reason"].str.startswith(ABSENT)]
+
+
+def left_out(verdicts: pd.DataFrame) -> str:
+    """Which claims `of_the_study` leaves out, in a sentence: by name where they are few. Nothing where there are none."""
+    names = list(verdicts["claim"][verdicts["reason"].str.startswith(ABSENT)])
+    if not names:
+        return ""
+    which = f" ({', '.join(names)})" if len(names) <= FEW else ""
+    count = f"{len(names)} of {len(verdicts)} claims{which}"
+    return f"{count} {'is' if len(names) == 1 else 'are'} about what this study does not train."
 
 
 def claims_about(task: str) -> set[str]:

@@ -19,7 +19,7 @@ from pipeline.judge import Comparison, Evidence, compare, decide
 from pipeline.params import ParamsError
 from pipeline.results import read_results
 from pipeline.show import show
-from pipeline.verdicts import of_the_study, verdict_table
+from pipeline.verdicts import left_out, of_the_study, verdict_table
 from tests.study import ROOT, finished_study, stage
 
 STUDY = params.load(ROOT / "params.yaml")
@@ -301,6 +301,15 @@ def test_every_claim_of_the_repository_is_about_cells_of_its_study():
             assert {*one.multiples, *filter(None, [one.than_multiple])} <= set(STUDY.tasks[task].data.multiples), (name, task)
 
 
+def test_claims_that_are_left_out_are_named_where_they_are_few():
+    absent = "the study has no accuracy of kx on ar at 1x"
+    verdicts = pd.DataFrame({"claim": [f"c{n}" for n in range(7)], "reason": [absent, "k against q", *[absent] * 5]})
+    assert left_out(verdicts) == "6 of 7 claims are about what this study does not train."
+    assert left_out(verdicts[:3]) == "2 of 3 claims (c0, c2) are about what this study does not train."
+    assert left_out(verdicts[:2]) == "1 of 2 claims (c0) is about what this study does not train."
+    assert left_out(verdicts[1:2]) == ""
+
+
 # The stage.
 
 
@@ -323,8 +332,8 @@ def test_the_stage_judges_and_the_report_and_the_terminal_tell(tmp_path, monkeyp
             assert right / asked == pytest.approx(value), name
     for file in ("reports/report.md", "reports/headline.md"):
         text = Path(file).read_text(encoding="utf-8")
-        said = f"{known} claims: 0 supported, 0 contradicted, {known} undecided. {len(verdicts) - known} others are about what"
-        assert said in text
+        said = f"{known} claims: 0 supported, 0 contradicted, {known} undecided."
+        assert f"{said} {len(verdicts) - known} of {len(verdicts)} claims are about what this study does not train." in text
         assert ("state space in the place" in text, "One layer whose keys are convolved" in text) == (False, True)
     capsys.readouterr()
     stage("show", "ar")
