@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cat.configuration import Configuration, Count
-from pipeline.params import Name, checked, read
+from pipeline.params import CELL, Name, checked, read
 
 FILE = Path("claims.yaml")
 Multiple = Annotated[float, Field(gt=0)]
@@ -18,7 +18,7 @@ Names = Annotated[tuple[Name, ...], Field(min_length=1, strict=False)]
 class Claim(Configuration):
     """A sentence and what decides it: of every task, length and pair of variants the effect is beyond a threshold."""
 
-    says: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029|]+$")]
+    says: Annotated[str, Field(pattern=CELL)]
     source: Literal["paper", "ours"]
     tasks: Names
     multiples: Annotated[tuple[Multiple, ...], Field(min_length=1, strict=False)]

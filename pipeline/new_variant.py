@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 from cat.configuration import Variant, VariantConfiguration
 from pipeline.files import LOGS, read_json, whole
-from pipeline.params import Name, ParamsError, Study, entry, load, written
+from pipeline.params import NAME, PATTERNS, Name, ParamsError, Study, entry, load, written
 from pipeline.plan import check_stages
 
 FILE = Path("params.yaml")
@@ -57,8 +57,8 @@ def new_variant(name: str, source: str, settings: tuple[str, ...], *, ablation: 
 def _check_name(study: Study, name: str) -> None:
     try:
         TypeAdapter(Name).validate_python(name)
-    except ValidationError as error:
-        raise ParamsError([f"{FILE}: variants: {name!r} does not match {error.errors()[0]['ctx']['pattern']}"]) from None
+    except ValidationError:
+        raise ParamsError([f"{FILE}: variants: {name!r} {PATTERNS[NAME]}"]) from None
     if name in study.variants:
         raise ParamsError([f"{FILE}: variants.{name}: is there already"])
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.error import MarkedYAMLError
 
 from cat.configuration import (
     Attention,
@@ -32,8 +33,20 @@ from cat.configuration import (
 )
 from cat.tasks import Recall, TaskConfiguration, Text
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,39}$")]
+NAME = r"^[a-z0-9][a-z0-9_]{0,39}$"
 """Names become stage names, folders and command lines; a legend leaves out what begins with an underscore."""
+LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
+CELL = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029|]+$"
+"""A line that a table of Markdown can hold."""
+DEVICE = r"^(auto|cpu|cuda(:([0-9]|[1-9][0-9]))?)$"
+PATTERNS = {
+    NAME: "is not a name of one to forty small letters, digits and underscores, the first of them no underscore",
+    LINE: "is not one line of text",
+    CELL: "is not one line of text without |",
+    DEVICE: "is not auto, cpu, cuda or cuda:N, N from 0 to 99",
+}
+"""What a text breaks that does not match."""
+Name = Annotated[str, Field(pattern=NAME)]
 LONGEST = 300
 """Characters of an error, the name of its file aside."""
 
@@ -48,7 +61,7 @@ class TaskSection(Configuration):
 class Ablation(Configuration):
     """One question: every variant of it is trained on every task of it, then drawn in one figure."""
 
-    question: Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$")]
+    question: Annotated[str, Field(pattern=LINE)]
     tasks: Annotated[tuple[Name, ...], Field(strict=False)]
     variants: Annotated[tuple[Name, ...], Field(strict=False)]
     beside: Annotated[tuple[Name, ...], Field(strict=False)] = ()
@@ -140,7 +153,7 @@ class Study(Configuration):
 
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1, strict=False)]
     data_seed: Annotated[int, Field(ge=0, lt=2**31)]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:([0-9]|[1-9][0-9]))?)$")]
+    device: Annotated[str, Field(pattern=DEVICE)]
     precision: Literal["float32", "bfloat16"]
     deterministic: bool
     """The same last bits on CPUs of all kinds, at some cost in time (pipeline/determinism.py)."""
@@ -198,9 +211,19 @@ def read(path: str | Path) -> Any:
     except UnicodeDecodeError as error:
         raise refusal(path, [f"byte {error.start} is not UTF-8"]) from None
     except YAMLError as error:
-        raise refusal(path, [" ".join(str(error).split())]) from None
+        raise refusal(path, [_misread(error)]) from None
     except (ValueError, KeyError, RecursionError) as error:  # of a scalar that is not what it looks like, as 2026-02-30
         raise refusal(path, [f"a value cannot be read: {error}"]) from None
+
+
+def _misread(error: YAMLError) -> str:
+    """Where the parser stopped and why, without its advice to make it more lenient."""
+    if not isinstance(error, MarkedYAMLError) or error.problem_mark is None:
+        return " ".join(str(error).split())
+    place = f"line {error.problem_mark.line + 1}"
+    if key := re.match('found duplicate key "(.*?)" with value', error.problem):
+        return f"{place}: key {key[1]!r} twice"
+    return f"{place}, column {error.problem_mark.column + 1}: {', '.join(filter(None, (error.context, error.problem)))}"
 
 
 def checked(schema: Any, raw: object, file: str | Path) -> Any:
@@ -291,7 +314,7 @@ def _contradictions(study: Study) -> Iterator[str]:
                 yield f"{key}.{name}: belongs to no ablation, so it would not be trained; name it in one or take it out"
     for name in study.resources.tasks:
         if name not in study.tasks:
-            yield f"resources.tasks.{name}: is not among tasks" + _nearest(name, study.tasks)
+            yield f"resources.tasks.{name}: is not among tasks" + nearest(name, study.tasks)
     for name, section in study.tasks.items():
         for multiple in sorted(set(study.evaluate.multiples) - set(section.data.multiples)):
             yield f"evaluate.multiples: {multiple:g} is not among tasks.{name}.data.multiples"
@@ -304,7 +327,7 @@ def _unknown_names(study: Study, name: str, ablation: Ablation) -> Iterator[str]
         known = getattr(study, section)
         for entry in getattr(ablation, key):
             if entry not in known:
-                yield f"ablations.{name}.{key} = {json.dumps(entry)}: is not among {section}" + _nearest(entry, known)
+                yield f"ablations.{name}.{key} = {json.dumps(entry)}: is not among {section}" + nearest(entry, known)
     if ablation.x is not None:
         yield from _unclear_axis(study, f"ablations.{name}.x = {json.dumps(ablation.x)}", ablation, ablation.x)
     yield from _nothing_to_draw(study, f"ablations.{name}: figure = {ablation.figure}", ablation)
@@ -359,9 +382,13 @@ def _unclear_axis(study: Study, subject: str, ablation: Ablation, x: str) -> Ite
         if model is None or isinstance(model, Theory):  # a theorem is drawn as a line across
             continue
         if x not in type(model).model_fields:
-            yield f"{subject}: variant {variant!r} has no such key" + _nearest(x, type(model).model_fields)
+            yield f"{subject}: variant {variant!r} has no such key" + nearest(x, type(model).model_fields)
             continue
         value = getattr(model, x)
+        if ablation.figure == "sweep" and value is None:
+            key = "beside" if variant in ablation.beside else "variants"
+            yield f"{subject}: variant {variant!r} has no {x}; set variants.{variant}.{x}, or take {variant!r} out of {key}"
+            continue
         if ablation.figure == "sweep" and (isinstance(value, bool) or not (isinstance(value, int | float) or value == "full")):
             yield f"{subject}: a sweep needs a number, and variant {variant!r} has {json.dumps(value)}"
         place = (value, ablation.figure == "contrast" and model.filtered)
@@ -413,12 +440,12 @@ def _in_words(error: Any, path: list[int | str], raw: object, schema: Any) -> tu
                 what = f"stream {path[-1]} to filter" if path[-1] in Landmark.streams else path[-1]
                 return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no {what}"
             return subject, "unknown key" + (
-                _nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}"
+                nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}"
             )
         case "literal_error":
             return subject, _not_among(error["input"], _unquoted(context["expected"]).replace(" or ", ", ").split(", "))
         case "string_pattern_mismatch":
-            return subject, f"does not match {context['pattern']}"
+            return subject, PATTERNS[context["pattern"]]
     return subject, _RULES.get(kind) or error["msg"].replace("Input should be", "must be")
 
 
@@ -437,10 +464,10 @@ def _cut(text: str, length: int) -> str:
 
 
 def _not_among(value: object, known: list[str]) -> str:
-    return f"is not {' or '.join(known)}" + _nearest(value, known)
+    return f"is not {' or '.join(known)}" + nearest(value, known)
 
 
-def _nearest(name: object, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) if isinstance(name, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
 
@@ -491,7 +518,7 @@ Entry = TypeVar("Entry")
 def entry(section: dict[str, Entry], key: str, name: str) -> Entry:
     """The entry of a section of params.yaml that a command names. Raises ParamsError where there is none."""
     if name not in section:
-        raise refusal("params.yaml", [f"{key}.{_cut(name, 60)}: is missing" + _nearest(name, section)])
+        raise refusal("params.yaml", [f"{key}.{_cut(name, 60)}: is missing" + nearest(name, section)])
     return section[name]
 
 

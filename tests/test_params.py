@@ -142,7 +142,8 @@ TASK = SMOKE["tasks"]["ar"]
 LANDMARK = {"mixer": "landmark", "width": 16, "layers": 1, "heads": 2, "position": "none", "k": 3, "block": 8, "top": 2}
 LINEAR = {"mixer": "linear", "width": 16, "layers": 1, "heads": 2, "position": "none"}
 MAMBA = {"mixer": "mamba", "width": 16, "layers": 1}
-NAME = "does not match ^[a-z0-9][a-z0-9_]{0,39}$"
+NAME = "is not a name of one to forty small letters, digits and underscores, the first of them no underscore"
+DEVICE = "is not auto, cpu, cuda or cuda:N, N from 0 to 99"
 
 UNKNOWN = {
     "seed": ([0], "seed = [0]: unknown key; did you mean 'seeds'?"),
@@ -207,9 +208,9 @@ WRONG = [
     ("train.clip", float("inf"), "Infinity: is not a finite number"),
     ("render.dpi", 49, "49: must be greater than or equal to 50"),
     ("data_seed", 2**31, "2147483648: must be less than 2147483648"),
-    ("device", "cuda:128", '"cuda:128": does not match ^(auto|cpu|cuda(:([0-9]|[1-9][0-9]))?)$'),
-    ("device", "gpu", '"gpu": does not match ^(auto|cpu|cuda(:([0-9]|[1-9][0-9]))?)$'),
-    ("device", "cuda:", '"cuda:": does not match ^(auto|cpu|cuda(:([0-9]|[1-9][0-9]))?)$'),
+    ("device", "cuda:128", f'"cuda:128": {DEVICE}'),
+    ("device", "gpu", f'"gpu": {DEVICE}'),
+    ("device", "cuda:", f'"cuda:": {DEVICE}'),
     ("precision", "float16", "\"float16\": is not float32 or bfloat16; did you mean 'bfloat16'?"),
     ("variants.none.mixer", "atention", f"\"atention\": is not {MIXERS}; did you mean 'attention'?"),
     ("variants.none.mixer", "zzz", f'"zzz": is not {MIXERS}'),
@@ -385,6 +386,10 @@ RULES = {
     "sweep over what is no number": (
         {"ablations.width.beside": [], "ablations.width.x": "position"},
         'ablations.width.x = "position": a sweep needs a number, and variant \'qk_full\' has "none"',
+    ),
+    "sweep over what a variant beside does not have": (
+        {"ablations.width.x": "v", "variants.qk_full.v": "full"},
+        "ablations.width.x = \"v\": variant 'qk' has no v; set variants.qk.v, or take 'qk' out of beside",
     ),
     "unknown task in an ablation": (
         {"ablations.streams.tasks": ["ar", "nar", "copying", "text", "texts"]},
@@ -629,20 +634,30 @@ def in_smoke(line: str) -> str:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (in_smoke("data_seed: 0\ndata_seed: 1"), 'duplicate key "data_seed" .*line 6, column 1'),
-        (SMOKE_TEXT.replace("k: 3}", "k: 3, k: 4}", 1), 'duplicate key "k" '),
-        (in_smoke("data_seed: [0"), "expected .* line 6, column 7"),
-        (in_smoke("data_seed: *nothing"), "undefined alias.* line 5, column 12"),
-        (in_smoke("data_seed: !!python/object/apply:os.mkdir [made]"), "tag .* line 5, column 12"),
-        (in_smoke("data_seed:\t0\n\tx: 1"), "line 6, column 1"),
-        (SMOKE_TEXT + "---\na: 1\n", "single document"),
+        (in_smoke("data_seed: 0\ndata_seed: 1"), "line 6: key 'data_seed' twice"),
+        (SMOKE_TEXT.replace("k: 3}", "k: 3, k: 4}", 1), r"line \d+: key 'k' twice"),
+        (in_smoke("data_seed: [0"), "line 6, column 7: while parsing a flow sequence, did not find expected ',' or ']'"),
+        (in_smoke("data_seed: 0\n  x: 1"), "line 6, column 4: mapping values are not allowed .*"),
+        (in_smoke("data_seed: *nothing"), "line 5, column 12: found undefined alias"),
+        (in_smoke("data_seed: !!python/object/apply:os.mkdir [made]"), "line 5, column 12: could not determine a .* tag .*"),
+        (in_smoke("data_seed:\t0\n\tx: 1"), "line 6, column 1: .*"),
+        (SMOKE_TEXT + "---\na: 1\n", r"line \d+, column 1: expected a single document in the stream, but found another .*"),
     ],
-    ids=["key twice", "key of a variant twice", "bracket left open", "alias of nothing", "tag", "tab", "two documents"],
+    ids=[
+        "key twice",
+        "key of a variant twice",
+        "bracket left open",
+        "indent",
+        "alias of nothing",
+        "tag",
+        "tab",
+        "two documents",
+    ],
 )
 def test_broken_yaml_is_one_line_with_the_place(content, words, project):
     (project / "params.yaml").write_text(content, encoding="utf-8")
     (line,) = refused(project, "validate")
-    assert re.match(f"params.yaml: .*{words}", line)
+    assert re.fullmatch(f"params.yaml: {words}", line)
     assert refused(project, "plan") == [line]
 
 
@@ -687,7 +702,7 @@ def test_strange_yaml_is_refused_in_printable_lines(line, project):
         ({"ablations.streams.beside": ["qk"]}, "ablations.streams"),
         ({"tasks.ar.data.multiples": [0.5, 0.51, 1, 2]}, "tasks.ar.data"),
         ({"device": "cuda:\N{ARABIC-INDIC DIGIT THREE}"}, "device"),
-        ({"ablations.streams.question": "a\rb"}, "ablations.streams.question"),
+        ({"ablations.streams.question": "a\rb"}, 'ablations.streams.question = "a\\rb": is not one line of text'),
     ],
     ids=[
         "endless sequence",

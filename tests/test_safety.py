@@ -64,7 +64,7 @@ BAD = {
     "long": "a" * 41,
     "very long": "a" * 300,
 }
-RULE = "does not match ^[a-z0-9][a-z0-9_]{0,39}$"
+RULE = params.PATTERNS[params.NAME]
 RAW = {"params.yaml": params.read(ROOT / "presets/smoke.yaml"), "claims.yaml": params.read(ROOT / "claims.yaml")}
 
 
