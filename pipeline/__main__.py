@@ -24,6 +24,7 @@ def main() -> None:
 
 def command(function: Callable[..., None]) -> click.Command:
     """A command whose known faults end in one clear line each and exit code 2."""
+    name = function.__name__.replace("_", "-")
 
     @functools.wraps(function)
     def careful(**arguments: Any) -> None:
@@ -35,15 +36,15 @@ def command(function: Callable[..., None]) -> click.Command:
                 click.echo(line, err=True)
             sys.exit(2)
         except KeyboardInterrupt:
-            click.echo(f"{function.__name__}: interrupted", err=True)
+            click.echo(f"{name}: interrupted", err=True)
             sys.exit(130)
         except MemoryError as error:
-            click.echo(f"{function.__name__}: out of memory ({error})", err=True)
+            click.echo(f"{name}: out of memory ({error})", err=True)
             sys.exit(2)
         except (ValueError, OSError) as error:
             file = getattr(error, "filename", None)
             words = f"{file}: {error.strerror}" if isinstance(error, OSError) and file else str(error)
-            click.echo(f"{function.__name__}: {params.printable(' '.join(words.split()))}", err=True)
+            click.echo(f"{name}: {params.printable(' '.join(words.split()))}", err=True)
             sys.exit(2)
 
     return main.command(careful)
@@ -175,7 +176,7 @@ def generate_text(
 ) -> None:
     """Go on with a text as VARIANT, trained on TASK, would; print what follows, write nothing."""
     study = _pinned()
-    from pipeline.generate_text import Drawing, generate_text
+    from pipeline.generate_text import Drawing, generate_text, shown
 
     params.entry(study.tasks, "tasks", task)
     params.entry(study.variants, "variants", variant)
@@ -183,7 +184,7 @@ def generate_text(
     drawing = Drawing(tokens, temperature, top_k, seed)
     trained = study.seeds[0] if model_seed is None else model_seed
     for text in generate_text(study, task, variant, read, drawing, model_seed=trained, device=device or study.device):
-        click.echo(text, nl=False)
+        click.echo(shown(text) if sys.stdout.isatty() else text, nl=False, color=True)
     click.echo()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from pipeline import compute, runs
 from pipeline.determinism import settle
 from pipeline.files import DATA, read_task, readable
 from pipeline.grid import variants_on
-from pipeline.params import Study
+from pipeline.params import Study, printable
 
 
 class Drawing(NamedTuple):
@@ -40,8 +39,6 @@ def generate_text(
     _check(study, task, variant)
     tokenizer = _tokenizer(task)
     path = runs.weights_path(task, variant, model_seed)
-    if not path.exists():
-        raise ValueError(f"{path} is not there: with this seed, {variant} has not been trained on {task} yet; run `dvc repro`")
     torch.set_num_threads(1)  # as a run has
     settle()
     model = runs.load_model(path).to(where)
@@ -56,7 +53,7 @@ def generate_text(
         top_k=drawing.top_k,
         generator=torch.Generator().manual_seed(drawing.seed),
     )
-    return map(_shown, tokenizer.decode((int(token) for token in chosen), after=read[-1]))
+    return tokenizer.decode((int(token) for token in chosen), after=read[-1])
 
 
 def _check(study: Study, task: str, variant: str) -> None:
@@ -88,6 +85,6 @@ def _encoded(prompt: bytes, tokenizer: Tokenizer) -> list[int]:
     return read
 
 
-def _shown(text: str) -> str:
-    """Without what a terminal would take for a command: a model of bytes may choose any of them."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+def shown(text: str) -> str:
+    """`text` with what a terminal would take for a command escaped: a model of bytes may choose any of them."""
+    return "".join(letter if letter in "\n\t" else printable(letter) for letter in text)

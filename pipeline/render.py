@@ -40,7 +40,8 @@ def render(study: Study) -> None:
             table.to_csv(parts.enter_context(whole(REPORTS / f"{name}.csv")), index=False, lineterminator="\n")
         parts.enter_context(whole(REPORTS / "headline.md")).write_text(_headline(study, scores), encoding="utf-8")
     for stray in strays(study):
-        print(f"{stray}: is no cell of the study any more and was left out; `rm -r {stray}` removes it")
+        what = "is no cell" if stray.is_dir() else "is of no task"
+        print(f"{stray}: {what} of the study any more and was left out; `rm -r {stray}` removes it")
 
 
 def _pictures(study: Study, results: pd.DataFrame, figures: Path, svg: Path) -> Iterator[Picture]:

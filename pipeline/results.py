@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline import readers
-from pipeline.files import FILTERS, POSITIONS, RESULTS, RUNS
+from pipeline.files import FILTERS, POSITIONS, RESULTS, RUNS, SCORES
 from pipeline.grid import cells, variants_on
 from pipeline.params import Study
 
@@ -71,8 +71,11 @@ def read_positions(task: str) -> pd.DataFrame:
 
 
 def strays(study: Study) -> Iterator[Path]:
-    """Folders of runs that belong to no cell any more."""
+    """Folders of runs that belong to no cell any more, and files of results and scores that belong to no task."""
     known = {RUNS / cell.task / cell.variant for cell in cells(study)}
     for folder in sorted(RUNS.glob("*/*/")):
         if folder not in known and not folder.name.startswith("."):
             yield folder
+    for file in itertools.chain.from_iterable(sorted(folder.glob("*.*")) for folder in (RESULTS, FILTERS, POSITIONS, SCORES)):
+        if file.stem not in study.tasks and not file.name.startswith("."):
+            yield file

@@ -50,8 +50,8 @@ def digest(task: str, variant: str) -> str:
 def load_model(path: str | Path) -> SequenceModel:
     """The trained model of a weights file, which carries its own configuration.
 
-    Raises ValueError where it is none, where its weights are not those of its configuration, or where the summary beside it
-    is about another model.
+    Raises ValueError where it is none, with the seeds that there are, where its weights are not those of its configuration, or
+    where the summary beside it is about another model.
     """
     # Only here: the tables and MLflow read summaries, and need no torch for that.
     from safetensors import safe_open
@@ -59,6 +59,10 @@ def load_model(path: str | Path) -> SequenceModel:
     from cat.model import SequenceModel
 
     path = Path(path)
+    others = sorted((other.stem for other in path.parent.glob("seed_*.safetensors")), key=lambda stem: (len(stem), stem))
+    if others and not path.exists():
+        has = f"{path.parent} has {', '.join(others)}"
+        raise ValueError(f"{path}: is missing; {has}; `dvc repro` trains the seeds of params.yaml")
     with readable(path, "a weights file of this project"):
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["model"])

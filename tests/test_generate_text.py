@@ -1,6 +1,7 @@
 """`python -m pipeline generate-text`: what follows upon a prompt is the model's own choice, in the letters of the text."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from pipeline import params, runs, train
 from pipeline.__main__ import main
 from pipeline.files import DATA
-from pipeline.generate_text import Drawing, _shown, _tokenizer, generate_text
+from pipeline.generate_text import Drawing, _tokenizer, generate_text
 from pipeline.grid import variants_on
 from tests.study import edit, stage, tiny_study
 from tests.twins import naive_continuation
@@ -90,21 +91,21 @@ def test_words_that_are_not_known_are_read_all_the_same(study):
     [
         (("text", "kk"), PROMPT, "params.yaml: variants.kk: is missing; did you mean 'k'?"),
         (("texts", "k"), PROMPT, "params.yaml: tasks.texts: is missing; did you mean 'text'?"),
-        (("copying", "k"), PROMPT, "generate_text: copying is no text but of kind copying; a task of kind text is needed"),
-        (("text", "k"), "", "generate_text: the prompt is empty; there must be something to go on with"),
-        (("text", "k"), b"\xff\xfe", "generate_text: the prompt is no text in UTF-8"),
-        (("text", "k", "--temperature", "nan"), PROMPT, "generate_text: temperature = nan must be a number from 0 on"),
+        (("copying", "k"), PROMPT, "generate-text: copying is no text but of kind copying; a task of kind text is needed"),
+        (("text", "k"), "", "generate-text: the prompt is empty; there must be something to go on with"),
+        (("text", "k"), b"\xff\xfe", "generate-text: the prompt is no text in UTF-8"),
+        (("text", "k", "--temperature", "nan"), PROMPT, "generate-text: temperature = nan must be a number from 0 on"),
         (("text", "k", "--device", "cuda"), PROMPT, "params.yaml: device = cuda: there is no such GPU here; use auto or cpu"),
         (
             ("text", "k", "--model-seed", "5"),
             PROMPT,
-            "generate_text: runs/text/k/seed_5.safetensors is not there: with this seed, k has not been trained on text yet;"
-            " run `dvc repro`",
+            "generate-text: runs/text/k/seed_5.safetensors: is missing; runs/text/k has seed_4; `dvc repro` trains the"
+            " seeds of params.yaml",
         ),
         (
             ("text", "none", "--tokens", "40"),
             "Line",
-            "generate_text: learned positions reach 32 tokens, not ",
+            "generate-text: learned positions reach 32 tokens, not ",
         ),
     ],
 )
@@ -128,7 +129,7 @@ def test_variants_that_the_study_does_not_train_on_the_task_are_named(study):
     assert ask(variant=others[0]) == (
         2,
         "",
-        f"generate_text: {others[0]} is not trained on text; these are: {', '.join(these)}\n",
+        f"generate-text: {others[0]} is not trained on text; these are: {', '.join(these)}\n",
     )
 
 
@@ -140,11 +141,17 @@ def test_data_that_are_not_there_or_others_are_told_of(study, tmp_path, monkeypa
     stage("generate", "text")
     code, _, err = ask()
     assert code == 2
-    assert err.startswith("generate_text: runs/text/k/seed_4.safetensors: knows ")
+    assert err.startswith("generate-text: runs/text/k/seed_4.safetensors: knows ")
     assert len(err.splitlines()) == 1
     shutil.rmtree(DATA / "text")
-    assert ask() == (2, "", "generate_text: data/text is not there; run `dvc repro generate@text`\n")
+    assert ask() == (2, "", "generate-text: data/text is not there; run `dvc repro generate@text`\n")
 
 
-def test_what_a_terminal_would_obey_is_not_shown():
-    assert _shown("a\x1b[31m\r\x00é\u00a0\t\n\x9b€") == "a\ufffd[31m\ufffd\ufffdé\u00a0\t\n\ufffd€"
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_a_terminal_would_obey_is_shown_to_it_escaped(study, monkeypatch, capsys, terminal):
+    told = "a\x1b[31m\r\x00é\u202e\t\n\x9b€\ufffd"
+    monkeypatch.setattr("pipeline.generate_text.generate_text", lambda *_, **__: iter([told]))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    stage("generate-text", "text", "k", "--prompt", PROMPT)
+    escaped = "a\\u001b[31m\\r\\u0000é\\u202e\t\n\\u009b€\ufffd"
+    assert capsys.readouterr().out == (escaped if terminal else told) + "\n"

@@ -126,6 +126,17 @@ def test_foreign_weights_are_refused_in_words(study):
         runs.load_model(path)
 
 
+def test_weights_of_a_seed_that_is_not_there_name_those_that_are(study):
+    shutil.copy(runs.weights_path("ar", "k", 1), runs.weights_path("ar", "k", 10))
+    shutil.copy(runs.weights_path("ar", "k", 1), runs.weights_path("ar", "k", 2))
+    with pytest.raises(
+        ValueError, match=r"^runs/ar/k/seed_9.safetensors: is missing; runs/ar/k has seed_0, seed_1, seed_2, seed_10; "
+    ):
+        runs.load_model("runs/ar/k/seed_9.safetensors")
+    with pytest.raises(ValueError, match=r"seed_9.safetensors: is missing; run `dvc repro`"):
+        runs.load_model("runs/ar/kk/seed_9.safetensors")
+
+
 def trained(rate, seed, *, accuracy=0.5, loss=1.0, stop="steps"):
     from cat.training import look
 
@@ -226,11 +237,25 @@ def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
     assert list(strays(params.load())) == [Path("runs/ar/old")]
     stage("evaluate", "ar")
     stage("render")
-    assert "runs/ar/old: is no cell of the study any more" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "runs/ar/old: is no cell of the study any more and was left out; `rm -r runs/ar/old` removes it\n"
+    )
     path.write_text(path.read_text() + "ar,old,0,20,accuracy,1.0\nar,k,99,20,accuracy,1.0\n")
     results = read_results(params.load())
     assert not results["variant"].eq("old").any()
     assert not results["seed"].eq(99).any()
+
+
+def test_files_of_tasks_that_left_the_study_are_told_of(study, capsys):
+    old = [Path("results/old.csv"), Path("results/filters/old.csv"), Path("results/positions/old.csv"), Path("scores/old.npz")]
+    for path in old:
+        shutil.copy(path.with_stem("ar"), path)
+    Path("results/.old.csv.part").touch()
+    assert list(strays(params.load())) == old
+    stage("render")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: is of no task of the study any more and was left out; `rm -r {path}` removes it" for path in old
+    ]
 
 
 def test_the_report_has_the_tables_of_what_is_along_a_text(study):
