@@ -109,6 +109,10 @@ def run(jobs: int | None, ray: str | None) -> None:
     except scheduler.FailedCellsError as error:
         click.echo(f"failed:\n{error}", err=True)
         sys.exit(1)
+    except (KeyboardInterrupt, ValueError) as error:
+        for failures in getattr(error, "__notes__", ()):
+            click.echo(f"failed:\n{failures}", err=True)
+        raise
 
 
 @command

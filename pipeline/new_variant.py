@@ -9,7 +9,6 @@ import difflib
 import math
 import tempfile
 import textwrap
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
@@ -19,9 +18,9 @@ from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, SequenceNode
 from tabulate import tabulate
 
-from cat.configuration import Variant, VariantConfiguration
+from cat.configuration import Variant
 from pipeline.files import LOGS, read_json, whole
-from pipeline.params import NAME, PATTERNS, Name, ParamsError, Study, entry, load, written
+from pipeline.params import NAME, PATTERNS, Name, ParamsError, Study, checked, entry, load, written
 from pipeline.plan import check_stages
 
 FILE = Path("params.yaml")
@@ -37,11 +36,11 @@ def new_variant(name: str, source: str, settings: tuple[str, ...], *, ablation: 
     study = load(FILE)
     _check_name(study, name)
     model = entry(study.variants, "variants", source)
-    home = _home(study, source, ablation)
     text = FILE.read_bytes().decode()
     raw = YAML(typ="safe").load(text)
     line = _changed(raw["variants"][source], source, model, settings)
-    _check_new(study, name, line)
+    _check_new(study, name, checked(Study, raw | {"variants": raw["variants"] | {name: line}}, FILE).variants[name])
+    home = _home(study, source, ablation)
     edited = _inserted(text, raw, name, line, source=source, home=home)
     _check(edited)
     if dry_run:
@@ -106,12 +105,10 @@ def _changed(line: dict[str, Any], source: str, model: Variant, settings: tuple[
     return changed
 
 
-def _check_new(study: Study, name: str, line: dict[str, Any]) -> None:
+def _check_new(study: Study, name: str, model: Variant) -> None:
     """Raises ParamsError where there is a variant like that, whatever keys it is written with."""
-    with suppress(ValidationError):  # what is not valid is said in the words of the study
-        model = TypeAdapter(VariantConfiguration).validate_python(line)
-        if twin := next((other for other in study.variants if study.variants[other] == model), None):
-            raise ParamsError([f"{FILE}: variants.{name}: is the same as variants.{twin}"])
+    if twin := next((other for other in study.variants if study.variants[other] == model), None):
+        raise ParamsError([f"{FILE}: variants.{name}: is the same as variants.{twin}"])
 
 
 def _inserted(text: str, raw: Any, name: str, line: dict[str, Any], *, source: str, home: str) -> str:
@@ -213,12 +210,15 @@ def _plan(study: Study, name: str, source: str, home: str) -> str:
         *((f"evaluate@{task}", "", "") for task in tasks),
         *((stage, "", "") for stage in ("judge", "render", "report", "track")),
     ]
+    begins = "`dvc repro` will run, besides what is out of date already:"
+    if not known:
+        stages = "\n".join(stage for stage, *_ in rows)
+        return f"{begins}\n\n{stages}\n\nno time is known: {source} has not been trained here"
     return (
-        f"`dvc repro` will run, besides what is out of date already:\n\n{tabulate(rows, ['stage', 'h:mm:ss', 'as in'])}\n\n"
-        + (f"about {_clock(sum(known))} of training" if known else "training takes a time unknown")
-        + (f" and {len(tasks) - len(known)} of {len(tasks)} cells unknown" if 0 < len(known) < len(tasks) else "")
-        + (f", if a cell takes as long as that of {source} did" if known else f": no cell of {source} has a log here")
-        + "; starting stages, scoring and drawing come on top"
+        f"{begins}\n\n{tabulate(rows, ['stage', 'h:mm:ss', 'as in'])}\n\n"
+        f"about {_clock(sum(known))} of training"
+        + (f" and {len(tasks) - len(known)} of {len(tasks)} cells unknown" if len(known) < len(tasks) else "")
+        + f", if a cell takes as long as that of {source} did; starting stages, scoring and drawing come on top"
     )
 
 

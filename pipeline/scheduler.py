@@ -64,10 +64,12 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
     Cells are trained in processes here, or on the Ray cluster at the address `ray`. Raises FailedCellsError where cells failed,
     once the others are trained and recorded; ValueError where a stage failed, the cluster cannot be reached or is lost, or
     another call is at work here; KeyboardInterrupt for Ctrl-C, once what is in training is kept and what is trained recorded.
+    The cells that have failed until then are in a note of these.
     """
     study = params.load()
     devices = assign(compute.resolve_devices(study.device), jobs)
-    with _alone(), _readable_errors(), cluster.join(ray, study, jobs) if ray else nullcontext() as joined:
+    failures: dict[str, str] = {}
+    with _noted(failures), _alone(), _readable_errors(), cluster.join(ray, study, jobs) if ray else nullcontext() as joined:
         _mend()
         reproduce(FIRST)
         stale = stale_cells()
@@ -78,7 +80,6 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
                 reproduce(declared, declared)
                 declared.clear()
 
-        failures: dict[str, str] = {}
         since, pause = time.monotonic(), float(RECORDED)
         try:
             # What runs on a cluster is called off, not asked to stop.
@@ -102,7 +103,22 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
         else:
             reproduce(None, declared)
     if failures:
-        raise FailedCellsError("\n".join(f"{stage}: {reason}" for stage, reason in failures.items()))
+        raise FailedCellsError(_in_lines(failures))
+
+
+def _in_lines(failures: dict[str, str]) -> str:
+    return "\n".join(f"{stage}: {reason}" for stage, reason in failures.items())
+
+
+@contextmanager
+def _noted(failures: dict[str, str]) -> Iterator[None]:
+    """What ends the run before its failures are raised is given a note of them."""
+    try:
+        yield
+    except (KeyboardInterrupt, ValueError) as error:
+        if failures:
+            error.add_note(_in_lines(failures))
+        raise
 
 
 def assign(devices: list[torch.device], jobs: int | None) -> list[torch.device]:

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from cat.configuration import Attention
 from pipeline.__main__ import main
 from pipeline.grid import cells
 from pipeline.params import NAME, PATTERNS, load
@@ -179,6 +180,15 @@ def test_a_key_is_taken_out(study, value):
             ("new", "--from", "k", "--set", "k=5", "--ablation", "rate"),
             ["params.yaml: ablations.rate: is missing; did you mean 'rates'?"],
         ),
+        (
+            ("new", "--from", "k", "--set", "taps=5", "--set", "q=-5"),
+            [
+                "params.yaml: variants.new.q = -5: must be greater than or equal to 1,"
+                " and is not full or network or decay or state",
+                "params.yaml: variants.new.taps = 5: unknown key; known are " + ", ".join(Attention.model_fields),
+            ],
+        ),
+        (("new", "--from", "k", "--set", "q"), ["--set 'q': is not key=value"]),
         (("new", "--from", "qk_d2"), ["params.yaml: variants.new: is the same as variants.qk_d2"]),
         (("new", "--from", "qk_d2", "--set", "tied=false"), ["params.yaml: variants.new: is the same as variants.qk_d2"]),
         (("new", "--from", "qk_d2", "--set", "dilation="), ["params.yaml: variants.new: is the same as variants.qk"]),
@@ -285,4 +295,7 @@ def test_the_stages_are_those_of_dvc_and_their_times_those_of_the_source(study):
 
 
 def test_no_log_no_estimate(study):
-    assert "training takes a time unknown: no cell of qk_d2 has a log here; " in added(*D4)
+    said = added(*D4)
+    assert said.splitlines()[-1] == "no time is known: qk_d2 has not been trained here"
+    assert "unknown" not in said
+    assert "\ntrain_dilation@nar-qk_d4\n" in said

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 
 from cat.training import look
 from pipeline import compute, scheduler
+from pipeline.__main__ import main
 from pipeline.files import read_json
 from pipeline.grid import cells
 from pipeline.params import load
@@ -154,6 +156,19 @@ def test_what_is_trained_is_recorded_when_the_study_is_interrupted(study, monkey
         scheduler.run(jobs=1)
     assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
     assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(("ending", "code", "last"), [(compute.Stopped, 130, "interrupted"), (ValueError("lost"), 2, "lost")])
+def test_what_has_failed_is_told_of_when_the_study_is_interrupted(study, monkeypatch, ending, code, last):
+    def interrupted(stale, *_):
+        yield stale[1], "no such luck (see logs/copying/k.error.txt)"
+        raise ending
+
+    monkeypatch.setattr(scheduler, "train", interrupted)
+    result = CliRunner().invoke(main, ["run", "--jobs", "1"])
+    failed = ["failed:", "train_streams@copying-k: no such luck (see logs/copying/k.error.txt)"]
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-3:] == [*failed, f"run: {last}"]
 
 
 def test_nothing_is_trained_while_what_is_done_is_recorded(study):
