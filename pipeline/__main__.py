@@ -67,16 +67,19 @@ def _pinned() -> params.Study:
 @command
 @click.argument("file", default="params.yaml")
 def validate(file: str) -> None:
-    """Check a parameter FILE, and claims.yaml; print the grid; write nothing."""
+    """Check a parameter FILE, and claims.yaml; print the grid, and which claims it cannot decide; write nothing."""
     from pipeline.plan import check_stages, of_other_files, table
 
     study = params.load(file)
     params.check_rewritten(file)
     check_stages(study, file)
-    claims.load()
+    stated = claims.load()
+    claims.check(stated, study)
     click.echo(table(study))
     for line in of_other_files(study):
         click.echo(f"{file}: {line}", err=True)
+    for line in claims.undecided(stated, study):
+        click.echo(f"{claims.FILE}: {line}", err=True)
 
 
 @command
@@ -86,7 +89,7 @@ def plan() -> None:
 
     study = params.load()
     check_stages(study)
-    claims.load()
+    claims.check(claims.load(), study)
     write(study)
 
 

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cat.configuration import Configuration, Count
-from pipeline.params import CELL, Name, checked, read
+from pipeline.grid import variants_on
+from pipeline.params import CELL, Name, Study, checked, nearest, read, refusal
 
 FILE = Path("claims.yaml")
+RECALL = ("recalled_share", "recalled_rare_share", "loss_recalled", "loss_recalled_rare", "loss_others")
+METRICS = {
+    "accuracy": ("accuracy", "sequence_accuracy", "loss"),
+    "loss": ("bits_per_byte", "loss", "perplexity", "word_perplexity", "accuracy", *RECALL),
+}
+"""What a task is scored by, by its goal; the attention of each layer besides."""
+OF_A_LAYER = re.compile(r"attention_(entropy|on_answer)_[1-9]\d*")
+COST = "cost"
+"""The figure of reports that belongs to no ablation."""
+SHOWN = 5
+"""Claims that cannot be decided, each with its reason; of more, the names must do."""
 Multiple = Annotated[float, Field(gt=0)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, strict=False)]
 
@@ -35,7 +51,7 @@ class Claim(Configuration):
     seeds: Annotated[Count, Field(ge=2)]
     """So many at least; fewer decide nothing."""
     figure: Name
-    """The ablation whose figure shows it."""
+    """The ablation whose figure shows it, or `cost`."""
 
     @model_validator(mode="after")
     def _one_other_side(self) -> Self:
@@ -68,3 +84,44 @@ def load(path: Path = FILE) -> dict[str, Claim]:
     raw = read(path)
     claims: dict[str, Claim] = checked(dict[Name, Claim], {} if raw is None else raw, path)
     return claims
+
+
+def check(claims: dict[str, Claim], study: Study) -> None:
+    """Raises ParamsError where a claim is shown by no figure of the study, or has a metric that no kind of task has."""
+    metrics = {metric for of_goal in METRICS.values() for metric in of_goal} | {"attention_entropy_1", "attention_on_answer_1"}
+    faults = []
+    for name, claim in claims.items():
+        if claim.figure not in (*study.ablations, COST):
+            known = nearest(claim.figure, [*study.ablations, COST])
+            faults.append(f"{name}.figure = {json.dumps(claim.figure)}: is not among ablations, and is not {COST}{known}")
+        if not (claim.metric is None or claim.metric in metrics or OF_A_LAYER.fullmatch(claim.metric)):
+            known = nearest(claim.metric, sorted(metrics)) or f"; known are {', '.join(sorted(metrics))}"
+            faults.append(f"{name}.metric = {json.dumps(claim.metric)}: no task has it{known}")
+    if faults:
+        raise refusal(FILE, faults)
+
+
+def undecided(claims: dict[str, Claim], study: Study) -> Iterator[str]:
+    """What the study cannot decide, a line a claim with the reason, or all in one: claims are about several studies."""
+    reasons = {name: reason for name, claim in claims.items() if (reason := next(_lacking(claim, study), None))}
+    if len(reasons) > SHOWN:
+        yield f"{len(reasons)} of {len(claims)} claims cannot be decided by this study: {', '.join(reasons)}"
+    else:
+        yield from (f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def _lacking(claim: Claim, study: Study) -> Iterator[str]:
+    """What the claim needs and the study does not have."""
+    variants = [*claim.variants, *(claim.than if isinstance(claim.than, tuple) else ())]
+    for kind, names, known in (("task", claim.tasks, [*study.tasks]), ("variant", variants, [*study.variants])):
+        yield from (f"no {kind} {name} here{nearest(name, known)}" for name in names if name not in known)
+    for task in filter(study.tasks.__contains__, claim.tasks):
+        data = study.tasks[task].data
+        yield from (f"{variant} is not trained on {task} here" for variant in variants if variant not in variants_on(study, task))
+        for multiple in itertools.chain(claim.multiples, filter(None, [claim.than_multiple])):
+            if multiple not in data.multiples:
+                yield f"no multiple {multiple:g} of {task} here; there are {', '.join(f'{known:g}' for known in data.multiples)}"
+        if not (claim.metric is None or claim.metric in METRICS[data.goal] or OF_A_LAYER.fullmatch(claim.metric)):
+            yield f"no {claim.metric} of {task}{nearest(claim.metric, METRICS[data.goal])}"
+    if len(study.seeds) < claim.seeds:
+        yield f"{len(study.seeds)} of {claim.seeds} seeds here"
