@@ -104,7 +104,9 @@ def check(claims: dict[str, Claim], study: Study) -> None:
 def undecided(claims: dict[str, Claim], study: Study) -> Iterator[str]:
     """What the study cannot decide, a line a claim with the reason, or all in one: claims are about several studies."""
     reasons = {name: reason for name, claim in claims.items() if (reason := next(_lacking(claim, study), None))}
-    if len(reasons) > SHOWN:
+    if len(reasons) == len(claims) > SHOWN:
+        yield f"none of its {len(claims)} claims can be decided by this study"
+    elif len(reasons) > SHOWN:
         yield f"{len(reasons)} of {len(claims)} claims cannot be decided by this study: {', '.join(reasons)}"
     else:
         yield from (f"{name}: {reason}" for name, reason in reasons.items())

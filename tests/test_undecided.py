@@ -85,6 +85,8 @@ def test_more_than_a_few_are_counted_and_named(study):
         0,
         [f"claims.yaml: 6 of {len(RAW)} claims cannot be decided by this study: {', '.join(names)}"],
     )
+    all_of_them = {name: {"seeds": 9} for name in RAW}
+    assert ask(**all_of_them) == (0, [f"claims.yaml: none of its {len(RAW)} claims can be decided by this study"])
     del wrong[names[0]]
     assert ask(**wrong) == (0, [f"claims.yaml: {name}: 3 of 9 seeds here" for name in names[1:]])
 
