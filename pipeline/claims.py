@@ -87,11 +87,11 @@ def load(path: Path = FILE) -> dict[str, Claim]:
 
 
 def check(claims: dict[str, Claim], study: Study) -> None:
-    """Raises ParamsError where a claim is shown by no figure of the study, or has a metric that no kind of task has."""
+    """Raises ParamsError where a claim about the study is in no figure of it, or one has a metric that no kind of task has."""
     metrics = {metric for of_goal in METRICS.values() for metric in of_goal} | {"attention_entropy_1", "attention_on_answer_1"}
     faults = []
     for name, claim in claims.items():
-        if claim.figure not in (*study.ablations, COST):
+        if claim.figure not in (*study.ablations, COST) and not any(_lacking(claim, study)):
             known = nearest(claim.figure, [*study.ablations, COST])
             faults.append(f"{name}.figure = {json.dumps(claim.figure)}: is not among ablations, and is not {COST}{known}")
         if not (claim.metric is None or claim.metric in metrics or OF_A_LAYER.fullmatch(claim.metric)):
@@ -103,7 +103,8 @@ def check(claims: dict[str, Claim], study: Study) -> None:
 
 def undecided(claims: dict[str, Claim], study: Study) -> Iterator[str]:
     """What the study cannot decide, a line a claim with the reason, or all in one: claims are about several studies."""
-    reasons = {name: reason for name, claim in claims.items() if (reason := next(_lacking(claim, study), None))}
+    why = ((name, next(itertools.chain(_lacking(claim, study), _too_few(claim, study)), None)) for name, claim in claims.items())
+    reasons = {name: reason for name, reason in why if reason}
     if len(reasons) == len(claims) > SHOWN:
         yield f"none of its {len(claims)} claims can be decided by this study"
     elif len(reasons) > SHOWN:
@@ -125,5 +126,8 @@ def _lacking(claim: Claim, study: Study) -> Iterator[str]:
                 yield f"no multiple {multiple:g} of {task} here; there are {', '.join(f'{known:g}' for known in data.multiples)}"
         if not (claim.metric is None or claim.metric in METRICS[data.goal] or OF_A_LAYER.fullmatch(claim.metric)):
             yield f"no {claim.metric} of {task}{nearest(claim.metric, METRICS[data.goal])}"
+
+
+def _too_few(claim: Claim, study: Study) -> Iterator[str]:
     if len(study.seeds) < claim.seeds:
         yield f"{len(study.seeds)} of {claim.seeds} seeds here"

@@ -23,6 +23,7 @@ from pipeline.__main__ import main
 from pipeline.claims import Claim
 from pipeline.html import page
 from pipeline.params import Name, ParamsError
+from pipeline.verdicts import ABSENT
 from tests.study import ROOT, finished_study
 from tests.test_params import at, contents, dump, run
 
@@ -327,7 +328,8 @@ def test_words_of_a_study_are_no_markup():
 
 def test_words_of_a_claim_are_printed_as_they_are(study):
     path = Path(CLAIMS)
-    path.write_text(path.read_text().replace("One layer", "[/b] One [red]layer"))
+    text = path.read_text().replace(ABSENT, "there is no")  # or it would be left out
+    path.write_text(text.replace("One layer", "[/b] One [red]layer"))
     result = CliRunner().invoke(main, ["show"])
     assert result.exit_code == 0, result.exception
     assert "[/b] One" in result.stdout

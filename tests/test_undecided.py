@@ -55,6 +55,13 @@ def test_what_no_study_has_is_an_error(study, command, change, line):
     assert not Path("plan").exists()
 
 
+def test_the_figure_of_a_claim_about_another_study_is_nothing_to_this_one(study):
+    assert ask(keys_decide_recall={"figure": "zzz", "tasks": ["art"]}) == (
+        0,
+        ["claims.yaml: keys_decide_recall: no task art here; did you mean 'ar'?"],
+    )
+
+
 @pytest.mark.parametrize("change", [{}, {"figure": "cost"}, {"metric": "attention_on_answer_2"}])
 def test_nothing_is_said_of_what_can_be_decided(study, change):
     assert ask(keys_decide_recall=change) == (0, [])
