@@ -30,6 +30,7 @@ from pipeline import checkpoints, compute, runs, scheduler
 from pipeline import train as training
 from pipeline.__main__ import _end_with_dvc
 from pipeline.checkpoints import Checkpoint
+from pipeline.determinism import MARK
 from pipeline.files import read_json, read_meta, read_split, read_task, whole
 from pipeline.params import load
 from tests.study import ROOT, edit, read_params, stage, tiny_study, write_params
@@ -417,6 +418,15 @@ def test_a_checkpoint_of_something_else_is_passed_over(study, monkeypatch, chang
     make, steps = CHANGES[change]
     make()
     assert steps_of(monkeypatch) == steps
+
+
+def test_a_checkpoint_of_other_bits_is_another(study, monkeypatch):
+    study = load()
+    setting = training.Setting(study.variants["k"], study.train, study.tasks["copying"].train, study.seeds, study.precision)
+    cell = training.Cell.of("copying", "k", setting)
+    usual = training._checkpoint(cell, cell.jobs[0], "a GPU")
+    monkeypatch.setenv(MARK, "1")  # deterministic: true, of which the name of a GPU says nothing
+    assert training._checkpoint(cell, cell.jobs[0], "a GPU").key not in (usual.key, None)
 
 
 def altered(path, place):
