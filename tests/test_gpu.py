@@ -172,7 +172,7 @@ def test_it_goes_on_from_a_state_to_the_same_bits():
 
 UNRECORDABLE = """
 import torch
-from cat.replay import Replay
+from cat.replay import WARM, Replay
 replay = Replay(lambda x: x * x.sum().item())
 x = torch.ones(3, device="cuda")
 assert [replay(x + i).tolist() for i in range(WARM + 2)] == [[3 * (1 + i) ** 2] * 3 for i in range(WARM + 2)]
