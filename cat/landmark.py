@@ -72,10 +72,10 @@ def landmark_attend(
     k_windows, v_windows = (torch.cat([x[:, :, :-1], x[:, :, 1:, :reach]], dim=3) for x in (k_blocks, v_blocks))
     far = score(q, k_windows, chosen)
     far = far.masked_fill(~visible(chosen, own, block=block, reach=reach), float("-inf"))
-    choosing = (own > top)[:, None, :, None, None]
-    # Where there is nothing to choose, windows may be unseen: zeros stand in for what has no softmax.
-    shares = far.masked_fill(~choosing, 0).log_softmax(-1)
-    far = torch.where(choosing, shares + matches[..., None], far)
+    choosing = (own > top)[:, None, :, None]
+    # Where there is nothing to choose a match counts nothing, but that of a later block, -inf, which takes its window away.
+    matches = matches.masked_fill(~choosing & (chosen < own[:, None, :, None]), 0)
+    far = torch.where(choosing[..., None], far.log_softmax(-1), far) + matches[..., None]
 
     weights = torch.cat([near, far.flatten(3)], dim=-1).softmax(-1)
     near, far = weights[..., :block], weights[..., block:].unflatten(3, (-1, block + reach))
@@ -131,7 +131,7 @@ def in_blocks(x: Heads, block: int) -> Float[Tensor, "B H N block C"]:
 def choose(q: Float[Tensor, "B H A C"], landmarks: Landmarks, own: Own, *, top: int) -> tuple[Chosen, Float[Tensor, "B H A T"]]:
     """The blocks that each query retrieves, and how well they match.
 
-    A query that has fewer blocks before its own than there are to choose gets later ones too, which are not `visible` to it.
+    A query that has fewer blocks before its own than there are to choose gets later ones too, whose match is -inf.
     """
     matches = q @ landmarks.mT
     later = torch.arange(landmarks.shape[2], device=q.device) >= own[:, None, :, None]
@@ -141,15 +141,12 @@ def choose(q: Float[Tensor, "B H A C"], landmarks: Landmarks, own: Own, *, top: 
 
 
 def visible(chosen: Chosen, own: Own, *, block: int, reach: int) -> Bool[Tensor, "B H A T W"]:
-    """Whether a query reads a token of a chosen window, W = block + reach.
-
-    It reads none of a block that was chosen for want of earlier ones, and does not read on into a block that it reads anyway.
-    """
+    """Whether a query reads a token of a chosen window, W = block + reach: it reads on into no block that it reads anyway."""
     own = own[:, None, :, None]
     inside = torch.arange(block + reach, device=chosen.device) < block
     after = chosen + 1
     read_anyway = (after >= own) | (after[..., None] == chosen[..., None, :]).any(-1)
-    return (chosen < own)[..., None] & (inside | ~read_anyway[..., None])
+    return inside | ~read_anyway[..., None]
 
 
 def score(q: Float[Tensor, "B H A C"], windows: Float[Tensor, "B H N W C"], chosen: Chosen) -> Float[Tensor, "B H A T W"]:
