@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cat import shifts
 from cat.folding import fold
 from cat.types import (
     Asked,
@@ -48,7 +49,7 @@ class Limits(NamedTuple):
 
 MATRIX = 1024
 """The longest sequence for which the matrix of a filter is written out to take some of its rows."""
-OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 128, 24), Limits(6, 96, 8), Limits(12, 96, 16)
+OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 128, 24), Limits(12, 96, 2), Limits(12, 96, 16)
 
 
 def filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
@@ -75,12 +76,17 @@ def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Head
 
 
 def filter_groups(x: GroupedHeads, taps: GroupedFilter, *, dilation: int = 1) -> tuple[Heads, ...]:
-    """`filter_heads`, or `filter_channels`, of each of up to three groups: on a GPU at once where the filters are short."""
+    """`filter_heads`, or `filter_channels`, of each of up to three groups: at once where the filters are short."""
     limits, operation = (OF_HEADS, _by_matrix_a_head) if taps.shape[2] == 1 else (OF_CHANNELS, _by_matrix_a_channel)
     limits = _here(x, limits)
-    if _kernels(x) and _short(taps, x.shape[3], dilation, limits):
-        return tuple(y.squeeze(0) for y in _Fused.apply(x[None], taps[None], dilation))
+    if _short(taps, x.shape[3], dilation, limits):
+        return tuple(y.squeeze(0) for y in _Shifts.apply(x[None], taps[None], dilation))
     return tuple(_filter(own, rows, dilation, limits, _by_shifts, operation, _by_fft) for own, rows in zip(x, taps, strict=True))
+
+
+def at_once(x: Tensor, taps: Tensor, length: int, *, dilation: int = 1) -> bool:
+    """Whether `filter_groups` filters groups with as many taps as these, (H, W) or (H, C, W), at once: if they are few."""
+    return _short(taps, length, dilation, _here(x, OF_HEADS if taps.dim() == 2 else OF_CHANNELS))
 
 
 def mix_heads(x: Sources, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
@@ -156,52 +162,15 @@ def _short(taps: Tensor, length: int, dilation: int, limits: Limits) -> bool:
 
 
 def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
-    if _kernels(x):
-        return _Fused.apply(x[None, None], taps[None, None], dilation)[0].squeeze(0)
-    return _Shifts.apply(x, taps, dilation)
+    return _Shifts.apply(x[None, None], taps[None, None], dilation)[0].squeeze(0)
 
 
 class _Shifts(torch.autograd.Function):
-    """One pass over the sequence a tap, forwards and for the gradient of `x`, which is the filter run backwards in time."""
-
-    @staticmethod
-    def forward(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
-        y = x * taps[:, None, :, 0]
-        for j in range(1, taps.shape[2]):
-            shift = j * dilation
-            y[:, :, shift:].addcmul_(x[:, :, :-shift], taps[:, None, :, j])
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Heads, ChannelFilter, int], output: Heads) -> None:
-        x, taps, ctx.dilation = inputs
-        ctx.save_for_backward(x, taps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Heads) -> tuple[Heads, ChannelFilter, None]:
-        x, taps = ctx.saved_tensors
-        of_x = gradient * taps[:, None, :, 0]
-        of_taps = [_sum_over_tokens(gradient * x, taps.shape[1])]
-        for j in range(1, taps.shape[2]):
-            shift = j * ctx.dilation
-            of_x[:, :, :-shift].addcmul_(gradient[:, :, shift:], taps[:, None, :, j])
-            of_taps.append(_sum_over_tokens(gradient[:, :, shift:] * x[:, :, :-shift], taps.shape[1]))
-        return of_x, torch.stack(of_taps, -1), None
-
-    @staticmethod
-    def vmap(info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor, dilation: int) -> tuple[Tensor, int]:
-        heads = fold(x, mapped[0], info.batch_size, into=1)
-        y = _Shifts.apply(heads, fold(taps, mapped[1], info.batch_size, into=0), dilation)
-        return y.unflatten(1, (info.batch_size, -1)), 1
-
-
-class _Fused(torch.autograd.Function):
-    """What `_Shifts` does, by a kernel for a GPU: one pass for all taps and groups. What vmap maps over are replicas."""
+    """The sum of a few shifted copies, of each of the groups. What vmap maps over are replicas."""
 
     @staticmethod
     def forward(x: StackedHeads, taps: StackedFilter, dilation: int) -> tuple[Replicated, ...]:
-        return _kernels(x).filter_stacks(x, taps, dilation).unbind(1)
+        return (_kernels(x) or shifts).filter_stacks(x, taps, dilation).unbind(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[StackedHeads, StackedFilter, int], output: tuple[Replicated, ...]) -> None:
@@ -212,14 +181,14 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Replicated) -> tuple[StackedHeads, StackedFilter, None]:
         x, taps = ctx.saved_tensors
-        return *_kernels(x).filter_gradients(x, taps, gradients, ctx.dilation), None
+        return *(_kernels(x) or shifts).filter_gradients(x, taps, gradients, ctx.dilation), None
 
     @staticmethod
     def vmap(
         info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor, dilation: int
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         stacks, rows = (fold(t, axis, info.batch_size, into=0) for t, axis in zip((x, taps), mapped, strict=False))
-        outputs = _Fused.apply(stacks, rows, dilation)
+        outputs = _Shifts.apply(stacks, rows, dilation)
         return tuple(y.unflatten(0, (info.batch_size, -1)) for y in outputs), (0,) * len(outputs)
 
 
@@ -234,12 +203,6 @@ def _load_kernels() -> Any:
         return importlib.import_module("cat.kernels")
     except ImportError:
         return None
-
-
-def _sum_over_tokens(x: Heads, channels: int) -> Float[Tensor, "H _"]:
-    """Over sequences and tokens, and over the channels of a head where they are one."""
-    # One axis after the other, which is three times as fast as both at once where the heads are apart in memory.
-    return x.sum((0, 2, 3))[:, None] if channels == 1 else x.sum(2).sum(0)
 
 
 def _by_matrix_a_head(x: Heads, taps: ChannelFilter) -> Heads:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import Taps
-from cat.convolution import few, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads, spaced
+from cat.convolution import at_once, few, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads, spaced
 from cat.position import take
 from cat.types import Asked, GroupedHeads, Heads, Queries
 
@@ -211,17 +211,18 @@ class NetworkFilter(Filter):
         return taps + F.pad(self.direct[..., None], (0, length - 1))
 
 
-def alike(one: Filter, other: Filter) -> bool:
-    """Whether both may be among the filters of `apply_together`."""
-    shapes = [causal.taps.shape if isinstance(causal, ExplicitFilter) else None for causal in (one, other)]
-    return one.layout.sharing != "mixing" and shapes[0] is not None and shapes[0] == shapes[1]
+def alike(one: Filter, other: Filter, x: Float[Tensor, "B L _"]) -> bool:
+    """Whether both are for `apply_together` on tokens such as these: with as many taps, so few that they are applied at once."""
+    if one.layout.sharing == "mixing" or not isinstance(one, ExplicitFilter) or not isinstance(other, ExplicitFilter):
+        return False
+    return one.taps.shape == other.taps.shape and at_once(x, one.taps, x.shape[1], dilation=one.dilation)
 
 
-def apply_together(filters: Sequence[Filter], streams: GroupedHeads) -> list[Heads]:
-    """What filters that are alike make of their streams, one of which each has."""
+def apply_together(filters: Sequence[Filter], streams: GroupedHeads, at: Asked | None = None) -> list[Queries]:
+    """What filters that are alike make of their streams, one of which each has; of a single one, at positions `at` alone."""
     length, first = streams.shape[3], filters[0]
     if len(filters) == 1:
-        return [first(streams.squeeze(0))]
+        return [first(streams.squeeze(0), at)]
     taps = torch.stack([causal.response(length) for causal in filters])
     taps = taps[:, :, None] if first.layout.sharing == "head" else taps
     outputs = filter_groups(streams, taps, dilation=first.dilation)

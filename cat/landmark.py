@@ -16,10 +16,14 @@ Filters carry what belongs together over the end of a block, so a chosen block i
 two of the blocks counts once.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cat.attention import attend
 from cat.types import Asked, Heads, Queries, Values
@@ -60,30 +64,24 @@ def landmark_attend(
     own = place // block
     chosen, matches = choose(q, s[:, :, :earlier], own, top=top)
 
-    later = torch.arange(block, device=q.device) > (place % block)[:, None, :, None]
+    seen = place % block + 1
     if at is None:  # the queries of a block are all there and in order
-        near = (q.unflatten(2, (-1, block)) @ k_blocks.mT).flatten(2, 3)
+        near, its_log, *_ = _First.apply(q.unflatten(2, (-1, block)), k_blocks, v_blocks, seen.view(-1, block), 1)
+        near, its_log = near.flatten(2, 3), its_log.flatten(2, 3)[..., None]
     else:
-        its_own = own[:, None, :, None].expand(-1, q.shape[1], -1, 1)
-        near = score(q, k_blocks, its_own)[:, :, :, 0]
-    near = near.masked_fill(later, float("-inf"))
+        its_own, seen = (x[:, None, :, None].expand(-1, q.shape[1], -1, 1) for x in (own, seen))
+        near, its_log = attend_windows(q, k_blocks, v_blocks, its_own, seen=seen, always=1)
+        near = near[:, :, :, 0]
 
     # One window a block that can be chosen: (B, H, blocks, block + reach, C).
     k_windows, v_windows = (torch.cat([x[:, :, :-1], x[:, :, 1:, :reach]], dim=3) for x in (k_blocks, v_blocks))
-    far = score(q, k_windows, chosen)
-    far = far.masked_fill(~visible(chosen, own, block=block, reach=reach), float("-inf"))
-    choosing = (own > top)[:, None, :, None]
-    # Where there is nothing to choose a match counts nothing, but that of a later block, -inf, which takes its window away.
-    matches = matches.masked_fill(~choosing & (chosen < own[:, None, :, None]), 0)
-    far = torch.where(choosing[..., None], far.log_softmax(-1), far) + matches[..., None]
-
-    weights = torch.cat([near, far.flatten(3)], dim=-1).softmax(-1)
-    near, far = weights[..., :block], weights[..., block:].unflatten(3, (-1, block + reach))
-    if at is None:
-        out = (near.unflatten(2, (-1, block)) @ v_blocks).flatten(2, 3)
-    else:
-        out = read(near[:, :, :, None], v_blocks, its_own)
-    return (out + read(far, v_windows, chosen))[:, :, :length]
+    seen = block + reach * reads_on(chosen, own)
+    far, logs = attend_windows(q, k_windows, v_windows, chosen, seen=seen, always=block)
+    # Where there is nothing to choose a window counts by its tokens, and that of a later block not at all: its match is -inf.
+    own = own[:, None, :, None]
+    logs = torch.where((own > top) | (chosen >= own), matches.to(logs.dtype), logs)
+    share = torch.cat([its_log, logs], dim=-1).softmax(-1)[..., None].to(far.dtype)
+    return (share[..., 0, :] * near + (share[..., 1:, :] * far).sum(3))[:, :, :length]
 
 
 def naive_landmark_attend(
@@ -135,67 +133,94 @@ def choose(q: Float[Tensor, "B H A C"], landmarks: Landmarks, own: Own, *, top: 
     """
     matches = q @ landmarks.mT
     later = torch.arange(landmarks.shape[2], device=q.device) >= own[:, None, :, None]
-    matches = matches.masked_fill(later, float("-inf"))
-    best = matches.topk(min(top, landmarks.shape[2]))
-    return best.indices, best.values
+    chosen = matches.detach().masked_fill(later, float("-inf")).topk(min(top, landmarks.shape[2])).indices
+    return chosen, matches.gather(3, chosen).masked_fill(chosen >= own[:, None, :, None], float("-inf"))
 
 
-def visible(chosen: Chosen, own: Own, *, block: int, reach: int) -> Bool[Tensor, "B H A T W"]:
-    """Whether a query reads a token of a chosen window, W = block + reach: it reads on into no block that it reads anyway."""
-    own = own[:, None, :, None]
-    inside = torch.arange(block + reach, device=chosen.device) < block
+def reads_on(chosen: Chosen, own: Own) -> Bool[Tensor, "B H A T"]:
+    """Whether a query reads on behind a chosen block: not into one that it reads anyway."""
     after = chosen + 1
-    read_anyway = (after >= own) | (after[..., None] == chosen[..., None, :]).any(-1)
-    return inside | ~read_anyway[..., None]
+    return ~((after >= own[:, None, :, None]) | (after[..., None] == chosen[..., None, :]).any(-1))
 
 
-def score(q: Float[Tensor, "B H A C"], windows: Float[Tensor, "B H N W C"], chosen: Chosen) -> Float[Tensor, "B H A T W"]:
-    """Each query times the keys of the windows that were chosen for it."""
-    if _few(windows, chosen):
-        every = (q @ windows.flatten(2, 3).mT).unflatten(3, windows.shape[2:4])
-        return every.gather(3, chosen[..., None].expand(*chosen.shape, windows.shape[3]))
-    return _by_window(q[:, :, :, None].expand(*chosen.shape, -1), windows.mT, chosen)
+class _First(torch.autograd.Function):
+    """Each query reads the first `seen` tokens, `always` at least: what it reads, log sum exp <q, k>, and what gradients need.
 
-
-def read(weights: Float[Tensor, "B H A T W"], windows: Float[Tensor, "B H N W E"], chosen: Chosen) -> Float[Tensor, "B H A E"]:
-    """The sum of the values in the windows that were chosen, by their weights."""
-    if _few(windows, chosen):
-        every = weights.new_zeros(*weights.shape[:3], *windows.shape[2:4])
-        every = every.scatter(3, chosen[..., None].expand_as(weights), weights)
-        return every.flatten(3) @ windows.flatten(2, 3)
-    return _by_window(weights, windows, chosen).sum(3)
-
-
-def _few(windows: Float[Tensor, "B H N X Y"], chosen: Chosen) -> bool:
-    """Whether to compute with all windows and pick: one large product is sooner done than many small ones."""
-    return windows.shape[2] <= MANY * chosen.shape[3]
-
-
-def _by_window(
-    rows: Float[Tensor, "B H A T X"], windows: Float[Tensor, "B H N X Y"], chosen: Chosen
-) -> Float[Tensor, "B H A T Y"]:
-    """Each row times the window that was chosen for it."""
-    sequences = torch.arange(chosen.shape[0] * chosen.shape[1], device=chosen.device).view(*chosen.shape[:2], 1, 1)
-    group = (sequences * windows.shape[2] + chosen).flatten()
-    return grouped_matmul(rows.flatten(0, 3), windows.flatten(0, 2), group).view(*chosen.shape, windows.shape[4])
-
-
-def grouped_matmul(
-    rows: Float[Tensor, "P X"], matrices: Float[Tensor, "G X Y"], group: Int[Tensor, " P"]
-) -> Float[Tensor, "P Y"]:
-    """Row p times matrix group[p], without a copy of the matrix for every row.
-
-    Rows are laid out group by group in tiles of one size, each group beginning a new tile: one batched product, whose shape does
-    not depend on how the rows fall into groups. Places that no row takes are zero.
+    In powers of two: MKL's exp takes many times as long where it is 0.
     """
-    groups, size = len(matrices), max(1, len(rows) // max(1, 2 * len(matrices)))
-    tiles = len(rows) // size + groups  # as many as there can be
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, always: int) -> tuple[Tensor, ...]:
+        scores = (q / math.log(2)) @ k.mT
+        hidden = torch.arange(always, k.shape[-2], device=k.device) >= seen[..., None]
+        scores[..., always:].masked_fill_(hidden, float("-inf"))
+        peak = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(peak).exp2_()
+        total = weights.sum(-1, keepdim=True, dtype=torch.promote_types(weights.dtype, torch.float32))
+        return (weights @ v).div_(total), math.log(2) * (total.log2() + peak)[..., 0], weights, total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:3], output[0], *output[2:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_out: Tensor, of_log: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, weights, total = (saved.to(of_out.dtype) for saved in ctx.saved_tensors)  # as autocast did
+        of_out = of_out / total
+        rest = of_log[..., None].to(of_out.dtype) / total - (of_out * out).sum(-1, keepdim=True)
+        of_scores = (of_out @ v.mT).add_(rest).mul_(weights)
+        return of_scores @ k, of_scores.mT @ q, weights.mT @ of_out, None, None
+
+
+def attend_windows(
+    q: Queries,
+    k: Float[Tensor, "B H N W C"],
+    v: Float[Tensor, "B H N W E"],
+    chosen: Chosen,
+    *,
+    seen: Int[Tensor, "B H A T"],
+    always: int,
+) -> tuple[Float[Tensor, "B H A T E"], Float[Tensor, "B H A T"]]:
+    """`_First` of each window that was chosen for a query."""
+    batch, heads, windows = k.shape[:3]
+    sequences = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
+    window, queries, (k, v) = sequences * windows + chosen, q.shape[2], (x.flatten(0, 2) for x in (k, v))
+    if windows <= MANY * chosen.shape[3]:  # one large product is sooner done than many small ones
+        rows = q[:, :, None].expand(-1, -1, windows, -1, -1).flatten(0, 2)
+        place = (window * queries + torch.arange(queries, device=q.device)[:, None]).flatten()
+    else:
+        place, owner, size = in_tiles(window.flatten(), len(k))
+        rows = q[:, :, :, None].expand(*chosen.shape, -1).flatten(0, 3)
+        rows = rows.new_zeros(len(owner) * size, rows.shape[1]).index_copy(0, place, rows).unflatten(0, (-1, size))
+        # What an embedding is: its gradient is summed row by row.
+        k, v = (F.embedding(owner, x.flatten(1)).unflatten(1, x.shape[1:]) for x in (k, v))
+    # What no query asked for, it reads whole.
+    first = seen.new_full((rows.shape[:2].numel(),), k.shape[1]).index_copy(0, place, seen.flatten()).view(rows.shape[:2])
+    read = _First.apply(rows, k, v, first, always)[:2]
+    out, log = (x.flatten(0, 1).index_select(0, place).unflatten(0, chosen.shape) for x in read)
+    return out, log
+
+
+def in_tiles(group: Int[Tensor, " P"], groups: int) -> tuple[Int[Tensor, " P"], Int[Tensor, " tiles"], int]:
+    """Rows laid out group by group in tiles of one size, each group beginning a new tile: one batched product for all groups.
+
+    The place of each row among those of all tiles, the group of each tile, and its size. How many tiles there are does not depend
+    on how the rows fall into groups.
+    """
+    if len(group) <= groups:
+        return torch.arange(len(group), device=group.device), group, 1
+    size = max(1, len(group) // (3 * groups))
     count = group.new_zeros(groups).scatter_add(0, group, torch.ones_like(group))
     end = (count // size + 1).cumsum(0)
     begin = F.pad(end[:-1], (1, 0))
     order = group.argsort(stable=True)
-    rank = torch.arange(len(rows), device=rows.device) - (count.cumsum(0) - count)[group[order]]
+    rank = torch.arange(len(group), device=group.device) - (count.cumsum(0) - count)[group[order]]
     place = torch.empty_like(group).index_copy(0, order, begin[group[order]] * size + rank)
+    tiles = len(group) // size + groups  # as many as there can be
     owner = end.new_zeros(tiles + 1).scatter(0, end, 1).cumsum(0)[:-1].clamp(max=groups - 1)
-    tiled = rows.new_zeros(tiles * size, rows.shape[1]).index_copy(0, place, rows).unflatten(0, (tiles, size))
-    return (tiled @ matrices.index_select(0, owner)).flatten(0, 1).index_select(0, place)
+    return place, owner, size

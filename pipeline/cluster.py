@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline import compute
 from pipeline.compute import Failure, Report
 from pipeline.determinism import MARK, PINS
 from pipeline.files import DATA
@@ -298,7 +299,7 @@ def _job(call: _Call, files: dict[str, NDArray[np.uint8]], box: Any, index: int)
             told = now
             box.put.remote(index, (steps, seen))
 
-    torch.set_num_threads(1)
+    compute.prepare()
     with tempfile.TemporaryDirectory(prefix="cat-study-") as folder, contextlib.chdir(folder):
         try:
             if _release(torch.__version__) != _release(call.torch):

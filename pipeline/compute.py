@@ -22,7 +22,7 @@ import torch
 
 from pipeline.determinism import settle
 from pipeline.params import ParamsError
-from pipeline.processes import available, end_with_parent
+from pipeline.processes import available, end_with_parent, keep_memory
 
 LOOK = 0.5
 """Seconds after which it is noticed, where nothing else happens, that this process is asked to stop."""
@@ -122,6 +122,13 @@ class Failure(NamedTuple):
     """The traceback, as Python prints it."""
 
 
+def prepare() -> None:
+    """Makes this process ready for jobs."""
+    torch.set_num_threads(1)
+    settle()
+    keep_memory()
+
+
 def spread(
     function: Callable[[Job, torch.device, Report], Result],
     jobs: Sequence[Job],
@@ -134,8 +141,7 @@ def spread(
 
     On a CPU the jobs run side by side in processes, on a GPU one after the other in this one. Raises what a job raises.
     """
-    torch.set_num_threads(1)
-    settle()
+    prepare()
     count = _processes(len(jobs), threads)
     if device.type != "cpu" or count == 1:
         return [function(job, device, report) for job in jobs]
@@ -229,8 +235,7 @@ class _Worker:
 
 
 def _serve(pipe: Any, function: Callable[..., Any], device: torch.device) -> None:
-    torch.set_num_threads(1)
-    settle()
+    prepare()
     signal.signal(signal.SIGINT, _stop)  # the process that gave the jobs decides what else becomes of them
     end_with_parent()
     while True:

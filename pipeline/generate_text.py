@@ -12,7 +12,6 @@ from cat.generation import generate
 from cat.tasks import Text
 from cat.tasks.tokenizing import Bytes, Tokenizer, load
 from pipeline import compute, runs
-from pipeline.determinism import settle
 from pipeline.files import DATA, read_task, readable
 from pipeline.grid import variants_on
 from pipeline.params import Study, printable
@@ -39,8 +38,7 @@ def generate_text(
     _check(study, task, variant)
     tokenizer = _tokenizer(task)
     path = runs.weights_path(task, variant, model_seed)
-    torch.set_num_threads(1)  # as a run has
-    settle()
+    compute.prepare()
     model = runs.load_model(path).to(where)
     if (vocabulary := model.embedding.token.num_embeddings) != tokenizer.size:
         raise ValueError(f"{path}: knows {vocabulary} tokens, and {DATA / task} has {tokenizer.size}; run `dvc repro`")

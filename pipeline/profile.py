@@ -53,7 +53,7 @@ def profile(task: str, variant: str, setting: Setting, *, steps: int, device: st
         raise ValueError(f"{variant} is not trained: its weights are prescribed")
     if not (DATA / task / "meta.json").exists():
         raise ValueError(f"{DATA / task} is not there; run `dvc repro generate@{task}`")
-    torch.set_num_threads(1)  # as many as a run has
+    compute.prepare()
     meta = read_meta(task)
     seed = derive_seed(setting.seeds[0], task, "weights")
     model = build_model(setting.model, vocabulary=meta.vocabulary, length=meta.length, seed=seed).to(where)

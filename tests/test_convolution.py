@@ -7,6 +7,7 @@ from cat import convolution
 from cat.convolution import (
     _fast_size,
     filter_channels,
+    filter_groups,
     filter_heads,
     filter_heads_at,
     mix_heads,
@@ -33,8 +34,8 @@ KINDS = {
         (1, 1, 1, "toeplitz"),
         (1, 7, 3, "toeplitz"),
         (5, 11, 1, "toeplitz"),
-        (19, 7, 1, "toeplitz"),
-        (19, 5, 3, "toeplitz"),
+        (19, 11, 1, "toeplitz"),
+        (7, 4, 2, "toeplitz"),
         (19, 9, 4, "toeplitz"),  # half of the taps reach past the first token
         (67, 1, 1, "shifts"),
         (83, 3, 3, "shifts"),
@@ -71,6 +72,21 @@ def test_a_filter_at_some_positions_is_the_definition_there(length, width, dilat
         lambda x, taps: take(naive_filter_heads(x, taps, dilation=dilation), at),
         normal(BATCH, HEADS, length, CHANNELS),
         normal(HEADS, width, seed=1),
+    )
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3])
+@pytest.mark.parametrize("channels", [1, CHANNELS])
+def test_groups_are_filtered_a_few_sequences_at_a_time(sequences, channels, monkeypatch):
+    length, groups = 83, 2
+    monkeypatch.setattr("cat.shifts.PART", sequences * groups * HEADS * length * CHANNELS)
+    assert_twins(
+        lambda x, taps: torch.stack(filter_groups(x, taps, dilation=5)),
+        lambda x, taps: torch.stack(
+            [naive_filter_channels(own, rows.expand(-1, CHANNELS, -1), dilation=5) for own, rows in zip(x, taps, strict=True)]
+        ),
+        normal(groups, 3, HEADS, length, CHANNELS),
+        normal(groups, HEADS, channels, 3, seed=1),
     )
 
 

@@ -17,11 +17,12 @@ from cat.configuration import Attention, AttentionModel, Delta, GatedLinear, Mod
 from cat.convolution import naive_filter_channels, naive_filter_heads, naive_mix_heads
 from cat.delta import naive_delta_rule
 from cat.gated_linear_attention import naive_gated_linear_attend
-from cat.landmark import ends, grouped_matmul, landmark_attend, naive_landmark_attend
+from cat.landmark import ends, in_tiles, landmark_attend, naive_landmark_attend
 from cat.linear_attention import features, linear_attend, naive_linear_attend
 from cat.mixers import build_mixer
+from cat.mixers.streams import side_by_side
 from cat.model import SequenceModel
-from cat.position import rotate
+from cat.position import rotate, take
 from cat.random_features import naive_performer_attend
 from cat.state_space import NUMBERS_AT_ONCE, fused_scan, naive_selective_scan, selective_scan, selective_scan_next
 from cat.taylor import naive_taylor_attend
@@ -500,14 +501,12 @@ def test_a_landmark_that_matches_better_gets_its_block_more_attention():
 
 
 @pytest.mark.parametrize("group", [[0], [0] * 7, [2] * 21 + [4, 1], [4, 1, 4, 4, 0, 1, 4, 4, 3, 4, 4], [2, 2, 1]])
-def test_grouped_matmul_multiplies_each_row_by_its_matrix(group):
-    group = torch.tensor(group)
-    assert_twins(
-        lambda rows, matrices: grouped_matmul(rows, matrices, group),
-        lambda rows, matrices: (rows[:, None] @ matrices[group])[:, 0],
-        normal(len(group), 3),
-        normal(5, 3, 2, seed=1),
-    )
+def test_each_row_has_a_place_of_its_own_in_a_tile_of_its_group(group):
+    groups = 5
+    place, owner, size = in_tiles(torch.tensor(group), groups)
+    assert owner[place // size].tolist() == group
+    assert len(set(place.tolist())) == len(group)
+    assert len(owner) * size <= 4 / 3 * len(group) + groups
 
 
 # Mamba.
@@ -740,17 +739,24 @@ def test_a_model_longer_than_its_sequences_is_refused(parameters, words):
         ({"q": 3, "v": 3}, ["q", "k", "v"]),
         ({"q": 3, "k": 3, "v": 2, "filter_bias": True}, ["qk", "v"]),
         ({"q": 3, "k": 3, "v": 3, "sharing": "channel", "filter_bias": True, "filter_norm": True}, ["qkv"]),
-        ({"q": "full", "k": "full", "v": "full", "dilation": 1}, ["qkv"]),
+        ({"q": "full", "k": "full", "v": "full", "dilation": 1}, ["q", "k", "v"]),
         ({"q": 3, "k": 3, "sharing": "mixing"}, ["q", "k", "v"]),
         ({"q": "state", "k": "state", "filter_size": 3}, ["q", "k", "v"]),
     ],
 )
 def test_streams_filtered_at_once_are_those_filtered_one_by_one(changes, parts):
-    mixer = build_mixer(configure(mixer="attention", **{**STREAMS, **changes}), 29).double()
-    assert mixer.together == parts
+    mixer = build_mixer(configure(mixer="attention", **{**STREAMS, **changes}), 97).double()
     with torch.no_grad():
         for weight in mixer.filters.parameters():
             weight += torch.linspace(-1, 1, weight.numel()).view_as(weight)
-    projected = torch.randn(2, 29, mixer.projection.out_features, generator=torch.Generator().manual_seed(0)).double()
-    for ours, theirs in zip(mixer._filtered_together(projected), mixer.filtered(projected), strict=True):
+    projected = torch.randn(2, 97, mixer.projection.out_features, generator=torch.Generator().manual_seed(0)).double()
+    assert side_by_side(mixer.filters, "qkv", projected) == parts
+    alone = {
+        name: mixer.filters[name](x) if name in mixer.filters else x
+        for name, x in zip("qkv", mixer.heads(projected), strict=True)
+    }
+    for ours, theirs in zip(mixer.filtered(projected), alone.values(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    at = torch.tensor([[0, 3, 96], [1, 2, 7]])
+    for ours, theirs in zip(mixer.filtered(projected, at), (take(alone["q"], at), alone["k"], alone["v"]), strict=True):
         torch.testing.assert_close(ours, theirs)

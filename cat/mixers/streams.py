@@ -46,7 +46,6 @@ class Streams(Mixer):
         self.projection = nn.Linear(config.width, 3 * config.width, bias=False)
         self.output = nn.Linear(config.width, config.width, bias=False)
         self.filters = stream_filters(config, length)
-        self.together = side_by_side(self.filters)
         self.scale = 1 / math.sqrt(config.width // config.heads)
         self.log_temperature: nn.Parameter | None = None
         if config.qk_norm:
@@ -98,25 +97,22 @@ class Streams(Mixer):
 
     def filtered(self, projected: Projected, at: Asked | None = None) -> tuple[Queries, Heads, Heads]:
         """The filtered q, k and v; q at every position or at positions `at`."""
-        if projected.is_cuda:
-            q, k, v = self._filtered_together(projected)
+        if at is None or projected.is_cuda:  # a GPU takes longer to launch a kernel than to run it
+            q, k, v = self._filtered(projected, side_by_side(self.filters, "qkv", projected))
             return take(q, at), k, v
-        q, k, v = self.heads(projected)
-        q = cast(Filter, self.filters["q"])(q, at) if "q" in self.filters else take(q, at)
-        k, v = (self.filters[s](x) if s in self.filters else x for s, x in zip("kv", (k, v), strict=True))
+        q, k, v = self._filtered(projected, ["q", *side_by_side(self.filters, "kv", projected)], at)
         return q, k, v
 
-    def _filtered_together(self, projected: Projected) -> list[Heads]:
-        """On a GPU, slower to launch a kernel than to run it, filters that are alike of streams side by side are one."""
-        streams, parts = list[Heads](), [projected]
-        if len(self.together) > 1:  # else the gradient would be copied
-            parts = list(projected.split([len(names) * self.config.width for names in self.together], dim=-1))
-        for names, part in zip(self.together, parts, strict=True):
+    def _filtered(self, projected: Projected, together: list[str], at: Asked | None = None) -> list[Queries]:
+        """By parts, each of streams side by side whose filters are alike: these are one. `at` is of a part that is q alone."""
+        streams, parts = list[Queries](), [projected]
+        if len(together) > 1:  # else the gradient would be copied
+            parts = list(projected.split([len(names) * self.config.width for names in together], dim=-1))
+        for names, part in zip(together, parts, strict=True):
             heads = part.unflatten(-1, (len(names), self.config.heads, -1)).permute(2, 0, 3, 1, 4)
-            if names[0] in self.filters:
-                streams += apply_together([cast(Filter, self.filters[name]) for name in names], heads)
-            else:
-                streams.append(heads.squeeze(0))
+            filters = [cast(Filter, self.filters[name]) for name in names if name in self.filters]
+            asked = at if names == "q" else None
+            streams += apply_together(filters, heads, asked) if filters else [take(heads.squeeze(0), asked)]
         return streams
 
     def heads(self, projected: Projected) -> tuple[Heads, Heads, Heads]:
@@ -176,12 +172,13 @@ def stream_filters(config: AttentionModel, length: int) -> nn.ModuleDict:
     )
 
 
-def side_by_side(filters: nn.ModuleDict) -> list[str]:
+def side_by_side(filters: nn.ModuleDict, streams: str, projected: Projected) -> list[str]:
     """The streams in parts: those that lie side by side and have filters that are alike are one, such as "qk" and "v"."""
-    parts = ["q"]
-    for stream in "kv":
+    parts = [streams[0]]
+    for stream in streams[1:]:
         before = parts[-1][-1]
-        if before in filters and stream in filters and alike(cast(Filter, filters[before]), cast(Filter, filters[stream])):
+        both = before in filters and stream in filters
+        if both and alike(cast(Filter, filters[before]), cast(Filter, filters[stream]), projected):
             parts[-1] += stream
         else:
             parts.append(stream)
