@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cat.types import GroupedFilter, GroupedHeads, Heads, Replicated, StackedFilter, StackedHeads
 
-PART = 1 << 17
-"""Numbers of so many sequences as are filtered at a time."""
+NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""As many sequences at a time as have so many numbers: on a CPU because of its cache, on a GPU because of its memory."""
 
 Sequences = Float[Tensor, "B L G H C"]
 
@@ -74,8 +74,8 @@ def _tokens(x: GroupedHeads) -> Sequences:
 
 
 def _parts(x: Sequences) -> list[slice]:
-    """All at once on a GPU, and where a compiler would unroll them."""
-    if x.is_cuda or torch.compiler.is_compiling():
+    """All at once where a compiler would unroll them."""
+    if torch.compiler.is_compiling():
         return [slice(None)]
-    size = max(1, PART // max(1, x.shape[1:].numel()))
+    size = max(1, NUMBERS_AT_ONCE[x.device.type] // max(1, x.shape[1:].numel()))
     return [slice(start, start + size) for start in range(0, max(1, len(x)), size)]

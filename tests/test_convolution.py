@@ -17,6 +17,7 @@ from cat.convolution import (
     toeplitz,
 )
 from cat.position import take
+from cat.shifts import NUMBERS_AT_ONCE
 from tests.twins import assert_twins, close, normal
 
 BATCH, HEADS, CHANNELS = 2, 3, 5
@@ -79,7 +80,7 @@ def test_a_filter_at_some_positions_is_the_definition_there(length, width, dilat
 @pytest.mark.parametrize("channels", [1, CHANNELS])
 def test_groups_are_filtered_a_few_sequences_at_a_time(sequences, channels, monkeypatch):
     length, groups = 83, 2
-    monkeypatch.setattr("cat.shifts.PART", sequences * groups * HEADS * length * CHANNELS)
+    monkeypatch.setitem(NUMBERS_AT_ONCE, "cpu", sequences * groups * HEADS * length * CHANNELS)
     assert_twins(
         lambda x, taps: torch.stack(filter_groups(x, taps, dilation=5)),
         lambda x, taps: torch.stack(
