@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from cat.replay import Replay
-from pipeline.processes import keep_memory
 
 REPEATS = 5
 """Measurements of each way, the two in turn."""
@@ -134,7 +133,6 @@ def compared(cases: Callable[[str], Sequence[Case]]) -> Callable[[Place], Iterat
 def compare(case: Case, place: Place) -> Figure:
     """Both ways of `case` checked against each other, then measured."""
     torch.set_num_threads(place.threads)
-    keep_memory()  # as a run does
     ours, other = (_made(way, case.replay, place.device) for way in (case.ours, case.other))
     times = in_turn(ours, other, agree=case.agree or same_numbers, device=place.device)
     del ours, other

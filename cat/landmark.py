@@ -32,8 +32,8 @@ Landmarks = Float[Tensor, "B H N C"]
 Chosen = Int[Tensor, "B H A T"]
 Own = Int[Tensor, "#B A"]
 """The block that each query stands in."""
-MANY = 8
-"""More windows than so many for each that is chosen are not computed with one and all."""
+MANY = {"all": 3, "asked": 8}
+"""With more windows than so many for each that is read, a query is not computed with one and all: by what queries there are."""
 
 
 def landmark_attend(
@@ -64,21 +64,24 @@ def landmark_attend(
     own = place // block
     chosen, matches = choose(q, s[:, :, :earlier], own, top=top)
 
-    seen = place % block + 1
-    if at is None:  # the queries of a block are all there and in order
-        near, its_log, *_ = _First.apply(q.unflatten(2, (-1, block)), k_blocks, v_blocks, seen.view(-1, block), 1)
-        near, its_log = near.flatten(2, 3), its_log.flatten(2, 3)[..., None]
-    else:
-        its_own, seen = (x[:, None, :, None].expand(-1, q.shape[1], -1, 1) for x in (own, seen))
-        near, its_log = attend_windows(q, k_blocks, v_blocks, its_own, seen=seen, always=1)
-        near = near[:, :, :, 0]
-
-    # One window a block that can be chosen: (B, H, blocks, block + reach, C).
-    k_windows, v_windows = (torch.cat([x[:, :, :-1], x[:, :, 1:, :reach]], dim=3) for x in (k_blocks, v_blocks))
-    seen = block + reach * reads_on(chosen, own)
-    far, logs = attend_windows(q, k_windows, v_windows, chosen, seen=seen, always=block)
-    # Where there is nothing to choose a window counts by its tokens, and that of a later block not at all: its match is -inf.
+    near_seen = (place % block + 1)[:, None, :, None]
+    far_seen = block + reach * reads_on(chosen, own)
     own = own[:, None, :, None]
+
+    # A block and what is read on behind it: (B, H, N, block + reach, C).
+    k_windows, v_windows = (torch.cat([x, F.pad(x[:, :, 1:, :reach], (0, 0, 0, 0, 0, 1))], dim=3) for x in (k_blocks, v_blocks))
+    if at is None:  # the queries of a block are all there and in order
+        near, its_log, *_ = _First.apply(q.unflatten(2, (-1, block)), k_blocks, v_blocks, near_seen.view(-1, block), 1)
+        near, its_log = near.flatten(2, 3), its_log.flatten(2, 3)[..., None]
+        far, logs = attend_windows(q, k_windows, v_windows, chosen, seen=far_seen, always=block, many=MANY["all"])
+    else:
+        # A query with fewer blocks before its own than there are to choose may have got that as well.
+        far_seen = torch.where(chosen == own, near_seen, far_seen)
+        windows, seen = (torch.cat([x.expand_as(y[..., :1]), y], dim=-1) for x, y in ((own, chosen), (near_seen, far_seen)))
+        out, logs = attend_windows(q, k_windows, v_windows, windows, seen=seen, always=1, many=MANY["asked"])
+        near, far, its_log, logs = out[:, :, :, 0], out[:, :, :, 1:], logs[..., :1], logs[..., 1:]
+
+    # Where there is nothing to choose a window counts by its tokens, and that of a later block not at all: its match is -inf.
     logs = torch.where((own > top) | (chosen >= own), matches.to(logs.dtype), logs)
     share = torch.cat([its_log, logs], dim=-1).softmax(-1)[..., None].to(far.dtype)
     return (share[..., 0, :] * near + (share[..., 1:, :] * far).sum(3))[:, :, :length]
@@ -185,12 +188,13 @@ def attend_windows(
     *,
     seen: Int[Tensor, "B H A T"],
     always: int,
+    many: int,
 ) -> tuple[Float[Tensor, "B H A T E"], Float[Tensor, "B H A T"]]:
-    """`_First` of each window that was chosen for a query."""
+    """`_First` of each window that was chosen for a query; of all windows if there are at most `many` times as many."""
     batch, heads, windows = k.shape[:3]
     sequences = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
     window, queries, (k, v) = sequences * windows + chosen, q.shape[2], (x.flatten(0, 2) for x in (k, v))
-    if windows <= MANY * chosen.shape[3]:  # one large product is sooner done than many small ones
+    if windows <= many * chosen.shape[3]:  # one large product is sooner done than many small ones
         rows = q[:, :, None].expand(-1, -1, windows, -1, -1).flatten(0, 2)
         place = (window * queries + torch.arange(queries, device=q.device)[:, None]).flatten()
     else:

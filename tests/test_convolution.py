@@ -76,15 +76,18 @@ def test_a_filter_at_some_positions_is_the_definition_there(length, width, dilat
     )
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 40, 47, 83, 2 * 83, 3 * 83])
 @pytest.mark.parametrize("channels", [1, CHANNELS])
-def test_groups_are_filtered_a_few_sequences_at_a_time(sequences, channels, monkeypatch):
-    length, groups = 83, 2
-    monkeypatch.setitem(NUMBERS_AT_ONCE, "cpu", sequences * groups * HEADS * length * CHANNELS)
+def test_groups_are_filtered_a_few_tokens_at_a_time(tokens, channels, monkeypatch):
+    length, groups, dilation = 83, 2, 20  # the last of three taps reaches back 40 tokens
+    monkeypatch.setitem(NUMBERS_AT_ONCE, "cpu", tokens * groups * HEADS * CHANNELS)
     assert_twins(
-        lambda x, taps: torch.stack(filter_groups(x, taps, dilation=5)),
+        lambda x, taps: torch.stack(filter_groups(x, taps, dilation=dilation)),
         lambda x, taps: torch.stack(
-            [naive_filter_channels(own, rows.expand(-1, CHANNELS, -1), dilation=5) for own, rows in zip(x, taps, strict=True)]
+            [
+                naive_filter_channels(own, rows.expand(-1, CHANNELS, -1), dilation=dilation)
+                for own, rows in zip(x, taps, strict=True)
+            ]
         ),
         normal(groups, 3, HEADS, length, CHANNELS),
         normal(groups, HEADS, channels, 3, seed=1),

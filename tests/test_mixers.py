@@ -413,7 +413,7 @@ def test_features_stay_positive_where_elu_rounds_to_zero():
 @pytest.mark.parametrize("length", [1, 5, 6, 10, 23])
 @pytest.mark.parametrize("asked", [False, True])
 def test_landmark_attention_is_the_definition(length, top, reach, many, asked, monkeypatch):
-    monkeypatch.setattr("cat.landmark.MANY", many)
+    monkeypatch.setattr("cat.landmark.MANY", {"all": many, "asked": many})
     lengths = 3 if asked else length, length, length, length // 5
     streams = [normal(2, 3, tokens, 7, seed=s) for s, tokens in enumerate(lengths)]
     at = torch.tensor([[0, length // 2, length - 1], [length // 3, length // 2, length - 1]]) if asked else None
