@@ -47,15 +47,15 @@ audit: .venv/audit/bin/pip-audit
 .venv/study: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
-	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable .
+	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[study]'
 	touch $@
 
 .venv/test: .venv/study
-	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[test]'
+	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[study,test]'
 	touch $@
 
 .venv/docs: .venv/study
-	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[docs]'
+	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[study,docs]'
 	touch $@
 
 clean:

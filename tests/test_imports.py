@@ -1,7 +1,10 @@
 """One arrow: pipeline imports cat, never the reverse; and nothing heavy is imported before it is needed."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +25,17 @@ def loaded_by(statement: str) -> set[str]:
 
 def test_the_library_imports_nothing_of_the_study():
     assert not loaded_by(f"import {LIBRARY}") & FOREIGN_TO_CAT
+
+
+def test_the_library_alone_is_installed_with_what_its_modules_import():
+    files = [path for path in (ROOT / "cat").rglob("*.py") if path.name != "kernels.py"]  # Triton comes with PyTorch for a GPU
+    statements = [line for path in files for line in ast.parse(path.read_text(encoding="utf-8")).body]
+    names = [alias.name for line in statements if isinstance(line, ast.Import) for alias in line.names]
+    names += [line.module or "" for line in statements if isinstance(line, ast.ImportFrom)]
+    imported = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"cat"}
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        needed = tomllib.load(file)["project"]["dependencies"]
+    assert {re.match("[a-z]+", name).group() for name in needed} == imported
 
 
 @pytest.mark.parametrize("module", ["pipeline.params", "pandas", "tokenizers"])
