@@ -5,6 +5,7 @@ A case names its two ways by functions that make them ready: they are called aga
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -21,11 +22,14 @@ import torch
 from torch import Tensor
 
 from cat.replay import Replay
+from pipeline.processes import MAP, TRIM, keep_memory
 
 REPEATS = 5
 """Measurements of each way, the two in turn."""
 SHORTEST = 0.1
 """Seconds of one measurement at least: what is faster is called several times in it."""
+USUAL = 1 << 25
+"""Bytes: the most that glibc comes to keep by itself."""
 TOLERANCE = 1e-3
 """How far two outcomes may differ, as a share of the largest number in them."""
 
@@ -133,6 +137,7 @@ def compared(cases: Callable[[str], Sequence[Case]]) -> Callable[[Place], Iterat
 def compare(case: Case, place: Place) -> Figure:
     """Both ways of `case` checked against each other, then measured."""
     torch.set_num_threads(place.threads)
+    keep_memory()  # as a run does
     ours, other = (_made(way, case.replay, place.device) for way in (case.ours, case.other))
     times = in_turn(ours, other, agree=case.agree or same_numbers, device=place.device)
     del ours, other
@@ -261,6 +266,14 @@ def peak_memory() -> int:
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def give_back_memory() -> None:
+    """Has the process give freed memory back to the system as most processes do: the opposite of `keep_memory`."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        c = ctypes.CDLL(None)
+        c.mallopt(TRIM, USUAL)
+        c.mallopt(MAP, USUAL)
 
 
 def _forget_peak() -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.data import mqar
-from benchmarks.measure import Benchmark, Case, NotRun, Work, compared
+from benchmarks.measure import Benchmark, Case, NotRun, Work, compared, give_back_memory
 from cat.configuration import Attention, Protocol
 from cat.evaluation import Split
 from cat.model import SequenceModel
@@ -18,6 +18,7 @@ from cat.optimizer import AdamW
 from cat.replicas import Stack
 from cat.tasks.base import IGNORE, generator
 from cat.training import build_model, decayed_or_not, mean_loss
+from pipeline.processes import keep_memory
 
 MODEL = Attention(mixer="attention", width=64, layers=1, heads=1, position="none", q=4, k=4, v=4)
 RATE, CLIP, REPLICAS_TARGET = 1e-3, 1.0, 6
@@ -52,6 +53,7 @@ def project_step(vocabulary: int, size: int, device: str, seed: int = 0) -> Work
     optimizer = AdamW(decayed, others, weight_decay=0.0, clip=CLIP)
 
     def work() -> Tensor:
+        keep_memory()
         loss = mean_loss(model, batch)
         loss.backward()
         optimizer.step(RATE)
@@ -61,11 +63,12 @@ def project_step(vocabulary: int, size: int, device: str, seed: int = 0) -> Work
 
 
 def plain_step(vocabulary: int, size: int, device: str) -> Work:
-    """The same in the way of most training loops, Zoology's among them."""
+    """The same in the way of most training loops, Zoology's among them; and in a process that gives memory back as most do."""
     model, inputs, targets = ready(vocabulary, size, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
 
     def work() -> Tensor:
+        give_back_memory()
         loss = F.cross_entropy(plain_logits(model, inputs).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()
         loss.backward()
