@@ -7,6 +7,7 @@ filter a channel is the depthwise convolution; filters from every head to every 
 import functools
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cat import shifts
-from cat.folding import fold
+from cat import loops, shifts
+from cat.operations import Operation, fold
 from cat.types import (
     Asked,
     ChannelFilter,
@@ -43,13 +44,17 @@ class Limits(NamedTuple):
     """At most so many taps are summed as shifted copies of the sequence,"""
     tokens: int
     """but of one of at most so many tokens"""
-    part: int
-    """only if it has as many as this for each of them; others are a Toeplitz matrix there, and applied by FFT beyond it."""
+    part: int = 0
+    """only if it has as many as this for each of them,"""
+    work: int = 0
+    """and if numbers times tokens are as many as this; others are a Toeplitz matrix there, and applied by FFT beyond it."""
 
 
 MATRIX = 1024
 """The longest sequence for which the matrix of a filter is written out to take some of its rows."""
-OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 128, 24), Limits(12, 96, 2), Limits(12, 96, 16)
+OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 128, part=24), Limits(12, 96, part=2), Limits(12, 96, part=16)
+OF_LOOPS = {OF_HEADS: Limits(32, 128, work=12 << 20), OF_CHANNELS: Limits(32, 96)}
+"""Those of compiled loops."""
 
 
 def filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
@@ -72,21 +77,20 @@ def few(x: Heads, at: Asked) -> bool:
 
 def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Heads:
     """Filters channel c of head h of `x` (B, H, L, C) along L with `taps[h, c]`."""
-    return _filter(x, taps, dilation, _here(x, OF_CHANNELS), _by_shifts, _by_matrix_a_channel, _by_fft)
+    # Loops are faster than a small product a channel, however many the taps.
+    by_matrix = functools.partial(_by_shifts, dilation=1) if _of(x) is loops else _by_matrix_a_channel
+    return _filter(x, taps, dilation, _here(x, OF_CHANNELS), _by_shifts, by_matrix, _by_fft)
 
 
 def filter_groups(x: GroupedHeads, taps: GroupedFilter, *, dilation: int = 1) -> tuple[Heads, ...]:
-    """`filter_heads`, or `filter_channels`, of each of up to three groups: at once where the filters are short."""
-    limits, operation = (OF_HEADS, _by_matrix_a_head) if taps.shape[2] == 1 else (OF_CHANNELS, _by_matrix_a_channel)
-    limits = _here(x, limits)
-    if _short(taps, x.shape[3], dilation, limits):
-        return tuple(y.squeeze(0) for y in _Shifts.apply(x[None], taps[None], dilation))
-    return tuple(_filter(own, rows, dilation, limits, _by_shifts, operation, _by_fft) for own, rows in zip(x, taps, strict=True))
+    """`filter_heads`, or `filter_channels`, of each of up to three groups, at once: faster if `few_taps`."""
+    return tuple(y.squeeze(0) for y in _Shifts.apply(x[None], taps[None], dilation))
 
 
-def at_once(x: Tensor, taps: Tensor, length: int, *, dilation: int = 1) -> bool:
-    """Whether `filter_groups` filters groups with as many taps as these, (H, W) or (H, C, W), at once: if they are few."""
-    return _short(taps, length, dilation, _here(x, OF_HEADS if taps.dim() == 2 else OF_CHANNELS))
+def few_taps(x: Float[Tensor, "B L _"], taps: Tensor, channels: int, *, dilation: int = 1) -> bool:
+    """Whether taps (H, W) or (H, C, W) are so few that they are summed, for tokens of so many `channels` in all heads."""
+    numbers = x.shape[0] * x.shape[1] * channels
+    return _short(taps, x.shape[1], numbers, dilation, _here(x, OF_HEADS if taps.dim() == 2 else OF_CHANNELS))
 
 
 def mix_heads(x: Sources, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
@@ -138,7 +142,7 @@ def _filter(
     by_fft: Callable[[Sources, Tensor], Heads],
 ) -> Heads:
     length = x.shape[2]
-    if _short(taps, length, dilation, limits):
+    if _short(taps, length, x.numel(), dilation, limits):
         return by_shifts(x, taps, dilation)
     taps = _reaching(taps, length, dilation)
     return by_matrix(x, taps) if length <= limits.tokens else by_fft(x, taps)
@@ -150,14 +154,17 @@ def _reaching(taps: Tensor, length: int, dilation: int) -> Tensor:
 
 
 def _here(x: Tensor, limits: Limits) -> Limits:
-    """On a GPU a kernel sums the taps of short sequences as well."""
-    return limits._replace(part=0) if _kernels(x) else limits
+    """Those where `x` is; a kernel sums the taps of short sequences as well."""
+    module = _of(x)
+    if module is loops:
+        return OF_LOOPS[limits]
+    return limits if module is shifts else limits._replace(part=0)
 
 
-def _short(taps: Tensor, length: int, dilation: int, limits: Limits) -> bool:
+def _short(taps: Tensor, length: int, numbers: int, dilation: int, limits: Limits) -> bool:
     """Whether they are summed as shifted copies."""
     width = taps.shape[-1]
-    by_matrix = length <= limits.tokens and width * limits.part > length
+    by_matrix = length <= limits.tokens and (width * limits.part > length or numbers * length < limits.work)
     return width <= min(limits.taps, -(-length // dilation)) and not by_matrix
 
 
@@ -165,12 +172,12 @@ def _by_shifts(x: Heads, taps: ChannelFilter, dilation: int) -> Heads:
     return _Shifts.apply(x[None, None], taps[None, None], dilation)[0].squeeze(0)
 
 
-class _Shifts(torch.autograd.Function):
+class _Shifts(Operation):
     """The sum of a few shifted copies, of each of the groups. What vmap maps over are replicas."""
 
     @staticmethod
     def forward(x: StackedHeads, taps: StackedFilter, dilation: int) -> tuple[Replicated, ...]:
-        return (_kernels(x) or shifts).filter_stacks(x, taps, dilation).unbind(1)
+        return _of(x).filter_stacks(x, taps, dilation).unbind(1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[StackedHeads, StackedFilter, int], output: tuple[Replicated, ...]) -> None:
@@ -181,7 +188,7 @@ class _Shifts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Replicated) -> tuple[StackedHeads, StackedFilter, None]:
         x, taps = ctx.saved_tensors
-        return *(_kernels(x) or shifts).filter_gradients(x, taps, gradients, ctx.dilation), None
+        return *_of(x).filter_gradients(x, taps, gradients, ctx.dilation), None
 
     @staticmethod
     def vmap(
@@ -192,17 +199,20 @@ class _Shifts(torch.autograd.Function):
         return tuple(y.unflatten(0, (info.batch_size, -1)) for y in outputs), (0,) * len(outputs)
 
 
-def _kernels(x: Tensor) -> Any:
-    """The module cat.kernels; None on a CPU, and where there is no Triton, which comes with PyTorch for a GPU on Linux."""
-    return _load_kernels() if x.is_cuda else None
+def _of(x: Tensor) -> ModuleType:
+    """The module that sums shifted copies where `x` is."""
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # it sees through no loops of Numba's
+        return loops
+    return _kernels() if x.is_cuda else shifts
 
 
 @functools.cache
-def _load_kernels() -> Any:
+def _kernels() -> ModuleType:
+    """cat.kernels; cat.shifts where there is no Triton, which comes with PyTorch for a GPU on Linux."""
     try:
         return importlib.import_module("cat.kernels")
     except ImportError:
-        return None
+        return shifts
 
 
 def _by_matrix_a_head(x: Heads, taps: ChannelFilter) -> Heads:
@@ -221,7 +231,7 @@ def _by_fft(x: Heads, taps: ChannelFilter) -> Heads:
     return _Fourier.apply(x.to(wide), taps.to(wide))[0].to(narrow)
 
 
-class _Fourier(torch.autograd.Function):
+class _Fourier(Operation):
     """Products of spectra, which are kept: the gradient takes three real transforms, where PyTorch's own takes complex ones."""
 
     @staticmethod
@@ -262,7 +272,7 @@ def _mix_by_shifts(x: Sources, taps: HeadMixingFilter, dilation: int) -> Heads:
     return _MixedShifts.apply(x, taps, dilation)
 
 
-class _MixedShifts(torch.autograd.Function):
+class _MixedShifts(Operation):
     """One product with the shifted copies of all heads, forwards and for each gradient."""
 
     generate_vmap_rule = True

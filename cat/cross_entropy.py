@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cat.operations import Operation
 from cat.tasks.base import IGNORE
 
 FEW = 1 << 18
@@ -33,7 +34,7 @@ def naive_cross_entropy(logits: Logits, answers: Answers) -> Float[Tensor, ""]:
     return F.cross_entropy(logits, answers, ignore_index=IGNORE, reduction="sum")
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Operation):
     generate_vmap_rule = True
 
     @staticmethod

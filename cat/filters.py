@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.configuration import Taps
-from cat.convolution import at_once, few, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads, spaced
+from cat.convolution import few, few_taps, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads, spaced
 from cat.position import take
 from cat.types import Asked, GroupedHeads, Heads, Queries
 
@@ -212,10 +212,11 @@ class NetworkFilter(Filter):
 
 
 def alike(one: Filter, other: Filter, x: Float[Tensor, "B L _"]) -> bool:
-    """Whether both are for `apply_together` on tokens such as these: with as many taps, so few that they are applied at once."""
+    """Whether both are for `apply_together` on tokens such as these: with as many taps, and few."""
     if one.layout.sharing == "mixing" or not isinstance(one, ExplicitFilter) or not isinstance(other, ExplicitFilter):
         return False
-    return one.taps.shape == other.taps.shape and at_once(x, one.taps, x.shape[1], dilation=one.dilation)
+    channels = one.layout.heads * one.layout.channels
+    return one.taps.shape == other.taps.shape and few_taps(x, one.taps, channels, dilation=one.dilation)
 
 
 def apply_together(filters: Sequence[Filter], streams: GroupedHeads, at: Asked | None = None) -> list[Queries]:

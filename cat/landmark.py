@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat.attention import attend
+from cat.operations import Operation
 from cat.types import Asked, Heads, Queries, Values
 
 Landmarks = Float[Tensor, "B H N C"]
@@ -71,7 +72,7 @@ def landmark_attend(
     # A block and what is read on behind it: (B, H, N, block + reach, C).
     k_windows, v_windows = (torch.cat([x, F.pad(x[:, :, 1:, :reach], (0, 0, 0, 0, 0, 1))], dim=3) for x in (k_blocks, v_blocks))
     if at is None:  # the queries of a block are all there and in order
-        near, its_log, *_ = _First.apply(q.unflatten(2, (-1, block)), k_blocks, v_blocks, near_seen.view(-1, block), 1)
+        near, its_log, *_ = _AttendFirst.apply(q.unflatten(2, (-1, block)), k_blocks, v_blocks, near_seen.view(-1, block), 1)
         near, its_log = near.flatten(2, 3), its_log.flatten(2, 3)[..., None]
         far, logs = attend_windows(q, k_windows, v_windows, chosen, seen=far_seen, always=block, many=MANY["all"])
     else:
@@ -146,7 +147,7 @@ def reads_on(chosen: Chosen, own: Own) -> Bool[Tensor, "B H A T"]:
     return ~((after >= own[:, None, :, None]) | (after[..., None] == chosen[..., None, :]).any(-1))
 
 
-class _First(torch.autograd.Function):
+class _AttendFirst(Operation):
     """Each query reads the first `seen` tokens, `always` at least: what it reads, log sum exp <q, k>, and what gradients need.
 
     In powers of two: MKL's exp takes many times as long where it is 0.
@@ -190,7 +191,7 @@ def attend_windows(
     always: int,
     many: int,
 ) -> tuple[Float[Tensor, "B H A T E"], Float[Tensor, "B H A T"]]:
-    """`_First` of each window that was chosen for a query; of all windows if there are at most `many` times as many."""
+    """`_AttendFirst` of each window that was chosen for a query; of all windows if there are at most `many` times as many."""
     batch, heads, windows = k.shape[:3]
     sequences = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
     window, queries, (k, v) = sequences * windows + chosen, q.shape[2], (x.flatten(0, 2) for x in (k, v))
@@ -205,7 +206,7 @@ def attend_windows(
         k, v = (F.embedding(owner, x.flatten(1)).unflatten(1, x.shape[1:]) for x in (k, v))
     # What no query asked for, it reads whole.
     first = seen.new_full((rows.shape[:2].numel(),), k.shape[1]).index_copy(0, place, seen.flatten()).view(rows.shape[:2])
-    read = _First.apply(rows, k, v, first, always)[:2]
+    read = _AttendFirst.apply(rows, k, v, first, always)[:2]
     out, log = (x.flatten(0, 1).index_select(0, place).unflatten(0, chosen.shape) for x in read)
     return out, log
 

@@ -7,6 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from cat.operations import Operation
+
 LEAST = 1e-12
 """What a shorter vector is divided by."""
 
@@ -16,7 +18,7 @@ def unit(x: Float[Tensor, "*vectors C"]) -> Float[Tensor, "*vectors C"]:
     return _Unit.apply(x)[0]
 
 
-class _Unit(torch.autograd.Function):
+class _Unit(Operation):
     """y = x / |x| and its gradient (g - y <y, g>) / |x|."""
 
     generate_vmap_rule = True

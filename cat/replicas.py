@@ -23,8 +23,8 @@ from torch.overrides import TorchFunctionMode
 from cat.configuration import Mamba, ModelConfiguration, Protocol, Schedule
 from cat.diagnostics import largest_logit
 from cat.evaluation import TOKENS_AT_ONCE, Split, TrainingSplit, autocast, in_parts
-from cat.folding import fold
 from cat.model import SequenceModel
+from cat.operations import Operation, fold
 from cat.optimizer import BETAS, EPSILON
 from cat.replay import Replay
 from cat.tasks.base import IGNORE
@@ -328,7 +328,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + _cast(bias)
 
 
-class _Projected(torch.autograd.Function):
+class _Projected(Operation):
     """Linear maps of tokens: (R, N, D) by (R, E, D) is (R, N, E). What vmap maps over are replicas.
 
     A weight's gradient is a sum over many tokens with few outcomes: parts of it are summed side by side, or most of a GPU idles.
@@ -367,7 +367,7 @@ def _cast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-class _Folded(torch.autograd.Function):
+class _Folded(Operation):
     """A function of batches whose sequences do not see each other: those of all replicas are one batch."""
 
     @staticmethod

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cat.folding import fold
+from cat.operations import Operation, fold
 
 NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
 """In the states of a chunk of tokens: on a CPU, so few that they stay in the cache of a core."""
@@ -69,7 +69,7 @@ def fused_scan(device: str, dtype: torch.dtype, size: int) -> Callable[..., Tens
         return None
 
 
-class _Scan(torch.autograd.Function):
+class _Scan(Operation):
     """One operation a token, on the states of all sequences; its gradient is a scan backwards in time.
 
     The rates are those of each sequence, (B, E, S). Within, tokens come first and channels last: states are (L, B, S, E).
@@ -160,5 +160,5 @@ def _tokens_second(x: Float[Tensor, "L B 1 N"]) -> Float[Tensor, "B L N"]:
 
 def _chunks(length: int, state: Tensor) -> list[slice]:
     """The first is not shorter than any."""
-    size = max(1, NUMBERS_AT_ONCE[state.device.type] // max(1, state.numel()))
+    size = max(1, NUMBERS_AT_ONCE.get(state.device.type, NUMBERS_AT_ONCE["cuda"]) // max(1, state.numel()))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

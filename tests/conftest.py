@@ -9,8 +9,8 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# pydantic checks its own classes, in which beartype cannot read `Self`; Triton compiles what stands in the file.
-NOT_CHECKED = {"configuration", "tasks", "kernels"}
+# pydantic checks its own classes, in which beartype cannot read `Self`; Triton and Numba compile what stands in the file.
+NOT_CHECKED = {"configuration", "tasks", "kernels", "loops"}
 LIBRARY = Path(__file__).parent.parent / "cat"
 
 # What a shell starts in the background ignores interrupts, and so does all that it starts; some tests send them.

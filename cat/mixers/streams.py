@@ -97,10 +97,11 @@ class Streams(Mixer):
 
     def filtered(self, projected: Projected, at: Asked | None = None) -> tuple[Queries, Heads, Heads]:
         """The filtered q, k and v; q at every position or at positions `at`."""
-        if at is None or projected.is_cuda:  # a GPU takes longer to launch a kernel than to run it
-            q, k, v = self._filtered(projected, side_by_side(self.filters, "qkv", projected))
+        together = side_by_side(self.filters, "qkv", projected)
+        if at is None or together[0] != "q" or projected.is_cuda:  # a GPU takes longer to launch a kernel than to run it
+            q, k, v = self._filtered(projected, together)
             return take(q, at), k, v
-        q, k, v = self._filtered(projected, ["q", *side_by_side(self.filters, "kv", projected)], at)
+        q, k, v = self._filtered(projected, together, at)
         return q, k, v
 
     def _filtered(self, projected: Projected, together: list[str], at: Asked | None = None) -> list[Queries]:
