@@ -45,7 +45,7 @@ def filter_gradients(
     rows = _rows(x, kind)
     of_y = [gradient.to(kind) if gradient.stride(-1) == 1 else gradient.to(kind).contiguous() for gradient in gradients]
     of_x, of_taps, parts = torch.empty(rows.shape, dtype=kind), torch.empty(taps.shape, dtype=kind), _Parts.of(rows)
-    sums = np.empty((parts.together, taps.shape[4], rows.shape[3]), of_x.numpy().dtype)
+    sums = np.empty((parts.in_all, taps.shape[4], rows.shape[3]), of_x.numpy().dtype)
     _in_threads(
         _gradients, parts, _flat(rows), rows.stride(), _numbers(taps, kind), dilation, x.shape[5], tuple(map(_flat, of_y)),
         tuple(gradient.stride()[:-1] for gradient in of_y), of_x.numpy(), sums,
@@ -62,7 +62,7 @@ class _Parts(NamedTuple):
     tokens: int
     """Of each of them, at most."""
     of_replica: int
-    together: int
+    in_all: int
 
     @classmethod
     def of(cls, rows: Rows) -> "_Parts":
@@ -100,10 +100,10 @@ def _flat(x: Tensor) -> np.ndarray:
 
 def _in_threads(loop: Callable[..., None], parts: _Parts, *args: Any) -> None:
     """Does all parts, on as many threads as PyTorch takes."""
-    threads = min(torch.get_num_threads(), parts.together)
+    threads = min(torch.get_num_threads(), parts.in_all)
     if threads <= 1:
-        return loop(0, parts.together, parts[:3], *args)
-    bounds = [parts.together * thread // threads for thread in range(threads + 1)]
+        return loop(0, parts.in_all, parts[:3], *args)
+    bounds = [parts.in_all * thread // threads for thread in range(threads + 1)]
     others = (itertools.repeat(arg) for arg in (parts[:3], *args))
     list(_pool(threads, os.getpid()).map(loop, bounds, bounds[1:], *others))
     return None
