@@ -115,8 +115,16 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="filter")
 
 
-# Without `fastmath` a number is the same on every kind of CPU: vectors are of channels, sums of one go on in their order.
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
+    """The loop, compiled when it is called: for its types once, and once in every process if there is no place to keep it.
+
+    No `fastmath`, so that a number is the same on every kind of CPU: vectors are of channels, sums of one go on in their order.
+    """
+    compiler = functools.partial(numba.njit, nogil=True, error_model="numpy")
+    try:
+        return compiler(cache=True)(loop)
+    except RuntimeError:  # neither beside this file nor in the user's home may anything be written
+        return compiler()(loop)
 
 
 @compiled

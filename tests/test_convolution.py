@@ -244,6 +244,19 @@ def test_a_forked_process_has_threads_of_its_own():
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=120)
 
 
+NO_PLACE = """
+from numba.core import caching
+caching.CacheImpl._locator_classes = []
+from tests.test_convolution import bits_of_loops
+print(bits_of_loops())
+"""
+
+
+def test_loops_that_can_be_kept_nowhere_are_compiled_in_every_process():
+    done = subprocess.run([sys.executable, "-c", NO_PLACE], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == bits_of_loops()
+
+
 @pytest.mark.parametrize("width", [1, 3, 7])
 def test_toeplitz_holds_the_taps_on_its_diagonals(width):
     length, taps = 7, normal(HEADS, width)
