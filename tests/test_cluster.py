@@ -104,7 +104,7 @@ def never_ends_on(machine, at_work, cell_and_jobs, device, report):
 
 
 def kill_once_at_work(machines, machine, at_work):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not at_work.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     machines.remove_node(machine, allow_graceful=False)
@@ -176,7 +176,7 @@ def waits(notes, job, device, report):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (answer := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
