@@ -160,6 +160,17 @@ def test_what_is_filtered_part_by_part_is_the_definition(length, width, dilation
     )
 
 
+@pytest.mark.parametrize("module", [loops, shifts])
+def test_each_replica_is_filtered_with_its_own_taps(module):
+    x, taps, *of_y = normal(3, 2, 4, HEADS, 23, 5), normal(3, 2, HEADS, 5, 3), *normal(2, 3, 4, HEADS, 23, 5, seed=1)
+    y, gradients = module.filter_stacks(x, taps, 2), module.filter_gradients(x, taps, of_y, 2)
+    for r in range(3):
+        own = slice(r, r + 1)
+        close(y[own], module.filter_stacks(x[own], taps[own], 2))
+        alone = module.filter_gradients(x[own], taps[own], [gradient[own] for gradient in of_y], 2)
+        close(tuple(gradient[own] for gradient in gradients), alone)
+
+
 LAYOUTS = {
     "as a projection lies": lambda x: x.permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4),
     "a part of a projection": lambda x: torch.cat([x, x], 4)[..., : x.shape[4]],
