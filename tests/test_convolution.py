@@ -268,6 +268,20 @@ def test_loops_that_can_be_kept_nowhere_are_compiled_in_every_process():
     assert done.stdout.strip() == bits_of_loops()
 
 
+WHOLE = """
+import torch
+from cat.convolution import filter_heads
+x, taps = torch.randn(2, 3, 200, 5), torch.randn(3, 4)
+compiled = torch.compile(filter_heads, backend="eager", fullgraph=True)
+torch.testing.assert_close(compiled(x, taps), filter_heads(x, taps))
+"""
+
+
+def test_the_compiler_sees_no_loops_that_it_cannot_read():
+    """Where nothing checks types: it would compile the checks."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", WHOLE], check=True)
+
+
 @pytest.mark.parametrize("width", [1, 3, 7])
 def test_toeplitz_holds_the_taps_on_its_diagonals(width):
     length, taps = 7, normal(HEADS, width)
