@@ -26,6 +26,7 @@ from cat.position import rotate, take
 from cat.random_features import naive_performer_attend
 from cat.state_space import NUMBERS_AT_ONCE, fused_scan, naive_selective_scan, selective_scan, selective_scan_next
 from cat.taylor import naive_taylor_attend
+from cat.training import build_model
 from tests.twins import assert_twins, close, in_parts, normal
 
 BATCH, WIDTH, HEADS = 2, 18, 3
@@ -728,6 +729,14 @@ def test_a_model_longer_than_its_sequences_is_refused(parameters, words):
     config.check_length(64)
     with pytest.raises(ValueError, match=words):
         SequenceModel(config, vocabulary=11, length=32)
+
+
+@pytest.mark.parametrize("name", ["attention_all", "attention_channel", "mamba"])
+def test_shapes_are_found_without_numbers(name):
+    model = build_model(configure(**BATTERY[name]), vocabulary=16, length=64, seed=0).to("meta")
+    logits = model(torch.zeros(2, 64, dtype=torch.long, device="meta"))
+    logits.sum().backward()
+    assert logits.shape == (2, 64, 16)
 
 
 @pytest.mark.parametrize(
