@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cat import loops, shifts
+from cat import shifts
 from cat.operations import Operation, fold
 from cat.types import (
     Asked,
@@ -78,7 +78,7 @@ def few(x: Heads, at: Asked) -> bool:
 def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Heads:
     """Filters channel c of head h of `x` (B, H, L, C) along L with `taps[h, c]`."""
     # Loops are faster than a small product a channel, however many the taps.
-    by_matrix = functools.partial(_by_shifts, dilation=1) if _of(x) is loops else _by_matrix_a_channel
+    by_matrix = functools.partial(_by_shifts, dilation=1) if _looped(x) else _by_matrix_a_channel
     return _filter(x, taps, dilation, _here(x, OF_CHANNELS), _by_shifts, by_matrix, _by_fft)
 
 
@@ -155,10 +155,9 @@ def _reaching(taps: Tensor, length: int, dilation: int) -> Tensor:
 
 def _here(x: Tensor, limits: Limits) -> Limits:
     """Those where `x` is; a kernel sums the taps of short sequences as well."""
-    module = _of(x)
-    if module is loops:
+    if _looped(x):
         return OF_LOOPS[limits]
-    return limits if module is shifts else limits._replace(part=0)
+    return limits if _of(x) is shifts else limits._replace(part=0)
 
 
 def _short(taps: Tensor, length: int, numbers: int, dilation: int, limits: Limits) -> bool:
@@ -200,10 +199,17 @@ class _Shifts(Operation):
 
 
 def _of(x: Tensor) -> ModuleType:
-    """The module that sums shifted copies where `x` is."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # it sees through no loops of Numba's
+    """The module that sums shifted copies where `x` is. Numba takes time to import, and many models have no filters."""
+    if _looped(x):
+        from cat import loops
+
         return loops
     return _kernels() if x.is_cuda else shifts
+
+
+def _looped(x: Tensor) -> bool:
+    """Whether loops do that; torch.compile sees through none of Numba's."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @functools.cache

@@ -18,8 +18,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 RULES = {"cat/configuration.py", "pipeline/params.py"}
 CHOICES = {"cat/mixers/__init__.py", "cat/tasks/__init__.py"}
-OPTIONAL = {"cat/convolution.py": ["cat/kernels.py"]}
-"""What is imported where that can be done."""
+LATER = {"cat/convolution.py": ["cat/kernels.py", "cat/loops.py"]}
+"""What is imported where it is needed."""
 
 
 class Source(NamedTuple):
@@ -51,7 +51,7 @@ def reach(beginnings: Iterable[str], read: Callable[[str], Source]) -> list[str]
 def read_source(file: str) -> Source:
     text = (ROOT / file).read_text(encoding="utf-8")
     tree = ast.parse(text)
-    imports = list(OPTIONAL.get(file, ()))
+    imports = list(LATER.get(file, ()))
     for statement in tree.body:
         if isinstance(statement, ast.ImportFrom) and statement.module and statement.module.split(".")[0] in ("cat", "pipeline"):
             package = statement.module.replace(".", "/")

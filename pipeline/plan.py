@@ -31,6 +31,7 @@ def write(study: Study) -> None:
     begin = {
         "judge": ["pipeline/judge.py", "pipeline/claims.py", *kinds.values()],
         "render": ["pipeline/render.py", "pipeline/determinism.py", *kinds.values()],
+        "publish": ["pipeline/report.py", "pipeline/tracking.py"],
     }
     if looked_at:
         begin["render"] += ["cat/diagnostics.py", *chain(*(_code_of(study.variants[variant]) for variant in looked_at))]

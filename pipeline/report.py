@@ -16,28 +16,25 @@ from ruamel.yaml import YAML
 
 from cat.configuration import Theory
 from pipeline import readers, runs
-from pipeline.files import LOGS, REPORTS, RESULTS, RUNS, VERDICTS, whole
+from pipeline.diagnosis import Sign
+from pipeline.drawing import begin, save
+from pipeline.figures import cost, figures_of
+from pipeline.files import REPORTS, whole
 from pipeline.grid import Cell, cells, variants_on
+from pipeline.html import page
+from pipeline.language import gains_table, positions_table
 from pipeline.logs import read_log
 from pipeline.params import Ablation, Study, shown_tasks, shown_variants
+from pipeline.results import primary, read_results
+from pipeline.stability import stability
+from pipeline.tables import found, results_table, verdicts_in_words
+from pipeline.verdicts import of_the_study, read_verdicts, verdict_table
 
 MARKDOWN, PAGE = REPORTS / "report.md", REPORTS / "report.html"
 
 
 def report(study: Study) -> None:
-    """Writes both, unless they are newer than all that they are made of. Raises ValueError where a result is missing."""
-    if _is_new():
-        return
-    from pipeline.diagnosis import Sign
-    from pipeline.drawing import begin, save
-    from pipeline.figures import cost
-    from pipeline.html import page
-    from pipeline.language import gains_table, positions_table
-    from pipeline.results import primary, read_results
-    from pipeline.stability import stability
-    from pipeline.tables import found, results_table, verdicts_in_words
-    from pipeline.verdicts import read_verdicts
-
+    """Writes both. Raises ValueError where a result is missing."""
     results = read_results(study)
     scores = primary(study, results)
     verdicts, diagnosis = read_verdicts(), readers.table(REPORTS / "diagnosis.csv", dict.fromkeys(Sign._fields, str))
@@ -87,16 +84,6 @@ def _table(table: pd.DataFrame) -> str:
     return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3f", missingval="-")
 
 
-def _is_new() -> bool:
-    """As make would see it."""
-    if not (MARKDOWN.exists() and PAGE.exists()):
-        return False
-    folders = [*(REPORTS / name for name in ("figures", "svg")), RESULTS, VERDICTS, LOGS, RUNS, Path(__file__).parent]
-    files = [path for folder in folders for path in folder.rglob("*") if "__pycache__" not in path.parts]
-    files += [Path("params.yaml"), *REPORTS.glob("*.csv")]
-    return max(path.stat().st_mtime_ns for path in files) < min(path.stat().st_mtime_ns for path in (MARKDOWN, PAGE))
-
-
 def _study(study: Study) -> str:
     text = Path("params.yaml").read_bytes()
     preset = next((str(path) for path in sorted(Path("presets").glob("*.yaml")) if _same(path, text)), None)
@@ -113,15 +100,11 @@ def _same(preset: Path, text: bytes) -> bool:
 
 
 def _verdicts(verdicts: pd.DataFrame, figure: str) -> str:
-    from pipeline.verdicts import of_the_study, verdict_table
-
     here = of_the_study(verdicts[verdicts["figure"] == figure])
     return verdict_table(here).to_markdown(index=False, disable_numparse=True) if len(here) else ""
 
 
 def _figures(name: str, ablation: Ablation) -> str:
-    from pipeline.figures import figures_of
-
     return "\n\n".join(f"![{file.replace('_', ' ')}](figures/{file}.png)" for file in figures_of(name, ablation))
 
 

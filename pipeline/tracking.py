@@ -5,7 +5,8 @@ logged, so the store can be thrown away, and repeats change nothing. What the fi
 study: tags say which studies a run belongs to, and whether the files still say it. Runs made under `dvc exp run` bear the
 experiment's name and are not touched by the runs of the workspace, nor touch them.
 
-A store on this machine that was left complete, and the files that it shows, are known again by their sizes and times.
+A store on this machine that was left complete, and the files that it shows, are known again by their sizes and times. For DVC,
+which cannot compare stores, there is a digest of what is logged.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, unquote, urlparse
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 STORE, ARTIFACTS = Path("mlflow.db"), Path("mlartifacts")
 REST = ARTIFACTS / ".complete"
 """What the files and the store looked like when the store was complete."""
+STAMP = STORE.with_name("mlflow.db.stamp")
+"""A digest of all that is logged, whenever and wherever that was trained."""
 STUDY = "study"
 """The experiment that holds the run of the report."""
 _KEY = "cat.key"
@@ -82,17 +86,21 @@ class Record:
     started: float | None = None
     context: str = field(default_factory=lambda: os.environ.get("DVC_EXP_NAME", ""))
 
-    @property
-    def key(self) -> str:
-        """A digest of everything but when, where and by which commit."""
+    @cached_property
+    def content(self) -> str:
+        """A digest of everything but when, where, by which commit and in which of DVC's experiments."""
         digest = hashlib.sha256()
-        texts = [self.experiment, self.kind, self.name, self.note, self.figures, self.context]
+        texts = [self.experiment, self.kind, self.name, self.note, self.figures]
         digest.update(json.dumps([*texts, self.params, self.tags, self.dataset]).encode())
         digest.update(repr(self.metrics).encode())
         for folder, paths in self.files.items():
             for path in paths:
                 digest.update(f"{folder}/{path.name}".encode() + hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()[:32]
+        return digest.hexdigest()
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(f"{self.content} {self.context}".encode()).hexdigest()[:32]
 
 
 def track(study: Study, *, prune: bool = False) -> None:
@@ -101,7 +109,7 @@ def track(study: Study, *, prune: bool = False) -> None:
     Raises ValueError where a result is missing or the store cannot be reached.
     """
     local = not os.environ.get("MLFLOW_TRACKING_URI")
-    if local and not prune and REST.exists() and REST.read_text(encoding="utf-8") == _appearance():
+    if local and not prune and STAMP.exists() and REST.exists() and REST.read_text(encoding="utf-8") == _appearance():
         return
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -117,6 +125,9 @@ def track(study: Study, *, prune: bool = False) -> None:
         _sync(MlflowClient(_uri()), study, records, artifacts=ARTIFACTS.resolve() if local else None, prune=prune)
     except MlflowException as error:
         raise ValueError(f"MLflow at {_uri()}: {' '.join(str(error).split())[:200]}") from None
+    with whole(STAMP) as path:
+        contents = sorted(record.content for record in records.values())
+        path.write_text(hashlib.sha256("".join(contents).encode()).hexdigest() + "\n", encoding="utf-8")
     if local:
         with whole(REST) as path:
             path.write_text(_appearance(), encoding="utf-8")

@@ -238,7 +238,7 @@ def test_startup_is_what_a_command_takes_besides_training(monkeypatch):
     def python(folder, *arguments):
         commands.append((folder.name, arguments))
         cold = 100 if arguments not in [earlier for _, earlier in commands[:-1]] else 0
-        return startup.Run(cold + (5.0 if folder.name == "study" else 2.0), 3_000_000, "Running stage 'track':")
+        return startup.Run(cold + (5.0 if folder.name == "study" else 2.0), 3_000_000, "")
 
     def study(folder, *rest):
         (folder / "logs" / "ar").mkdir(parents=True)
@@ -264,7 +264,7 @@ def test_startup_is_what_a_command_takes_besides_training(monkeypatch):
 
 
 def test_a_study_that_is_not_at_rest_is_not_measured():
-    rest = startup.Run(1.0, 1, "Stage 'plan' didn't change, skipping\nRunning stage 'track':\n> python")
+    rest = startup.Run(1.0, 1, "Stage 'plan' didn't change, skipping\n")
     assert startup.at_rest(rest) is rest
     with pytest.raises(RuntimeError, match="ran render where there was nothing to do"):
         startup.at_rest(startup.Run(1.0, 1, rest.output + "\nRunning stage 'render':"))

@@ -49,7 +49,7 @@ def called(monkeypatch):
 @pytest.fixture
 def no_loops(monkeypatch):
     """As on a device for which nothing is compiled."""
-    monkeypatch.setattr(convolution, "_of", lambda x: shifts)
+    monkeypatch.setattr(convolution, "_looped", lambda x: False)
 
 
 @pytest.mark.parametrize("kind", KINDS)

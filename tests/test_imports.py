@@ -57,5 +57,11 @@ def test_tables_and_tracking_import_no_torch():
     assert "torch" not in loaded_by("import pipeline.render, pipeline.tracking")
 
 
+def test_numba_is_imported_only_where_filters_are_loops():
+    filtered = "from cat.convolution import filter_channels; filter_channels(torch.ones(1, 1, 9, 2), torch.ones(1, 2, 3))"
+    assert "numba" not in loaded_by("import pipeline.train, cat.convolution")
+    assert "numba" in loaded_by(f"import torch; {filtered}")
+
+
 def test_training_imports_no_pandas():
     assert not loaded_by("import pipeline.train, pipeline.evaluate") & {"pandas", "matplotlib", "seaborn"}

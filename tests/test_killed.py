@@ -19,7 +19,7 @@ from ruamel.yaml import YAML, YAMLError
 from tests.study import ROOT
 from tests.test_kept import digests, edit, small_study
 
-STAGES = {"generate": ["generate"], "train": ["train_streams"], "evaluate": ["evaluate"], "render": ["render"], "track": []}
+STAGES = {"generate": ["generate"], "train": ["train_streams"], "evaluate": ["evaluate"], "render": ["render"], "publish": []}
 """What is killed -> targets of `dvc repro`."""
 OUTPUTS = ("plan", "data", "runs", "results", "scores", "verdicts", "reports")
 MOMENTS = 10

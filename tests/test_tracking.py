@@ -191,13 +191,14 @@ def test_exactly_the_runs_of_a_changed_cell_are_replaced(store):
 
 
 def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monkeypatch):
-    before = ids(store)
+    before, stamp = ids(store), tracking.STAMP.read_text()
     monkeypatch.setenv("DVC_EXP_NAME", "tried")
     stage("track")
     page = store.search_runs([store.get_experiment_by_name("copying").experiment_id], max_results=1000)
     tried = {run.info.run_id for run in page if run.data.tags["cat.context"] == "tried"}
     assert len(tried) == len(before)
     assert tried.isdisjoint(before.values())
+    assert tracking.STAMP.read_text() == stamp, "or dvc.lock would name the experiment"
     monkeypatch.delenv("DVC_EXP_NAME")
     stage("track")
     left = {run.info.run_id for run in store.search_runs([page[0].info.experiment_id], max_results=1000)}
@@ -209,9 +210,10 @@ def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monk
 def test_a_lost_store_is_rebuilt(store, tmp_path, monkeypatch):
     for name in ("params.yaml", "claims.yaml", "data", "runs", "results", "verdicts", "reports"):
         (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, tmp_path / name)
+    names, stamp = set(ids(store)), tracking.STAMP.read_text()
     monkeypatch.chdir(tmp_path)
-    names = set(ids(store))
     stage("track")
+    assert tracking.STAMP.read_text() == stamp, "there are no logs here of when it was trained"
     from mlflow.tracking import MlflowClient
 
     assert set(ids(MlflowClient("sqlite:///mlflow.db"))) == names
