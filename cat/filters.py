@@ -131,7 +131,22 @@ class Filter(nn.Module, ABC):
         whole = torch.cat([before, x], dim=2)
         length = whole.shape[2]
         kept = length if self.reach is None else min(self.reach, length)
-        return self(whole)[:, :, length - x.shape[2] :], whole[:, :, length - kept :]
+        y = self.last(whole) if x.shape[2] == 1 else self(whole)[:, :, length - x.shape[2] :]
+        return y, whole[:, :, length - kept :]
+
+    def last(self, x: Heads) -> Float[Tensor, "B H 1 C"]:
+        """The output of the last token alone: one product of the taps with the tokens that they reach."""
+        length = x.shape[2]
+        taps = self.response(length)[..., : -(-length // self.dilation)].flip(-1)
+        reached = x[:, :, length - 1 - (taps.shape[-1] - 1) * self.dilation :: self.dilation]
+        match self.layout.sharing:
+            case "head":
+                y = taps[:, None] @ reached
+            case "channel":
+                y = (taps.mT * reached).sum(2, keepdim=True)
+            case _:
+                y = (taps.flatten(1) @ reached.flatten(1, 2))[:, :, None]
+        return self.biased(y)
 
     def _initial(self, size: int, init: Init) -> tuple[Tensor, Tensor]:
         """`size` random numbers a row, and what tap 0 has besides them: little beside the identity, or all there is."""

@@ -16,7 +16,7 @@ import multiprocessing
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial, reduce
@@ -26,9 +26,11 @@ from typing import Any, NamedTuple
 
 import torch
 from dvc.dependency import param
+from dvc.dvcfile import PROJECT_FILE
 from dvc.exceptions import DvcException, PrettyDvcException
 from dvc.repo import Repo, lock_repo
-from dvc.stage import PipelineStage
+from dvc.repo.reproduce import _reproduce, get_active_graph, plan_repro
+from dvc.stage import PipelineStage, Stage
 from filelock import FileLock, Timeout
 
 from pipeline import cluster, compute, params
@@ -251,18 +253,29 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
 
     repo = Repo()
     try:
-        with _params_read_once():
+        with _params_read_once(), lock_repo(repo), repo.scm_context():
+            # Not as targets of DVC, which reads dvc.yaml and dvc.lock anew for each.
+            stages = _named(repo, targets)
             if trained and targets:
-                # Not as targets of DVC, which reads dvc.yaml and params.yaml anew for each.
-                with lock_repo(repo), repo.scm_context():
-                    for stage in repo.index.stages:
-                        if stage.addressing in targets:
-                            record(stage)
+                for stage in stages:
+                    record(stage)
+            elif not stages:
+                raise ValueError(f"{PROJECT_FILE} has no stages of a study in this folder")
             else:
-                repo.reproduce(targets and list(targets), repro_fn=record_or_run)
+                graph = get_active_graph(repo.index.graph)
+                _reproduce(plan_repro(graph, stages), graph=graph, repro_fn=record_or_run)
     finally:
         if done:
             done[0].dvcfile.dump_stages(done, update_pipeline=False)
+
+
+def _named(repo: Repo, targets: Iterable[str] | None) -> list[Stage]:
+    """The stages of dvc.yaml that are named, or of which the group is; all for None."""
+    ours = [stage for stage in repo.index.stages if stage.path_in_repo == PROJECT_FILE]
+    if targets is None:
+        return ours
+    wanted = set(targets)
+    return [stage for stage in ours if wanted & {stage.addressing, stage.addressing.partition("@")[0]}]
 
 
 def _restorable(repo: Repo, stage: PipelineStage) -> bool:

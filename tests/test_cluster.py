@@ -84,9 +84,7 @@ def files():
 def only_until_evaluation():
     """What comes after it knows nothing of where the cells were trained."""
     stages = YAML(typ="safe").load(Path("dvc.yaml"))
-    stages["stages"] = {
-        name: stage for name, stage in stages["stages"].items() if name not in ("judge", "render", "publish")
-    }
+    stages["stages"] = {name: stage for name, stage in stages["stages"].items() if name not in ("judge", "render", "publish")}
     with Path("dvc.yaml").open("w") as file:
         YAML().dump({"stages": stages["stages"]}, file)
 

@@ -103,6 +103,19 @@ def test_the_report_and_the_store_are_made_where_they_are_lost_or_of_something_e
     assert (Path("mlflow.db.stamp").read_bytes(), Path("dvc.lock").read_bytes()) == (stamp, lock)
 
 
+def test_a_folder_without_the_stages_of_a_study_is_refused(study):
+    Path("dvc.yaml").unlink()
+    with pytest.raises(ValueError, match=r"^dvc\.yaml has no stages of a study in this folder$"):
+        scheduler.run(jobs=2)
+
+
+def test_another_pipeline_in_a_folder_below_is_left_alone_as_dvc_does(study):
+    Path("other").mkdir()
+    Path("other/dvc.yaml").write_text("stages: {plan: {cmd: python -c 1/0}, more: {cmd: python -c 1/0}}\n")
+    scheduler.run(jobs=2)
+    assert ran() == []
+
+
 def test_only_what_is_stale_is_trained_and_what_the_cache_has_is_restored(study):
     study = load()
     named = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
