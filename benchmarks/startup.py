@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 
 def startup(*, cells: int = 100) -> Benchmark:
-    """The command of a cell with and without DVC, less what its training took, and `dvc repro` on a finished study."""
+    """The command of a cell with and without DVC, less what its training took, and both ways of reproducing a finished study."""
 
     def figures(place: Place) -> Iterator[Figure]:
         task, variant = CELL
@@ -80,9 +80,19 @@ def startup(*, cells: int = 100) -> Benchmark:
                 lambda: at_rest(dvc(study, "repro")),
                 lambda: dvc(empty, "repro"),
             )
+            yield in_turn(
+                Question(
+                    name="the same by `python -m pipeline run`",
+                    sides=(f"python -m pipeline run, {cells} cells", "dvc repro, one stage"),
+                    unit=SECONDS,
+                    target=REST_TARGET,
+                ),
+                lambda: at_rest(python(study, "-m", "pipeline", "run")),
+                lambda: dvc(empty, "repro"),
+            )
 
     return Benchmark(
-        what="Seconds around the work: before a cell is trained, and of `dvc repro` with nothing to do",
+        what="Seconds around the work: before a cell is trained, and with nothing to do",
         target=f"{CELL_TARGET} s before a cell, {REST_TARGET} s for nothing at {cells} cells",
         figures=figures,
     )
@@ -104,7 +114,7 @@ def less_training(study: Path, run: Run) -> Run:
 def at_rest(run: Run) -> Run:
     """Raises RuntimeError where a stage ran that had nothing to do."""
     if ran := set(re.findall(r"Running stage '([^']+)'", run.output)):
-        raise RuntimeError(f"`dvc repro` ran {', '.join(sorted(ran))} where there was nothing to do")
+        raise RuntimeError(f"{', '.join(sorted(ran))} ran where there was nothing to do")
     return run
 
 

@@ -257,16 +257,17 @@ def test_startup_is_what_a_command_takes_besides_training(monkeypatch):
         (3.5, 3.5, 2.0, 3, False),
         (3.5, 3.5, 2.0, None, None),
         (5.0, 5.0, 2.0, 5, True),
+        (5.0, 5.0, 2.0, 5, True),
     ]
     assert commands[0] == ("study", ("-m", "dvc", "repro", "--force", "--single-item", "train_streams@ar-k"))
-    assert len(commands) == 3 * 3 * 2
-    assert [folder for folder, _ in commands] == ["study", "empty"] * 9
+    assert len(commands) == 4 * 3 * 2
+    assert [folder for folder, _ in commands] == ["study", "empty"] * 12
 
 
 def test_a_study_that_is_not_at_rest_is_not_measured():
     rest = startup.Run(1.0, 1, "Stage 'plan' didn't change, skipping\n")
     assert startup.at_rest(rest) is rest
-    with pytest.raises(RuntimeError, match="ran render where there was nothing to do"):
+    with pytest.raises(RuntimeError, match="render ran where there was nothing to do"):
         startup.at_rest(startup.Run(1.0, 1, rest.output + "\nRunning stage 'render':"))
 
 
