@@ -85,7 +85,6 @@ def startup(*, cells: int = 100) -> Benchmark:
                     name="the same by `python -m pipeline run`",
                     sides=(f"python -m pipeline run, {cells} cells", "dvc repro, one stage"),
                     unit=SECONDS,
-                    target=REST_TARGET,
                 ),
                 lambda: at_rest(python(study, "-m", "pipeline", "run")),
                 lambda: dvc(empty, "repro"),

@@ -257,7 +257,7 @@ def test_startup_is_what_a_command_takes_besides_training(monkeypatch):
         (3.5, 3.5, 2.0, 3, False),
         (3.5, 3.5, 2.0, None, None),
         (5.0, 5.0, 2.0, 5, True),
-        (5.0, 5.0, 2.0, 5, True),
+        (5.0, 5.0, 2.0, None, None),
     ]
     assert commands[0] == ("study", ("-m", "dvc", "repro", "--force", "--single-item", "train_streams@ar-k"))
     assert len(commands) == 4 * 3 * 2
