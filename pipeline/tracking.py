@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 STORE, ARTIFACTS = Path("mlflow.db"), Path("mlartifacts")
 REST = ARTIFACTS / ".complete"
 """What the files and the store looked like when the store was complete."""
-STAMP = STORE.with_name("mlflow.db.stamp")
+STAMP = ARTIFACTS / "stamp"
 """A digest of all that is logged, whenever and wherever that was trained."""
 STUDY = "study"
 """The experiment that holds the run of the report."""

@@ -88,19 +88,19 @@ def ran():
 
 def test_the_report_and_the_store_are_made_where_they_are_lost_or_of_something_else(study, tmp_path):
     scheduler.run(jobs=2)
-    stamp, lock, report = (Path(name).read_bytes() for name in ("mlflow.db.stamp", "dvc.lock", "reports/report.md"))
-    for file in Path().glob("mlflow.db*"):
-        file.unlink()
+    stamp, lock, report = (Path(name).read_bytes() for name in ("mlartifacts/stamp", "dvc.lock", "reports/report.md"))
+    Path("mlflow.db").unlink()
+    shutil.rmtree("mlartifacts")
     assert ran() == ["publish"]
     assert Path("mlflow.db").exists()
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(text + "# A remark.\n")
     assert ran() == ["plan", "publish"]
-    assert Path("mlflow.db.stamp").read_bytes() != stamp
+    assert Path("mlartifacts/stamp").read_bytes() != stamp
     assert Path("reports/report.md").read_bytes() != report
     Path("params.yaml").write_text(text)
     assert ran() == ["plan", "publish"]
-    assert (Path("mlflow.db.stamp").read_bytes(), Path("dvc.lock").read_bytes()) == (stamp, lock)
+    assert (Path("mlartifacts/stamp").read_bytes(), Path("dvc.lock").read_bytes()) == (stamp, lock)
 
 
 def test_a_folder_without_the_stages_of_a_study_is_refused(study):
