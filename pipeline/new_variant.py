@@ -208,7 +208,7 @@ def _plan(study: Study, name: str, source: str, home: str) -> str:
             for task, seconds in took.items()
         ),
         *((f"evaluate@{task}", "", "") for task in tasks),
-        *((stage, "", "") for stage in ("judge", "render", "report", "track")),
+        *((stage, "", "") for stage in ("judge", "render", "publish")),
     ]
     begins = "`dvc repro` will run, besides what is out of date already:"
     if not known:
