@@ -47,6 +47,7 @@ def test_outside_git_nothing_is_known(tmp_path, monkeypatch):
 
 
 def test_the_outputs_are_what_dvc_yaml_says_that_git_has():
-    stages, ignored = (Path(__file__).parent.parent.joinpath(name).read_text().splitlines() for name in ("dvc.yaml", ".gitignore"))
+    root = Path(__file__).parent.parent
+    stages, ignored = (root.joinpath(name).read_text().splitlines() for name in ("dvc.yaml", ".gitignore"))
     kept = {line.split("- ")[1].split(":")[0].split("/")[0] for line in stages if "cache: false" in line}
     assert kept - {line.strip("/") for line in ignored} <= set(OUTPUTS)
