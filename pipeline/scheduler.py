@@ -231,7 +231,7 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
     """`dvc repro` of `targets`, of everything for None, but for the stages `trained`: recorded if what they declare is as given.
 
     Where both are given nothing is run: what is not as given is left as it is. DVC writes the whole lock file after every stage;
-    here it is written once, when all are done or one has failed.
+    here it is written once, when all are done or one has failed. Raises ValueError where dvc.yaml has none of them.
     """
     trained = trained or {}
     done: list[PipelineStage] = []

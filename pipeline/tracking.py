@@ -100,6 +100,7 @@ class Record:
 
     @property
     def key(self) -> str:
+        """What its run is found by: the same content has a run in each of DVC's experiments."""
         return hashlib.sha256(f"{self.content} {self.context}".encode()).hexdigest()[:32]
 
 

@@ -260,6 +260,7 @@ def test_startup_is_what_a_command_takes_besides_training(monkeypatch):
         (5.0, 5.0, 2.0, None, None),
     ]
     assert commands[0] == ("study", ("-m", "dvc", "repro", "--force", "--single-item", "train_streams@ar-k"))
+    assert commands[-2] == ("study", ("-m", "pipeline", "run"))
     assert len(commands) == 4 * 3 * 2
     assert [folder for folder, _ in commands] == ["study", "empty"] * 12
 

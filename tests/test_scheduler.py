@@ -86,7 +86,7 @@ def ran():
     return re.findall(r"^Running stage '(.+)':$", dvc("repro"), flags=re.MULTILINE)
 
 
-def test_the_report_and_the_store_are_made_where_they_are_lost_or_of_something_else(study, tmp_path):
+def test_the_report_and_the_store_are_made_where_they_are_lost_or_of_something_else(study):
     scheduler.run(jobs=2)
     stamp, lock, report = (Path(name).read_bytes() for name in ("mlartifacts/stamp", "dvc.lock", "reports/report.md"))
     Path("mlflow.db").unlink()
