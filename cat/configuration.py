@@ -84,7 +84,7 @@ class AttentionModel(Model):
     sharing: Literal["head", "channel", "mixing"] = "head"
     """Who shares the taps of a filter: one filter a head, one a channel, or one from every head to every head."""
     dilation: Count = 1
-    """Tokens between two taps."""
+    """How many tokens a tap is from the next; 1: none is skipped."""
     filter_size: Count | None = None
     """Hidden units of a `network`, decays of a `decay` or `state` filter."""
     filter_init: Literal["identity", "random"] = "identity"

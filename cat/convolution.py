@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat import shifts
-from cat.operations import Operation, fold
+from cat.operations import Operation, fold, operand
 from cat.types import (
     Asked,
     ChannelFilter,
@@ -35,31 +35,42 @@ from cat.types import (
 
 
 class Limits(NamedTuple):
-    """Up to where each of the three algorithms is used: measured on one CPU thread, forwards and backwards.
+    """Which of three algorithms applies a filter. They agree to rounding; that of the FFT, unlike the others', is not causal.
 
-    They agree to rounding; which one runs depends on the shapes alone. That of the FFT, unlike the others', is not causal.
+    At most `taps` taps are summed as shifted copies, unless the sequence has at most `tokens` tokens and either fewer than `part`
+    of them a tap, or numbers times tokens below `work`. Any other filter is a Toeplitz matrix up to `tokens` tokens, and applied
+    by FFT beyond.
     """
 
     taps: int
-    """At most so many taps are summed as shifted copies of the sequence,"""
     tokens: int
-    """but of one of at most so many tokens"""
     part: int = 0
-    """only if it has as many as this for each of them,"""
     work: int = 0
-    """and if numbers times tokens are as many as this; others are a Toeplitz matrix there, and applied by FFT beyond it."""
+
+
+class Tuning(NamedTuple):
+    """The limits where shifted copies are summed by PyTorch and where by loops: measured on one CPU thread, with gradients."""
+
+    passes: Limits
+    loops: Limits
+
+    def here(self, x: Tensor) -> Limits:
+        """Those where `x` is; a kernel sums the taps of short sequences as well."""
+        if _looped(x):
+            return self.loops
+        return self.passes if _of(x) is shifts else self.passes._replace(part=0)
 
 
 MATRIX = 1024
 """The longest sequence for which the matrix of a filter is written out to take some of its rows."""
-OF_HEADS, OF_CHANNELS, OF_MIXING = Limits(12, 128, part=24), Limits(12, 96, part=2), Limits(12, 96, part=16)
-OF_LOOPS = {OF_HEADS: Limits(32, 128, work=12 << 20), OF_CHANNELS: Limits(32, 96)}
-"""Those of compiled loops."""
+OF_HEADS = Tuning(Limits(12, 128, part=24), Limits(32, 128, work=12 << 20))
+OF_CHANNELS = Tuning(Limits(12, 96, part=2), Limits(32, 96))
+OF_MIXING = Limits(12, 96, part=16)
 
 
 def filter_heads(x: Heads, taps: HeadFilter, *, dilation: int = 1) -> Heads:
     """Filters head h of `x` (B, H, L, C) along L with row h of `taps` (H, W); any W >= 1, longer than L too."""
-    return _filter(x, taps[:, None], dilation, _here(x, OF_HEADS), _by_shifts, _by_matrix_a_head, _by_fft)
+    return _filter(x, taps[:, None], dilation, OF_HEADS.here(x), _by_shifts, _by_matrix_a_head, _by_fft)
 
 
 def filter_heads_at(x: Heads, taps: HeadFilter, at: Asked, *, dilation: int = 1) -> Queries:
@@ -79,18 +90,18 @@ def filter_channels(x: Heads, taps: ChannelFilter, *, dilation: int = 1) -> Head
     """Filters channel c of head h of `x` (B, H, L, C) along L with `taps[h, c]`."""
     # Loops are faster than a small product a channel, however many the taps.
     by_matrix = functools.partial(_by_shifts, dilation=1) if _looped(x) else _by_matrix_a_channel
-    return _filter(x, taps, dilation, _here(x, OF_CHANNELS), _by_shifts, by_matrix, _by_fft)
+    return _filter(x, taps, dilation, OF_CHANNELS.here(x), _by_shifts, by_matrix, _by_fft)
 
 
 def filter_groups(x: GroupedHeads, taps: GroupedFilter, *, dilation: int = 1) -> tuple[Heads, ...]:
     """`filter_heads`, or `filter_channels`, of each of up to three groups, at once: faster if `few_taps`."""
-    return tuple(y.squeeze(0) for y in _Shifts.apply(x[None], taps[None], dilation))
+    return tuple(y.squeeze(0) for y in _Shifts.apply(operand(x)[None], operand(taps)[None], dilation))
 
 
 def few_taps(x: Float[Tensor, "B L _"], taps: Tensor, channels: int, *, dilation: int = 1) -> bool:
     """Whether taps (H, W) or (H, C, W) are so few that they are summed, for tokens of so many `channels` in all heads."""
     numbers = x.shape[0] * x.shape[1] * channels
-    return _short(taps, x.shape[1], numbers, dilation, _here(x, OF_HEADS if taps.dim() == 2 else OF_CHANNELS))
+    return _short(taps, x.shape[1], numbers, dilation, (OF_HEADS if taps.dim() == 2 else OF_CHANNELS).here(x))
 
 
 def mix_heads(x: Sources, taps: HeadMixingFilter, *, dilation: int = 1) -> Heads:
@@ -141,7 +152,7 @@ def _filter(
     by_matrix: Callable[[Sources, Tensor], Heads],
     by_fft: Callable[[Sources, Tensor], Heads],
 ) -> Heads:
-    length = x.shape[2]
+    x, taps, length = operand(x), operand(taps), x.shape[2]
     if _short(taps, length, x.numel(), dilation, limits):
         return by_shifts(x, taps, dilation)
     taps = _reaching(taps, length, dilation)
@@ -151,13 +162,6 @@ def _filter(
 def _reaching(taps: Tensor, length: int, dilation: int) -> Tensor:
     """Every tap written out, but those that reach back beyond the first token."""
     return spaced(taps[..., : -(-length // dilation)], dilation)
-
-
-def _here(x: Tensor, limits: Limits) -> Limits:
-    """Those where `x` is; a kernel sums the taps of short sequences as well."""
-    if _looped(x):
-        return OF_LOOPS[limits]
-    return limits if _of(x) is shifts else limits._replace(part=0)
 
 
 def _short(taps: Tensor, length: int, numbers: int, dilation: int, limits: Limits) -> bool:
@@ -186,8 +190,7 @@ class _Shifts(Operation):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Replicated) -> tuple[StackedHeads, StackedFilter, None]:
-        x, taps = ctx.saved_tensors
-        return *_of(x).filter_gradients(x, taps, gradients, ctx.dilation), None
+        return *_ShiftGradients.apply(*ctx.saved_tensors, ctx.dilation, *gradients), None
 
     @staticmethod
     def vmap(
@@ -196,6 +199,29 @@ class _Shifts(Operation):
         stacks, rows = (fold(t, axis, info.batch_size, into=0) for t, axis in zip((x, taps), mapped, strict=False))
         outputs = _Shifts.apply(stacks, rows, dilation)
         return tuple(y.unflatten(0, (info.batch_size, -1)) for y in outputs), (0,) * len(outputs)
+
+
+class _ShiftGradients(Operation):
+    """Those of `_Shifts`; an operation too, or torch.vmap would not take gradients of one sequence after the other."""
+
+    @staticmethod
+    def forward(
+        x: StackedHeads, taps: StackedFilter, dilation: int, *gradients: Replicated
+    ) -> tuple[StackedHeads, StackedFilter]:
+        return _of(x).filter_gradients(x, taps, gradients, dilation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, mapped: tuple[int | None, ...], x: Tensor, taps: Tensor, dilation: int, *gradients: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        tensors, axes = (x, taps, *gradients), (*mapped[:2], *mapped[3:])
+        x, taps, *others = (fold(t, axis, info.batch_size, into=0) for t, axis in zip(tensors, axes, strict=True))
+        of_x, of_taps = _ShiftGradients.apply(x, taps, dilation, *others)
+        return (of_x.unflatten(0, (info.batch_size, -1)), of_taps.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
 def _of(x: Tensor) -> ModuleType:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cat.operations import without_autocast
 from cat.types import Heads, State, Values
 
 CHUNK = 32
@@ -36,7 +37,7 @@ def delta_rule_next(
 ) -> tuple[Values, State]:
     """The outputs of tokens that follow upon those of `state`, None before the first one; and the state after all of them."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         log_decay = beta.new_zeros(1, 1, q.shape[2]) if log_decay is None else log_decay
         q, k, values, strength, log_decay = (x.to(wide) for x in (q, k, v, beta[..., None], log_decay[..., None]))
         outputs, end = _by_chunks(q, k, values, strength, log_decay, state)

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from cat.configuration import Attention
+from cat.convolution import spaced
 from cat.filters import Filter
 from cat.mixers.base import Mixer
 from cat.mixers.streams import Projected, Streams
@@ -41,7 +42,7 @@ def attention_statistics(
     """
     statistics: list[AttentionStatistics | None] = []
     for weights in attention_maps(model, inputs):
-        if weights is None or weights.min() < 0:  # linear attention with rotary position has negative weights
+        if weights is None:
             statistics.append(None)
             continue
         rows = weights.transpose(1, 2)[asked]
@@ -61,12 +62,12 @@ def attention_maps(model: SequenceModel, inputs: Tokens) -> Iterator[Float[Tenso
 
 
 def attention_weights(mixer: Mixer, x: Hidden) -> Float[Tensor, "B H L L"] | None:
-    """How much each token reads of each: what the mixer makes of values that are axes. None where it attends to nothing."""
+    """How much each token reads of each: what the mixer makes of values that are axes. None where these are no shares."""
     return _weights(mixer, mixer.project(x))
 
 
 def _weights(mixer: Mixer, projected: Projected) -> Float[Tensor, "B H L L"] | None:
-    if not isinstance(mixer, Streams) or not mixer.attends:
+    if not isinstance(mixer, Streams) or not mixer.config.attends:
         return None
     q, k, v, *others = mixer.streams(projected)
     axes = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
@@ -105,10 +106,10 @@ def largest_logit(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> float
 def head_entropies(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> list[list[float] | None]:
     """Of attention in nats, a list a layer with the mean of each head over all tokens of the first sequences.
 
-    None for a layer whose weights are no distribution.
+    None for a layer without attention.
     """
     return [
-        None if weights is None or weights.min() < 0 else torch.special.entr(weights).sum(-1).mean((0, 2)).tolist()
+        None if weights is None else torch.special.entr(weights).sum(-1).mean((0, 2)).tolist()
         for weights in attention_maps(model, _first(inputs))
     ]
 
@@ -125,6 +126,8 @@ class FilterTaps(NamedTuple):
     row: str
     """The head; `g>h` from head g to head h where heads are mixed. Where each channel has a filter, the head's mean."""
     taps: list[float]
+    dilation: int
+    """Tokens from one tap to the next."""
 
 
 @torch.no_grad()
@@ -144,7 +147,7 @@ def filter_taps(model: SequenceModel) -> list[FilterTaps]:
                     rows = {str(h): taps[h].mean(0) for h in range(len(taps))}
                 case _:
                     rows = {str(h): taps[h] for h in range(len(taps))}
-            found += [FilterTaps(layer, stream, row, numbers.tolist()) for row, numbers in rows.items()]
+            found += [FilterTaps(layer, stream, row, numbers.tolist(), causal_filter.dilation) for row, numbers in rows.items()]
     return found
 
 
@@ -164,7 +167,8 @@ def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
     q, k = mixer.project(tokens).unflatten(-1, (3, config.heads, -1)).permute(1, 2, 0, 3)[:2]
     same = (q * k).sum(-1).mean(-1)
     any_two = (q.mean(-2) * k.mean(-2)).sum(-1)
-    taps = F.pad(cast(Filter, mixer.filters["k"]).response(model.length), (0, 1))
+    on_keys = cast(Filter, mixer.filters["k"])
+    taps = F.pad(spaced(on_keys.response(model.length), on_keys.dilation), (0, 1))
     return bool(solves_every_length(taps * (same - any_two).sign()[:, None]).any())
 
 

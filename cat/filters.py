@@ -1,7 +1,7 @@
 """A causal filter on one stream: where its taps come from, and who shares them.
 
     explicit   F_j is a weight, for j < W
-    decay      F_j = sum_n c_n a_n^j + d [j = 0]          a fixed: half-lives from a token to the training length
+    decay      F_j = sum_n c_n a_n^j + d [j = 0]          a fixed: time constants (to 1/e) from 1 token to a training length
     state      the same with a = exp(-exp(r)) learned     a diagonal state space, h_t = a h_{t-1} + x_t, y_t = <c, h_t> + d x_t
     network    F_j = e^{-w j} <c, sin(U f(j) + b)> + d [j = 0]     f(j)_m = exp(-j / s_m): an implicit filter (arXiv 2302.10866)
 
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from cat.configuration import Taps
 from cat.convolution import few, few_taps, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads, spaced
+from cat.normalization import least
+from cat.operations import operand
 from cat.position import take
 from cat.types import Asked, GroupedHeads, Heads, Queries
 
@@ -78,7 +80,7 @@ class Filter(nn.Module, ABC):
         # The sum of a training sequence's taps whatever the length: or what is read would change with what comes after it.
         summed = taps if self.span in (None, length) else self.generate(self.span)
         total = summed.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
-        return taps / total.clamp(min=1e-12)
+        return taps / total.clamp(min=least(taps.dtype))
 
     def forward(self, x: Heads, at: Asked | None = None) -> Queries:
         """The outputs at every position, or at positions `at`."""
@@ -143,7 +145,7 @@ class Filter(nn.Module, ABC):
             case "head":
                 y = taps[:, None] @ reached
             case "channel":
-                y = (taps.mT * reached).sum(2, keepdim=True)
+                y = (operand(taps).mT * operand(reached)).sum(2, keepdim=True)
             case _:
                 y = (taps.flatten(1) @ reached.flatten(1, 2))[:, :, None]
         return self.biased(y)
@@ -152,9 +154,12 @@ class Filter(nn.Module, ABC):
         """`size` random numbers a row, and what tap 0 has besides them: little beside the identity, or all there is."""
         rows = self.layout.rows
         numbers = torch.randn(*rows, size) / math.sqrt(size)
-        if init == "random":
-            return numbers, torch.zeros(rows)
-        return 0.1 * numbers, torch.eye(*rows) if self.layout.sharing == "mixing" else torch.ones(rows)
+        return (numbers, torch.zeros(rows)) if init == "random" else (0.1 * numbers, self._identity())
+
+    def _identity(self) -> Tensor:
+        """Tap 0 of the filter that changes nothing."""
+        rows = self.layout.rows
+        return torch.eye(*rows) if self.layout.sharing == "mixing" else torch.ones(rows)
 
 
 class ExplicitFilter(Filter):
@@ -163,14 +168,14 @@ class ExplicitFilter(Filter):
     def __init__(self, layout: Layout, width: int, *, init: Init, dilation: int = 1):
         super().__init__(layout)
         self.dilation = dilation
-        taps, self.direct = self._initial(width, init)
-        taps[..., 0] += self.direct
+        taps, direct = self._initial(width, init)
+        taps[..., 0] += direct
         self.taps = nn.Parameter(taps)
 
     @torch.no_grad()
-    def begin_as_sum(self, count: int) -> None:
-        """Begins as the sum of `count` tokens with a little noise, where it began as one token with a little noise."""
-        self.taps[..., 1:count] += self.direct[..., None]
+    def begin_as_sum(self, tokens: int) -> None:
+        """Begins as the sum of what taps there are on the last `tokens`, and a little noise, where it began as the identity."""
+        self.taps[..., 1 : -(-tokens // self.dilation)] += self._identity()[..., None]
 
     def generate(self, length: int) -> Tensor:
         return self.taps

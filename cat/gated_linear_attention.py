@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cat.operations import without_autocast
 from cat.types import Heads, State, Values
 
 CHUNK = 32
@@ -33,7 +34,7 @@ def gated_linear_attend_next(
 ) -> tuple[Values, State]:
     """The outputs of tokens that follow upon those of `state`, None before the first one; and the state after all of them."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         q, k, log_decay, values = (x.to(wide) for x in (q, k, log_decay, v))
         outputs, end = _by_chunks(scale * q, k, log_decay.exp(), values, state)
     return outputs.to(v.dtype), end

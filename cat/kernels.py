@@ -25,7 +25,7 @@ def filter_stacks(x: StackedHeads, taps: StackedFilter, dilation: int) -> Stacke
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, taps.dtype))
     _filter[tiles.grid](
         x, taps, y, *x.shape[1:], dilation, *x.stride(), *_strides(taps), *y.stride(),
-        taps.shape[4], tiles.tokens, tiles.channels, _sum_in(y), num_warps=WARPS,
+        taps.shape[4], tiles.tokens, tiles.channels, _sum_in(y), _count_in(x, y), num_warps=WARPS,
     )  # fmt: skip
     return y
 
@@ -50,7 +50,8 @@ def filter_gradients(
     sums = taps.new_empty(replicas, groups, heads, taps.shape[4], batch, tiles.grid[1], columns, dtype=wide)
     _gradients[tiles.grid](
         x, taps, first, second, third, of_x, sums, *x.shape[1:], dilation, *x.stride(), *_strides(taps), *first.stride(),
-        *of_x.stride(), *sums.stride()[:-1], taps.shape[4], tiles.tokens, tiles.channels, _sum_in(first), shared, num_warps=WARPS,
+        *of_x.stride(), *sums.stride()[:-1],
+        taps.shape[4], tiles.tokens, tiles.channels, _sum_in(first), shared, _count_in(x, first, of_x), num_warps=WARPS,
     )  # fmt: skip
     of_taps = sums.sum((4, 5, 6))[:, :, :, None] if shared else sums.sum((4, 5)).mT
     return of_x, of_taps.to(taps.dtype)
@@ -81,17 +82,23 @@ def _sum_in(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def _count_in(*tensors: Tensor) -> tl.dtype:
+    """What holds every address within a sequence: the wider numbers are slower."""
+    furthest = max(t.shape[-2] * t.stride(-2) + t.shape[-1] * t.stride(-1) for t in tensors)
+    return tl.int64 if furthest >= 1 << 31 else tl.int32
+
+
 @triton.jit
 def _filter(
     x, taps, y, groups, batch, heads, length, width, dilation,
     x_r, x_g, x_b, x_h, x_l, x_c, t_r, t_g, t_h, t_c, t_w, y_r, y_g, y_b, y_h, y_l, y_c,
-    W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SUM: tl.constexpr,
+    W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SUM: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     r, g = row // (groups * batch * heads), row // (batch * heads) % groups
     b, h = row // heads % batch, row % heads
-    i = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    i = tl.program_id(1).to(COUNT) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(2).to(COUNT) * CHANNELS + tl.arange(0, CHANNELS)
     x += r * x_r + g * x_g + b * x_b + h * x_h
     taps += r * t_r + g * t_g + h * t_h
     total = tl.zeros((TOKENS, CHANNELS), SUM)
@@ -110,13 +117,13 @@ def _gradients(
     x, taps, of_y, of_second, of_third, of_x, sums, groups, batch, heads, length, width, dilation,
     x_r, x_g, x_b, x_h, x_l, x_c, t_r, t_g, t_h, t_c, t_w, y_r, y_b, y_h, y_l, y_c,
     d_r, d_g, d_b, d_h, d_l, d_c, s_r, s_g, s_h, s_w, s_b, s_l,
-    W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SUM: tl.constexpr, SHARED: tl.constexpr,
+    W: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, SUM: tl.constexpr, SHARED: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     r, g = row // (groups * batch * heads), row // (batch * heads) % groups
     b, h = row // heads % batch, row % heads
-    i = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    i = tl.program_id(1).to(COUNT) * TOKENS + tl.arange(0, TOKENS)
+    c = tl.program_id(2).to(COUNT) * CHANNELS + tl.arange(0, CHANNELS)
     x += r * x_r + g * x_g + b * x_b + h * x_h
     if g == 1:
         of_y = of_second

@@ -34,7 +34,8 @@ Chosen = Int[Tensor, "B H A T"]
 Own = Int[Tensor, "#B A"]
 """The block that each query stands in."""
 MANY = {"all": 3, "asked": 8}
-"""With more windows than so many for each that is read, a query is not computed with one and all: by what queries there are."""
+"""Up to so many windows for each that is read, every query is computed with all of them, in one large product; with more, queries
+are sorted by the window that they read. Of `all` queries of a sequence, or of those `asked`."""
 
 
 def landmark_attend(

@@ -12,6 +12,7 @@ from cat.configuration import Attention, Count, Taps
 from cat.mixers import build_mixer
 from cat.mixers.base import Memory
 from cat.mixers.streams import Streams
+from cat.operations import casts
 from cat.types import Hidden
 
 
@@ -28,7 +29,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         heads         heads, which divide width
         position      none, or rotary or alibi positions, which are the layer's own; the filters do without
         sharing       one filter a head, one a channel, or one from every head to every head (mixing)
-        dilation      tokens between two taps
+        dilation      how many tokens a tap is from the next; 1: none is skipped
         filter_size   hidden units of a network, or decays
         filter_init   begin close to the identity, or at random
         filter_bias   add a learned vector to what is filtered
@@ -111,7 +112,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, length, {self.width}) with at least one token")
         own = self.mixer.projection.weight.dtype
-        if x.dtype != own and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != own and not (casts(x) and x.is_floating_point() and torch.float64 not in (own, x.dtype)):
             raise ValueError(f"x is of {x.dtype}, the layer of {own}: x.to({own}), or the layer to that of x")
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cat.operations import wide, without_autocast
 from cat.position import rotate
 from cat.types import Heads, State, Values
 
@@ -21,12 +22,13 @@ CHUNK = 64
 
 
 def linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:
-    """Linear attention at a cost of L (chunk + C) C a head."""
-    q, k = features(q), features(k)
-    total = (q * k.cumsum(2)).sum(-1, keepdim=True)
-    if rotary:
-        q, k = rotate(q), rotate(k)
-    return causal_sum(q, k, v) / total
+    """Linear attention at a cost of L (chunk + C) C a head, in float32 at least, under autocast too."""
+    with without_autocast(q):
+        q, k = features(wide(q)), features(wide(k))
+        total = (q * k.cumsum(2)).sum(-1, keepdim=True)
+        if rotary:
+            q, k = rotate(q), rotate(k)
+        return (causal_sum(q, k, wide(v)) / total).to(v.dtype)
 
 
 class Sums(NamedTuple):
@@ -45,15 +47,16 @@ def linear_attend_next(
 
     `state` is None before the first token.
     """
-    q, k = features(q), features(k)
-    keys = k.cumsum(2) if state is None else state.keys + k.cumsum(2)
-    total = (q * keys).sum(-1, keepdim=True)
-    if rotary:
-        q, k = rotate(q, start=start), rotate(k, start=start)
-    own, read = k.mT @ v, causal_sum(q, k, v)
-    if state is None:
-        return read / total, Sums(keys[:, :, -1:], own)
-    return (read + q @ state.products) / total, Sums(keys[:, :, -1:], state.products + own)
+    with without_autocast(q):
+        q, k, values = features(wide(q)), features(wide(k)), wide(v)
+        keys = k.cumsum(2) if state is None else state.keys + k.cumsum(2)
+        total = (q * keys).sum(-1, keepdim=True)
+        if rotary:
+            q, k = rotate(q, start=start), rotate(k, start=start)
+        products, read = k.mT @ values, causal_sum(q, k, values)
+        if state is not None:
+            products, read = state.products + products, read + q @ state.products
+        return (read / total).to(v.dtype), Sums(keys[:, :, -1:], products)
 
 
 def naive_linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:

@@ -46,7 +46,7 @@ class SequenceModel(nn.Module):
         return self.head(self.hidden(tokens))
 
     def answers(self, tokens: Tokens, at: Asked) -> Float[Tensor, "B A V"]:
-        """Logits at positions `at` alone: most positions of a recall task ask nothing.
+        """Logits at positions `at` alone, none of which is there twice: most positions of a recall task ask nothing.
 
         Of the last block, only what they read is computed.
         """

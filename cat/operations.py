@@ -1,6 +1,7 @@
-"""What operations of our own, with gradients by hand, have in common."""
+"""What our own operations have in common, most of which have gradients by hand."""
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,3 +24,24 @@ def fold(x: Shaped[Tensor, "*shape"], mapped: int | None, size: int, *, into: in
     """
     x = x.expand(size, *x.shape) if mapped is None else x.movedim(mapped, 0)
     return x.movedim(0, into).flatten(into, into + 1)
+
+
+def casts(x: Tensor) -> bool:
+    """Whether autocast is at work where `x` is. PyTorch raises an error for a device that knows none, such as meta."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def operand(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """`x` in the precision that autocast gives an operand of a product or a convolution."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if casts(x) and x.dtype != torch.float64 else x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """For what is to be computed in the precision that its numbers have, where `x` is."""
+    return torch.autocast(x.device.type, enabled=False) if casts(x) else nullcontext()
+
+
+def wide(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """`x` in float32 at least: sums over many tokens are coarse, or too large, in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -92,7 +92,7 @@ def local_rank() -> int | None:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Group]:
+def process_group(device: torch.device) -> Iterator[Group]:
     """The processes that torchrun has started beside this one, all of which compute on devices of this kind."""
     if local_rank() is None:
         yield ALONE

@@ -16,7 +16,7 @@ def take(x: Float[Tensor, "B *H L C"], at: Asked | None) -> Float[Tensor, "B *H 
     """What stands at positions `at` of each sequence; all of it for None."""
     if at is None:
         return x
-    index = at.view(len(at), *[1] * (x.dim() - 3), -1, 1)
+    index = at.view(len(at), *[1] * (x.dim() - 3), at.shape[1], 1)
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
@@ -35,7 +35,7 @@ def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1, a
 
 
 def alibi_bias(heads: int, queries: Int[Tensor, "*A"], length: int, like: Tensor) -> Float[Tensor, "H *A L"]:
-    """Adds -slope * (i - j) to the score of query i and key j < L, -inf where j > i; slopes 2^(-8h/H), h = 1..H.
+    """What ALiBi adds to the score of query i and key j < L: -slope * (i - j), -inf where j > i; slopes 2^(-8h/H), h = 1..H.
 
     Of the queries at positions `queries`, each below L.
     """

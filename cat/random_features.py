@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cat.operations import wide, without_autocast
 from cat.types import Heads, Values
 
 CHUNK = 64
@@ -49,9 +50,9 @@ def performer_attend_next(
     q: Heads, k: Heads, v: Values, *, state: Sums | None, scale: float, directions: Directions
 ) -> tuple[Values, Sums]:
     """The outputs of tokens that follow upon those of `state`, None before the first one; and the sums of all of them."""
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         # A last channel of ones adds up the weights.
-        q, k, ones = (x.to(directions.dtype) for x in (q, k, F.pad(v, (0, 1), value=1)))
+        q, k, ones, directions = map(wide, (q, k, F.pad(v, (0, 1), value=1), directions))
         q_logs, k_logs = (math.sqrt(scale) * x @ directions.mT for x in (q, k))
         k_logs = k_logs - scale * k.square().sum(-1, keepdim=True) / 2
         peak = k_logs.detach().amax(-1, keepdim=True)

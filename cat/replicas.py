@@ -24,15 +24,18 @@ from cat.configuration import Mamba, ModelConfiguration, Protocol, Schedule
 from cat.diagnostics import largest_logit
 from cat.evaluation import TOKENS_AT_ONCE, Split, TrainingSplit, autocast, in_parts
 from cat.model import SequenceModel
-from cat.operations import Operation, fold
+from cat.operations import Operation, fold, operand
 from cat.optimizer import BETAS, EPSILON
 from cat.replay import Replay
 from cat.tasks.base import IGNORE
 from cat.training import Row, Run, State, Stop, _batches, copied, decayed_or_not, diverged, end, look, mean_loss, rate
 
-TOKENS_A_SUM, LEAST_A_SUM, MANY = 512, 64, 1 << 20
-"""On a GPU the gradient of a linear map is summed over so many tokens, at least so many, and then the sums: unless it has so many
-numbers that it fills the GPU."""
+TOKENS_A_SUM = 512
+"""Tokens of a partial sum of a linear map's gradient on a GPU: their largest divisor that this has too."""
+LEAST_A_SUM = 64
+"""Where a partial sum would have fewer, there is one sum over all tokens."""
+MANY = 1 << 20
+"""Weights of a map whose gradient fills a GPU with one sum."""
 
 
 def can_be_stacked(config: ModelConfiguration) -> bool:
@@ -312,7 +315,7 @@ class _Whole(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             return _attend(*args, **kwargs)
         if function is F.conv1d:
-            args = [_cast(x) if isinstance(x, Tensor) else x for x in args]
+            args = [operand(x) if isinstance(x, Tensor) else x for x in args]
         if function is F.linear and args[0].is_cuda:
             return _project(*args, **kwargs)
         return function(*args, **kwargs)
@@ -324,8 +327,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None,
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = _Projected.apply(_cast(x).flatten(0, -2)[None], _cast(weight)[None])[0].unflatten(0, x.shape[:-1])
-    return y if bias is None else y + _cast(bias)
+    y = _Projected.apply(operand(x).flatten(0, -2)[None], operand(weight)[None])[0].unflatten(0, x.shape[:-1])
+    return y if bias is None else y + operand(bias)
 
 
 class _Projected(Operation):
@@ -359,12 +362,6 @@ class _Projected(Operation):
 def _tokens_a_sum(tokens: int, outcomes: int) -> int:
     size = math.gcd(tokens, TOKENS_A_SUM)
     return size if size >= LEAST_A_SUM and outcomes < MANY else tokens
-
-
-def _cast(x: Tensor) -> Tensor:
-    """What autocast does to an operand of a convolution."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class _Folded(Operation):

@@ -109,14 +109,30 @@ class _Scan(Operation):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Inner | None, of_end: State | None, _: None) -> tuple[Tensor | None, ...]:
-        x, delta, a, b, c, states = ctx.saved_tensors
+        x, *others, states = ctx.saved_tensors
         gradient = torch.zeros_like(x) if gradient is None else gradient
+        of_end = states.new_zeros(states.shape[1:]).mT if of_end is None else of_end
+        return *_ScanGradients.apply(x, *others, states, gradient, of_end), None
+
+    @staticmethod
+    def vmap(info: Any, mapped: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+        batches = [fold(x, axis, info.batch_size, into=0) for x, axis in zip(inputs[:-1], mapped, strict=False)]
+        y, end, states = _Scan.apply(*batches, inputs[-1])
+        y, end, states = (t.unflatten(axis, (info.batch_size, -1)) for t, axis in zip((y, end, states), (0, 0, 1), strict=True))
+        return (y, end, states), (0, 0, 1)
+
+
+class _ScanGradients(Operation):
+    """Those of `_Scan`; an operation too, or torch.vmap would not take gradients of one sequence after the other."""
+
+    @staticmethod
+    def forward(
+        x: Inner, delta: Inner, a: Tensor, b: Vectors, c: Vectors, states: Tensor, gradient: Inner, of_end: State
+    ) -> tuple[Tensor, ...]:
         x, delta, b, c, of_y = (_tokens_first(t) for t in (x, delta, b, c, gradient))
         a, inputs = a.mT.contiguous(), delta * x
         of_x, of_delta, of_b, of_c = (torch.empty_like(t) for t in (x, delta, b, c))
-        of_a, later = torch.zeros_like(a), torch.zeros_like(a)
-        if of_end is not None:
-            later += of_end.mT
+        of_a, later = torch.zeros_like(a), of_end.mT.clone(memory_format=torch.contiguous_format)
         chunks = _chunks(len(x), a)
         decays = a.new_empty(chunks[0].stop, *a.shape)
         # Of state t: g_t = c_t of_y_t + decay_{t+1} g_{t+1}.
@@ -140,14 +156,18 @@ class _Scan(Operation):
         of_delta.addcmul_(of_x, x)
         of_x *= delta
         of_x, of_delta, of_b, of_c = (_tokens_second(t) for t in (of_x, of_delta, of_b, of_c))
-        return of_x, of_delta, of_a.mT, of_b, of_c, later.mT, None
+        return of_x, of_delta, of_a.mT, of_b, of_c, later.mT
 
     @staticmethod
-    def vmap(info: Any, mapped: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
-        batches = [fold(x, axis, info.batch_size, into=0) for x, axis in zip(inputs[:-1], mapped, strict=False)]
-        y, end, states = _Scan.apply(*batches, inputs[-1])
-        y, end, states = (t.unflatten(axis, (info.batch_size, -1)) for t, axis in zip((y, end, states), (0, 0, 1), strict=True))
-        return (y, end, states), (0, 0, 1)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, mapped: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        into = (0, 0, 0, 0, 0, 1, 0, 0)
+        folded = (fold(x, axis, info.batch_size, into=to) for x, axis, to in zip(inputs, mapped, into, strict=True))
+        gradients = _ScanGradients.apply(*folded)
+        return tuple(gradient.unflatten(0, (info.batch_size, -1)) for gradient in gradients), (0,) * len(gradients)
 
 
 def _tokens_first(x: Float[Tensor, "B L N"]) -> Float[Tensor, "L B 1 N"]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cat.operations import wide, without_autocast
 from cat.types import Asked, Heads, Queries, Values
 
 CHUNK = 64
@@ -33,7 +34,7 @@ def taylor_attend(
     Of all queries or of those at positions `at`, which are then all there are in `q`.
     """
     length, channels = k.shape[2:]
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         wider = scale * wide(q), wide(k), wide(v)
         if at is not None or length <= 2 * count_features(channels):
             return attend_by_scores(*wider, window=window, at=at).to(v.dtype)
@@ -59,7 +60,7 @@ def taylor_attend_next(
     The queries are those of every token, or of the last ones alone.
     """
     kind = v.dtype
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         q, k, v = scale * wide(q), wide(k), F.pad(wide(v), (0, 1), value=1)
         keys, values, far = state or Past(k[:, :, :0], v[:, :, :0], None)
         summed = length - keys.shape[2]
@@ -155,8 +156,3 @@ def log_weights(scores: Float[Tensor, "*N A J"], distance: Int[Tensor, "*#N A J"
 def chunked(x: Heads) -> Chunks:
     """(B, H, L, C) as (B, H, L / CHUNK, CHUNK, C)."""
     return x.unflatten(2, (-1, CHUNK))
-
-
-def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,7 +1,7 @@
 """Axis letters and the tensors made of them.
 
 B batch, L sequence length, A positions asked of a sequence, H heads, C channels of a head, E of its values, D channels of the
-residual stream, W filter taps, V vocabulary, G groups: what has weights of its own, as replicas have.
+residual stream, W filter taps, V vocabulary, G groups of heads, each with taps of its own.
 """
 
 from jaxtyping import Float, Int

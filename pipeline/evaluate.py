@@ -37,7 +37,7 @@ from pipeline.files import (
 )
 
 COLUMNS = ("task", "variant", "seed", "length", "metric", "value")
-FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "tap", "value")
+FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "lag", "value")
 POSITION_COLUMNS = ("task", "variant", "seed", "context", "position", "tokens", "bits_per_byte")
 
 
@@ -199,8 +199,8 @@ def _attention(task: str, meta: Meta, model: SequenceModel, device: torch.device
 
 def _filters(key: dict[str, Any], model: SequenceModel) -> Rows:
     return [
-        {**key, "layer": layer, "stream": stream, "row": row, "tap": tap, "value": f"{value:.6g}"}
-        for layer, stream, row, taps in filter_taps(model)
+        {**key, "layer": layer, "stream": stream, "row": row, "lag": tap * dilation, "value": f"{value:.6g}"}
+        for layer, stream, row, taps, dilation in filter_taps(model)
         for tap, value in enumerate(taps)
     ]
 

@@ -26,7 +26,7 @@ from pipeline.results import PRIMARY, read_filters, read_history
 from pipeline.stability import by_rate
 from pipeline.tables import LABELS, found
 
-TAPS = 16
+LAGS = 16
 """Of a filter as long as the sequence, so many are drawn."""
 WORTH = 0.005
 """Accuracy, or bits, that is worth a higher price."""
@@ -262,7 +262,7 @@ def _token_names(study: Study, task: str, tokens: Iterable[int]) -> list[str]:
 def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """The taps of every filter as stems, a row a task and variant, a column a stream; the theorem's beside them.
 
-    Each is divided by its largest tap, since attention takes up any factor; of long filters the first TAPS.
+    Each is divided by its largest tap, since attention takes up any factor; of long filters the first LAGS tokens back.
     """
     tables = {task: read_filters(task) for task in shown_tasks(study, ablation)}
     cells = [(t, v) for t in tables for v in trained_variants(study, ablation) if v in set(tables[t]["variant"])]
@@ -273,7 +273,7 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     )
     for (task, variant), row in zip(cells, grid, strict=True):
         for stream, axes in zip(streams, row, strict=True):
-            here = tables[task][(tables[task]["stream"] == stream) & (tables[task]["tap"] < TAPS)]
+            here = tables[task][(tables[task]["stream"] == stream) & (tables[task]["lag"] < LAGS)]
             prescribed = here[here["variant"].isin(theorems) & (here["seed"] == study.seeds[0])]
             _stems(axes, prescribed, -0.15, color="black", marker="x", linestyle=":", label="theorem")
             trained = here[(here["variant"] == variant) & here["seed"].isin(study.seeds)]
@@ -282,7 +282,7 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             )
             axes.axhline(0, color="0.5", lw=0.8)
             axes.set_title(f"{variant} on {task}: {stream}" + ("" if len(trained) else ", no filter"))
-    set_ticks(grid[0, 0], range(max(int(max(t.loc[t["tap"] < TAPS, "tap"].max() for t in tables.values())), 1) + 1), "{:g}")
+    set_ticks(grid[0, 0], range(max(int(max(t.loc[t["lag"] < LAGS, "lag"].max() for t in tables.values())), 1) + 1), "{:g}")
     for axes in grid[-1]:
         axes.set_xlabel("tokens back")
     for axes in grid[:, 0]:
@@ -296,7 +296,7 @@ def _stems(axes: Axes, taps: pd.DataFrame, shift: float, *, color: Any, marker: 
     for place, (_, one) in enumerate(taps.groupby(["variant", "layer", "row", "seed"], sort=True)):
         largest = one["value"].iloc[one["value"].abs().argmax()]
         heights = one["value"] / largest if largest else one["value"]
-        at = one["tap"] + shift + 0.08 * place
+        at = one["lag"] + shift + 0.08 * place
         for x, height in zip(at, heights, strict=True):
             axes.plot([x, x], [0, height], linestyle, color=color, lw=1.6)
         axes.plot(at, heights, marker, color=color, ms=5, label=label if place == 0 else None)

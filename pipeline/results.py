@@ -14,7 +14,7 @@ from pipeline.grid import cells, variants_on
 from pipeline.params import Study
 
 KEYS = {"task": str, "variant": str, "seed": int, "length": int, "metric": str}
-FILTER = {"variant": str, "seed": int, "layer": int, "stream": str, "row": str, "tap": int, "value": float}
+FILTER = {"variant": str, "seed": int, "layer": int, "stream": str, "row": str, "lag": int, "value": float}
 CURVES = ("train_loss", "peak_loss", "gradient_norm", "valid_loss", "valid_accuracy", "largest_logit")
 HISTORY = {"learning_rate": float, "seed": int, "step": int, **dict.fromkeys(CURVES, float)}
 POSITION = {"variant": str, "seed": int, "context": str, "position": int, "bits_per_byte": float}

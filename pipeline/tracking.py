@@ -541,10 +541,10 @@ def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[tuple[str
 
 
 def _filters(filters: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
-    """A filter as a curve over its taps: `filter/1_k_0` is that of layer 1 on the keys of head 0."""
+    """A filter as a curve over how far back its taps are: `filter/1_k_0` is that of layer 1 on the keys of head 0."""
     names = filters["layer"].astype(str) + "_" + filters["stream"] + "_" + filters["row"].str.replace(">", "_to_")
-    for name, tap, value in zip(names, filters["tap"], filters["value"], strict=True):
-        yield f"filter/{name}", int(tap), float(value)
+    for name, lag, value in zip(names, filters["lag"], filters["value"], strict=True):
+        yield f"filter/{name}", int(lag), float(value)
 
 
 def _origin(task: str, variant: str) -> tuple[dict[str, str], float | None, float | None]:

@@ -28,7 +28,7 @@ from cat.configuration import Protocol, Schedule, Theory, VariantConfiguration
 from cat.diagnostics import head_entropies, key_filter_solves_every_length, largest_logit
 from cat.evaluation import Split, TrainingSplit, score
 from cat.model import SequenceModel
-from cat.parallel import ALONE, Group, joined, local_rank
+from cat.parallel import ALONE, Group, local_rank, process_group
 from cat.replicas import can_be_stacked, fit_together
 from cat.tasks.base import derive_seed
 from cat.training import Row, Run, build_model, fit, look
@@ -114,7 +114,7 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
     where = compute.own_device(device, local_rank())
     cell = Cell.of(task, variant, setting)
     steps = len(cell.jobs) * setting.schedule.steps
-    with joined(where) as group, compute.stoppable():
+    with process_group(where) as group, compute.stoppable():
         hidden = None if group.rank == 0 else True
         with tqdm(total=steps, desc=f"{task} {variant}", unit="step", disable=hidden) as bar:
             run, report = functools.partial(run_jobs, cell, group=group), functools.partial(_advance, bar)

@@ -11,7 +11,6 @@ import torch
 from cat import convolution, loops, shifts
 from cat.convolution import (
     OF_HEADS,
-    OF_LOOPS,
     _fast_size,
     filter_channels,
     filter_groups,
@@ -111,7 +110,7 @@ def test_a_cpu_has_loops_for_more_taps(kind, length, width, dilation, algorithm,
 
 
 def test_a_filter_a_head_is_by_loops_where_sequences_are_many(called):
-    work = OF_LOOPS[OF_HEADS].work
+    work = OF_HEADS.loops.work
     batch = -(-work // (HEADS * CHANNELS * 19**2))
     x, taps = normal(batch, HEADS, 19, CHANNELS), normal(HEADS, 3, seed=1)
     close(filter_heads(x, taps)[:2], filter_heads(x[:2], taps))

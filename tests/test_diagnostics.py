@@ -148,8 +148,10 @@ def test_weights_that_are_negative_have_no_statistics():
     x = block.mixer_norm(model.embedding(inputs))
     with torch.no_grad():  # the channel that turns by one radian a token is the largest by far
         block.mixer.projection.weight[0] = block.mixer.projection.weight[12] = x[0, 0]
+    q, k, v = block.mixer.streams(block.mixer.project(x))
+    assert block.mixer.mix(q, k, torch.eye(LENGTH).expand(*v.shape[:2], -1, -1)).min() < 0
     assert not model.config.attends
-    assert attention_weights(block.mixer, x).min() < 0
+    assert attention_weights(block.mixer, x) is None
     assert attention_statistics(model, inputs, torch.ones(1, LENGTH, dtype=torch.bool)) == [None]
 
 
@@ -183,7 +185,7 @@ def test_every_layer_is_looked_at_with_what_its_mixer_is_given():
 @pytest.mark.parametrize(
     ("parameters", "rows"),
     [
-        ({"q": 3, "k": "full"}, {"q": ["0", "1"], "k": ["0", "1"]}),
+        ({"q": 3, "k": "full", "dilation": 2}, {"q": ["0", "1"], "k": ["0", "1"]}),
         ({"v": 3, "sharing": "channel"}, {"v": ["0", "1"]}),
         ({"k": 3, "sharing": "mixing"}, {"k": ["0>0", "1>0", "0>1", "1>1"]}),
         ({"q": "network", "k": "decay", "v": "state", "filter_size": 3}, {s: ["0", "1"] for s in "qkv"}),
@@ -199,6 +201,7 @@ def test_filters_are_read_off_as_they_are_applied(parameters, rows):
         expected = taps[int(h), int(g)] if h else taps[int(g)]
         torch.testing.assert_close(torch.tensor(one.taps), expected.mean(0) if expected.ndim == 2 else expected)
         assert len(one.taps) == (parameters[one.stream] if isinstance(parameters[one.stream], int) else LENGTH)
+        assert one.dilation == (parameters.get("dilation", 1) if isinstance(parameters[one.stream], int) else 1)
 
 
 def test_mixers_without_filters_of_their_own_streams_have_no_taps():
@@ -227,6 +230,10 @@ def solver(taps, **changes):
 )
 def test_the_condition_is_that_of_the_filter(taps, solves):
     assert key_filter_solves_every_length(solver(taps)) is solves
+
+
+def test_the_condition_is_that_of_the_taps_where_they_are():
+    assert key_filter_solves_every_length(solver([0.2, 1.0, 0.5], dilation=2)) is False  # nothing is read from one token back
 
 
 def test_scores_of_the_other_sign_turn_the_condition_round():

@@ -1,4 +1,4 @@
-"""Attention by features of exp: Taylor's, with a window of exact attention, and random ones."""
+"""Attention by features: of the linear kind, Taylor's with a window of exact attention, and random ones."""
 
 import math
 from functools import partial
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cat.attention import naive_attend
 from cat.configuration import ModelConfiguration
+from cat.linear_attention import linear_attend, linear_attend_next
 from cat.mixers import build_mixer
 from cat.position import rotate
 from cat.random_features import naive_performer_attend, orthogonal_directions, performer_attend, performer_attend_next
@@ -71,6 +72,18 @@ def assert_precise_under_autocast(attend, *inputs: Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(attend(*(x.float() for x in rough)), exact)
         assert torch.equal(attend(*rough), exact.bfloat16())
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_linear_attention_adds_up_in_float32(rotary):
+    def from_the_sums(q, k, v):
+        start = q.shape[2] // 2
+        first, state = linear_attend_next(*(x[:, :, :start] for x in (q, k, v)), state=None, start=0, rotary=rotary)
+        rest, _ = linear_attend_next(*(x[:, :, start:] for x in (q, k, v)), state=state, start=start, rotary=rotary)
+        return torch.cat([first, rest], dim=2)
+
+    for attend in (partial(linear_attend, rotary=rotary), from_the_sums):
+        assert_precise_under_autocast(attend, *streams(997, channels=6))
 
 
 # Taylor features and a window.
@@ -285,6 +298,13 @@ def test_performer_attention_is_causal():
 def test_performer_attention_adds_up_in_float32():
     sizes = {"scale": 0.1, "directions": directions(3, 13, 5).float()}
     assert_precise_under_autocast(partial(performer_attend, **sizes), *streams(997))
+
+
+def test_performer_attention_adds_up_in_float32_where_its_weights_are_half():
+    q, k, v = (6 * x.half() for x in streams(997))
+    rows = directions(3, 13, 5).half()
+    exact = performer_attend(q.float(), k.float(), v.float(), scale=5**-0.5, directions=rows.float())
+    assert torch.equal(performer_attend(q, k, v, scale=5**-0.5, directions=rows), exact.half())
 
 
 def test_performer_turns_queries_and_keys():

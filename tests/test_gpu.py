@@ -57,6 +57,20 @@ def same_bits(runs, others):
             assert torch.equal(weight, theirs.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("step", [(1 << 30) - 8, 1 << 30])
+def test_the_kernel_finds_tokens_far_apart_in_memory(step):
+    """The last of three stands where 32 bits do not reach."""
+    rows = torch.zeros(2 * step + 4, dtype=torch.float16, device="cuda").as_strided((1, 1, 3, 4), (3 * step, 3 * step, step, 1))
+    numbers = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0)).half()
+    taps = torch.tensor([[0.5, 2.0]], dtype=torch.float16)
+    rows.copy_(numbers)
+    leaves = [(t.requires_grad_(), u.cuda().requires_grad_()) for t, u in ((rows, taps), (numbers.cuda(), taps))]
+    far, near = (filter_heads(*pair) for pair in leaves)
+    assert torch.equal(far, near)
+    for pair in zip(*(torch.autograd.grad(y.sum(), pair) for y, pair in zip((far, near), leaves, strict=True)), strict=True):
+        assert torch.equal(*pair)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(9, 4, 1, 1), (70, 5, 4, 3), (129, 16, 4, 1), (97, 66, 6, 2)])
 @pytest.mark.parametrize("kind", ["head", "channel"])

@@ -173,6 +173,29 @@ def test_an_input_of_another_type_is_refused_but_where_torch_casts_it():
         layer(x.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x.bfloat16()).dtype == torch.bfloat16
+        with pytest.raises(ValueError, match=r"x is of torch.float64, the layer of torch.float32"):
+            layer(x.double())
+        with pytest.raises(ValueError, match=r"x is of torch.float32, the layer of torch.float64"):
+            ConvolutionAugmentedAttention(12, 2, k=4, dtype=torch.float64)(x)
+
+
+@pytest.mark.parametrize("sharing", ["head", "channel", "mixing"])
+@pytest.mark.parametrize("taps", [4, 20, "full"])
+def test_under_autocast_the_precision_of_what_is_kept_does_not_depend_on_the_length(taps, sharing):
+    layer = ConvolutionAugmentedAttention(12, 2, q=taps, k=taps, v=taps, sharing=sharing, length=40)
+    with torch.autocast("cpu", torch.bfloat16):
+        for length in (1, 8, 100, 300):
+            y, memory = layer.read(torch.randn(2, length, 12))
+            after, memory = layer.read(torch.randn(2, 1, 12), memory)
+            assert {t.dtype for t in (y, after, *memory.kept.values())} == {torch.bfloat16}, length
+
+
+def test_padding_on_the_right_has_no_gradient_in_half_precision():
+    layer = ConvolutionAugmentedAttention(16, 2, q=2, k=2, qk_norm=True, dtype=torch.float16)
+    x = torch.randn(2, 7, 16).half()
+    x[:, 4:] = 0
+    layer(x)[:, :4].sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in layer.parameters())
 
 
 def test_what_is_printed_of_it_tells_its_filters():

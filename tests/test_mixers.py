@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cat.attention import naive_attend
 from cat.configuration import Attention, AttentionModel, Delta, GatedLinear, Model, ModelConfiguration
-from cat.convolution import OF_HEADS, OF_LOOPS, naive_filter_channels, naive_filter_heads, naive_mix_heads
+from cat.convolution import OF_HEADS, naive_filter_channels, naive_filter_heads, naive_mix_heads
 from cat.delta import naive_delta_rule
 from cat.gated_linear_attention import naive_gated_linear_attend
 from cat.landmark import ends, in_tiles, landmark_attend, naive_landmark_attend
@@ -286,6 +286,26 @@ def test_a_mixer_begins_as_it_was_built(name, monkeypatch):
         assert torch.equal(value, built[0][weight]), weight
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch maps over some of its own one by one
+@every_mixer
+@pytest.mark.parametrize("length", [19, 131])
+def test_gradients_of_each_sequence_are_those_that_it_has_alone(name, length):
+    mixer = build(BATTERY[name], 13)
+    weights = {weight: parameter.detach() for weight, parameter in mixer.named_parameters()}
+    x = hidden(length)
+
+    def loss(weights, sequence):
+        return torch.func.functional_call(mixer, weights, (sequence[None],)).square().sum()
+
+    gradients = torch.func.grad(loss, argnums=(0, 1))
+    ours = torch.vmap(gradients, in_dims=(None, 0))(weights, x)
+    for place, sequence in enumerate(x):
+        of_weights, of_sequence = gradients(weights, sequence)
+        close(ours[1][place], of_sequence)
+        for weight, gradient in of_weights.items():
+            close(ours[0][weight][place], gradient)
+
+
 @every_mixer
 @pytest.mark.parametrize("length", [1, 3, 19])  # shorter than some filters, and than `full` ones
 def test_a_mixer_is_its_naive_twin(name, length, monkeypatch):
@@ -452,13 +472,14 @@ def test_the_overlap_of_blocks_is_the_reach_of_the_longest_filter_and_at_most_a_
     assert [build({**LANDMARK, **filter_}, 13).reach for filter_ in filters] == [0, 3, 5, 5, 4, 0, 5]
 
 
+@pytest.mark.parametrize(("dilation", "taps_of_block"), [(1, 5), (2, 3), (5, 1)])
 @pytest.mark.parametrize("sharing", ["head", "channel", "mixing"])
-def test_a_summary_begins_as_the_sum_of_the_block_s_keys(sharing):
-    mixer = build({**LANDMARK, "k": 2, "summary": 9, "sharing": sharing}, 13)
+def test_a_summary_begins_as_the_sum_of_the_block_s_keys(sharing, dilation, taps_of_block):
+    mixer = build({**LANDMARK, "k": 2, "summary": 9, "sharing": sharing, "dilation": dilation}, 13)
     taps = mixer.filters["summary"].taps
     one = torch.eye(HEADS)[..., None] if sharing == "mixing" else torch.ones(1)
-    assert ((taps[..., :5] - one).abs() < 0.2).all()
-    assert (taps[..., 5:].abs() < 0.2).all()
+    assert ((taps[..., :taps_of_block] - one).abs() < 0.2).all()
+    assert (taps[..., taps_of_block:].abs() < 0.2).all()
     k = mixer.filtered(mixer.project(hidden(13)))[1]
     landmarks = mixer.streams(mixer.project(hidden(13)))[3]
     close(landmarks, mixer.filters["summary"](k)[:, :, [4, 9]])
@@ -731,7 +752,7 @@ def test_a_model_longer_than_its_sequences_is_refused(parameters, words):
         SequenceModel(config, vocabulary=11, length=32)
 
 
-@pytest.mark.parametrize("name", ["attention_all", "attention_channel", "mamba"])
+@every_mixer
 def test_shapes_are_found_without_numbers(name):
     model = build_model(configure(**BATTERY[name]), vocabulary=16, length=64, seed=0).to("meta")
     logits = model(torch.zeros(2, 64, dtype=torch.long, device="meta"))
@@ -754,7 +775,8 @@ def test_shapes_are_found_without_numbers(name):
     ],
 )
 def test_streams_filtered_at_once_are_those_filtered_one_by_one(changes, parts, monkeypatch):
-    monkeypatch.setitem(OF_LOOPS, OF_HEADS, OF_LOOPS[OF_HEADS]._replace(work=0))  # as of many sequences
+    of_many_sequences = OF_HEADS.loops._replace(work=0)
+    monkeypatch.setattr("cat.convolution.OF_HEADS", OF_HEADS._replace(loops=of_many_sequences))
     mixer = build_mixer(configure(mixer="attention", **{**STREAMS, **changes}), 97).double()
     with torch.no_grad():
         for weight in mixer.filters.parameters():

@@ -23,6 +23,18 @@ def test_a_vector_of_zeros_stays_one():
     assert_twins(unit, normalize, x)
 
 
+def test_zeros_in_half_precision_stay_zeros_and_have_no_gradient_of_nan():
+    x = normal(3, 7).half()
+    x[1] = 0
+    x.requires_grad_()
+    y = unit(x)
+    assert y[1].tolist() == [0] * 7
+    torch.testing.assert_close(y[[0, 2]], normalize(x)[[0, 2]])
+    (gradient,) = torch.autograd.grad(y[[0, 2]].sum(), x)
+    assert gradient.isfinite().all()
+    assert gradient[1].tolist() == [0] * 7
+
+
 @pytest.mark.parametrize("size", [0.5 * LEAST, 0.999 * LEAST, 1.001 * LEAST])
 def test_a_vector_that_is_too_short_is_divided_by_a_constant(size):
     assert_twins(unit, normalize, size * normalize(normal(3, 7)))

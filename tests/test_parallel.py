@@ -14,7 +14,7 @@ import torch
 
 import cat.training
 from cat.model import SequenceModel
-from cat.parallel import ALONE, Group, joined
+from cat.parallel import ALONE, Group, process_group
 from cat.training import backward, fit
 from pipeline import compute
 from pipeline import train as training
@@ -58,7 +58,7 @@ def run(group=ALONE, *, batch=16, **options):
 
 
 def in_a_group(rank):
-    with joined(CPU) as group:
+    with process_group(CPU) as group:
         assert (group.rank, group.first(lambda: rank)) == (rank, 0)
         return run(group, batch=17)
 

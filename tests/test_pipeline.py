@@ -222,7 +222,7 @@ def test_attention_and_filters_are_looked_at_at_the_training_length(study):
     ]
     model = runs.load_model(runs.weights_path("ar", "qk_full", 1))
     np.testing.assert_allclose(taps["value"], model.blocks[0].mixer.filters["q"].taps[0].detach(), rtol=1e-5)
-    assert list(taps["tap"]) == list(range(20))
+    assert list(taps["lag"]) == list(range(20))
 
 
 def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):

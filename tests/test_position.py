@@ -33,6 +33,10 @@ def test_rotary_turns_what_stands_at_a_position_as_it_does_among_all():
     close(rotate(take(x, at), at=at), take(rotate(x), at))
 
 
+def test_nothing_is_taken_of_no_sequences():
+    assert take(normal(0, 3, 7, 10), torch.zeros(0, 2, dtype=torch.long)).shape == (0, 3, 2, 10)
+
+
 @pytest.mark.parametrize("queries", [[0, 1, 2, 3, 4], [3], [[0, 4], [2, 2]]])
 def test_alibi_subtracts_a_multiple_of_the_distance(queries):
     queries = torch.tensor(queries)

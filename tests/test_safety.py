@@ -274,7 +274,7 @@ DAMAGED = [
     (("show",), CLAIMS, without("verdict"), "lacks the column verdict"),
     (("show",), CLAIMS, lambda path: path.write_text(path.read_text().replace("undecided", "sure")), "'sure' is not supported"),
     (("show", "copying"), "verdicts/comparisons.csv", without("task"), "lacks the column task"),
-    (("track",), "results/filters/copying.csv", without("tap"), "lacks the column tap"),
+    (("track",), "results/filters/copying.csv", without("lag"), "lacks the column lag"),
 ]
 
 

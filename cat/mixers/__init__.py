@@ -44,8 +44,8 @@ def build_mixer(config: Model, length: int) -> Mixer:
 
             return GatedConvolution(config, length)
         case Mamba():
-            from cat.mixers.mamba import Mamba as MambaMixer
+            from cat.mixers.mamba import SelectiveStateSpace
 
-            return MambaMixer(config, length)
+            return SelectiveStateSpace(config, length)
         case _:
             raise TypeError(f"cat/mixers/__init__.py: build_mixer has no case for {type(config).__name__}")

@@ -27,8 +27,6 @@ from cat.types import Asked, Heads, Queries, Values
 class DeltaRule(Streams):
     """The delta rule over (B, L, D) with a filter on the streams that its configuration names, and a gate if it says so."""
 
-    attends = False  # weights of either sign, and of any sum
-
     def __init__(self, config: Delta, length: int):
         super().__init__(config, length)
         self.gate = config.gate

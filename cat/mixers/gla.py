@@ -23,8 +23,6 @@ from cat.types import Asked, Heads, Values
 class GatedLinearAttention(Streams):
     """Gated linear attention over (B, L, D) with a filter on the streams that its configuration names."""
 
-    attends = False  # weights of either sign, and of any sum
-
     def __init__(self, config: GatedLinear, length: int):
         super().__init__(config, length)
         self.decay = nn.Sequential(

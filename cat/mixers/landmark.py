@@ -35,7 +35,7 @@ class LandmarkAttention(Streams):
         self.block, self.top = config.block, config.top
         lags = [(t - 1) * config.dilation if isinstance(t, int) else length for s, t in config.filters.items() if s != "summary"]
         self.reach = min(self.block, max(lags, default=0))
-        if isinstance(config.summary, int) or config.summary == "full":
+        if config.filter_init == "identity" and (isinstance(config.summary, int) or config.summary == "full"):
             cast(ExplicitFilter, self.filters["summary"]).begin_as_sum(self.block)
 
     def streams(self, projected: Projected, at: Asked | None = None) -> tuple[Float[Tensor, "B H _ C"], ...]:

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.configuration import Mamba as MambaConfiguration
+from cat.configuration import Mamba
 from cat.mixers.base import Memory, Mixer, joined, tail
 from cat.position import take
 from cat.state_space import selective_scan, selective_scan_next
 from cat.types import Asked
 
 
-class Mamba(Mixer):
+class SelectiveStateSpace(Mixer):
     """Maps (B, L, D) to (B, L, D) causally, with no positions, heads or attention; `length` changes nothing."""
 
-    def __init__(self, config: MambaConfiguration, length: int):
+    def __init__(self, config: Mamba, length: int):
         super().__init__()
         inner = config.expand * config.width
         self.rank = math.ceil(config.width / 16)

@@ -2,7 +2,8 @@
 
     Q = (X * F_q) W_q    K = (X * F_k) W_k    V = (X * F_v) W_v        (arXiv 2407.05591, equation 2)
 
-Any of the filters may be absent. They are applied after the projection, with which one filter a head commutes.
+Any of the filters may be absent. They are applied after the projection, with which one filter a head commutes; filters a channel
+and from head to head do not, and are those of X W.
 """
 
 import math
@@ -35,10 +36,8 @@ class Streams(Mixer):
     `length` is the training length: what `full` stands for. `scale` is what a product of query and key is multiplied by.
     """
 
-    attends: ClassVar[bool] = True
-    """Whether `mix` reads off weighted means of the values."""
     asks: ClassVar[bool] = False
-    """Whether a query asks for itself alone: of q, `mix` is then given what stands at the positions that it is to compute."""
+    """Whether `mix` can compute some queries alone: of q, it is then given those."""
 
     def __init__(self, config: AttentionModel, length: int):
         super().__init__()
