@@ -7,9 +7,19 @@ that the feature is off, and what it means otherwise is written into plan/, on w
 from __future__ import annotations
 
 import json
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Generator = Literal["network", "decay", "state"]
@@ -48,7 +58,7 @@ class Variant(Configuration):
 
 
 class Model(Variant):
-    """What every trained model has: `layers` pre-norm residual blocks of one mixer, each followed by an MLP if there is one."""
+    """What every trained model has: `layers` pre-norm residual blocks of a mixer, each followed by an MLP if there is one."""
 
     width: Count
     """Channels d of the residual stream."""
@@ -67,6 +77,19 @@ class Model(Variant):
         if self.mlp is None and self.activation != "gelu":
             raise ValueError(f"activation = {self.activation} needs mlp, the width of what it is in")
         return self
+
+    @property
+    def mixers(self) -> tuple[SingleMixer, ...]:
+        """What the mixer of each layer is built from, first to last."""
+        return (cast(SingleMixer, self),) * self.layers
+
+    @property
+    def added(self) -> Literal["none", "learned", "sinusoidal"]:
+        """The vectors of positions that are added to those of tokens."""
+        return "none"
+
+    def longest(self, length: int) -> int | None:
+        return length if self.added == "learned" else None
 
 
 class AttentionModel(Model):
@@ -157,8 +180,9 @@ class AttentionModel(Model):
             raise ValueError(f"alibi position {reason}")
         return self
 
-    def longest(self, length: int) -> int | None:
-        return length if self.position == "learned" else None
+    @property
+    def added(self) -> Literal["none", "learned", "sinusoidal"]:
+        return self.position if self.position in ("learned", "sinusoidal") else "none"
 
 
 class Attention(AttentionModel):
@@ -318,6 +342,72 @@ class Mamba(Model):
             raise ValueError(f"conv = {self.conv} taps reach past the training length of {length}")
 
 
+SingleMixer = Attention | Linear | Based | Performer | Delta | GatedLinear | Landmark | Hyena | Mamba
+"""What a block can have for a mixer."""
+OF_A_MODEL = tuple(key for key in Model.model_fields if key != "mixer")
+
+
+class Hybrid(Model):
+    """Blocks with different mixers, each with what its mixer can be told and nothing of the model: `width` and the like."""
+
+    mixer: Literal["hybrid"]
+    position: Literal["none", "learned", "sinusoidal"] = "none"
+    """Vectors of positions that are added to those of tokens; rotary and alibi are said of a block."""
+    blocks: Annotated[
+        tuple[Annotated[SingleMixer, Field(discriminator="mixer")], ...],
+        Field(strict=False),
+        WithJsonSchema({"type": "array", "items": {"type": "object", "required": ["mixer"]}, "minItems": 2}),
+    ]
+    """The mixers of the first layers; those of the next ones are the same again, until there are `layers`."""
+
+    @field_validator("blocks", mode="wrap")
+    @classmethod
+    def _in_the_width_of_the_model(cls, blocks: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        if not isinstance(blocks, list | tuple) or not all(isinstance(block, dict) for block in blocks):
+            return handler(blocks)
+        for place, block in enumerate(blocks):
+            if of_the_model := [key for key in OF_A_MODEL if key in block]:
+                raise ValueError(f"block {place}: {of_the_model[0]} is said of the whole model, not of a block")
+            if block.get("position") in ("learned", "sinusoidal"):
+                raise ValueError(f"block {place}: {block['position']} positions are added to tokens: position of the whole model")
+        if "width" not in info.data:  # which is at fault itself
+            return ()
+        return handler([{**block, "width": info.data["width"], "layers": 1} for block in blocks])
+
+    @field_serializer("blocks")
+    def _without_what_is_the_models(self, blocks: tuple[SingleMixer, ...]) -> list[dict[str, Any]]:
+        return [block.model_dump(mode="json", exclude=set(OF_A_MODEL)) for block in blocks]
+
+    @model_validator(mode="after")
+    def _blocks_make_layers(self) -> Self:
+        if len(self.blocks) < 2 or self.layers % len(self.blocks):
+            raise ValueError(f"layers = {self.layers} must be a multiple of the blocks, two or more, not of {len(self.blocks)}")
+        return self
+
+    @property
+    def mixers(self) -> tuple[SingleMixer, ...]:
+        return self.blocks * (self.layers // len(self.blocks))
+
+    @property
+    def added(self) -> Literal["none", "learned", "sinusoidal"]:
+        return self.position
+
+    @property
+    def filtered(self) -> bool:
+        return any(block.filtered for block in self.blocks)
+
+    @property
+    def attends(self) -> bool:
+        return all(block.attends for block in self.blocks)
+
+    def check_length(self, length: int) -> None:
+        for place, block in enumerate(self.blocks):
+            try:
+                block.check_length(length)
+            except ValueError as error:
+                raise ValueError(f"block {place}: {error}") from None
+
+
 class Theory(Variant):
     """One layer of attention with the weights that the theorem about its task prescribes, nothing trained (cat/theory.py)."""
 
@@ -328,13 +418,9 @@ class Theory(Variant):
         return True
 
 
-ModelConfiguration = Annotated[
-    Attention | Linear | Based | Performer | Delta | GatedLinear | Landmark | Hyena | Mamba, Field(discriminator="mixer")
-]
+ModelConfiguration = Annotated[SingleMixer | Hybrid, Field(discriminator="mixer")]
 """Every kind of model there is."""
-VariantConfiguration = Annotated[
-    Attention | Linear | Based | Performer | Delta | GatedLinear | Landmark | Hyena | Mamba | Theory, Field(discriminator="mixer")
-]
+VariantConfiguration = Annotated[SingleMixer | Hybrid | Theory, Field(discriminator="mixer")]
 """What a line of a study's variants can be: a model to train, or one that is known."""
 
 

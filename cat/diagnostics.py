@@ -87,19 +87,17 @@ def _projections(model: SequenceModel, inputs: Tokens) -> Iterator[tuple[Mixer, 
 
 @torch.no_grad()
 def largest_logit(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> float | None:
-    """Before the softmax, of all layers and heads, on the first sequences; None for a model without softmax attention.
+    """Before the softmax, of all layers that have one and their heads, on the first sequences; None where no layer has.
 
     Attention that grows without a limit is what precedes divergence (arXiv 2302.05442, 2309.14322).
     """
     largest = -math.inf
     for mixer, projected in _projections(model, _first(inputs)):
-        if not isinstance(mixer, Streams):
-            return None
-        q, k, *_ = mixer.streams(projected)
-        if (logits := mixer.logits(q, k)) is None:
-            return None
-        largest = max(largest, logits.max().item())
-    return largest
+        if isinstance(mixer, Streams):
+            q, k, *_ = mixer.streams(projected)
+            if (logits := mixer.logits(q, k)) is not None:
+                largest = max(largest, logits.max().item())
+    return None if largest == -math.inf else largest
 
 
 @torch.no_grad()

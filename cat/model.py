@@ -1,4 +1,4 @@
-"""A sequence model: embedding, `layers` blocks of one mixer, norm, head.
+"""A sequence model: embedding, `layers` blocks of a mixer, norm, head.
 
     x = E[tokens] (+ position)    x = x + mixer(norm(x))    x = x + mlp(norm(x))    logits = norm(x) W
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.configuration import AttentionModel, ModelConfiguration
+from cat.configuration import ModelConfiguration, SingleMixer
 from cat.mixers import build_mixer
 from cat.mixers.base import Memory, tail
 from cat.position import sinusoidal, take
@@ -34,7 +34,7 @@ class SequenceModel(nn.Module):
         self.config, self.length = config, length
         self.longest = config.longest(length)
         self.embedding = Embedding(config, vocabulary, length)
-        self.blocks = nn.ModuleList(Block(config, length) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, mixer, length) for mixer in config.mixers)
         self.norm = build_norm(config)
         self.head = nn.Linear(config.width, vocabulary, bias=False)
         nn.init.normal_(self.head.weight, std=config.width**-0.5)
@@ -106,8 +106,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.token = nn.Embedding(vocabulary, config.width)
         nn.init.normal_(self.token.weight, std=config.width**-0.5)
-        scheme = config.position if isinstance(config, AttentionModel) else "none"
-        self.scheme = scheme if scheme in ("learned", "sinusoidal") else "none"
+        self.scheme = config.added
         if self.scheme == "learned":
             self.position = nn.Parameter(torch.randn(length, config.width) * config.width**-0.5)
 
@@ -125,10 +124,10 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
 
-    def __init__(self, config: ModelConfiguration, length: int):
+    def __init__(self, config: ModelConfiguration, mixer: SingleMixer, length: int):
         super().__init__()
         self.mixer_norm = build_norm(config)
-        self.mixer = build_mixer(config, length)
+        self.mixer = build_mixer(mixer, length)
         self.mlp = None
         if config.mlp is not None:
             hidden = config.mlp * config.width

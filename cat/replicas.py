@@ -40,11 +40,12 @@ MANY = 1 << 20
 
 def can_be_stacked(config: ModelConfiguration) -> bool:
     """Whether `fit_together` takes models of `config`: all but those that run mamba_ssm's kernel, which vmap does not know."""
-    if not isinstance(config, Mamba):
+    sizes = {mixer.state for mixer in config.mixers if isinstance(mixer, Mamba)}
+    if not sizes:
         return True
     from cat.state_space import fused_scan
 
-    return fused_scan("cuda", torch.float32, config.state) is None
+    return all(fused_scan("cuda", torch.float32, size) is None for size in sizes)
 
 
 def fit_together(

@@ -32,14 +32,22 @@ PATIENCE = 5.0
 """Seconds that a process which has been killed may take to end."""
 
 
+class Kept(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: State
+    seconds: float
+    """Spent on the run until then, whenever that was; of runs that are trained at once, this one's share."""
+
+
 class Checkpoint(NamedTuple):
     """Where that of a run is; None for `key` where nobody can tell what the run depends on, and nothing is kept."""
 
     path: Path
     key: str | None
 
-    def read(self) -> State | None:
-        """The state to go on from, if there is one."""
+    def read(self) -> Kept | None:
+        """What to go on from, if there is anything."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -50,19 +58,20 @@ class Checkpoint(NamedTuple):
         if metadata.get("digest") != _digest(self.key, text, tensors):
             return None
         about: dict[str, Any] = json.loads(text)
-        moments, recent = tensors.pop("moments"), tensors.pop("recent")
+        moments, recent, seconds = tensors.pop("moments"), tensors.pop("recent"), about.pop("seconds")
         weights = {name.removeprefix("weights."): tensor for name, tensor in tensors.items()}
         history = [Row(**row) for row in about.pop("history")]
-        return State(**about, history=history, weights=weights, moments=moments, recent=recent)
+        return Kept(State(**about, history=history, weights=weights, moments=moments, recent=recent), seconds)
 
-    def write(self, state: State) -> None:
+    def write(self, state: State, seconds: float) -> None:
         """Takes the place of the one before in one step."""
         if self.key is None:
             return
         tensors = {f"weights.{name}": tensor for name, tensor in state.weights.items()}
         tensors |= {"moments": state.moments, "recent": state.recent}
         history = [asdict(row) for row in state.history]
-        text = json.dumps({"step": state.step, "history": history, "micro_batch": state.micro_batch, "stop": state.stop})
+        about = {"step": state.step, "micro_batch": state.micro_batch, "stop": state.stop}
+        text = json.dumps({**about, "history": history, "seconds": seconds})
         metadata = {"state": text, "digest": _digest(self.key, text, tensors)}
         with whole(self.path) as path:
             path.write_bytes(safetensors.torch.save(tensors, metadata))
@@ -103,16 +112,21 @@ class Keeper:
     processes the first keeps them, and all stop where one of them is asked to.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], group: Group = ALONE):
+    def __init__(self, checkpoints: Sequence[Checkpoint], kept: Sequence[Kept | None], group: Group = ALONE):
         self.checkpoints, self.group = checkpoints, group
-        self.kept = time.monotonic()
+        self.before = [one.seconds if one else 0.0 for one in kept]
+        self.began = self.kept = time.monotonic()
 
     def __call__(self, states: Callable[[], dict[int, State]], ended: bool) -> None:
         stopping = self.group.largest(int(compute.stopping()))
         if self.group.rank == 0 and (ended or stopping or time.monotonic() - self.kept >= EVERY):
             for place, state in states().items():
-                self.checkpoints[place].write(state)
+                self.checkpoints[place].write(state, self.seconds(place))
             self.kept = time.monotonic()
         if stopping:
             self.group.largest(0)  # waits for the first, which torchrun would end with the others
             raise compute.Stopped
+
+    def seconds(self, place: int) -> float:
+        """Spent so far on the run of that place."""
+        return self.before[place] + (time.monotonic() - self.began) / len(self.checkpoints)

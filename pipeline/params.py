@@ -491,7 +491,8 @@ def _schema(path: list[int | str], raw: object, schema: Any) -> Any:
     """The class that describes the mapping at `path` of what is a `schema`."""
     for depth, step in enumerate(path, 1):
         is_class = isinstance(schema, type) and issubclass(schema, Configuration)
-        schema = schema.model_fields[step].annotation if is_class else get_args(schema)[1]
+        inside = 0 if get_origin(schema) is tuple else 1
+        schema = schema.model_fields[step].annotation if is_class else get_args(schema)[inside]
         if get_origin(schema) is Annotated:
             schema = get_args(schema)[0]
         if get_origin(schema) in (Union, UnionType):

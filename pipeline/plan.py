@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from cat.configuration import Configuration, Theory, Variant
+from cat.configuration import OF_A_MODEL, Configuration, Hybrid, Model, Theory, Variant
 from pipeline.code import listings
 from pipeline.files import DATA, PLAN, read_json, whole, write_json
 from pipeline.grid import cells, variants_on
@@ -61,11 +61,19 @@ def write(study: Study) -> None:
 def _defaults(config: Configuration) -> str:
     """What is set without being given, a line a key; what is not set, or not true, is as if there were no such key."""
     content = config.model_dump(mode="json", exclude=config.model_fields_set)
-    return "".join(f"{key}: {value}\n" for key, value in content.items() if value not in (None, False))
+    lines = [f"{key}: {value}\n" for key, value in content.items() if value not in (None, False)]
+    if isinstance(config, Hybrid):
+        for place, block in enumerate(config.blocks):
+            of_block = block.model_dump(mode="json", exclude=block.model_fields_set | set(OF_A_MODEL))
+            lines += [f"blocks.{place}.{key}: {value}\n" for key, value in of_block.items() if value not in (None, False)]
+    return "".join(lines)
 
 
 def _code_of(model: Variant) -> list[str]:
-    return ["cat/theory.py", "cat/mixers/attention.py"] if isinstance(model, Theory) else [f"cat/mixers/{model.mixer}.py"]
+    if isinstance(model, Theory):
+        return ["cat/theory.py", "cat/mixers/attention.py"]
+    assert isinstance(model, Model)
+    return [f"cat/mixers/{mixer.mixer}.py" for mixer in model.mixers]
 
 
 def check_stages(study: Study, file: str = "params.yaml") -> None:

@@ -159,7 +159,7 @@ def _trained(shown: Iterable[Cell]) -> str:
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     by = f", by commit {', '.join(commits)}" if commits else ""
     rest = f"; {len(shown) - len(logs)} restored from a cache" if len(logs) < len(shown) else ""
-    return f"{where}, {when}{by}, in {sum(log['seconds'] for log in logs):,.0f} seconds, cells one after the other{rest}."
+    return f"{where}, {when}{by}, in {sum(log['seconds'] for log in logs):,.0f} seconds, runs one after the other{rest}."
 
 
 def costs_of(study: Study, scores: pd.DataFrame) -> pd.DataFrame:

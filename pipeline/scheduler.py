@@ -182,7 +182,7 @@ def train(
             if len(outcomes[name]) == len(cell.jobs):
                 took = time.monotonic() - began[name]
                 outcomes_of_cell = _alike([outcomes[name].pop(job) for job in cell.jobs])
-                write(cell, outcomes_of_cell, began=time.time() - took, seconds=took)
+                write(cell, outcomes_of_cell, began=time.time() - took)
                 _error_log(cell).unlink(missing_ok=True)
                 progress.end(cell, took)
                 yield stage, None

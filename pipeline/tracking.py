@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, unquote, urlparse
 
+from cat.configuration import OF_A_MODEL, Hybrid, Model
 from pipeline import runs
 from pipeline.files import DATA, LOGS, REPORTS, RESULTS, RUNS, VERDICTS, read_json, whole
 from pipeline.grid import cells, variants_on
@@ -500,8 +501,17 @@ def _shared_params(study: Study) -> dict[str, str]:
 def _model_params(study: Study, variant: str) -> dict[str, str]:
     """The same keys for every variant of the study: what a mixer does not have is `-`, as is what is switched off."""
     keys = dict.fromkeys(key for model in study.variants.values() for key in type(model).model_fields)
-    values = study.variants[variant].model_dump()
+    model = study.variants[variant]
+    values = model.model_dump()
+    if isinstance(model, Hybrid):
+        values["blocks"] = "; ".join(_block(block) for block in model.blocks)
     return {f"model.{key}": _shown(values.get(key)) for key in keys}
+
+
+def _block(config: Model) -> str:
+    """The mixer of a block, and what is said of it."""
+    said = config.model_dump(exclude_defaults=True, exclude={"mixer", *OF_A_MODEL})
+    return " ".join([config.mixer, *(f"{key}={value}" for key, value in said.items())])
 
 
 def _shown(value: Any) -> str:

@@ -98,6 +98,8 @@ class Trained(NamedTuple):
     weights: dict[str, NDArray[Any]]
     device: str
     """What the results depend on, in words."""
+    seconds: float
+    """Spent on it, whenever that was; of what was trained at once, its share."""
     micro_batch: int | None = None
 
     @property
@@ -110,7 +112,7 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
 
     Ctrl-C ends it after the step that it is in, which the next call goes on from; raises KeyboardInterrupt then.
     """
-    began, start = time.time(), time.perf_counter()
+    began = time.time()
     where = compute.own_device(device, local_rank())
     cell = Cell.of(task, variant, setting)
     steps = len(cell.jobs) * setting.schedule.steps
@@ -122,10 +124,10 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
             side_by_side = threads if group.size == 1 else 1
             trained = compute.spread(run, together, device=where, threads=side_by_side, report=report)
     if group.rank == 0:
-        write(cell, list(chain.from_iterable(trained)), began=began, seconds=time.perf_counter() - start)
+        write(cell, list(chain.from_iterable(trained)), began=began)
 
 
-def write(cell: Cell, outcomes: list[Trained], *, began: float, seconds: float) -> None:
+def write(cell: Cell, outcomes: list[Trained], *, began: float) -> None:
     """Writes the cell's folder: summary, history, and the weights of the learning rate that is chosen; and its log."""
     task, variant, meta = cell.task, cell.variant, cell.meta
     chosen = choose(outcomes, meta.goal)
@@ -140,7 +142,8 @@ def write(cell: Cell, outcomes: list[Trained], *, began: float, seconds: float) 
         write_csv(folder / "history.csv", rows, COLUMNS)
         head = {"task": task, "variant": variant, "model": about, "device": outcomes[0].device, "learning_rate": chosen}
         write_json(folder / "summary.json", {**head, **_summary(outcomes)})
-    log = {**provenance(), "started": began, "seconds": seconds, "summary": runs.digest(task, variant)}
+    spent = math.fsum(outcome.seconds for outcome in outcomes)
+    log = {**provenance(), "started": began, "seconds": spent, "summary": runs.digest(task, variant)}
     with whole(LOGS / task / f"{variant}.json") as path:
         write_json(path, log)
 
@@ -196,7 +199,7 @@ def run_jobs(
             report((step - told[job], row))
             told[job] = step
 
-    trained: dict[Job, Run] = {}
+    trained: dict[Job, tuple[Run, float]] = {}
     with contextlib.ExitStack() as locks:
         for job in jobs if group.rank == 0 else ():
             locks.enter_context(_checkpoint(cell, job, where).alone())
@@ -212,8 +215,10 @@ def run_jobs(
                 alone |= set(alike)  # a batch in parts, of which replicas know nothing
                 waiting += [(job,) for job in alike]
     report((sum(cell.setting.schedule.steps - steps for steps in told.values()), None))
-    outcomes = [(job, trained[job]) for job in jobs]
-    return [_trained(cell, job, run.model, run.history, run.steps, run.stop, where, run.micro_batch) for job, run in outcomes]
+    return [
+        _trained(cell, job, run.model, run.history, run.steps, run.stop, where, seconds, run.micro_batch)
+        for job, (run, seconds) in ((job, trained[job]) for job in jobs)
+    ]
 
 
 def _standing(cell: Cell, jobs: tuple[Job, ...], where: str) -> list[tuple[Job, ...]]:
@@ -223,7 +228,8 @@ def _standing(cell: Cell, jobs: tuple[Job, ...], where: str) -> list[tuple[Job, 
     """
     groups: dict[Any, tuple[Job, ...]] = {}
     for job in jobs:
-        state = _checkpoint(cell, job, where).read()
+        kept = _checkpoint(cell, job, where).read()
+        state = kept and kept.state
         key = job if state and (state.stop or state.micro_batch) else state.step if state else 0
         groups[key] = (*groups.get(key, ()), job)
     return list(groups.values())
@@ -236,8 +242,8 @@ def _fit(
     progress: Callable[[Job, int, Row | None], None],
     group: Group,
     together: bool,
-) -> list[Run]:
-    """Trains these models at once, from where they stand; not `together`, one model."""
+) -> list[tuple[Run, float]]:
+    """Trains these models at once, from where they stand, and the seconds spent on each; not `together`, one model."""
     task, _, setting, meta, _ = cell
     assert not isinstance(setting.model, Theory)
     train, valid = _splits(task, device)
@@ -248,8 +254,9 @@ def _fit(
         for job in jobs
     ]
     checkpoints = [_checkpoint(cell, job, compute.made_on(device, group.size)) for job in jobs]
-    states = group.first(lambda: [checkpoint.read() for checkpoint in checkpoints])
-    keep = Keeper(checkpoints, group)
+    kept = group.first(lambda: [checkpoint.read() for checkpoint in checkpoints])
+    states = [one and one.state for one in kept]
+    keep = Keeper(checkpoints, kept, group)
     seeds = [derive_seed(job.seed, task, "batches") for job in jobs]
     rates = [job.learning_rate for job in jobs]
     options: dict[str, Any] = {
@@ -261,13 +268,15 @@ def _fit(
     if together and not any(state and (state.stop or state.micro_batch) for state in states):
         options |= {"progress": lambda place, *news: progress(jobs[place], *news), "checkpoint": keep}
         resume = [state for state in states if state is not None]
-        return fit_together(models, train, valid, learning_rates=rates, seeds=seeds, resume=resume or None, **options)
+        trained = fit_together(models, train, valid, learning_rates=rates, seeds=seeds, resume=resume or None, **options)
+        return [(run, keep.seconds(place)) for place, run in enumerate(trained)]
     options |= {
         "progress": functools.partial(progress, jobs[0]),
         "checkpoint": lambda state, ended: keep(lambda: {0: state()}, ended),
         "group": group,
     }
-    return [fit(models[0], train, valid, learning_rate=rates[0], seed=seeds[0], resume=states[0], **options)]
+    run = fit(models[0], train, valid, learning_rate=rates[0], seed=seeds[0], resume=states[0], **options)
+    return [(run, keep.seconds(0))]
 
 
 def _checkpoint(cell: Cell, job: Job, where: str) -> Checkpoint:
@@ -284,12 +293,13 @@ def _prescribe(cell: Cell, job: Job, device: torch.device, report: compute.Repor
     """The weights of the theorem about the task, looked at once; they depend on no seed and no learning rate."""
     from cat.theory import prescribed
 
+    start = time.perf_counter()
     model = prescribed(read_task(cell.task)).to(device)
     _, valid = _splits(cell.task, device)
     scores = score(model, valid, precision=cell.setting.precision)
     report((cell.setting.schedule.steps, None))
     row = look(0, [math.nan], [math.nan], scores.loss, scores.accuracy, largest_logit(model, valid.inputs))
-    return _trained(cell, job, model, [row], 0, "theorem", compute.made_on(device))
+    return _trained(cell, job, model, [row], 0, "theorem", compute.made_on(device), time.perf_counter() - start)
 
 
 @functools.lru_cache(maxsize=2)
@@ -305,6 +315,7 @@ def _trained(
     steps: int,
     stop: str,
     device: str,
+    seconds: float,
     micro_batch: int | None = None,
 ) -> Trained:
     return Trained(
@@ -318,6 +329,7 @@ def _trained(
         config=model.config.model_dump(mode="json"),
         weights={name: tensor.numpy(force=True).copy() for name, tensor in model.state_dict().items()},
         device=device,
+        seconds=seconds,
         micro_batch=micro_batch,
     )
 

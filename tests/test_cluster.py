@@ -280,7 +280,7 @@ def reports_often(job, device, report):
 
 def test_a_cell_trained_on_different_machines_names_them_all():
     def trained(device):
-        return scheduler.Trained(None, [], 0, "", 0, None, None, {}, {}, device)
+        return scheduler.Trained(None, [], 0, "", 0, None, None, {}, {}, device, 0.0)
 
     cells = [trained(name) for name in ("CPU (AVX512)", "CPU (AVX2)", "CPU (AVX512)")]
     assert [run.device for run in scheduler._alike(cells)] == ["CPU (AVX2) and CPU (AVX512)"] * 3

@@ -150,8 +150,8 @@ def test_runs_go_on_together_where_they_stand_at_the_same_step(monkeypatch):
 
     def checkpoint(cell, job, where):
         step, micro_batch, stop = stood.get(job.seed, (None, None, None))
-        state = SimpleNamespace(step=step, micro_batch=micro_batch, stop=stop) if step else None
-        return SimpleNamespace(read=lambda: state)
+        kept = checkpoints.Kept(SimpleNamespace(step=step, micro_batch=micro_batch, stop=stop), 1.0) if step else None
+        return SimpleNamespace(read=lambda: kept)
 
     monkeypatch.setattr(training, "_checkpoint", checkpoint)
     groups = [[job.seed for job in alike] for alike in training._standing(None, tuple(jobs), "here")]
@@ -383,17 +383,33 @@ def test_states_are_kept_now_and_then_and_where_the_run_is_stopped(tmp_path, mon
     _, states = kept_by(lambda **options: run(steps=2, **options))
     checkpoint = Checkpoint(tmp_path / "here", "key")
     monkeypatch.setattr(checkpoints, "EVERY", 60)
-    keep = checkpoints.Keeper([checkpoint])
+    keep = checkpoints.Keeper([checkpoint], [None])
     keep(lambda: {0: states[0][0]}, False)
     assert checkpoint.read() is None
     monkeypatch.setattr(compute, "_stopping", True)
     with pytest.raises(compute.Stopped):
         keep(lambda: {0: states[0][0]}, False)
-    assert checkpoint.read().step == 1
+    assert checkpoint.read().state.step == 1
     monkeypatch.setattr(compute, "_stopping", False)
     keep.kept -= 61
     keep(lambda: {0: states[1][0]}, False)
-    assert checkpoint.read().step == 2
+    assert checkpoint.read().state.step == 2
+
+
+def test_the_seconds_of_a_run_are_those_of_all_times_that_it_was_gone_on_with(tmp_path, monkeypatch):
+    _, states = kept_by(lambda **options: run(steps=2, **options))
+    both, one = [Checkpoint(tmp_path / name, name) for name in ("a", "b")], Checkpoint(tmp_path / "a", "a")
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    keep = checkpoints.Keeper(both, [None, None])
+    now += 30
+    keep(lambda: {0: states[0][0], 1: states[0][0]}, True)
+    assert [checkpoint.read().seconds for checkpoint in both] == [15, 15]
+    now += 500
+    keep = checkpoints.Keeper([one], [one.read()])
+    now += 7
+    keep(lambda: {0: states[1][0]}, True)
+    assert one.read().seconds == keep.seconds(0) == 22
 
 
 CHANGES = {

@@ -141,7 +141,7 @@ def trained(rate, seed, *, accuracy=0.5, loss=1.0, stop="steps"):
     from cat.training import look
 
     row = look(1, [loss], [1.0], loss, accuracy, None)
-    return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, None, None, {}, {}, "CPU")
+    return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, None, None, {}, {}, "CPU", 1.0)
 
 
 def test_the_validation_split_chooses_the_learning_rate():
