@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializationInfo,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WithJsonSchema,
@@ -363,20 +364,27 @@ class Hybrid(Model):
     @field_validator("blocks", mode="wrap")
     @classmethod
     def _in_the_width_of_the_model(cls, blocks: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        if not isinstance(blocks, list | tuple) or not all(isinstance(block, dict) for block in blocks):
+        if not isinstance(blocks, list | tuple):
             return handler(blocks)
         for place, block in enumerate(blocks):
+            if not isinstance(block, dict):
+                continue
             if of_the_model := [key for key in OF_A_MODEL if key in block]:
                 raise ValueError(f"block {place}: {of_the_model[0]} is said of the whole model, not of a block")
             if block.get("position") in ("learned", "sinusoidal"):
                 raise ValueError(f"block {place}: {block['position']} positions are added to tokens: position of the whole model")
         if "width" not in info.data:  # which is at fault itself
             return ()
-        return handler([{**block, "width": info.data["width"], "layers": 1} for block in blocks])
+        own = {"width": info.data["width"], "layers": 1}
+        return handler([{**block, **own} if isinstance(block, dict) else block for block in blocks])
 
     @field_serializer("blocks")
-    def _without_what_is_the_models(self, blocks: tuple[SingleMixer, ...]) -> list[dict[str, Any]]:
-        return [block.model_dump(mode="json", exclude=set(OF_A_MODEL)) for block in blocks]
+    def _without_what_is_the_models(self, blocks: tuple[SingleMixer, ...], info: SerializationInfo) -> list[dict[str, Any]]:
+        unset, defaults = info.exclude_unset, info.exclude_defaults
+        return [
+            block.model_dump(mode=info.mode, exclude=set(OF_A_MODEL), exclude_unset=unset, exclude_defaults=defaults)
+            for block in blocks
+        ]
 
     @model_validator(mode="after")
     def _blocks_make_layers(self) -> Self:

@@ -9,8 +9,10 @@ What differs from seed to seed in which sequences are answered counts in both te
 not tested where no seed and no sequence differs: its interval is a point and its verdict that of the number, which says nothing
 about seeds or sequences not seen.
 
-A claim is supported where all of its comparisons are, contradicted where one of them is. Its two p values, the largest for it
-and the smallest, times the number of comparisons, against it, are corrected for all claims (Benjamini and Yekutieli).
+A claim is supported where all of its comparisons are, contradicted where one of them is. Its two p values are the largest for it,
+and the smallest against it times the number of comparisons. Those for claims are corrected for all claims (Benjamini and
+Yekutieli), and so, apart from them, are those against: of what is called supported, and of what is called contradicted, a share
+of LEVEL at most is expected to be called so wrongly.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from pipeline.results import PRIMARY, read_results
 from pipeline.verdicts import ABSENT
 
 LEVEL = 0.05
-"""What the false discovery rate of the tests of all claims is held to; one less the nominal coverage of an interval."""
+"""What the false discovery rate of verdicts of a kind is held to; one less the nominal coverage of an interval."""
 RESAMPLES = 2000
 ROUNDING = 1e-12
 """A smaller standard error is one of arithmetic: nothing varies."""
@@ -206,9 +208,11 @@ def _error(sides: list[Sample], *, paired: bool) -> tuple[float, float]:
 def decide(claims: dict[str, Claim], comparisons: dict[str, list[Comparison]]) -> pd.DataFrame:
     """A row a claim: its verdict, with the comparison that decides it or is furthest from doing so."""
     families = {name: _p_values(rows) for name, rows in comparisons.items()}
-    known = [(name, side) for name, pair in families.items() for side in (0, 1) if not math.isnan(pair[side])]
-    corrected = stats.false_discovery_control([families[name][side] for name, side in known], method="by") if known else []
-    p = dict(zip(known, map(float, corrected), strict=True))
+    p: dict[tuple[str, int], float] = {}
+    for side in (0, 1):
+        known = [(name, side) for name, pair in families.items() if not math.isnan(pair[side])]
+        corrected = stats.false_discovery_control([families[name][side] for name, _ in known], method="by") if known else []
+        p |= zip(known, map(float, corrected), strict=True)
     rows = []
     for name, claim in claims.items():
         here = comparisons[name]
@@ -237,26 +241,25 @@ def _verdict(claim: Claim, rows: list[Comparison], p_for: float, p_against: floa
     def margin(row: Comparison) -> float:
         return claim.sign * (row.effect - claim.threshold)
 
+    def place(row: Comparison) -> str:
+        return f"{row.variant} against {row.than} on {row.task} at length {row.length}"
+
     measured = [row for row in rows if row.seeds and not math.isnan(row.effect)]
     worst = min(measured, key=margin, default=rows[0])
     lost = [row for row in measured if row.verdict == "contradicted"]
-    where = f"{worst.variant} against {worst.than} on {worst.task} at length {worst.length}"
     # A contradiction in which no seed and no sequence differs is not tested, and stands by itself.
     if lost and (not p_against > LEVEL or any(math.isnan(row.p_against) for row in lost)):
         worst = min(lost, key=margin)
-        where = f"{worst.variant} against {worst.than} on {worst.task} at length {worst.length}"
-        return "contradicted", worst, where if len(lost) == len(rows) else f"{where}; {len(lost)} of {len(rows)} comparisons"
+        share = "" if len(lost) == len(rows) else f"; {len(lost)} of {len(rows)} comparisons"
+        return "contradicted", worst, place(worst) + share
     gaps = [row.reason for row in rows if math.isnan(row.effect)]
     if gaps:
         return "undecided", worst, gaps[0]
     open_ones = [row for row in rows if row.verdict != "supported"]
     if open_ones:
         first = min(open_ones, key=margin)
-        return (
-            "undecided",
-            first,
-            f"{first.reason}: {first.variant} against {first.than} on {first.task} at length {first.length}",
-        )
+        return "undecided", first, f"{first.reason}: {place(first)}"
     if p_for > LEVEL:
-        return "undecided", worst, "not significant once corrected for all claims"
-    return "supported", worst, f"smallest: {where}" if len(rows) > 1 else where
+        least_sure = max((row for row in rows if not math.isnan(row.p_for)), key=lambda row: row.p_for)
+        return "undecided", least_sure, f"not significant once corrected for all claims: {place(least_sure)}"
+    return "supported", worst, f"smallest: {place(worst)}" if len(rows) > 1 else place(worst)

@@ -44,6 +44,8 @@ REST = ARTIFACTS / ".complete"
 STAMP = ARTIFACTS / "stamp"
 """A digest of all that is logged, whenever and wherever that was trained."""
 STUDY = "study"
+WORKSPACE = "workspace"
+"""The context of a run of no experiment of DVC's."""
 """The experiment that holds the run of the report."""
 _KEY = "cat.key"
 CURVES = {
@@ -183,10 +185,10 @@ def _appearance() -> str:
 
 def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, artifacts: Path | None, prune: bool) -> None:
     names = dict.fromkeys(record.experiment for record in records.values())
-    pages = Pages(study, {name: _experiment(client, name, artifacts).experiment_id for name in names})
+    context = next(iter(records.values())).context
+    pages = Pages(study, {name: _experiment(client, name, artifacts).experiment_id for name in names}, context)
     if artifacts is not None:
         _tidy(client)
-    context = next(iter(records.values())).context
     there: dict[str, Run] = {}
     for run in _our_runs(client, [e.experiment_id for e in client.search_experiments()], context):
         key = run.data.tags[_KEY]
@@ -236,8 +238,9 @@ def _tag(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> None:
 class Pages:
     """Addresses within MLflow's pages, and the notes that link figures to runs and runs to figures."""
 
-    def __init__(self, study: Study, experiments: dict[str, str]):
+    def __init__(self, study: Study, experiments: dict[str, str], context: str):
         self.study, self.experiments = study, experiments
+        self.here = f"tags.current = 'yes' and {_in_context(context)}"
         self.report = ""
         """The run of the report."""
 
@@ -250,12 +253,13 @@ class Pages:
         goal = self.study.tasks[experiment].data.goal
         best = f"{PRIMARY[goal]}_{max(self.study.evaluate.multiples):g}x"
         by = f"&orderByKey=metrics.%60{best}%60&orderByAsc={'false' if goal == 'accuracy' else 'true'}"
-        variants, seeds = ("tags.current = 'yes' and tags.kind = '" + kind + "'" for kind in ("variant", "seed"))
+        variants, seeds = (f"{self.here} and tags.kind = '{kind}'" for kind in ("variant", "seed"))
         listed = (
             (f"the variants, the best first, by `{best}`", variants, by),
             (f"their `test/{PRIMARY[goal]}` against length, as a chart", variants, "&compareRunsMode=CHART"),
             ("every seed", seeds, by),
             ("what older studies found", "tags.current = 'no'", ""),
+            ("what experiments of DVC found", f"tags.cat.context != '{WORKSPACE}'", ""),
         )
         links = "\n".join(f"* [{words}]({self._search([experiment], wanted)}{more})" for words, wanted, more in listed)
         return (
@@ -268,7 +272,8 @@ class Pages:
         parts = [record.note]
         if record.kind == "report":
             tasks = [name for name in self.experiments if name != STUDY]
-            links = [f"[{f}]({self._search(tasks, _in_figure(f))})" for f in record.figures]
+            wanted = {figure: f"tags.`figure.{figure}` = 'yes' and {self.here}" for figure in record.figures}
+            links = [f"[{figure}]({self._search(tasks, runs_of_it)})" for figure, runs_of_it in wanted.items()]
             parts = ["Report, figures and tables are under Artifacts.", record.note, f"The runs in a figure: {', '.join(links)}."]
         if record.kind == "seed":
             parts.append(f'```python\nfrom pipeline.tracking import load_run\n\nmodel = load_run("{run_id}")\n```')
@@ -293,8 +298,9 @@ class Pages:
         return f"#/experiments/{self.experiments[STUDY]}/runs/{self.report}/artifacts/{path}"
 
 
-def _in_figure(name: str) -> str:
-    return f"tags.`figure.{name}` = 'yes' and tags.current = 'yes'"
+def _in_context(name: str) -> str:
+    """The runs of one of DVC's experiments, or of none."""
+    return f"tags.cat.context = '{name or WORKSPACE}'"
 
 
 def _tidy(client: MlflowClient) -> None:
@@ -311,9 +317,7 @@ def _tidy(client: MlflowClient) -> None:
 def _our_runs(client: MlflowClient, experiments: list[str], context: str) -> Iterator[Run]:
     token = None
     while True:
-        page = client.search_runs(
-            experiments, f"tags.cat.context = '{context or 'workspace'}'", max_results=1000, page_token=token
-        )
+        page = client.search_runs(experiments, _in_context(context), max_results=1000, page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -347,13 +351,14 @@ def _log(client: MlflowClient, key: str, record: Record, tags: Mapping[str, str]
         "kind": record.kind,
         "mlflow.source.type": "PROJECT",
         "mlflow.source.name": "dvc repro",
-        "cat.context": record.context or "workspace",
+        "cat.context": record.context or WORKSPACE,
         _KEY: key,
     }
     if "commit" in record.origin:
         all_tags["mlflow.source.git.commit"] = record.origin["commit"]
     experiment = pages.experiments[record.experiment]
-    run = client.create_run(experiment, start_time=started, tags=all_tags, run_name=record.name)
+    name = f"{record.name} ({record.context})" if record.context else record.name
+    run = client.create_run(experiment, start_time=started, tags=all_tags, run_name=name)
     note = RunTag("mlflow.note.content", pages.note(record, run.info.run_id))
     metrics = [Metric(name, value, started, step) for name, step, value in record.metrics]
     if record.seconds is not None:

@@ -201,10 +201,20 @@ def test_sequences_that_differ_are_tested_though_no_seed_does():
 def test_a_claim_is_as_sure_as_its_least_sure_comparison_and_against_it_each_counts():
     row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported")
     rows = [row._replace(p_for=0.001, p_against=0.3), row._replace(p_for=0.01, p_against=0.2)]
-    harmonic = 1 + 1 / 2  # two hypotheses, of any dependence
-    assert decide({"it": claim()}, {"it": rows})["p"].tolist() == pytest.approx([0.01 * 2 * harmonic])
     against = [r._replace(p_for=0.9, p_against=p, verdict="contradicted") for r, p in zip(rows, (0.002, 0.2), strict=True)]
-    assert decide({"it": claim()}, {"it": against})["p"].tolist() == pytest.approx([2 * 0.002 * 2 * harmonic])
+    harmonic = 1 + 1 / 2  # two claims, of any dependence; what speaks for them apart from what speaks against them
+    both = decide({"it": claim(), "not": claim()}, {"it": rows, "not": against})
+    assert both["verdict"].tolist() == ["supported", "contradicted"]
+    assert both["p"].tolist() == pytest.approx([0.01 * 2 * harmonic, 2 * 0.002 * 2 * harmonic])
+
+
+def test_what_is_not_sure_enough_is_shown_by_its_least_sure_comparison():
+    row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported", p_against=1.0)
+    rows = [row._replace(effect=0.4, p_for=0.001), row._replace(variant="q", p_for=0.06), row._replace(effect=0.3)]
+    table = decide({"it": claim()}, {"it": rows})
+    assert table["verdict"].tolist() == ["undecided"]
+    assert table["reason"][0] == "not significant once corrected for all claims: q against none on ar at length 36"
+    assert table["effect"][0] == 0.5
 
 
 def test_many_claims_are_corrected_for():

@@ -97,7 +97,7 @@ def plan(tmp_path, monkeypatch):
 def test_a_variant_is_trained_again_for_its_own_mixer_alone(plan):
     texts = plan()
     users = {name for name, text in texts.items() if "cat/mixers/mamba.py" in text}
-    assert users == {"train/mamba.txt", "evaluate/ar.txt", "evaluate/text.txt"}
+    assert users == {"train/mamba.txt", "train/mamba_qk.txt", "evaluate/ar.txt", "evaluate/text.txt"}
     assert "cat/theory.py" in texts["train/theory.txt"]
     assert "cat/tasks/text.py" in texts["generate/text.txt"]
     assert not any("cat/tasks/text.py" in texts[f"train/{variant}.txt"] for variant in ("k", "mamba", "theory"))

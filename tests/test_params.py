@@ -158,7 +158,7 @@ UNKNOWN = {
     "evaluate.multiple": ([1], "evaluate.multiple = [1]: unknown key; did you mean 'multiples'?"),
     "render.dpis": (None, "render.dpis = null: unknown key; did you mean 'dpi'?"),
     "render.zzz": (1, "render.zzz = 1: unknown key; known are dpi, spread"),
-    "variants.k": (LANDMARK | {"blocks": 8}, "variants.k.blocks = 8: unknown key; did you mean 'block'?"),
+    "variants.k": (LANDMARK | {"blok": 8}, "variants.k.blok = 8: unknown key; did you mean 'block'?"),
     "variants.none": (MAMBA | {"expansion": 2}, "variants.none.expansion = 2: unknown key; did you mean 'expand'?"),
 }
 ABSENT = {
@@ -439,7 +439,7 @@ RULES = {
     "attention with turned features": (
         {"variants.linear.position": "rotary", "ablations.baselines.figure": "attention"}
         | {"ablations.baselines.variants": ["linear"], "ablations.kinds.variants": ["qk_channel", "qk_mixing", "qk_network"]}
-        | {"ablations.streams.beside": ["theory", "linear"]}
+        | {"ablations.streams.beside": ["theory", "linear"], "ablations.hybrid.beside": ["none", "qk"]}
         | {"ablations.state.variants": ["qk_state", "based", "performer", "delta", "gla", "mamba", "hyena"]},
         "ablations.baselines: figure = attention shows weights of attention, and variant 'linear' has none",
     ),

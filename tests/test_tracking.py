@@ -119,12 +119,13 @@ def test_an_experiment_s_note_leads_to_the_best_variant_and_to_seeds(store):
     experiment = store.get_experiment_by_name("copying")
     links = re.findall(r"\(#/experiments/(\w+)/runs\?([^)]+)\)", experiment.tags["mlflow.note.content"])
     assert {number for number, _ in links} == {experiment.experiment_id}
-    best, _, seeds, before = (parse_qs(query) for _, query in links)
+    best, _, seeds, before, tried = (parse_qs(query) for _, query in links)
     ranked = store.search_runs([experiment.experiment_id], best["searchFilter"][0], order_by=[f"{best['orderByKey'][0]} DESC"])
     assert ranked[0].info.run_name == "theory"
     assert {run.data.tags["kind"] for run in ranked} == {"variant"}
     assert len(store.search_runs([experiment.experiment_id], seeds["searchFilter"][0])) == 2 * len(ranked)
-    assert store.search_runs([experiment.experiment_id], before["searchFilter"][0]) == []
+    for nothing in (before, tried):
+        assert store.search_runs([experiment.experiment_id], nothing["searchFilter"][0]) == []
 
 
 def test_the_lines_of_a_run_s_note_load_its_model(store):
@@ -193,6 +194,14 @@ def test_exactly_the_runs_of_a_changed_cell_are_replaced(store):
     assert not any(folder.exists() for folder in folders)
 
 
+def best_of_note(store):
+    """The runs that the first link in the note of an experiment shows."""
+    experiment = store.get_experiment_by_name("copying")
+    address = re.search(r"\(#/experiments/\w+/runs\?([^)]+)\)", experiment.tags["mlflow.note.content"])[1]
+    page = store.search_runs([experiment.experiment_id], parse_qs(address)["searchFilter"][0], max_results=1000)
+    return {run.info.run_id for run in page}
+
+
 def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monkeypatch):
     before, stamp = ids(store), tracking.STAMP.read_text()
     monkeypatch.setenv("DVC_EXP_NAME", "tried")
@@ -201,11 +210,14 @@ def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monk
     tried = {run.info.run_id for run in page if run.data.tags["cat.context"] == "tried"}
     assert len(tried) == len(before)
     assert tried.isdisjoint(before.values())
+    assert {run.info.run_name.endswith(" (tried)") for run in page if run.info.run_id in tried} == {True}
+    assert best_of_note(store) == tried - {run.info.run_id for run in page if run.data.tags["kind"] != "variant"}
     assert tracking.STAMP.read_text() == stamp, "or dvc.lock would name the experiment"
     monkeypatch.delenv("DVC_EXP_NAME")
     stage("track")
     left = {run.info.run_id for run in store.search_runs([page[0].info.experiment_id], max_results=1000)}
     assert left == tried | set(before.values())
+    assert best_of_note(store).isdisjoint(tried)
     for run_id in tried:
         store.delete_run(run_id)
 
