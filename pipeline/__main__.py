@@ -135,10 +135,13 @@ def generate(task: str) -> None:
 def train(task: str, variant: str) -> None:
     """Train VARIANT on TASK, every seed of it."""
     study = _pinned()
+    from pipeline.grid import variants_on
     from pipeline.train import Setting, train
 
     section = params.entry(study.tasks, "tasks", task)
     model = params.entry(study.variants, "variants", variant)
+    if variant not in variants_on(study, task):
+        raise params.refusal("params.yaml", [f"ablations: none trains {variant!r} on {task!r}; name both in one"])
     setting = Setting(model, study.train, section.train, study.seeds, study.precision)
     train(task, variant, setting, device=study.device, threads=study.threads)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from types import TracebackType
 from typing import Self
 
@@ -74,9 +75,13 @@ class Progress:
         state.row = row or state.row
         self._draw()
 
-    def end(self, cell: Cell, seconds: float) -> None:
-        """Every run of the cell has ended, `seconds` after the first began."""
-        self._end(cell, f"trained in {seconds:.1f} s{_seen(self.states[cell[:2]].row)}")
+    def end(self, cell: Cell, seconds: float, rows: list[Row]) -> None:
+        """Every run of the cell has ended, `seconds` after the first began; those that count were last seen at `rows`."""
+        seen = ""
+        if rows:
+            loss, accuracy = fmean(row.train_loss for row in rows), fmean(row.valid_accuracy for row in rows)
+            seen = f", loss {loss:.3f}, accuracy {accuracy:.3f}"
+        self._end(cell, f"trained in {seconds:.1f} s{seen}")
 
     def fail(self, cell: Cell) -> None:
         """A run of the cell has failed."""
@@ -118,10 +123,6 @@ class Progress:
 
     def _left(self, state: _State, now: float) -> float | None:
         return (now - (state.began or now)) * (state.total - state.done) / state.done if state.done else None
-
-
-def _seen(row: Row | None) -> str:
-    return f", loss {row.train_loss:.3f}, accuracy {row.valid_accuracy:.3f}" if row else ""
 
 
 def _clock(seconds: float | None) -> str:

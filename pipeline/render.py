@@ -19,7 +19,7 @@ from pipeline.language import recall
 from pipeline.params import Study, shown_tasks, shown_variants
 from pipeline.results import primary, read_results, strays
 from pipeline.stability import every_run
-from pipeline.tables import results_table, verdicts_in_words, what_was_run
+from pipeline.tables import results_table, verdicts_in_short, what_was_run
 
 README_MARKS = ("<!-- results: written by `python -m pipeline readme` -->", "<!-- end of results -->")
 
@@ -57,7 +57,7 @@ def _pictures(study: Study, results: pd.DataFrame, figures: Path, svg: Path) -> 
 def _headline(study: Study, scores: pd.DataFrame) -> str:
     """What README.md shows: the verdicts, and the results of the first ablation."""
     first = next((a for a in study.ablations.values() if a.tasks and a.variants), None)
-    parts = [verdicts_in_words("report.md")]
+    parts = [verdicts_in_short("report.md")]
     if first is not None:
         parts += [results_table(study, scores, first), what_was_run(study)]
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -33,12 +33,13 @@ from dvc.repo.reproduce import _reproduce, get_active_graph, plan_repro
 from dvc.stage import PipelineStage, Stage
 from filelock import FileLock, Timeout
 
+from cat.training import Row
 from pipeline import cluster, compute, params
 from pipeline.cluster import Cluster
 from pipeline.files import LOGS, whole
 from pipeline.processes import available
 from pipeline.progress import Progress
-from pipeline.train import Cell, Job, Setting, Trained, groups, run_jobs, write
+from pipeline.train import Cell, Job, Setting, Trained, choose, groups, run_jobs, write
 
 FIRST = ("plan", "generate")
 LOCK, RWLOCK = Path(".dvc/tmp/pipeline.lock"), Path(".dvc/tmp/rwlock")
@@ -184,7 +185,7 @@ def train(
                 outcomes_of_cell = _alike([outcomes[name].pop(job) for job in cell.jobs])
                 write(cell, outcomes_of_cell, began=time.time() - took)
                 _error_log(cell).unlink(missing_ok=True)
-                progress.end(cell, took)
+                progress.end(cell, took, rows_of_chosen(outcomes_of_cell, cell.meta.goal))
                 yield stage, None
 
 
@@ -194,6 +195,12 @@ def _run(
     start = time.perf_counter()
     trained = run_jobs(*cell_and_jobs, device, report)
     return time.perf_counter() - start, trained
+
+
+def rows_of_chosen(outcomes: list[Trained], goal: str) -> list[Row]:
+    """The last look at each run of the learning rate that is chosen, but of those that diverged."""
+    chosen = choose(outcomes, goal)
+    return [o.history[-1] for o in outcomes if o.job.learning_rate == chosen and not o.diverged]
 
 
 def _alike(trained: list[Trained]) -> list[Trained]:

@@ -77,23 +77,40 @@ def what_was_run(study: Study) -> str:
     )
 
 
-def verdicts_in_words(report: str = "") -> str:
+def verdicts_in_short(report: str) -> str:
     """The claims of claims.yaml with their verdicts, as Markdown, linked to their figures in the file `report`."""
     every = read_verdicts()
     verdicts = of_the_study(every)
     if not len(verdicts):
         return left_out(every)
-    counts = verdicts["verdict"].value_counts()
-    said = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in ("supported", "contradicted", "undecided"))
+    rows = [(f"{row.says} ({row.source})", f"[**{row.verdict}**]({report}#{row.figure})") for row in verdicts.itertuples()]
+    table = pd.DataFrame(rows, columns=["claim", "verdict"])
+    told = f"{_counted(every)} [The report]({report}) has the effect behind each, and how sure it is."
+    return f"{table.to_markdown(index=False)}\n\n{told}"
+
+
+def verdicts_in_words() -> str:
+    """The claims of claims.yaml with their verdicts and what decided them, as Markdown, linked to their figures."""
+    every = read_verdicts()
+    verdicts = of_the_study(every)
+    if not len(verdicts):
+        return left_out(every)
     table = verdict_table(verdicts)
-    table["figure"] = [f"[{name}]({report}#{name})" for name in verdicts["figure"]]
+    table["figure"] = [f"[{name}](#{name})" for name in verdicts["figure"]]
     return (
-        f"{table.to_markdown(index=False, disable_numparse=True)}\n\n"
-        f"{len(verdicts)} claim{'s' if len(verdicts) > 1 else ''}: {said}."
-        + (f" {others}" if (others := left_out(every)) else "")
-        + " An effect is the mean of the metric less that of the other side, in the comparison named under *decided by*; its"
+        f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_counted(every)}"
+        " An effect is the mean of the metric less that of the other side, in the comparison named under *decided by*; its"
         " interval is Student's, over seeds and test sequences, or over seeds alone where the metric is not the one that stands"
         " for its task. p is of the same test but of the whole claim: of its comparisons the largest for it, or the smallest"
         " against it times their number where it is contradicted, corrected for all claims; a dash where no seed and no sequence"
         " differs, and nothing is tested. claims.yaml says what decides a claim, verdicts/comparisons.csv has every comparison."
     )
+
+
+def _counted(every: pd.DataFrame) -> str:
+    """How many claims have which verdict, in a sentence or two."""
+    verdicts = of_the_study(every)
+    counts = verdicts["verdict"].value_counts()
+    said = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in ("supported", "contradicted", "undecided"))
+    others = left_out(every)
+    return f"{len(verdicts)} claim{'s' if len(verdicts) > 1 else ''}: {said}." + (f" {others}" if others else "")

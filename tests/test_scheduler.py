@@ -328,11 +328,12 @@ def test_progress_shows_what_is_in_work_and_says_what_has_ended(study):
         Console(file=shown, width=100).print(progress.table())
         assert re.search(r"copying none +2 of 10 +2.500 +0.250 +0:00 *\n0 of 2 cells, 10% of the steps", shown.getvalue())
         assert "copying k" not in shown.getvalue()
-        progress.end(none, 1.25)
+        progress.end(none, 1.25, [look(2, [loss], [1.0], 3.5, accuracy, None) for loss, accuracy in ((2.0, 0.5), (1.0, 1.0))])
+        progress.end(none, 9.0, [])  # once is enough
         progress.fail(k)
         progress.fail(k)
     assert said.getvalue().splitlines() == [
         "2 cells to train, 2 runs at a time",
-        "[1/2] copying none: trained in 1.2 s, loss 2.500, accuracy 0.250",
+        "[1/2] copying none: trained in 1.2 s, loss 1.500, accuracy 0.750",
         "[2/2] copying k: failed",
     ]
