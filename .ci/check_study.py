@@ -93,6 +93,17 @@ assert mlflow_runs() == expected
 print("exact: only the cells of the edited variant were trained again")
 
 shutil.copy("presets/smoke.yaml", "params.yaml")
+repro()
+raw = YAML(typ="safe").load(Path("params.yaml"))
+raw["tasks"]["copying"]["data"]["test"] += 1
+with Path("params.yaml").open("w") as file:
+    YAML().dump(raw, file)
+ran = repro()
+assert sorted(ran) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"], ran
+assert mlflow_runs() == expected
+print("exact: other test sequences trained nothing again")
+
+shutil.copy("presets/smoke.yaml", "params.yaml")
 ran = repro()
 assert Path("dvc.lock").read_text() == lock
 print("reverted: dvc.lock is what it was")

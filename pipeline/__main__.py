@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -38,12 +39,14 @@ def command(function: Callable[..., None]) -> click.Command:
         except KeyboardInterrupt:
             click.echo(f"{name}: interrupted", err=True)
             sys.exit(130)
-        except MemoryError as error:
-            click.echo(f"{name}: out of memory ({error})", err=True)
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error))):
+                raise
+            click.echo(f"{name}: out of memory ({params.printable(' '.join(str(error).split()))})", err=True)
             sys.exit(2)
         except (ValueError, OSError) as error:
             file = getattr(error, "filename", None)
-            words = f"{file}: {error.strerror}" if isinstance(error, OSError) and file else str(error)
+            words = f"{file}: {error.strerror or error}" if isinstance(error, OSError) and file else str(error)
             click.echo(f"{name}: {params.printable(' '.join(words.split()))}", err=True)
             sys.exit(2)
 
@@ -112,7 +115,7 @@ def run(jobs: int | None, ray: str | None) -> None:
     except scheduler.FailedCellsError as error:
         click.echo(f"failed:\n{error}", err=True)
         sys.exit(1)
-    except (KeyboardInterrupt, ValueError) as error:
+    except (KeyboardInterrupt, ValueError, OSError) as error:
         for failures in getattr(error, "__notes__", ()):
             click.echo(f"failed:\n{failures}", err=True)
         raise
@@ -135,12 +138,11 @@ def generate(task: str) -> None:
 def train(task: str, variant: str) -> None:
     """Train VARIANT on TASK, every seed of it."""
     study = _pinned()
-    from pipeline.grid import variants_on
     from pipeline.train import Setting, train
 
     section = params.entry(study.tasks, "tasks", task)
     model = params.entry(study.variants, "variants", variant)
-    if variant not in variants_on(study, task):
+    if not any(task in ablation.tasks and variant in ablation.variants for ablation in study.ablations.values()):
         raise params.refusal("params.yaml", [f"ablations: none trains {variant!r} on {task!r}; name both in one"])
     setting = Setting(model, study.train, section.train, study.seeds, study.precision)
     train(task, variant, setting, device=study.device, threads=study.threads)

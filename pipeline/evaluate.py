@@ -20,16 +20,15 @@ from cat.context import ByRecall, bins, loss_by_position, loss_by_recall, sample
 from cat.diagnostics import attention_statistics, filter_taps
 from cat.evaluation import Scores, Tally, outcomes
 from cat.model import SequenceModel
+from cat.tasks import Task
 from cat.tasks.base import Extents, Recalled, Spans
 from pipeline import checkpoints, compute, runs
 from pipeline.files import (
-    DATA,
     FILTERS,
+    HELDOUT,
     POSITIONS,
     RESULTS,
     SCORES,
-    Meta,
-    read_meta,
     read_split,
     read_task,
     whole,
@@ -70,14 +69,14 @@ def evaluate(
 
     A seed that diverged has empty values.
     """
-    meta, where = read_meta(task), compute.resolve_device(device)
+    data, where = read_task(task), compute.resolve_device(device)
     jobs = [Job(variant, seed) for variant in variants for seed in seeds]
     with tqdm(total=len(jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
 
         def advance(done: int) -> None:
             bar.update(done)
 
-        work = functools.partial(_found, task, meta, precision)
+        work = functools.partial(_found, task, data, precision)
         tables = compute.spread(work, jobs, device=where, threads=threads, report=advance)
     with whole(RESULTS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.scores), COLUMNS)
@@ -111,35 +110,35 @@ def metrics(answered: Tally, extents: Extents | None, *, autoregressive: bool) -
     }
 
 
-def _found(task: str, meta: Meta, precision: str, job: Job, device: torch.device, report: compute.Report) -> Found:
-    path = runs.weights_path(task, job.variant, job.seed)
-    model = runs.load_model(path).to(device) if path.exists() else None
+def _found(task: str, data: Task, precision: str, job: Job, device: torch.device, report: compute.Report) -> Found:
+    diverged = job.seed in runs.diverged(task, job.variant)
+    model = None if diverged else runs.load_model(runs.weights_path(task, job.variant, job.seed)).to(device)
     longest = runs.longest(task, job.variant)
-    extents = _extents(task) if meta.goal == "loss" else None
+    extents = _extents(task) if data.goal == "loss" else None
     key = {"task": task, **job._asdict()}
     rows: Rows = []
     sequences: Sequences = {}
     if model is not None:
-        rows += _tidy({**key, "length": meta.length}, _attention(task, meta, model, device))
-    for length in meta.lengths:
+        rows += _tidy({**key, "length": data.length}, _attention(task, data, model, device))
+    for length in data.lengths:
         if longest is not None and length > longest:
             continue
         recalled = _recalled(task, length)
         if model is None:
-            values = dict.fromkeys(metrics(_ANYTHING, extents, autoregressive=meta.autoregressive), math.nan)
+            values = dict.fromkeys(metrics(_ANYTHING, extents, autoregressive=data.autoregressive), math.nan)
             values |= dict.fromkeys(ByRecall._fields if recalled else (), math.nan)
         else:
             split = runs.split(task, f"test_{length}", device)
-            parts = list(outcomes(model, split, precision=precision, autoregressive=meta.autoregressive))
+            parts = list(outcomes(model, split, precision=precision, autoregressive=data.autoregressive))
             answered = Tally.of(parts)
             sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(answered, extents)
-            values = metrics(answered, extents, autoregressive=meta.autoregressive)
+            values = metrics(answered, extents, autoregressive=data.autoregressive)
             if recalled:
                 losses = torch.cat([part.loss.double().cpu() for part in parts]).numpy()
                 values |= loss_by_recall(losses, *recalled)._asdict()
         rows += _tidy({**key, "length": length}, values.items())
     filters = [] if model is None else _filters(key, model)
-    positions = [] if model is None or extents is None else _positions(key, meta, precision, model, device)
+    positions = [] if model is None or extents is None else _positions(key, data, precision, model, device)
     report(1)
     return Found(rows, filters, positions, sequences)
 
@@ -151,25 +150,25 @@ def _sequences(answered: Tally, extents: Extents | None) -> NDArray[np.float32]:
 
 
 def _extents(task: str) -> Extents:
-    with np.load(DATA / task / "extents.npz", allow_pickle=False) as arrays:
+    with np.load(HELDOUT / task / "extents.npz", allow_pickle=False) as arrays:
         return Extents(**arrays)
 
 
 def _recalled(task: str, length: int) -> Recalled | None:
     """Which answers of a test split can be recalled, where that was asked."""
-    path = DATA / task / "recalled.npz"
+    path = HELDOUT / task / "recalled.npz"
     if not path.exists():
         return None
     with np.load(path, allow_pickle=False) as arrays:
         return Recalled(*(arrays[f"{kind}_{length}"] for kind in Recalled._fields))
 
 
-def _positions(key: dict[str, Any], meta: Meta, precision: str, model: SequenceModel, device: torch.device) -> Rows:
+def _positions(key: dict[str, Any], data: Task, precision: str, model: SequenceModel, device: torch.device) -> Rows:
     """Bits per byte of the text in each bin of positions: of all tokens there, with eight bits a byte that no token tells."""
-    task, length = key["task"], meta.lengths[-1]
+    task, length = key["task"], data.lengths[-1]
     examples = read_split(task, f"test_{length}")
-    chosen, ends = sample(len(examples.inputs), length), np.array(bins(meta.length, length))
-    with np.load(DATA / task / "spans.npz", allow_pickle=False) as arrays:
+    chosen, ends = sample(len(examples.inputs), length), np.array(bins(data.length, length))
+    with np.load(HELDOUT / task / "spans.npz", allow_pickle=False) as arrays:
         spans = Spans(*(arrays[kind][chosen].astype(np.int64) for kind in Spans._fields))
     tokens = np.concatenate([examples.inputs[chosen], examples.targets[chosen, -1:]], axis=1, dtype=np.int64)
     rows: Rows = []
@@ -184,10 +183,10 @@ def _positions(key: dict[str, Any], meta: Meta, precision: str, model: SequenceM
     return rows
 
 
-def _attention(task: str, meta: Meta, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:
+def _attention(task: str, data: Task, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:
     """What every layer attends to at the training length, by name of the metric."""
-    examples = read_split(task, f"test_{meta.length}")
-    sources = read_task(task).sources(examples)
+    examples = read_split(task, f"test_{data.length}")
+    sources = data.sources(examples)
     inputs, asked = torch.tensor(examples.inputs, device=device).long(), torch.tensor(examples.targets >= 0, device=device)
     where = None if sources is None else torch.tensor(sources, device=device)
     for layer, statistics in enumerate(attention_statistics(model, inputs, asked, where), 1):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cat.tasks import Examples
 from pipeline import runs
-from pipeline.files import read_meta, read_split, read_task
+from pipeline.files import read_split, read_task
 
 Integers = NDArray[np.integer[Any]]
 
@@ -28,8 +28,9 @@ class Example(NamedTuple):
 
 def read_example(task: str) -> Example:
     """The first test sequence of the training length. Raises ValueError where answers stand nowhere in a sequence."""
-    examples = Examples(*(array[:1] for array in read_split(task, f"test_{read_meta(task).length}")))
-    sources = read_task(task).sources(examples)
+    data = read_task(task)
+    examples = Examples(*(array[:1] for array in read_split(task, f"test_{data.length}")))
+    sources = data.sources(examples)
     if sources is None:
         raise ValueError(f"task {task!r}: its answers stand nowhere in its sequences")
     (asked,) = np.nonzero(sources[0] >= 0)

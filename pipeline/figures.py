@@ -268,10 +268,13 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     cells = [(t, v) for t in tables for v in trained_variants(study, ablation) if v in set(tables[t]["variant"])]
     theorems = [v for v in shown_variants(ablation) if isinstance(study.variants[v], Theory)]
     streams = ("q", "k", "v")
+    rows = max(len(cells), 1)
     figure, grid = plt.subplots(
-        len(cells), 3, figsize=(10.5, 2.1 * len(cells)), squeeze=False, sharex=True, sharey=True, layout="constrained"
+        rows, 3, figsize=(10.5, 2.1 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
-    for (task, variant), row in zip(cells, grid, strict=True):
+    if not cells:
+        grid[0, 0].set_title("no seed of any variant has ended with a filter")
+    for (task, variant), row in zip(cells, grid, strict=bool(cells)):
         for stream, axes in zip(streams, row, strict=True):
             here = tables[task][(tables[task]["stream"] == stream) & (tables[task]["lag"] < LAGS)]
             prescribed = here[here["variant"].isin(theorems) & (here["seed"] == study.seeds[0])]
@@ -282,7 +285,8 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             )
             axes.axhline(0, color="0.5", lw=0.8)
             axes.set_title(f"{variant} on {task}: {stream}" + ("" if len(trained) else ", no filter"))
-    set_ticks(grid[0, 0], range(max(int(max(t.loc[t["lag"] < LAGS, "lag"].max() for t in tables.values())), 1) + 1), "{:g}")
+    lags = pd.concat([table["lag"] for table in tables.values()])
+    set_ticks(grid[0, 0], range(max(lags[lags < LAGS].max(), 1) + 1 if len(lags) else 2), "{:g}")
     for axes in grid[-1]:
         axes.set_xlabel("tokens back")
     for axes in grid[:, 0]:

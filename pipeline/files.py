@@ -18,6 +18,8 @@ from pydantic import TypeAdapter
 from cat.tasks import Examples, Task, TaskConfiguration, Windows
 
 PLAN, DATA, RUNS, RESULTS, REPORTS = Path("plan"), Path("data"), Path("runs"), Path("results"), Path("reports")
+HELDOUT = Path("heldout")
+"""What training does not see of the tasks: their test splits."""
 FILTERS, POSITIONS = RESULTS / "filters", RESULTS / "positions"
 SCORES, VERDICTS = Path("scores"), Path("verdicts")
 LOGS = Path("logs")
@@ -29,23 +31,32 @@ CHECKPOINTS = Path("checkpoints")
 def whole(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path`, a file or a folder to be; it replaces `path` when the block ends without an error.
 
-    Its content is on the disk before it does, so that even a power cut leaves the one or the other. An OSError that names no
-    file, as when the disk is full, is given the name of `path`.
+    Its content is on the disk before it does, so that even a power cut leaves the one or the other; of a folder, between two
+    renames, neither. What a link leads to is replaced, not the link. An OSError that names no file, as when the disk is full,
+    is given the name of `path`.
     """
+    name, path = path, path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     _remove(part)
     try:
         yield part
         for file in (part, *part.rglob("*")):
             _settle(file)
-        if path.is_dir():
-            _remove(path)
-        part.replace(path)
+        if path.is_dir():  # nothing takes the place of a folder that has something in it
+            _remove(old)
+            path.replace(old)
+        try:
+            part.replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+        _remove(old)
         _settle(path.parent)
     except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        if error.filename is None and error.errno is not None:
+            error.filename = str(name)
         raise
     finally:
         _remove(part)
@@ -112,28 +123,27 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Iterable[str]
 
 
 class Meta(NamedTuple):
-    """What a model and its scores need to know of a task's data."""
+    """What training needs to know of a task's data."""
 
     vocabulary: int
     length: int
-    lengths: tuple[int, ...]
     goal: str
     autoregressive: bool
     digest: str
-    """Of all of it, the examples too."""
+    """Of all that training reads, the examples too; the test splits are nothing to it."""
 
 
 def read_meta(task: str) -> Meta:
     path = DATA / task / "meta.json"
     meta = read_json(path)
     with readable(path, "the description of a task's data"):
-        about = meta["vocabulary"], meta["length"], tuple(meta["lengths"]), meta["goal"], meta["autoregressive"]
+        about = meta["vocabulary"], meta["length"], meta["goal"], meta["autoregressive"]
         return Meta(*about, digest=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def read_task(task: str) -> Task:
-    """The configuration that the task's data were generated from."""
-    path = DATA / task / "meta.json"
+    """The configuration that the task's test splits, and with them its data, were generated from."""
+    path = HELDOUT / task / "meta.json"
     meta = read_json(path)
     with readable(path, "the description of a task's data"):
         return TypeAdapter(TaskConfiguration).validate_python(meta["config"])
@@ -141,7 +151,7 @@ def read_task(task: str) -> Task:
 
 def read_split(task: str, split: str) -> Examples:
     """Any but the training split of a text. Raises ValueError where there is no such split, or something else in its file."""
-    path = DATA / task / f"{split}.npz"
+    path = (HELDOUT if split.startswith("test_") else DATA) / task / f"{split}.npz"
     with readable(path, "a split of a task's data"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return Examples(arrays["inputs"], arrays["targets"])
 

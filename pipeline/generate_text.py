@@ -9,10 +9,9 @@ import numpy as np
 import torch
 
 from cat.generation import generate
-from cat.tasks import Text
 from cat.tasks.tokenizing import Bytes, Tokenizer, load
 from pipeline import compute, runs
-from pipeline.files import DATA, read_task, readable
+from pipeline.files import DATA, read_json, readable
 from pipeline.grid import variants_on
 from pipeline.params import Study, printable
 
@@ -65,9 +64,11 @@ def _check(study: Study, task: str, variant: str) -> None:
 
 def _tokenizer(task: str) -> Tokenizer:
     """The one that the task's data were made with."""
-    data, path = read_task(task), DATA / task / "tokenizer.json"
-    if isinstance(data, Text) and data.tokens == "bytes":
-        return Bytes()
+    about, path = DATA / task / "meta.json", DATA / task / "tokenizer.json"
+    meta = read_json(about)
+    with readable(about, "the description of a task's data"):
+        if meta["config"].get("tokens", "bytes") == "bytes":
+            return Bytes()
     with readable(path, "a tokenizer"):
         return load(path.read_text(encoding="utf-8"))
 

@@ -229,10 +229,13 @@ def decide(claims: dict[str, Claim], comparisons: dict[str, list[Comparison]]) -
 
 
 def _p_values(rows: list[Comparison]) -> tuple[float, float]:
-    """For the claim and against it; nan where nothing was tested."""
+    """For the claim and against it; nan where nothing was tested, and for it where a comparison could not be made."""
     tested = [row for row in rows if not math.isnan(row.p_for)]
-    against = min((row.p_against for row in tested), default=math.nan)
-    return max((row.p_for for row in tested), default=math.nan), min(1.0, against * len(rows)) if tested else math.nan
+    if not tested:
+        return math.nan, math.nan
+    decidable = not any(math.isnan(row.effect) for row in rows)
+    against = min(row.p_against for row in tested)
+    return max(row.p_for for row in tested) if decidable else math.nan, min(1.0, against * len(rows))
 
 
 def _verdict(claim: Claim, rows: list[Comparison], p_for: float, p_against: float) -> tuple[Verdict, Comparison, str]:

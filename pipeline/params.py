@@ -180,6 +180,9 @@ class ParamsError(Exception):
         self.lines = [printable(line) for line in lines]
         super().__init__("\n".join(self.lines))
 
+    def __reduce__(self) -> tuple[type[ParamsError], tuple[list[str]]]:
+        return ParamsError, (self.lines,)
+
 
 def printable(text: str) -> str:
     """`text` in one line, with what no terminal should be sent escaped."""

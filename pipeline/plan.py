@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from cat.configuration import OF_A_MODEL, Configuration, Hybrid, Model, Theory, Variant
 from pipeline.code import listings
-from pipeline.files import DATA, PLAN, read_json, whole, write_json
+from pipeline.files import HELDOUT, PLAN, read_json, whole, write_json
 from pipeline.grid import cells, variants_on
 from pipeline.params import Study, read, refusal, shown_variants
 
@@ -23,8 +23,8 @@ _STAGES = Path("dvc.yaml")
 def write(study: Study) -> None:
     """plan/<stage>/<name>.txt, what each stage depends on besides data and parameters; params.schema.json, which none changes.
 
-    That is the code that it runs; of data and training what the configuration leaves to defaults, which are no parameters; and
-    for an evaluation the variants that it walks.
+    That is the code that it runs; of data and training what the configuration leaves to defaults, which are no parameters; for
+    an evaluation the variants that it walks; and for a theorem the longest sequences that it prescribes weights for.
     """
     kinds = {task: f"cat/tasks/{section.data.kind}.py" for task, section in study.tasks.items()}
     looked_at = {v for a in study.ablations.values() if a.figure == "example" for v in shown_variants(a)}
@@ -44,6 +44,9 @@ def write(study: Study) -> None:
     texts = listings(begin)
     for variant, model in study.variants.items():
         texts[f"train/{variant}"] += _defaults(model)
+        if isinstance(model, Theory):
+            on = (task for task in study.tasks if variant in variants_on(study, task))
+            texts[f"train/{variant}"] += "".join(f"{task}: {study.tasks[task].data.lengths[-1]} tokens at most\n" for task in on)
     for task, section in study.tasks.items():
         texts[f"generate/{task}"] += _defaults(section.data)
         texts[f"evaluate/{task}"] += "".join(f"{variant}\n" for variant in variants_on(study, task))
@@ -84,15 +87,22 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
     stages = raw.get("stages") if isinstance(raw, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(name, str) for name in stages):
         raise refusal(_STAGES, ["has no mapping of stages"])
-    trained = {match[1] for name in stages if (match := re.fullmatch(r"train_(\w+)", name))}
+    trained = {match[1]: stages[name] for name in stages if (match := re.fullmatch(r"train_(\w+)", name))}
     faults = [
+        f"ablations.{name}: the matrix of train_{name} in dvc.yaml must be"
+        f" {{task: ${{ablations.{name}.tasks}}, variant: ${{ablations.{name}.variants}}}}"
+        for name, stage in trained.items()
+        if not isinstance(stage, dict)
+        or stage.get("matrix") != {"task": f"${{ablations.{name}.tasks}}", "variant": f"${{ablations.{name}.variants}}"}
+    ]
+    faults += [
         f"ablations.{name}: dvc.yaml has no stage for it; copy another train_ stage to train_{name} and put {name} in its matrix"
         for name, ablation in study.ablations.items()
         if ablation.tasks and ablation.variants and name not in trained
     ]
     faults += [
         f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"
-        for name in sorted(trained - set(study.ablations))
+        for name in sorted(trained.keys() - study.ablations.keys())
     ]
     if faults:
         raise refusal(file, faults)
@@ -101,7 +111,7 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
 def of_other_files(study: Study) -> Iterator[str]:
     """A line for each task whose source has other files now than its data were made of: DVC sees the path, not the files."""
     for name, section in study.tasks.items():
-        path = DATA / name / "meta.json"
+        path = HELDOUT / name / "meta.json"
         if not path.exists():
             continue
         meta, config = read_json(path), section.data.model_dump(mode="json", exclude_defaults=True)

@@ -57,10 +57,17 @@ def report(study: Study) -> None:
             parts.append(_table(gains_table(study, ablation, results)))
         parts.append(_what_was_run(study, ablation))
     costs = costs_of(study, scores)
-    begin(study)
-    with whole(REPORTS / "cost.png") as png, whole(REPORTS / "cost.svg") as svg:
-        save(cost(study, costs), png, svg)
-    parts += ['<a id="cost"></a>', "## What does it cost?", "![accuracy by cost](cost.png)", _COST, _folded("The numbers", costs)]
+    if len(costs):  # a study of theorems alone has none
+        begin(study)
+        with whole(REPORTS / "cost.png") as png, whole(REPORTS / "cost.svg") as svg:
+            save(cost(study, costs), png, svg)
+        parts += [
+            '<a id="cost"></a>',
+            "## What does it cost?",
+            "![accuracy by cost](cost.png)",
+            _COST,
+            _folded("The numbers", costs),
+        ]
     text = "\n\n".join(filter(None, parts)) + "\n"
     with whole(MARKDOWN) as markdown, whole(PAGE) as html:
         markdown.write_text(text, encoding="utf-8")
@@ -181,4 +188,4 @@ def costs_of(study: Study, scores: pd.DataFrame) -> pd.DataFrame:
                     "value": values.get((task, variant), math.nan),
                 }
             )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["task", "variant", "parameters", "seconds a run", "value"])

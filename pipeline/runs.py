@@ -42,6 +42,13 @@ def _read_summary(path: Path) -> Any:
         return {**summary, "model": summary["model"], "runs": summary["runs"]}
 
 
+def diverged(task: str, variant: str) -> set[int]:
+    """The seeds whose run at the chosen learning rate has no weights, since it diverged."""
+    summary = read_summary(task, variant)
+    chosen = summary["learning_rate"]
+    return {run["seed"] for run in summary["runs"] if run["learning_rate"] == chosen and run["stop"] == "diverged"}
+
+
 def digest(task: str, variant: str) -> str:
     """Of the summary, which has the validation scores of every run: tells this result from another of the same name."""
     return hashlib.sha256((folder(task, variant) / "summary.json").read_bytes()).hexdigest()

@@ -14,12 +14,14 @@ import json
 import math
 import multiprocessing
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from functools import partial, reduce
+from multiprocessing import forkserver
 from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,7 @@ from pipeline.cluster import Cluster
 from pipeline.files import LOGS, whole
 from pipeline.processes import available
 from pipeline.progress import Progress
+from pipeline.provenance import provenance
 from pipeline.train import Cell, Job, Setting, Trained, choose, groups, run_jobs, write
 
 FIRST = ("plan", "generate")
@@ -118,7 +121,7 @@ def _noted(failures: dict[str, str]) -> Iterator[None]:
     """What ends the run before its failures are raised is given a note of them."""
     try:
         yield
-    except (KeyboardInterrupt, ValueError) as error:
+    except (KeyboardInterrupt, ValueError, OSError) as error:
         if failures:
             error.add_note(_in_lines(failures))
         raise
@@ -163,6 +166,7 @@ def train(
     jobs = [(stage, group) for stage in order for group in groups(stage.cell, device(stage.cell.task))]
     outcomes: dict[str, dict[Job, Trained]] = {stage.stage: {} for stage in stale}
     began: dict[str, float] = {}
+    origin = provenance()
     work = (
         partial(joined.work, tasks=[stage.cell.task for stage, _ in jobs])
         if joined
@@ -183,7 +187,7 @@ def train(
             if len(outcomes[name]) == len(cell.jobs):
                 took = time.monotonic() - began[name]
                 outcomes_of_cell = _alike([outcomes[name].pop(job) for job in cell.jobs])
-                write(cell, outcomes_of_cell, began=time.time() - took)
+                write(cell, outcomes_of_cell, began=time.time() - took, origin=origin)
                 _error_log(cell).unlink(missing_ok=True)
                 progress.end(cell, took, rows_of_chosen(outcomes_of_cell, cell.meta.goal))
                 yield stage, None
@@ -214,6 +218,12 @@ def _method() -> str:
     if sys.platform == "win32":
         return "spawn"
     multiprocessing.set_forkserver_preload(["pipeline.train"])
+    # Ctrl-C in a terminal is for it as well, and what it makes of that is a traceback.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
     return "forkserver"
 
 
@@ -227,7 +237,8 @@ def _log_failure(cell: Cell, jobs: tuple[Job, ...], failure: compute.Failure) ->
     which = "; ".join(f"learning rate {job.learning_rate:g}, seed {job.seed}" for job in jobs)
     with whole(_error_log(cell)) as path:
         path.write_text(f"{cell.task} {cell.variant}, {which}\n\n{failure.trace}\n")
-    return f"{failure.error or type(failure.error).__name__} (see {_error_log(cell)})"
+    first = next(iter(str(failure.error).splitlines()), "") or type(failure.error).__name__
+    return f"{first} (see {_error_log(cell)})"
 
 
 def _error_log(cell: Cell) -> Path:
@@ -258,9 +269,10 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
             done.append(stage)
         return stage
 
-    repo = Repo()
-    try:
-        with _params_read_once(), lock_repo(repo), repo.scm_context():
+    # What has been trained is worth waiting for another command of DVC's.
+    repo = Repo(_wait_for_lock=bool(trained))
+    with _params_read_once(), lock_repo(repo), repo.scm_context():
+        try:
             # Not as targets of DVC, which reads dvc.yaml and dvc.lock anew for each.
             stages = _named(repo, targets)
             if trained and targets:
@@ -271,9 +283,9 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
             else:
                 graph = get_active_graph(repo.index.graph)
                 _reproduce(plan_repro(graph, stages), graph=graph, repro_fn=record_or_run)
-    finally:
-        if done:
-            done[0].dvcfile.dump_stages(done, update_pipeline=False)
+        finally:
+            if done:
+                done[0].dvcfile.dump_stages(done, update_pipeline=False)
 
 
 def _named(repo: Repo, targets: Iterable[str] | None) -> list[Stage]:

@@ -3,10 +3,15 @@
 A run is found by a digest of everything that is logged in it. What is there already is left alone, what is missing is
 logged, so the store can be thrown away, and repeats change nothing. What the files no longer say stays, as part of an older
 study: tags say which studies a run belongs to, and whether the files still say it. Runs made under `dvc exp run` bear the
-experiment's name and are not touched by the runs of the workspace, nor touch them.
+experiment's name and are not touched by the runs of the workspace, nor touch them. Under `dvc exp run --temp` or `--queue` the
+store is made in DVC's temporary folder and lost with it, unless MLFLOW_TRACKING_URI names another.
 
-A store on this machine that was left complete, and the files that it shows, are known again by their sizes and times. For DVC,
-which cannot compare stores, there is a digest of what is logged.
+A store on this machine that was left complete, and the files that it shows, are known again by their sizes and times. One that
+was copied or moved with its folder is given the new paths of its artifacts. For DVC, which cannot compare stores, there is a
+digest of what is logged.
+
+On a server, which other folders may log to as well, a run bears the folder that logged it. Others use it where it is what they
+would log, and leave it there.
 """
 
 from __future__ import annotations
@@ -15,9 +20,12 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -44,10 +52,10 @@ REST = ARTIFACTS / ".complete"
 STAMP = ARTIFACTS / "stamp"
 """A digest of all that is logged, whenever and wherever that was trained."""
 STUDY = "study"
+"""The experiment that holds the run of the report."""
 WORKSPACE = "workspace"
 """The context of a run of no experiment of DVC's."""
-"""The experiment that holds the run of the report."""
-_KEY = "cat.key"
+_KEY, _CONTEXT, _FOLDER = "cat.key", "cat.context", "cat.folder"
 CURVES = {
     "train_loss": "train/loss",
     "peak_loss": "train/peak_loss",
@@ -124,8 +132,11 @@ def track(study: Study, *, prune: bool = False) -> None:
     from mlflow.tracking import MlflowClient
 
     try:
-        if local and not STORE.exists():
-            _begin_store()
+        if local:
+            if STORE.exists():
+                _follow_the_folder()
+            else:
+                _begin_store()
         _sync(MlflowClient(_uri()), study, records, artifacts=ARTIFACTS.resolve() if local else None, prune=prune)
     except MlflowException as error:
         raise ValueError(f"MLflow at {_uri()}: {' '.join(str(error).split())[:200]}") from None
@@ -144,9 +155,34 @@ def _begin_store() -> None:
     folder = STORE.with_name(f".{STORE.name}.part")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    MlflowClient(f"sqlite:///{(folder / STORE.name).resolve()}").search_experiments()
+    MlflowClient(f"sqlite:///{folder / STORE.name}").search_experiments()
     (folder / STORE.name).replace(STORE)
     shutil.rmtree(folder)
+
+
+def _follow_the_folder() -> None:
+    """MLflow keeps the full paths of artifacts: in a store that was copied or moved they lead to the folder where it was.
+
+    Raises ValueError where the store cannot be read.
+    """
+    here = ARTIFACTS.resolve().as_uri()
+    try:
+        # Not by MLflow, which has no way to do it.
+        with closing(sqlite3.connect(STORE)) as opened, opened:
+            for name, place in list(opened.execute("select name, artifact_location from experiments")):
+                there, _, folder = place.rpartition("/")
+                if there.endswith(f"/{ARTIFACTS.name}") and unquote(folder) == name and there != here:
+                    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                        inside = f"substr({column}, 1, {len(place)}) = ?"
+                        moved = f"? || substr({column}, {len(there) + 1})"
+                        opened.execute(f"update {table} set {column} = {moved} where {inside}", (here, place))
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"{STORE}: {error}; without it and {ARTIFACTS} it is built again") from None
+
+
+def _path(uri: str) -> Path:
+    """The folder on this machine that MLflow calls so."""
+    return Path(unquote(urlparse(uri).path))
 
 
 def load_run(run_id: str) -> SequenceModel:
@@ -168,11 +204,12 @@ def load_run(run_id: str) -> SequenceModel:
 
 
 def _uri() -> str:
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{STORE.resolve()}"
+    # A relative path: in that of the folder there may be signs that mean something in an address, such as ? and %.
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{STORE}"
 
 
 def _appearance() -> str:
-    """A digest of the names, sizes and times of all that is logged, of what logs it, and of the store."""
+    """A digest of the names, sizes and times of all that is logged, of what logs it, and of the store; of where all this is."""
     folders = (path for folder in (RUNS, RESULTS, VERDICTS, REPORTS, LOGS) for path in folder.rglob("*"))
     files = sorted([*folders, *DATA.glob("*/meta.json"), Path("params.yaml"), Path(__file__), STORE])
     digest = hashlib.sha256(os.environ.get("DVC_EXP_NAME", "").encode())
@@ -180,6 +217,7 @@ def _appearance() -> str:
         if path.is_file():
             about = path.stat()
             digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+    digest.update(os.fsencode(f"{Path.cwd()} {sorted(map(str, ARTIFACTS.glob('*/*')))}"))
     return digest.hexdigest()
 
 
@@ -189,17 +227,28 @@ def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, 
     pages = Pages(study, {name: _experiment(client, name, artifacts).experiment_id for name in names}, context)
     if artifacts is not None:
         _tidy(client)
+    here = _folder()
+
+    def ours(run: Run) -> bool:
+        """Not logged by another folder, which may still be at it, or need it when we no longer do."""
+        return artifacts is not None or run.data.tags.get(_FOLDER) == here
+
     there: dict[str, Run] = {}
-    for run in _our_runs(client, [e.experiment_id for e in client.search_experiments()], context):
+    for run in _runs_in(client, [e.experiment_id for e in client.search_experiments()], context):
         key = run.data.tags[_KEY]
-        if run.info.status != "FINISHED" or key in there:
-            client.delete_run(run.info.run_id)
-        elif key in records or not prune:
+        has_files = artifacts is not None and key in records and any(records[key].files.values())
+        lost = has_files and not _path(run.info.artifact_uri).exists()
+        if run.info.status != "FINISHED" or key in there or lost:
+            if ours(run):
+                client.delete_run(run.info.run_id)
+        elif key in records:
             there[key] = run
-        else:
+        elif ours(run) and prune:
             client.delete_run(run.info.run_id)
-            if artifacts is not None:
-                shutil.rmtree(Path(unquote(urlparse(run.info.artifact_uri).path)).parent, ignore_errors=True)
+            if artifacts is not None and (folder := _path(run.info.artifact_uri).parent).is_relative_to(artifacts):
+                shutil.rmtree(folder, ignore_errors=True)
+        elif ours(run):
+            there[key] = run
     for key in there.keys() - records.keys():
         _tag(client, there[key], {"current": "no"})
     from tqdm import tqdm
@@ -216,7 +265,9 @@ def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, 
             if (run := there.get(key)) is not None:
                 ids[key] = run.info.run_id
                 tags["studies"] = " ".join(dict.fromkeys([*run.data.tags.get("studies", "").split(), name_of_study]))
-                _tag(client, run, {**tags, "mlflow.note.content": pages.note(record, ids[key])})
+                tags["mlflow.note.content"] = pages.note(record, ids[key])
+                # Study, parent and links of another folder's run are those of the study that it is of.
+                _tag(client, run, tags if ours(run) else {name: tags[name] for name in ("current", "studies")})
             else:
                 ids[key] = _log(client, key, record, tags, pages)
                 bar.update()
@@ -259,7 +310,7 @@ class Pages:
             (f"their `test/{PRIMARY[goal]}` against length, as a chart", variants, "&compareRunsMode=CHART"),
             ("every seed", seeds, by),
             ("what older studies found", "tags.current = 'no'", ""),
-            ("what experiments of DVC found", f"tags.cat.context != '{WORKSPACE}'", ""),
+            ("what experiments of DVC found", f"tags.{_CONTEXT} != '{WORKSPACE}'", ""),
         )
         links = "\n".join(f"* [{words}]({self._search([experiment], wanted)}{more})" for words, wanted, more in listed)
         return (
@@ -300,7 +351,17 @@ class Pages:
 
 def _in_context(name: str) -> str:
     """The runs of one of DVC's experiments, or of none."""
-    return f"tags.cat.context = '{name or WORKSPACE}'"
+    return f"tags.{_CONTEXT} = '{_context(name)}'"
+
+
+def _context(name: str) -> str:
+    """How a tag names one of DVC's experiments: without quotes, which MLflow's filters cannot escape."""
+    return quote(name) or WORKSPACE
+
+
+def _folder() -> str:
+    """A digest that tells this folder from those that others log from."""
+    return hashlib.sha256(os.fsencode(f"{platform.node()} {Path.cwd()}")).hexdigest()[:16]
 
 
 def _tidy(client: MlflowClient) -> None:
@@ -314,7 +375,7 @@ def _tidy(client: MlflowClient) -> None:
         client.delete_experiment(default.experiment_id)
 
 
-def _our_runs(client: MlflowClient, experiments: list[str], context: str) -> Iterator[Run]:
+def _runs_in(client: MlflowClient, experiments: list[str], context: str) -> Iterator[Run]:
     token = None
     while True:
         page = client.search_runs(experiments, _in_context(context), max_results=1000, page_token=token)
@@ -351,7 +412,8 @@ def _log(client: MlflowClient, key: str, record: Record, tags: Mapping[str, str]
         "kind": record.kind,
         "mlflow.source.type": "PROJECT",
         "mlflow.source.name": "dvc repro",
-        "cat.context": record.context or WORKSPACE,
+        _CONTEXT: _context(record.context),
+        _FOLDER: _folder(),
         _KEY: key,
     }
     if "commit" in record.origin:

@@ -30,12 +30,13 @@ from cat.evaluation import Split, TrainingSplit, score
 from cat.model import SequenceModel
 from cat.parallel import ALONE, Group, local_rank, process_group
 from cat.replicas import can_be_stacked, fit_together
+from cat.tasks import Task
 from cat.tasks.base import derive_seed
 from cat.training import Row, Run, build_model, fit, look
-from pipeline import compute, runs
+from pipeline import compute, params, runs
 from pipeline.checkpoints import Checkpoint, Keeper
 from pipeline.determinism import MARK
-from pipeline.files import CHECKPOINTS, LOGS, Meta, read_code, read_meta, read_task, whole, write_csv, write_json
+from pipeline.files import CHECKPOINTS, LOGS, Meta, read_code, read_meta, whole, write_csv, write_json
 from pipeline.provenance import provenance
 
 TOGETHER = 1 << 18
@@ -62,11 +63,14 @@ class Cell(NamedTuple):
     meta: Meta
     code: str | None
     """The listing that `plan` has made of it; None where there is none."""
+    theorem: Task | None = None
+    """What a theorem is about, up to its longest sequences; None for what is trained, to which these are nothing."""
 
     @classmethod
     def of(cls, task: str, variant: str, setting: Setting) -> Cell:
         """The cell as it is now."""
-        return cls(task, variant, setting, read_meta(task), read_code(variant))
+        theorem = params.load().tasks[task].data if isinstance(setting.model, Theory) else None
+        return cls(task, variant, setting, read_meta(task), read_code(variant), theorem)
 
     @property
     def jobs(self) -> list[Job]:
@@ -112,7 +116,7 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
 
     Ctrl-C ends it after the step that it is in, which the next call goes on from; raises KeyboardInterrupt then.
     """
-    began = time.time()
+    began, origin = time.time(), provenance()
     where = compute.own_device(device, local_rank())
     cell = Cell.of(task, variant, setting)
     steps = len(cell.jobs) * setting.schedule.steps
@@ -124,11 +128,14 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
             side_by_side = threads if group.size == 1 else 1
             trained = compute.spread(run, together, device=where, threads=side_by_side, report=report)
     if group.rank == 0:
-        write(cell, list(chain.from_iterable(trained)), began=began)
+        write(cell, list(chain.from_iterable(trained)), began=began, origin=origin)
 
 
-def write(cell: Cell, outcomes: list[Trained], *, began: float) -> None:
-    """Writes the cell's folder: summary, history, and the weights of the learning rate that is chosen; and its log."""
+def write(cell: Cell, outcomes: list[Trained], *, began: float, origin: dict[str, Any]) -> None:
+    """Writes the cell's folder: summary, history, and the weights of the learning rate that is chosen; and its log.
+
+    `origin` is the provenance of the code when training began: the checkout may have moved on since.
+    """
     task, variant, meta = cell.task, cell.variant, cell.meta
     chosen = choose(outcomes, meta.goal)
     about = {"config": outcomes[0].config, "vocabulary": meta.vocabulary, "length": meta.length}
@@ -143,7 +150,7 @@ def write(cell: Cell, outcomes: list[Trained], *, began: float) -> None:
         head = {"task": task, "variant": variant, "model": about, "device": outcomes[0].device, "learning_rate": chosen}
         write_json(folder / "summary.json", {**head, **_summary(outcomes)})
     spent = math.fsum(outcome.seconds for outcome in outcomes)
-    log = {**provenance(), "started": began, "seconds": spent, "summary": runs.digest(task, variant)}
+    log = {**origin, "started": began, "seconds": spent, "summary": runs.digest(task, variant)}
     with whole(LOGS / task / f"{variant}.json") as path:
         write_json(path, log)
 
@@ -244,7 +251,7 @@ def _fit(
     together: bool,
 ) -> list[tuple[Run, float]]:
     """Trains these models at once, from where they stand, and the seconds spent on each; not `together`, one model."""
-    task, _, setting, meta, _ = cell
+    task, setting, meta = cell.task, cell.setting, cell.meta
     assert not isinstance(setting.model, Theory)
     train, valid = _splits(task, device)
     models = [
@@ -294,7 +301,8 @@ def _prescribe(cell: Cell, job: Job, device: torch.device, report: compute.Repor
     from cat.theory import prescribed
 
     start = time.perf_counter()
-    model = prescribed(read_task(cell.task)).to(device)
+    assert cell.theorem is not None
+    model = prescribed(cell.theorem).to(device)
     _, valid = _splits(cell.task, device)
     scores = score(model, valid, precision=cell.setting.precision)
     report((cell.setting.schedule.steps, None))

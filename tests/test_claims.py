@@ -208,6 +208,16 @@ def test_a_claim_is_as_sure_as_its_least_sure_comparison_and_against_it_each_cou
     assert both["p"].tolist() == pytest.approx([0.01 * 2 * harmonic, 2 * 0.002 * 2 * harmonic])
 
 
+def test_a_claim_that_cannot_be_decided_changes_no_other():
+    row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported", p_against=1.0)
+    sure = [row._replace(p_for=0.004)]
+    gap = [row._replace(p_for=1e-9), Comparison("it", "ar", "accuracy", 36, "q", "none", reason="too few seeds: 1 of 3")]
+    alone = decide({"it": claim()}, {"it": sure})
+    beside = decide({"it": claim(), "gap": claim()}, {"it": sure, "gap": gap})
+    assert alone["p"][0] == beside["p"][0]
+    assert beside["verdict"].tolist() == ["supported", "undecided"]
+
+
 def test_what_is_not_sure_enough_is_shown_by_its_least_sure_comparison():
     row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported", p_against=1.0)
     rows = [row._replace(effect=0.4, p_for=0.001), row._replace(variant="q", p_for=0.06), row._replace(effect=0.3)]

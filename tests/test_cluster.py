@@ -77,7 +77,7 @@ def test_a_study_of_which_a_machine_is_lost_ends_as_a_local_one(study, machines,
 
 
 def files():
-    folders = ("data", "plan", "runs", "results", "scores")
+    folders = ("data", "heldout", "plan", "runs", "results", "scores")
     return [Path("dvc.lock"), *(p for folder in folders for p in Path(folder).rglob("*") if p.is_file())]
 
 

@@ -131,6 +131,15 @@ def test_figures_are_drawn_anew_when_variants_change_places(plan):
     assert all(after[name] == before[name] for name in after if name.startswith("train/"))
 
 
+def test_a_theorem_s_weights_are_prescribed_again_for_other_lengths_and_nothing_is_trained(plan):
+    before = plan()
+    edit(**{"tasks.copying.data.test": 31, "tasks.copying.data.multiples": [1, 2, 8]})
+    after = plan()
+    assert {name for name in after if after[name] != before[name]} == {"train/theory.txt"}
+    edit(**{"tasks.copying.data.test": 30, "tasks.copying.data.multiples": [0.5, 1, 2, 8]})
+    assert plan() == after
+
+
 def test_the_schema_is_the_same_for_every_study(plan):
     plan()
     before = (PLAN.parent / "params.schema.json").read_text()

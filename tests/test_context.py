@@ -15,7 +15,7 @@ from cat.evaluation import Split, Tally, outcomes, tally
 from cat.model import SequenceModel
 from cat.tasks import IGNORE, Text, generator, ngrams
 from cat.tasks.ngrams import occurs, pack, stood_before
-from pipeline.files import DATA
+from pipeline.files import HELDOUT
 from pipeline.generate import generate
 
 VOCABULARY = 11
@@ -142,7 +142,7 @@ def test_answers_are_recalled_where_the_definition_says_so(n, tokens, tmp_path, 
     )
     generate("text", task, 0)
     seen = set()
-    with np.load(DATA / "text" / "recalled.npz") as found, np.load(DATA / "text" / "spans.npz") as spans:
+    with np.load(HELDOUT / "text" / "recalled.npz") as found, np.load(HELDOUT / "text" / "spans.npz") as spans:
         train = task_tokens(task, "train")
         for length in task.lengths:
             inputs, targets = task.examples("test", length, 19, generator(0, "text", "test"))

@@ -14,7 +14,7 @@ import pytest
 
 from cat.tasks import Text, corpora
 from cat.tasks.corpora import PLACE, REPOSITORY, REVISION, WIKITEXT_103, Published, corpus, digests, ends_a_word, read
-from pipeline.files import DATA
+from pipeline.files import DATA, HELDOUT
 from pipeline.generate import generate
 from tests.hub import serving
 from tests.study import ROOT
@@ -150,7 +150,7 @@ def test_a_spoilt_split_is_refused_in_one_line_and_nothing_is_written(spoil, fol
         tokens="words",
     )  # fmt: skip
     assert fault(generate, "wiki", task, 0).startswith(words)
-    assert list(DATA.rglob("*")) == []
+    assert [*DATA.rglob("*"), *HELDOUT.rglob("*")] == []
 
 
 def fetch(hub, home, *splits, **environment):

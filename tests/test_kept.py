@@ -412,6 +412,7 @@ def test_the_seconds_of_a_run_are_those_of_all_times_that_it_was_gone_on_with(tm
     assert one.read().seconds == keep.seconds(0) == 22
 
 
+MORE = {"tasks.copying.data.test": 40, "tasks.copying.data.multiples": [1, 2, 3]}
 CHANGES = {
     "nothing": (lambda: None, 4),
     "another seed": (lambda: edit(seeds=[0, 1, 2]), 4 + 2 * 7),
@@ -420,6 +421,7 @@ CHANGES = {
     "the protocol": (lambda: edit(**{"train.clip": 0.5}), 4 * 7),
     "the variant": (lambda: edit(**{"variants.k.k": 2}), 4 * 7),
     "the data": (lambda: (edit(data_seed=1), stage("generate", "copying")), 4 * 7),
+    "other test sequences": (lambda: (edit(**MORE), stage("generate", "copying")), 4),
     "the code": (lambda: Path("plan/train/k.txt").write_text("0123456789abcdef  cat/training.py\n"), 4 * 7),
     "no plan": (lambda: shutil.rmtree("plan"), 4 * 7),
     "a bit": (lambda: altered(Path("checkpoints/copying/k/0.01_1.safetensors"), -3), 7),
@@ -661,8 +663,10 @@ def test_a_clock_that_is_put_back_changes_nothing(study, planned, monkeypatch):
 
 
 READERS = {
-    "data/copying/meta.json": (lambda: read_meta("copying"), lambda: read_task("copying")),
+    "data/copying/meta.json": (lambda: read_meta("copying"),),
     "data/copying/train.npz": (lambda: read_split("copying", "train"),),
+    "heldout/copying/meta.json": (lambda: read_task("copying"),),
+    "heldout/copying/test_32.npz": (lambda: read_split("copying", "test_32"),),
     "runs/copying/k/summary.json": (lambda: runs.read_summary("copying", "k"), lambda: runs.longest("copying", "k")),
     "runs/copying/k/seed_0.safetensors": (lambda: runs.load_model("runs/copying/k/seed_0.safetensors"),),
 }

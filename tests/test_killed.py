@@ -21,7 +21,7 @@ from tests.test_kept import digests, edit, small_study
 
 STAGES = {"generate": ["generate"], "train": ["train_streams"], "evaluate": ["evaluate"], "render": ["render"], "publish": []}
 """What is killed -> targets of `dvc repro`."""
-OUTPUTS = ("plan", "data", "runs", "results", "scores", "verdicts", "reports")
+OUTPUTS = ("plan", "data", "heldout", "runs", "results", "scores", "verdicts", "reports")
 MOMENTS = 10
 
 

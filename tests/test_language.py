@@ -15,7 +15,7 @@ from pipeline import params, runs
 from pipeline.drawing import save
 from pipeline.evaluate import Found, Job, _found
 from pipeline.figures import training
-from pipeline.files import read_meta, read_split
+from pipeline.files import read_split, read_task
 from pipeline.generate import generate
 from pipeline.grid import cells
 from pipeline.language import gains, gains_table, positions, positions_table, recall
@@ -56,7 +56,7 @@ def test_bits_by_position_are_those_of_all_tokens_of_a_bin(study):
     examples, ends = read_split("text", "test_64"), bins(TRAINED, 64)
     assert len(sample(32, 64)) == 32
     assert ends == [8, 16, 24, 32, 40, 48, 56, 64]
-    with np.load("data/text/spans.npz") as spans:
+    with np.load("heldout/text/spans.npz") as spans:
         size, unknown = spans["bytes"].astype(float), spans["unknown"].astype(float)
     assert unknown.any()
     tokens = np.concatenate([examples.inputs, examples.targets[:, -1:]], axis=1).astype(np.int64)
@@ -78,7 +78,7 @@ def test_recalled_answers_are_scored_apart_at_every_length(study):
     for length in LENGTHS:
         parts = outcomes(model, Split.of(*map(torch.tensor, read_split("text", f"test_{length}"))))
         loss = torch.cat([part.loss for part in parts]).double().numpy()
-        with np.load("data/text/recalled.npz") as masks:
+        with np.load("heldout/text/recalled.npz") as masks:
             recalled, rare = masks[f"recalled_{length}"], masks[f"rare_{length}"]
         row = results.loc["k", 0, length]
         assert row["recalled_share"] == recalled.mean() > 0
@@ -92,8 +92,8 @@ def test_recalled_answers_are_scored_apart_at_every_length(study):
 
 def test_a_seed_that_diverged_has_empty_losses_and_no_bits(study):
     runs.weights_path("text", "k", 1).unlink()
-    found = _found("text", read_meta("text"), "float32", Job("k", 1), torch.device("cpu"), lambda done: None)
-    whole = _found("text", read_meta("text"), "float32", Job("k", 0), torch.device("cpu"), lambda done: None)
+    found = _found("text", read_task("text"), "float32", Job("k", 1), torch.device("cpu"), lambda done: None)
+    whole = _found("text", read_task("text"), "float32", Job("k", 0), torch.device("cpu"), lambda done: None)
     assert isinstance(found, Found)
     assert found.positions == []
     assert all(math.isnan(row["value"]) for row in found.scores)
@@ -109,7 +109,7 @@ def test_other_tasks_have_only_the_header(study):
     stage("evaluate", "copying")
     assert not len(read_positions("copying"))
     assert not pd.read_csv("results/copying.csv")["metric"].str.contains("recalled").any()
-    assert not any((Path("data/copying", path)).exists() for path in ("spans.npz", "recalled.npz"))
+    assert not any((Path("heldout/copying", path)).exists() for path in ("spans.npz", "recalled.npz"))
 
 
 def test_a_gain_is_what_the_reference_loses_more_of_the_same_seed(study):

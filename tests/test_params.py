@@ -924,6 +924,18 @@ def test_the_cells_are_the_stages_that_dvc_trains(file, stages, project):
         assert variants_on(study, task) == [v for v in raw["variants"] if any((task, v) == cell[:2] for cell in expected)]
 
 
+def test_a_stage_of_another_ablation_s_cells_is_refused(stages, project):
+    dump(SMOKE, project / "params.yaml")
+    text = (project / "dvc.yaml").read_text()
+    (project / "dvc.yaml").write_text(text.replace("ablations.depth.variants", "ablations.kinds.variants"))
+    with pytest.raises(ParamsError) as raised:
+        check_stages(load("params.yaml"))
+    assert raised.value.lines == [
+        "params.yaml: ablations.depth: the matrix of train_depth in dvc.yaml must be"
+        " {task: ${ablations.depth.tasks}, variant: ${ablations.depth.variants}}"
+    ]
+
+
 def test_empty_lists_switch_an_ablation_off(stages, project):
     off = {"ablations.depth.tasks": [], "ablations.depth.variants": [], "variants.qk_l2": MISSING}
     dump(edited(off), project / "params.yaml")

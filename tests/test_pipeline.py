@@ -14,7 +14,7 @@ import torch
 
 from pipeline import compute, params, runs
 from pipeline.code import CHOICES, RULES
-from pipeline.files import read_meta, read_split, whole, write_csv
+from pipeline.files import read_meta, read_split, read_task, whole, write_csv
 from pipeline.grid import cells, variants_on
 from pipeline.params import ParamsError
 from pipeline.results import primary, read_results, strays
@@ -45,20 +45,51 @@ def digests(folder):
 
 
 def test_a_task_s_folder_says_what_it_is(study):
-    meta = json.loads(Path("data/ar/meta.json").read_text())
-    assert meta["config"]["pairs"] == 4
-    assert meta["lengths"] == [10, 20, 40]
-    assert (
-        set(meta["splits"])
-        == {"train", "valid", "test_10", "test_20", "test_40"}
-        == {p.stem for p in Path("data/ar").glob("*.npz")}
-    )
-    for split, about in meta["splits"].items():
+    meta, apart = (json.loads(Path(folder, "ar/meta.json").read_text()) for folder in ("data", "heldout"))
+    assert meta["config"]["pairs"] == apart["config"]["pairs"] == 4
+    assert apart["lengths"] == [10, 20, 40]
+    assert set(meta["splits"]) == {"train", "valid"} == {p.stem for p in Path("data/ar").glob("*.npz")}
+    assert set(apart["splits"]) == {"test_10", "test_20", "test_40"} == {p.stem for p in Path("heldout/ar").glob("*.npz")}
+    for split, about in (meta["splits"] | apart["splits"]).items():
         examples = read_split("ar", split)
         assert examples.inputs.shape == examples.targets.shape == (about["examples"], about["length"])
         assert examples.inputs.dtype == np.uint8
         assert examples.targets.dtype == np.int8
     assert read_meta("ar").vocabulary == meta["vocabulary"] > read_split("ar", "train").inputs.max()
+
+
+OF_TEXT = {"tokens": "bpe", "vocabulary_size": 300}
+OTHERS = [("ar", {}), ("copying", {}), ("text", {}), ("text", OF_TEXT), ("text", {"tokens": "words"})]
+
+
+@pytest.mark.parametrize(("task", "changes"), OTHERS)
+@pytest.mark.parametrize("others", [{"test": 31}, {"multiples": [1, 2, 3]}, {"test": 31, "multiples": [1, 2]}])
+def test_what_training_reads_does_not_depend_on_what_is_tested(study, task, changes, others):
+    Path("lines.txt").write_text("".join(f"{n} and {n * n} are two numbers .\n" for n in range(1000)))
+    if task == "text":
+        edit(**{f"tasks.text.data.{key}": value for key, value in {"source": "lines.txt", **changes}.items()})
+    stage("generate", task)
+    before, heldout, meta = digests(Path("data", task)), digests(Path("heldout", task)), read_meta(task)
+    edit(**{f"tasks.{task}.data.{key}": value for key, value in others.items()})
+    stage("generate", task)
+    assert digests(Path("data", task)) == before
+    assert read_meta(task) == meta
+    assert digests(Path("heldout", task)) != heldout
+    assert read_task(task) == params.load().tasks[task].data
+
+
+def test_training_has_no_need_of_what_is_tested(study):
+    """The weights of a theorem hold up to the longest sequences, of which params.yaml has the length."""
+    before = digests(Path("runs"))
+    shutil.rmtree("heldout")
+    for task, variant in (("copying", "theory"), ("copying", "k"), ("text", "k")):
+        stage("train", task, variant)
+    assert digests(Path("runs")) == before
+    edit(**{"tasks.copying.data.multiples": [1, 2, 8]})
+    stage("train", "copying", "theory")
+    stage("train", "copying", "k")
+    after = digests(Path("runs"))
+    assert {Path(name).parent for name in before if after[name] != before[name]} == {Path("copying/theory")}
 
 
 def test_stages_repeat_to_the_bit_whatever_the_threads(study):
@@ -75,7 +106,7 @@ def test_stages_repeat_to_the_bit_whatever_the_threads(study):
 def outputs():
     """Digests of what the stages put out; the report has times in it and is no output."""
     found = {}
-    for folder in ("runs/ar", "data", "results", "reports/figures", "reports/svg", "reports/metrics"):
+    for folder in ("runs/ar", "data", "heldout", "results", "reports/figures", "reports/svg", "reports/metrics"):
         found |= digests(Path(folder))
     return found | {
         name: Path("reports", name).read_bytes() for name in ("lengths.csv", "diagnosis.csv", "stability.csv", "headline.md")
@@ -329,6 +360,13 @@ def test_a_theorem_s_weights_are_prescribed_once_for_every_seed(study):
     assert (results["value"] == 1).all()
 
 
+def test_weights_that_are_gone_are_not_taken_for_a_run_that_diverged(study, capsys):
+    runs.weights_path("ar", "k", 0).unlink()
+    with pytest.raises(SystemExit):
+        stage("evaluate", "ar")
+    assert "runs/ar/k/seed_0.safetensors: is missing; runs/ar/k has seed_1;" in capsys.readouterr().err
+
+
 def test_an_output_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "out"
     with whole(target) as part:
@@ -347,11 +385,60 @@ def test_numbers_are_written_so_that_they_come_back(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "a,b\n0.30000000000000004,\n"
 
 
-@pytest.mark.parametrize(
-    ("jobs", "threads", "workers"), [(1, 4, 1), (3, 1, 1), (3, 2, 3), (4, 2, 2), (5, 2, 3), (6, 4, 6), (2, 4, 2)]
-)
-def test_workers_end_together(jobs, threads, workers):
+@pytest.mark.parametrize(("jobs", "threads", "workers"), [(1, 4, 1), (3, 1, 1), (3, 2, 2), (31, 16, 16), (2, 4, 2)])
+def test_threads_are_as_many_as_are_asked_for(jobs, threads, workers):
     assert compute._processes(jobs, threads) == workers
+
+
+@pytest.mark.parametrize(("jobs", "cores", "workers"), [(3, 1, 1), (1, 2, 1), (3, 2, 3), (4, 2, 2), (24, 16, 24), (25, 16, 16)])
+def test_where_nothing_is_asked_for_a_few_more_jobs_than_cores_end_together(jobs, cores, workers, monkeypatch):
+    monkeypatch.setattr(compute, "available", lambda: cores)
+    assert compute._processes(jobs, "auto") == workers
+
+
+class OfTwoWordsError(Exception):
+    def __init__(self, one, other):
+        super().__init__(f"{one} {other}")
+
+
+def _failing(kind, device, report):
+    raise {"two": OfTwoWordsError("such", "words"), "params": ParamsError(["a: 1", "b: 2"])}[kind]
+
+
+def test_an_error_comes_from_another_process_as_it_is_or_in_its_words():
+    with pytest.raises(RuntimeError, match=r"^OfTwoWordsError: such words$"):
+        compute.spread(_failing, ["two", "two"], device=torch.device("cpu"), threads=2)
+    with pytest.raises(ParamsError) as raised:
+        compute.spread(_failing, ["params", "params"], device=torch.device("cpu"), threads=2)
+    assert raised.value.lines == ["a: 1", "b: 2"]
+
+
+def test_what_a_link_leads_to_is_written_whole(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "old").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    with whole(tmp_path / "out") as part:
+        part.mkdir()
+        (part / "new").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "big").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "out"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    replace = Path.replace
+
+    def refuse(path, target):
+        if path.name.endswith(".part"):
+            raise PermissionError(13, "Permission denied")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError), whole(tmp_path / "out") as part:
+        part.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 
 
 def test_jobs_keep_their_order_and_pass_on_what_they_report():
@@ -377,6 +464,7 @@ def test_a_device_that_is_not_there_is_refused_in_words():
     ("arguments", "line"),
     [
         (("train", "ar", "kk"), "params.yaml: variants.kk: is missing; did you mean 'k'?\n"),
+        (("train", "copying", "mamba"), "params.yaml: ablations: none trains 'mamba' on 'copying'; name both in one\n"),
         (("train", "arr", "k"), "params.yaml: tasks.arr: is missing; did you mean 'ar'?\n"),
         (("generate", "nope"), "params.yaml: tasks.nope: is missing\n"),
     ],

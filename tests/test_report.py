@@ -229,6 +229,13 @@ def test_filters_are_drawn_beside_the_theorem_s(study):
     assert values.get_title() == "qk on ar: v, no filter"
 
 
+def test_filters_of_which_no_run_is_left_are_an_empty_figure(study):
+    pd.read_csv("results/filters/ar.csv").head(0).to_csv("results/filters/ar.csv", index=False)
+    ablation = params.Ablation(question="?", tasks=["ar"], variants=["qk"], beside=["theory"], figure="filters")
+    axes = filters(study, ablation, primary(study, read_results(study))).axes
+    assert [a.get_title() for a in axes] == ["no seed of any variant has ended with a filter", "", ""]
+
+
 def test_a_question_about_the_inside_needs_no_stage_and_must_make_sense(study):
     edit(
         **{

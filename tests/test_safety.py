@@ -290,8 +290,8 @@ def test_a_damaged_file_is_named_in_one_line(arguments, file, damage, words, stu
 
 @pytest.mark.parametrize("damage", [objects, write(PICKLE)], ids=["objects", "pickle"])
 def test_data_are_never_unpickled(damage, study):
-    for split in ("train", "test_16"):
-        damage(Path(f"data/copying/{split}.npz"))
+    for split in ("data/copying/train.npz", "heldout/copying/test_16.npz"):
+        damage(Path(split))
     before = contents(study)
     trained = run("-m", "pipeline", "train", "copying", "k", cwd=study)  # this process remembers the data
     assert (trained.returncode, trained.stdout, trained.stderr.count("\n")) == (2, "", 1)

@@ -1,6 +1,7 @@
 """Many cells at a time: what `dvc repro` makes, to the byte; failures that stay alone; nothing recorded that is not so."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -79,6 +80,14 @@ def test_parallel_and_serial_give_the_same_lock_and_results(study, tmp_path):
     os.chdir(study)
     assert ran() == []
     assert dvc("status") == "Data and pipelines are up to date.\n"
+
+
+def test_other_test_sequences_train_nothing_again(study):
+    scheduler.run(jobs=2)
+    for others in ({"test": 31}, {"multiples": [1, 2, 3]}):
+        edit(**{f"tasks.copying.data.{key}": value for key, value in others.items()})
+        assert not [name for name in json.loads(dvc("status", "--json")) if name.startswith("train_")]
+        assert sorted(ran()) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"]
 
 
 def ran():

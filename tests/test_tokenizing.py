@@ -24,7 +24,7 @@ from cat.tasks.tokenizing import BPE, Bytes, Words, load
 from pipeline import params
 from pipeline.__main__ import main
 from pipeline.evaluate import _sequences, metrics
-from pipeline.files import DATA, RESULTS, SCORES, read_json, read_meta, read_split, read_training
+from pipeline.files import DATA, HELDOUT, RESULTS, SCORES, read_json, read_meta, read_split, read_training
 from pipeline.generate import generate
 from pipeline.grid import cells
 from pipeline.plan import of_other_files
@@ -226,16 +226,17 @@ def test_the_data_of_a_task_have_its_tokenizer_its_extents_and_where_they_are_fr
     monkeypatch.chdir(tmp_path)
     text = task(source, name)
     generate("text", text, 0)
-    meta, folder = read_json(DATA / "text" / "meta.json"), DATA / "text"
-    assert meta["origin"] == {"lines.txt": hashlib.sha256(source.read_bytes()).hexdigest()}
+    folder, apart = DATA / "text", HELDOUT / "text"
+    meta, of_test = read_json(folder / "meta.json"), read_json(apart / "meta.json")
+    assert meta["origin"] == of_test["origin"] == {"lines.txt": hashlib.sha256(source.read_bytes()).hexdigest()}
     assert (folder / "tokenizer.json").exists() == (name != "bytes")
     if name != "bytes":
         saved = (folder / "tokenizer.json").read_bytes()
         assert meta["tokenizer"] == hashlib.sha256(saved).hexdigest()
         assert read_meta("text").vocabulary == Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-    with np.load(folder / "extents.npz") as arrays:
-        assert {key: int(arrays[key].sum()) for key in arrays} == meta["extents"]
-    largest = [read_split("text", split).inputs.max() for split in meta["splits"] if split != "train"]
+    with np.load(apart / "extents.npz") as arrays:
+        assert {key: int(arrays[key].sum()) for key in arrays} == of_test["extents"]
+    largest = [read_split("text", split).inputs.max() for split in ("valid", *of_test["splits"])]
     assert max(*largest, read_training("text").tokens.max()) < meta["vocabulary"] == text.vocabulary
 
 
@@ -294,7 +295,7 @@ def test_a_study_of_a_text_of_ones_own_in_pieces_of_words(source, tmp_path, monk
         if cell.task == "text":
             stage("train", "text", cell.variant)
     stage("evaluate", "text")
-    total = read_json(DATA / "text" / "meta.json")["extents"]
+    total = read_json(HELDOUT / "text" / "meta.json")["extents"]
     table = pd.read_csv(RESULTS / "text.csv").pivot_table(index=["variant", "seed", "length"], columns="metric", values="value")
     with np.load(SCORES / "text.npz") as arrays:
         assert len(arrays) == len(table) > 6

@@ -3,6 +3,8 @@
 import re
 import shutil
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -227,11 +229,181 @@ def test_a_lost_store_is_rebuilt(store, tmp_path, monkeypatch):
         (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, tmp_path / name)
     names, stamp = set(ids(store)), tracking.STAMP.read_text()
     monkeypatch.chdir(tmp_path)
-    stage("track")
+    track()
     assert tracking.STAMP.read_text() == stamp, "there are no logs here of when it was trained"
+    assert set(ids(client_of(tmp_path))) == names
+
+
+def track(*arguments):
+    """In a process of its own: MLflow takes `sqlite:///mlflow.db` for the same store in every folder that a process was in."""
+    subprocess.run([sys.executable, "-m", "pipeline", "track", *arguments], check=True)
+
+
+def client_of(folder):
     from mlflow.tracking import MlflowClient
 
-    assert set(ids(MlflowClient("sqlite:///mlflow.db"))) == names
+    return MlflowClient(f"sqlite:///{folder}/mlflow.db")
+
+
+@pytest.fixture
+def copied(store, tmp_path, monkeypatch):
+    """A copy of the tracked study, store and all, is the working folder."""
+    copy = shutil.copytree(Path.cwd(), tmp_path / "copy")
+    monkeypatch.chdir(copy)
+    return copy
+
+
+def other_answers(variant):
+    """Changes the scores of a variant."""
+    table = Path("results/copying.csv")
+    lines = table.read_text().splitlines()
+    wrong = [re.sub(r"[\d.]+$", "0.0625", line) if f",{variant}," in line else line for line in lines]
+    assert wrong != lines
+    table.write_text("\n".join(wrong) + "\n")
+
+
+def listed(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def all_have_files(client, folder):
+    """Whether the artifacts of every run that has some are within the folder."""
+    runs = [*found(client).values(), *found(client, "study").values()]
+    return all(
+        run.info.artifact_uri.startswith(f"file://{folder}/mlartifacts/") and client.list_artifacts(run.info.run_id)
+        for run in runs
+    )
+
+
+def test_a_copied_study_leaves_the_store_of_the_original_alone(store, copied, tracked_folder):
+    names, before = set(ids(store)), listed(tracked_folder)
+    other_answers("qk")
+    track("--prune")
+    assert listed(tracked_folder) == before
+    client = client_of(copied)
+    assert set(ids(client)) == names
+    assert older(client) == {}
+    assert all_have_files(client, copied)
+    gone = set(ids(store).values()) - set(ids(client).values())
+    assert len(gone) == 3
+    assert gone.isdisjoint(path.name for path in Path("mlartifacts/copying").iterdir())
+
+
+def test_pruning_deletes_no_folder_outside_of_the_store(copied, tmp_path):
+    """Such as that of a run of a task that the study has no longer, in a store that was copied."""
+    kept = tmp_path / "kept" / "artifacts"
+    kept.mkdir(parents=True)
+    track()
+    with sqlite3.connect("mlflow.db") as opened:
+        opened.execute("update runs set artifact_uri = ? where name = 'qk'", [kept.as_uri()])
+    other_answers("qk")
+    track("--prune")
+    assert older(client_of(copied)) == {}
+    assert kept.exists()
+
+
+def test_a_moved_study_has_its_artifacts_where_it_is_now_and_its_older_studies(copied, tmp_path, monkeypatch):
+    other_answers("qk")
+    track()
+    moved = copied.rename(tmp_path / "moved %20 study")
+    monkeypatch.chdir(moved)
+    track()
+    shutil.copy("mlflow.db", tmp_path)
+    client = client_of(tmp_path)
+    before = older(client)
+    assert set(before) == {"qk", "qk seed 0", "qk seed 1"}
+    for run in [*before.values(), *found(client).values(), *found(client, "study").values()]:
+        assert run.info.artifact_uri.startswith(f"{moved.as_uri()}/mlartifacts/")
+        assert client.list_artifacts(run.info.run_id)
+
+
+def test_lost_artifacts_are_logged_again(copied):
+    track()
+    shutil.rmtree("mlartifacts/copying")
+    track()
+    assert all_have_files(client_of(copied), copied)
+
+
+def test_a_damaged_store_is_named_in_one_line(copied, capsys):
+    Path("mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(SystemExit) as stopped:
+        stage("track", "--prune")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("track: mlflow.db: file is not a database")
+
+
+def test_the_folder_may_have_any_name(store, tmp_path, monkeypatch):
+    name = "e?f g%20h #'i"
+    folder = tmp_path / "within" / name
+    folder.parent.mkdir()
+    shutil.copytree(Path.cwd(), folder, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    monkeypatch.chdir(folder)
+    track()
+    assert [path.name for path in folder.parent.iterdir()] == [name]
+    shutil.copy("mlflow.db", tmp_path)
+    client = client_of(tmp_path)
+    assert set(ids(client)) == set(ids(store))
+    (report,) = found(client, "study").values()
+    assert Path(f"mlartifacts/study/{report.info.run_id}/artifacts/report.md").exists()
+
+
+def test_studies_of_two_folders_share_a_server(store, copied, tracked_folder, tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    server = f"sqlite:///{tmp_path}/server.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    client = MlflowClient(server)
+    client.create_experiment("copying", artifact_location=(tmp_path / "copying").as_uri())
+    client.create_experiment("study", artifact_location=(tmp_path / "study").as_uri())
+
+    def runs():
+        page = client.search_runs([client.get_experiment_by_name("copying").experiment_id], max_results=1000)
+        return {run.info.run_id: (run.info.run_name, run.info.status, run.data.tags) for run in page}
+
+    def tags_but_studies(run):
+        return run[:2], {name: value for name, value in run[2].items() if name != "studies"}
+
+    monkeypatch.chdir(tracked_folder)
+    stage("track")
+    unfinished = ids(client)["k seed 0"]
+    client.update_run(unfinished, status="RUNNING")
+    first = runs()
+
+    monkeypatch.chdir(copied)
+    other_answers("qk")
+    stage("track", "--prune")
+    both = runs()
+    for run_id, run in first.items():
+        assert tags_but_studies(both[run_id]) == tags_but_studies(run)
+    added = {name for run_id, (name, *_) in both.items() if run_id not in first}
+    assert added == {"qk", "qk seed 0", "qk seed 1", "k seed 0"}, "what differs, and what is not finished; nothing twice"
+
+    shutil.copy(tracked_folder / "results" / "copying.csv", "results")
+    stage("track", "--prune")
+    after = runs()
+    left = {name for run_id, (name, *_) in after.items() if run_id not in first}
+    assert (left, first.keys() - after.keys()) == ({"k seed 0"}, set()), "its own runs are pruned"
+
+    monkeypatch.chdir(tracked_folder)
+    stage("track")
+    assert unfinished not in runs(), "its own run that is not finished is not left"
+    assert {name for name, *_ in runs().values()} == {name for name, *_ in first.values()}
+
+
+@pytest.mark.parametrize("name", ["it's", "both'and\""])
+def test_an_experiment_of_dvc_may_have_quotes_in_its_name(store, monkeypatch, name):
+    before = ids(store)
+    monkeypatch.setenv("DVC_EXP_NAME", name)
+    stage("track")
+    stage("track", "--prune")
+    page = store.search_runs([store.get_experiment_by_name("copying").experiment_id], max_results=1000)
+    tried = {run.info.run_id for run in page} - set(before.values())
+    assert len(tried) == len(before)
+    assert best_of_note(store) == tried - {run.info.run_id for run in page if run.data.tags["kind"] != "variant"}
+    monkeypatch.delenv("DVC_EXP_NAME")
+    for run_id in tried:
+        store.delete_run(run_id)
+    stage("track")
 
 
 def test_a_server_that_is_not_there_ends_in_one_line(store, monkeypatch, capsys):
@@ -244,15 +416,16 @@ def test_a_server_that_is_not_there_ends_in_one_line(store, monkeypatch, capsys)
     assert lines[-1].startswith("track: MLflow at http://127.0.0.1:9: ")
 
 
+def begin_store(*, then=""):
+    code = f"from pathlib import Path\nfrom pipeline.tracking import _begin_store\n{then}\n_begin_store()"
+    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+
+
 def test_a_store_whose_making_is_ended_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def ended(self, where):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Path, "replace", ended)
-    with pytest.raises(KeyboardInterrupt):
-        tracking._begin_store()
+    ended = begin_store(then="def ended(self, where): raise KeyboardInterrupt\nPath.replace = ended")
+    assert "KeyboardInterrupt" in ended.stderr
+    assert Path(".mlflow.db.part/mlflow.db").exists()
     assert not Path("mlflow.db").exists()
 
 
@@ -260,7 +433,7 @@ def test_what_is_left_of_its_making_is_not_built_upon(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(".mlflow.db.part").mkdir()
     Path(".mlflow.db.part/mlflow.db").write_bytes(b"half of it")
-    tracking._begin_store()
+    assert begin_store().returncode == 0
     assert not Path(".mlflow.db.part").exists()
     with sqlite3.connect("mlflow.db") as opened:
         assert opened.execute("select count(*) from runs").fetchone() == (0,)
