@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Progress:
         seen = ""
         if rows:
             loss, accuracy = fmean(row.train_loss for row in rows), fmean(row.valid_accuracy for row in rows)
-            seen = f", loss {loss:.3f}, accuracy {accuracy:.3f}"
+            seen = f", accuracy {accuracy:.3f}" if math.isnan(loss) else f", loss {loss:.3f}, accuracy {accuracy:.3f}"
         self._end(cell, f"trained in {seconds:.1f} s{seen}")
 
     def fail(self, cell: Cell) -> None:

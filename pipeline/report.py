@@ -38,7 +38,7 @@ def report(study: Study) -> None:
     results = read_results(study)
     scores = primary(study, results)
     verdicts, diagnosis = read_verdicts(), readers.table(REPORTS / "diagnosis.csv", dict.fromkeys(Sign._fields, str))
-    parts = ["# What the study shows", verdicts_in_words(), _study(study)]
+    parts = ["# What the study shows", '<a id="claims"></a>', verdicts_in_words(), _study(study)]
     for name, ablation in study.ablations.items():
         if not (shown_tasks(study, ablation) and shown_variants(ablation)):
             continue

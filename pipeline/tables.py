@@ -85,7 +85,7 @@ def verdicts_in_short(report: str) -> str:
         return left_out(every)
     rows = [(f"{row.says} ({row.source})", f"[**{row.verdict}**]({report}#{row.figure})") for row in verdicts.itertuples()]
     table = pd.DataFrame(rows, columns=["claim", "verdict"])
-    told = f"{_counted(every)} [The report]({report}) has the effect behind each, and how sure it is."
+    told = f"{_counted(every)} [The report]({report}#claims) has the effect behind each, and how sure it is."
     return f"{table.to_markdown(index=False)}\n\n{told}"
 
 

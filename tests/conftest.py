@@ -3,6 +3,7 @@
 import pkgutil
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ install_import_hook(
     [f"cat.{module.name}" for module in pkgutil.iter_modules([str(LIBRARY)]) if module.name not in NOT_CHECKED],
     "beartype.beartype",
 )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _data_of_this_module():
+    """A process that trains knows the splits of a task by its name: those of another module's folder are none of this one's."""
+    if (train := sys.modules.get("pipeline.train")) is not None:
+        train._splits.cache_clear()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What language models do along their context is written, tabled and drawn as it is."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -91,6 +92,11 @@ def test_recalled_answers_are_scored_apart_at_every_length(study):
 
 
 def test_a_seed_that_diverged_has_empty_losses_and_no_bits(study):
+    path = runs.folder("text", "k") / "summary.json"
+    summary = json.loads(path.read_text())
+    for run in summary["runs"]:
+        run["stop"] = "diverged" if run["seed"] == 1 else run["stop"]
+    path.write_text(json.dumps(summary))
     runs.weights_path("text", "k", 1).unlink()
     found = _found("text", read_task("text"), "float32", Job("k", 1), torch.device("cpu"), lambda done: None)
     whole = _found("text", read_task("text"), "float32", Job("k", 0), torch.device("cpu"), lambda done: None)
