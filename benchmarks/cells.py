@@ -32,6 +32,7 @@ from pipeline.evaluate import evaluate
 from pipeline.files import whole, write_json
 from pipeline.grid import variants_on
 from pipeline.judge import judge
+from pipeline.provenance import provenance
 from pipeline.tracking import track
 from pipeline.train import Cell, Job, Trained, run_jobs, write
 
@@ -147,8 +148,9 @@ def given(trained: Trained, cell_and_jobs: tuple[Cell, tuple[Job, ...]], device:
 
 
 def write_all(cells: list[Cell], runs: list[Trained]) -> None:
+    origin = provenance()
     for place, cell in enumerate(cells):
-        write(cell, runs[place * len(SEEDS) : (place + 1) * len(SEEDS)], began=time.time(), seconds=0)
+        write(cell, runs[place * len(SEEDS) : (place + 1) * len(SEEDS)], began=time.time(), origin=origin)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def written():
 def test_every_question_has_a_section_and_every_link_a_target(study):
     text = Path("reports/report.md").read_text()
     anchors = re.findall(r'^<a id="(\w+)"></a>$', text, flags=re.MULTILINE)
-    assert anchors == [*(n for n, a in study.ablations.items() if a.variants or a.beside), "cost"]
+    assert anchors == ["claims", *(n for n, a in study.ablations.items() if a.variants or a.beside), "cost"]
     assert set(re.findall(r"\]\(#(\w+)\)", text)) <= {*anchors, *(claim.figure for claim in load_claims().values())}
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert {path for path in images if not (Path("reports") / path).exists()} == set()
