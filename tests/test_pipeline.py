@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -423,6 +424,20 @@ def test_what_a_link_leads_to_is_written_whole(tmp_path):
     assert (tmp_path / "out").is_symlink()
     assert [path.name for path in (tmp_path / "big").iterdir()] == ["new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "out"]
+
+
+@pytest.mark.parametrize("file", [".dvcignore", ".gitignore"])
+def test_what_a_kill_leaves_of_a_folder_is_ignored(tmp_path, monkeypatch, file):
+    """The new folder, and the old one, which stands aside for a moment."""
+    names = set()
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: (names.update({path.name, Path(to).name}), replace(path, to)))
+    for _ in range(2):
+        with whole(tmp_path / "out") as part:
+            part.mkdir()
+    patterns = (ROOT / file).read_text().splitlines()
+    assert len(names) == 3
+    assert {name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)} == {"out"}
 
 
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
