@@ -12,11 +12,11 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path.cwd()))
 
-from pipeline.claims import load as load_claims
-from pipeline.figures import figures_of
-from pipeline.grid import cells
-from pipeline.params import load, shown_tasks, shown_variants
-from pipeline.results import read_results
+from pipeline.config.claims import load as load_claims
+from pipeline.config.grid import cells
+from pipeline.config.study import load_study, shown_tasks, shown_variants
+from pipeline.figures.plots import figures_of
+from pipeline.storage.results import read_results
 
 
 def repro() -> list[str]:
@@ -42,7 +42,7 @@ def origins() -> dict[str, str]:
     return {run.data.tags["dvc.stage"]: run.data.tags["dvc.md5"] for run in found if "dvc.md5" in run.data.tags}
 
 
-study = load()
+study = load_study()
 expected = {
     task: sorted(
         f"{c.variant}{end}" for c in cells(study) if c.task == task for end in ["", *(f" seed {s}" for s in study.seeds)]
@@ -108,7 +108,7 @@ ran = repro()
 assert Path("dvc.lock").read_text() == lock
 print("reverted: dvc.lock is what it was")
 
-source = Path("cat/attention.py")
+source = Path("cat/ops/attention.py")
 text = source.read_text()
 source.write_text(text + "\n# A remark.\n")
 assert repro() == ["plan"], "a comment ran more than the plan"

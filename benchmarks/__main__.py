@@ -7,9 +7,9 @@ from tabulate import tabulate
 
 from benchmarks import suite
 from benchmarks.measure import Place
-from pipeline.compute import resolve_device
-from pipeline.files import read_json
-from pipeline.params import ParamsError
+from pipeline.config.study import ParamsError
+from pipeline.runtime.workers import resolve_device
+from pipeline.storage.files import read_json
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

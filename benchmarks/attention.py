@@ -7,8 +7,8 @@ from functools import partial
 from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, compared, normal, passes, same_shapes
-from cat.attention import attend
-from cat.landmark import ends, landmark_attend
+from cat.mixers.landmark.op import ends, landmark_attend
+from cat.ops.attention import attend
 
 CHANNELS, TOP = 64, 2
 TARGET = {"cpu": (5, 16384), "cuda": (3, 65536)}

@@ -26,15 +26,16 @@ from tabulate import tabulate
 from benchmarks.measure import peak_memory
 from benchmarks.startup import ROOT, begin_study
 from benchmarks.suite import RESULTS, number, slug
-from pipeline import cluster, params, scheduler
-from pipeline.compute import Report, describe
-from pipeline.evaluate import evaluate
-from pipeline.files import whole, write_json
-from pipeline.grid import variants_on
-from pipeline.judge import judge
-from pipeline.provenance import provenance
-from pipeline.tracking import track
-from pipeline.train import Cell, Job, Trained, run_jobs, write
+from pipeline.config.grid import variants_on
+from pipeline.config.study import load_study
+from pipeline.runtime.workers import Report, describe
+from pipeline.scheduling import ray_cluster, scheduler
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.judge import judge
+from pipeline.stages.train import Cell, Job, Trained, run_jobs, write
+from pipeline.storage.files import whole, write_json
+from pipeline.storage.provenance import provenance
+from pipeline.tracking.sync import track
 
 SIZES = (10, 100, 500)
 FAR = 10_000
@@ -116,12 +117,12 @@ def measure(path: str) -> None:
         return outcome
 
     scheduler.reproduce(scheduler.FIRST)
-    study = params.load()
+    study = load_study()
     stale = timed("stale", scheduler.stale_cells)
     cells = [stage.cell for stage in stale]
     (trained,) = run_jobs(cells[0], (cells[0].jobs[0],), CPU, lambda message: None)
     jobs = [(cell, (job,)) for cell in cells for job in cell.jobs]
-    with cluster.join("local", study) as joined:
+    with ray_cluster.join("local", study) as joined:
 
         def send(jobs: list[tuple[Cell, tuple[Job, ...]]]) -> dict[int, list[Trained]]:
             tasks = [TASK] * len(jobs)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import COST, POWER, Benchmark, Case, Work, compared, normal, passes
-from cat.configuration import Attention
-from cat.convolution import filter_channels, filter_heads, naive_filter_channels, naive_filter_heads
-from cat.mixers.attention import CausalAttention
+from cat.config import Attention
+from cat.mixers.attention.layer import CausalAttention
+from cat.ops.conv.causal import filter_channels, filter_heads, naive_filter_channels, naive_filter_heads
 from cat.types import Heads
 
 TAPS = 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, Work, compared
-from cat.configuration import Attention, Delta, Linear, Mamba, ModelConfiguration
+from cat.config import Attention, Delta, Linear, Mamba, ModelConfiguration
 from cat.mixers.base import Memory
 from cat.model import SequenceModel
 

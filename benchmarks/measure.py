@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cat.replay import Replay
-from pipeline.processes import MAP, TRIM, keep_memory
+from cat.training.cuda_graph import Replay
+from pipeline.runtime.processes import MAP, TRIM, keep_memory
 
 REPEATS = 5
 """Measurements of each way, the two in turn."""
@@ -112,7 +112,7 @@ class Case(Question):
     agree: Agree | None = None
     """Raises AssertionError where two outcomes are not the same; None: `same_numbers`."""
     replay: bool = False
-    """Whether both are replayed on a GPU, as a step of training is (cat/replay.py): without what a launch takes of the CPU."""
+    """Whether both are replayed on a GPU, as a step of training is (training/cuda_graph.py): without what a launch takes of the CPU."""
 
 
 class NotRun(Exception):  # noqa: N818  it is no error

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, compared, normal, passes
-from cat.delta import delta_rule, naive_delta_rule
-from cat.gated_linear_attention import gated_linear_attend, naive_gated_linear_attend
-from cat.linear_attention import linear_attend, naive_linear_attend
-from cat.state_space import naive_selective_scan, selective_scan
+from cat.mixers.delta.op import delta_rule, naive_delta_rule
+from cat.mixers.gla.op import gated_linear_attend, naive_gated_linear_attend
+from cat.mixers.linear.op import linear_attend, naive_linear_attend
+from cat.mixers.mamba.op import naive_selective_scan, selective_scan
 
 TARGET = 20
 

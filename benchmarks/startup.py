@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 
 from benchmarks.measure import REPEATS, SECONDS, Benchmark, Figure, Place, Question, answer
-from pipeline.files import read_json
+from pipeline.storage.files import read_json
 
 ROOT = Path(__file__).parent.parent
 CELL_TARGET, REST_TARGET = 3, 5

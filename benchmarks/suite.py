@@ -20,8 +20,8 @@ from benchmarks.measure import REPEATS, Benchmark, NotRun, Place
 from benchmarks.recurrence import scan
 from benchmarks.startup import startup
 from benchmarks.training import replicas, step
-from pipeline.compute import describe
-from pipeline.files import read_json, whole, write_json
+from pipeline.runtime.workers import describe
+from pipeline.storage.files import read_json, whole, write_json
 
 RESULTS = Path(__file__).parent / "results"
 CONDITIONS = ("threads", "torch", "repeats")

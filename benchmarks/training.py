@@ -11,14 +11,14 @@ from torch import Tensor
 
 from benchmarks.data import mqar
 from benchmarks.measure import Benchmark, Case, NotRun, Work, compared, give_back_memory
-from cat.configuration import Attention, Protocol
-from cat.evaluation import Split
+from cat.config import Attention, Protocol
+from cat.evaluation.scores import Split
 from cat.model import SequenceModel
-from cat.optimizer import AdamW
-from cat.replicas import Stack
 from cat.tasks.base import IGNORE, generator
-from cat.training import build_model, decayed_or_not, mean_loss
-from pipeline.processes import keep_memory
+from cat.training.ensemble import Stack
+from cat.training.fit import build_model, decayed_or_not, mean_loss
+from cat.training.optimizer import AdamW
+from pipeline.runtime.processes import keep_memory
 
 MODEL = Attention(mixer="attention", width=64, layers=1, heads=1, position="none", q=4, k=4, v=4)
 RATE, CLIP, REPLICAS_TARGET = 1e-3, 1.0, 6

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cat.configuration import (
+    from cat.config import (
         Attention,
         Based,
         Delta,
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
         Theory,
         VariantConfiguration,
     )
-    from cat.generation import generate
+    from cat.evaluation.generation import generate
     from cat.layer import ConvolutionAugmentedAttention
-    from cat.mixers import build_mixer
     from cat.mixers.base import Memory
+    from cat.mixers.registry import build_mixer
     from cat.model import SequenceModel
 
 __all__ = [
@@ -62,8 +62,8 @@ _HOMES = {
     "ConvolutionAugmentedAttention": "cat.layer",
     "Memory": "cat.mixers.base",
     "SequenceModel": "cat.model",
-    "build_mixer": "cat.mixers",
-    "generate": "cat.generation",
+    "build_mixer": "cat.mixers.registry",
+    "generate": "cat.evaluation.generation",
 }
 
 if not TYPE_CHECKING:  # a type checker reads the imports above, and would take every other name for one of these
@@ -71,7 +71,7 @@ if not TYPE_CHECKING:  # a type checker reads the imports above, and would take 
     def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOMES.get(name, "cat.configuration")), name)
+        return getattr(import_module(_HOMES.get(name, "cat.config")), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

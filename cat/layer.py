@@ -8,11 +8,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cat.configuration import Attention, Count, Taps
-from cat.mixers import build_mixer
+from cat.config import Attention, Count, Taps
 from cat.mixers.base import Memory
-from cat.mixers.streams import Streams
-from cat.operations import casts
+from cat.mixers.qkv import Streams
+from cat.mixers.registry import build_mixer
+from cat.ops.common import casts
 from cat.types import Hidden
 
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.configuration import ModelConfiguration, SingleMixer
-from cat.mixers import build_mixer
+from cat.config import ModelConfiguration, SingleMixer
 from cat.mixers.base import Memory, tail
-from cat.position import sinusoidal, take
+from cat.mixers.registry import build_mixer
+from cat.ops.position import sinusoidal, take
 from cat.types import Asked, Hidden, Tokens
 
 

@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cat.configuration import Attention, Landmark
-from cat.filters import DecayFilter, ExplicitFilter
-from cat.mixers.landmark import LandmarkAttention
-from cat.mixers.streams import Streams
+from cat.config import Attention, Landmark
+from cat.mixers.filters import DecayFilter, ExplicitFilter
+from cat.mixers.landmark.layer import LandmarkAttention
+from cat.mixers.qkv import Streams
 from cat.model import SequenceModel
 from cat.tasks.base import Task
 from cat.tasks.copying import BOS, SEPARATOR, Copying
 from cat.tasks.recall import Recall
-from cat.training import build_model
+from cat.training.fit import build_model
 from cat.types import Hidden
 
 

@@ -19,10 +19,10 @@ from pdoc.render_helpers import markdown_extensions, markdown_link_patterns
 from pydantic.fields import FieldInfo
 from torch import nn
 
-from pipeline.files import whole
+from pipeline.storage.files import whole
 
 PACKAGES = ("cat", "pipeline")
-NEEDS_TRITON = "cat.kernels"
+NEEDS_TRITON = "cat.ops.conv.triton_backend"
 FOLDER = Path(__file__).parent / "api"
 
 

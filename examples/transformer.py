@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cat import ConvolutionAugmentedAttention
-from cat.tasks import IGNORE, Recall
+from cat.tasks.registry import IGNORE, Recall
 
 TASK = Recall(
     kind="recall", ngram=1, keys=64, values=64, filler=1, pairs=8, questions="all", gaps="uniform",

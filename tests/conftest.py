@@ -1,6 +1,7 @@
 """Shapes and types of everything that computes with tensors are checked while the tests run."""
 
 import pkgutil
+import re
 import shutil
 import signal
 import sys
@@ -11,7 +12,7 @@ import torch
 from jaxtyping import install_import_hook
 
 # pydantic checks its own classes, in which beartype cannot read `Self`; Triton and Numba compile what stands in the file.
-NOT_CHECKED = {"configuration", "tasks", "kernels", "loops"}
+NOT_CHECKED = re.compile(r"cat\.tasks\.|.*\.(config|registry|triton_backend|numba_backend)$")
 LIBRARY = Path(__file__).parent.parent / "cat"
 
 # What a shell starts in the background ignores interrupts, and so does all that it starts; some tests send them.
@@ -20,27 +21,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 torch.set_num_threads(1)  # tests run side by side; more threads than cores would slow them many times
 
-install_import_hook(
-    [f"cat.{module.name}" for module in pkgutil.iter_modules([str(LIBRARY)]) if module.name not in NOT_CHECKED],
-    "beartype.beartype",
-)
+modules = [module.name for module in pkgutil.walk_packages([str(LIBRARY)], "cat.") if not module.ispkg]
+install_import_hook([name for name in modules if not NOT_CHECKED.match(name)], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _data_of_this_module():
     """A process that trains knows the splits of a task by its name: those of another module's folder are none of this one's."""
-    if (train := sys.modules.get("pipeline.train")) is not None:
+    if (train := sys.modules.get("pipeline.stages.train")) is not None:
         train._splits.cache_clear()
 
 
 @pytest.fixture
 def study(finished, tmp_path, monkeypatch):
     """A copy of the folder `finished`, which the module of a test makes, is the working folder; what its params.yaml says."""
-    from pipeline import params
+    from pipeline.config.study import load_study
 
     shutil.copytree(finished, tmp_path / "study")
     monkeypatch.chdir(tmp_path / "study")
-    return params.load()
+    return load_study()
 
 
 def pytest_addoption(parser):

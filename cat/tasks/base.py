@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from cat.configuration import Configuration, Count
+from cat.config import Configuration, Count
 
 IGNORE = -100
 """The target where nothing is asked."""

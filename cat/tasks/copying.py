@@ -12,7 +12,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import model_validator
 
-from cat.configuration import Count
+from cat.config import Count
 from cat.tasks.base import IGNORE, Examples, Task, draw_distinct
 
 BOS, SEPARATOR = 0, 1

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from cat.configuration import Count
+from cat.config import Count
 from cat.tasks.base import IGNORE, Examples, Task, draw_distinct
 
 BOS = 0

@@ -12,11 +12,11 @@ from typing import Annotated, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from cat.configuration import Count
+from cat.config import Count
 from cat.tasks.base import IGNORE, Examples, Extents, Recalled, Spans, Task, Windows
-from cat.tasks.corpora import WIKITEXT, digests, ends_a_word, read
+from cat.tasks.corpus import WIKITEXT, digests, ends_a_word, read
 from cat.tasks.ngrams import check_packing, occurs, pack, stood_before
-from cat.tasks.tokenizing import BPE, Bytes, Tokenizer, Words
+from cat.tasks.tokenizer import BPE, Bytes, Tokenizer, Words
 
 
 class Text(Task):

@@ -1,0 +1,62 @@
+"""DeltaNet (arXiv 2406.06484): a linear recurrence by the delta rule; with a gate, Gated DeltaNet (arXiv 2412.06464).
+
+    beta = sigmoid(X W_beta)    log alpha = -rate * softplus(X W_step + b_step)
+    out = delta_rule(q / |q|, k / |k|, v, beta, alpha)
+
+The formula is in op.py. The streams are those of every mixer: the papers' layers have short convolutions and silu before
+the rule, on every stream, and a norm after it; the second paper's an output gate too. The norm takes back the 1 / sqrt(C) of
+their code on the queries, so there is none here: a key reads back the value that was written under it, not a small share.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cat.config import Delta
+from cat.mixers.base import Memory
+from cat.mixers.delta.op import Rates, delta_rule, delta_rule_next
+from cat.mixers.qkv import Mixed, Projected, Streams
+from cat.ops.l2norm import unit
+from cat.ops.position import take
+from cat.types import Asked, Heads, Queries, Values
+
+
+class DeltaRule(Streams):
+    """The delta rule over (B, L, D) with a filter on the streams that its configuration names, and a gate if it says so."""
+
+    def __init__(self, config: Delta, length: int):
+        super().__init__(config, length)
+        self.gate = config.gate
+        self.strength = nn.Linear(config.width, config.heads, bias=False)
+        if config.gate:
+            self.step = nn.Linear(config.width, config.heads)
+            # As in the code of Mamba-2 (arXiv 2405.21060): rates between 1 and 16, and steps log-uniform between 0.001 and 0.1
+            # before the input has a say.
+            self.log_rate = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
+            with torch.no_grad():
+                self.step.bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_()  # the inverse of softplus
+
+    def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
+        rates = [self.strength(x), self.step(x)] if self.gate else [self.strength(x)]
+        return torch.cat([self.projection(x), *rates], dim=-1)
+
+    def mix(self, q: Heads, k: Heads, v: Values, *rates: Rates, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+        return take(delta_rule(q, k, v, *rates), at)
+
+    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+        """Keeps the state."""
+        heads, state = delta_rule_next(*streams, state=memory.kept.get("state"))
+        return heads, {"state": state}
+
+    def scaled(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
+        """Both of unit length."""
+        return unit(q), unit(k)
+
+    def apart(self, projected: Projected) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
+        """What queries, keys and values are made of; beta, and log alpha where there is a gate."""
+        width = self.projection.out_features
+        strength, *step = projected[..., width:].split(self.config.heads, dim=-1)
+        return projected[..., :width], [strength.sigmoid().mT, *((-self.log_rate.exp() * F.softplus(s)).mT for s in step)]

@@ -1,0 +1,58 @@
+"""Gated linear attention (arXiv 2312.06635, section 4.4): each token decides how much of each key channel is forgotten.
+
+    alpha = sigmoid(X W_1 W_2 + b)^(1/16)        heads = attend(q, k, v, alpha)
+    out = (heads / rms(heads) * silu(X W_gate + b_gate)) W_out
+
+The formula is in cat/mixers/gla/op.py; the gate on the output is there if the configuration says so. The streams are
+those of every mixer, where the paper's keys have half as many channels. The gains of its norm are left to W_out.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cat.config import GatedLinear
+from cat.mixers.base import Memory
+from cat.mixers.gla.op import gated_linear_attend, gated_linear_attend_next
+from cat.mixers.qkv import Mixed, Projected, Streams
+from cat.ops.position import take
+from cat.types import Asked, Heads, Values
+
+
+class GatedLinearAttention(Streams):
+    """Gated linear attention over (B, L, D) with a filter on the streams that its configuration names."""
+
+    def __init__(self, config: GatedLinear, length: int):
+        super().__init__(config, length)
+        self.decay = nn.Sequential(
+            nn.Linear(config.width, config.gate_rank, bias=False), nn.Linear(config.gate_rank, config.width)
+        )
+        self.gate = nn.Linear(config.width, config.width) if config.output_gate else None
+
+    def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
+        gates = [self.decay(x)] if self.gate is None else [self.decay(x), self.gate(x)]
+        return torch.cat([self.projection(x), *gates], dim=-1)
+
+    def mix(self, q: Heads, k: Heads, v: Values, *gates: Heads, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+        log_decay, *output_gate = gates
+        heads = gated_linear_attend(q, k, v, log_decay, scale=self.scale)
+        return self._gated(take(heads, at), *(take(gate, at) for gate in output_gate))
+
+    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+        """Keeps the state."""
+        q, k, v, log_decay, *output_gate = streams
+        heads, state = gated_linear_attend_next(q, k, v, log_decay, state=memory.kept.get("state"), scale=self.scale)
+        return self._gated(heads, *output_gate), {"state": state}
+
+    def apart(self, projected: Projected) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
+        """What queries, keys and values are made of; log alpha, and what the gate on the output is made of where there is one."""
+        width = self.config.width
+        gates = (x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for x in projected[..., 3 * width :].split(width, -1))
+        log_decay, *output_gate = gates
+        return projected[..., : 3 * width], [F.logsigmoid(log_decay) / 16, *output_gate]
+
+    @staticmethod
+    def _gated(heads: Float[Tensor, "B H _ E"], *gate: Float[Tensor, "B H _ E"]) -> Float[Tensor, "B H _ E"]:
+        heads = F.rms_norm(heads, heads.shape[-1:], eps=1e-5)
+        return heads * F.silu(gate[0]) if gate else heads

@@ -1,0 +1,67 @@
+"""Causal attention: out_i = sum_{j <= i} softmax_j(scale <q_i, k_j> + bias_ij) v_j, the bias that of ALiBi or none."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from cat.ops.position import alibi_bias
+from cat.types import Asked, Heads, Queries, Values
+
+ROWS = 256
+"""With a bias, so many queries at a time attend to the keys up to their last: a kernel that is given one skips no keys."""
+
+
+def attend(
+    q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
+) -> Float[Tensor, "B H _ E"]:
+    """Dense causal attention, of all queries or of those at positions `at`, which are then all there are in `q`."""
+    length = k.shape[2]
+    if at is not None:
+        seen = torch.arange(length, device=k.device) <= at[:, None, :, None]
+        mask = alibi_bias(q.shape[1], at, length, q).transpose(0, 1) if alibi else seen
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    if not alibi:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    ends = [min(start + ROWS, length) for start in range(0, length, ROWS)]
+    rows = zip(q.split(ROWS, dim=2), ends, strict=True)
+    return torch.cat([attend_last(some, k[:, :, :end], v[:, :, :end], scale=scale, alibi=True) for some, end in rows], dim=2)
+
+
+def attend_last(
+    q: Float[Tensor, "B H A C"], k: Heads, v: Values, *, scale: float, alibi: bool = False
+) -> Float[Tensor, "B H A E"]:
+    """Dense causal attention of the last A tokens alone, by their queries."""
+    queries, length = q.shape[2], k.shape[2]
+    mask = None
+    if alibi:
+        mask = alibi_bias(q.shape[1], torch.arange(length - queries, length, device=k.device), length, q)
+    elif queries > 1:
+        mask = torch.ones(queries, length, dtype=torch.bool, device=k.device).tril(length - queries)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def logits(q: Heads, k: Heads, *, scale: float, alibi: bool = False) -> Float[Tensor, "B H L L"]:
+    """What the softmax is taken of, -inf above the diagonal."""
+    scores = scale * q @ k.mT
+    if alibi:
+        return scores + alibi_bias(q.shape[1], torch.arange(q.shape[2], device=q.device), q.shape[2], q)
+    return scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
+
+
+def naive_attend(
+    q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
+) -> Float[Tensor, "B H _ E"]:
+    """The definition, one query at a time; the twin that `attend` is tested against."""
+    places = torch.arange(q.shape[2]).expand(len(q), -1) if at is None else at
+    outputs = []
+    for b, sequence in enumerate(places.tolist()):
+        for a, i in enumerate(sequence):
+            scores = scale * (k[b, :, : i + 1] @ q[b, :, a, :, None])[..., 0]
+            if alibi:
+                slope = 2.0 ** (-8 * torch.arange(1, q.shape[1] + 1).to(q) / q.shape[1])
+                scores = scores - slope[:, None] * torch.arange(i, -1, -1, device=q.device)
+            weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+            weights = weights / weights.sum(-1, keepdim=True)
+            outputs.append((weights[..., None] * v[b, :, : i + 1]).sum(1))
+    return torch.stack(outputs).unflatten(0, places.shape).transpose(1, 2)

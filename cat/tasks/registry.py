@@ -1,0 +1,18 @@
+"""The tasks: a configuration each, and from it, a length, a count and a generator the examples, in NumPy.
+
+The same on every machine, and every question has exactly one answer.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from cat.tasks.base import IGNORE, Examples, Task, Windows, generator
+from cat.tasks.copying import Copying
+from cat.tasks.recall import Recall
+from cat.tasks.text import Text
+
+__all__ = ["IGNORE", "Copying", "Examples", "Recall", "Task", "TaskConfiguration", "Text", "Windows", "generator"]
+
+TaskConfiguration = Annotated[Recall | Copying | Text, Field(discriminator="kind")]
+"""Every kind of task there is."""

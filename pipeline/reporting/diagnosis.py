@@ -1,0 +1,111 @@
+"""What went wrong in a cell, in words: every sign of failure with the numbers that show it (reports/diagnosis.csv)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from pipeline.config.grid import variants_on
+from pipeline.config.study import Study
+from pipeline.storage import runs
+from pipeline.storage.results import PRIMARY, read_history
+
+SOLVED = 0.95
+"""Accuracy at the training length below which a task is not solved."""
+HALF_SOLVED = 0.5
+"""Accuracy at the training length below which there is little that could carry over to longer sequences."""
+DROP = 0.05
+"""Accuracy, or bits, by which a longer sequence is worse."""
+SPREAD = 0.1
+"""Accuracy, or bits, between the best and the worst seed at the training length."""
+SPIKE = 0.5
+"""Nats by which the training loss rises above what it had come down to."""
+UNFINISHED = 0.02
+"""Accuracy, or nats, that validation still gains in the last fifth of the steps."""
+ELSEWHERE = 0.5
+"""Share of the attention on the answer's token below which attention is not on it."""
+
+
+class Sign(NamedTuple):
+    """One sign of failure of a cell."""
+
+    task: str
+    variant: str
+    signature: str
+    evidence: str
+
+
+def diagnose(study: Study, results: pd.DataFrame) -> pd.DataFrame:
+    """A row a sign, in the order of the grid; `results` are those of `read_results`."""
+    signs: list[Sign] = []
+    for task in study.tasks:
+        here = results[results["task"] == task]
+        for variant in variants_on(study, task):
+            found = _signs(study, task, variant, here[here["variant"] == variant])
+            signs += [Sign(task, variant, *sign) for sign in found]
+    return pd.DataFrame(signs, columns=Sign._fields)
+
+
+def _signs(study: Study, task: str, variant: str, results: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    goal = study.tasks[task].data.goal
+    name = "accuracy" if goal == "accuracy" else "bits per byte"
+    scores = results[results["metric"] == PRIMARY[goal]].dropna(subset="value")
+    summary = runs.read_summary(task, variant)
+    chosen = [r for r in summary["runs"] if r["learning_rate"] == summary["learning_rate"] and r["seed"] in study.seeds]
+    if lost := [r for r in chosen if r["stop"] == "diverged"]:
+        steps = ", ".join(str(r["steps"]) for r in lost)
+        yield "diverged", f"{len(lost)} of {len(chosen)} seeds: a loss that is not finite at step {steps}"
+    by_multiple = scores.groupby("multiple")["value"]
+    if 1 not in by_multiple.groups:
+        return
+    means = by_multiple.mean()
+    seeds = by_multiple.get_group(1)
+    if goal == "accuracy" and means[1] < SOLVED:
+        yield _kind_of_failure(study, task), f"accuracy {means[1]:.3f} at the training length" + _where_it_looks(results)
+    if seeds.max() - seeds.min() > SPREAD:
+        yield "unstable over seeds", f"{name} from {seeds.min():.3f} to {seeds.max():.3f} at the training length"
+    worse = (means[1] - means) * (1 if goal == "accuracy" else -1)
+    learnt = goal == "loss" or means[1] >= HALF_SOLVED
+    if learnt and len(beyond := worse[(worse.index > 1) & (worse > DROP)]):
+        last = means.index.max()
+        more = "" if beyond.index[0] == last else f"; worse by more than {DROP:g} from {beyond.index[0]:g}x on"
+        yield "limited length generalisation", f"{name} {means[1]:.3f} at 1x, {means[last]:.3f} at {last:g}x{more}"
+    yield from _of_training(study, task, variant, chosen, summary["learning_rate"])
+
+
+def _kind_of_failure(study: Study, task: str) -> str:
+    return "poor recall" if study.tasks[task].data.kind == "recall" else f"poor {study.tasks[task].data.kind}"
+
+
+def _where_it_looks(results: pd.DataFrame) -> str:
+    """In the layer and with the mean over seeds where most attention is on the answer."""
+    looks = results[results["metric"].str.startswith("attention_on_answer")].groupby("metric")["value"].mean()
+    if not len(looks):
+        return ""
+    most = looks.max()
+    return f"; attention on the answer's token {most:.2f}: " + (
+        "it looks elsewhere" if most < ELSEWHERE else "it looks there and reads something else"
+    )
+
+
+def _of_training(study: Study, task: str, variant: str, chosen: list[dict[str, Any]], rate: float) -> Iterator[tuple[str, str]]:
+    history = read_history(study, task, variant, rate)
+    column, better = ("valid_accuracy", 1) if study.tasks[task].data.goal == "accuracy" else ("valid_loss", -1)
+    gains = []
+    spikes = []
+    for run in chosen:
+        curve = history[history["seed"] == run["seed"]].set_index("step")
+        rise = curve["train_loss"] - curve["train_loss"].cummin()
+        if rise.max() > SPIKE:
+            spikes.append(f"seed {run['seed']} by {rise.max():.2f} nats up to step {rise.idxmax()}")
+        if run["stop"] == "steps" and len(late := curve[curve.index >= 0.8 * run["steps"]]) > 1:
+            gains.append(better * (late[column].iloc[-1] - late[column].iloc[0]))
+    if spikes:
+        yield "loss spikes", "training loss rises: " + "; ".join(spikes)
+    gain = sum(gains) / len(gains) if gains else -math.inf
+    if gain > UNFINISHED:
+        what = "accuracy" if column == "valid_accuracy" else "loss, in nats,"
+        yield "unfinished training", f"validation {what} still gained {gain:.3f} in the last fifth of its steps"

@@ -1,0 +1,67 @@
+"""The verdicts as a table, for the report, the README and the terminal."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from pipeline.storage import readers
+from pipeline.storage.files import VERDICTS
+
+COLUMNS = {
+    "claim": str, "says": str, "source": str, "verdict": str, "reason": str, "figure": str,
+    "effect": float, "low": float, "high": float, "p": float,
+}  # fmt: skip
+ABSENT = "the study has no"
+"""How the reason begins of what is undecided because nothing that the claim is about was trained."""
+FEW = 5
+"""Claims that a sentence names."""
+VALUES = ("supported", "contradicted", "undecided")
+
+
+def read_verdicts() -> pd.DataFrame:
+    """A row a claim, none where there are no claims. Raises ValueError where the study was not judged."""
+    path = VERDICTS / "claims.csv"
+    if path.exists() and path.read_bytes() == b"\n":
+        return pd.DataFrame(columns=[*COLUMNS])
+    table = readers.table(path, COLUMNS)
+    if len(strange := table.loc[~table["verdict"].isin(VALUES), "verdict"]):
+        raise ValueError(f"{path}: {strange.iloc[0]!r} is not {' or '.join(VALUES)}; run `dvc repro judge`")
+    return table
+
+
+def of_the_study(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Without the claims about tasks, variants and lengths that the study does not have."""
+    return verdicts[~verdicts["reason"].str.startswith(ABSENT)]
+
+
+def left_out(verdicts: pd.DataFrame) -> str:
+    """Which claims `of_the_study` leaves out, in a sentence: by name where they are few. Nothing where there are none."""
+    names = list(verdicts["claim"][verdicts["reason"].str.startswith(ABSENT)])
+    if not names:
+        return ""
+    which = f" ({', '.join(names)})" if len(names) <= FEW else ""
+    count = f"{len(names)} of {len(verdicts)} claims{which}"
+    return f"{count} {'is' if len(names) == 1 else 'are'} about what this study does not train."
+
+
+def claims_about(task: str) -> set[str]:
+    """The claims that have a comparison on `task`."""
+    table = readers.table(VERDICTS / "comparisons.csv", {"claim": str, "task": str})
+    return set(table.loc[table["task"] == task, "claim"])
+
+
+def verdict_table(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Claim, verdict, effect and interval of the comparison that decided, p of the whole claim, and that comparison, as text."""
+    rows = [
+        {
+            "claim": f"{row.says} ({row.source})",
+            "verdict": f"**{row.verdict}**",
+            "effect (95 % interval)": "-" if math.isnan(row.effect) else f"{row.effect:+.3f} ({row.low:+.3f} to {row.high:+.3f})",
+            "p": "-" if math.isnan(row.p) else "<.001" if row.p < 0.001 else f"{row.p:.3f}",
+            "decided by": row.reason,
+        }
+        for row in verdicts.itertuples()
+    ]
+    return pd.DataFrame(rows, columns=["claim", "verdict", "effect (95 % interval)", "p", "decided by"])

@@ -1,0 +1,199 @@
+"""results/<task>.csv: every metric of every variant, seed and length, one long tidy table.
+
+filters/<task>.csv has the filters, positions/<task>.csv of text the bits per byte along the longest test windows, and
+scores/<task>.npz has what the metric of the task is a mean of, sequence by sequence, for intervals.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cat.evaluation.by_position import ByRecall, bins, loss_by_position, loss_by_recall, sample
+from cat.evaluation.diagnostics import attention_statistics, filter_taps
+from cat.evaluation.scores import Scores, Tally, outcomes
+from cat.model import SequenceModel
+from cat.tasks.base import Extents, Recalled, Spans
+from cat.tasks.registry import Task
+from pipeline.runtime import checkpoints, workers
+from pipeline.storage import runs
+from pipeline.storage.files import FILTERS, HELDOUT, POSITIONS, RESULTS, SCORES, read_split, read_task, whole, write_csv
+
+COLUMNS = ("task", "variant", "seed", "length", "metric", "value")
+FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "lag", "value")
+POSITION_COLUMNS = ("task", "variant", "seed", "context", "position", "tokens", "bits_per_byte")
+
+
+Rows = list[dict[str, Any]]
+Sequences = dict[str, NDArray[np.float32]]
+"""`variant/seed/length` -> two rows with a column a sequence: answers right, and answers asked; on text bits, and bytes."""
+_ANYTHING = Tally(*torch.ones(3, 1))
+
+
+class Job(NamedTuple):
+    """One trained model."""
+
+    variant: str
+    seed: int
+
+
+class Found(NamedTuple):
+    """What one model's evaluation comes to: rows of the three tables, and its sequences."""
+
+    scores: Rows
+    filters: Rows
+    positions: Rows
+    sequences: Sequences
+
+
+def evaluate(
+    task: str, variants: list[str], seeds: tuple[int, ...], precision: str, *, device: str, threads: int | Literal["auto"]
+) -> None:
+    """Scores every variant and seed at every length that it can read; at the training length, looks at attention and filters.
+
+    A seed that diverged has empty values.
+    """
+    data, where = read_task(task), workers.resolve_device(device)
+    jobs = [Job(variant, seed) for variant in variants for seed in seeds]
+    with tqdm(total=len(jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        work = functools.partial(_found, task, data, precision)
+        tables = workers.spread(work, jobs, device=where, threads=threads, report=advance)
+    with whole(RESULTS / f"{task}.csv") as path:
+        write_csv(path, (row for table in tables for row in table.scores), COLUMNS)
+    with whole(FILTERS / f"{task}.csv") as path:
+        write_csv(path, (row for table in tables for row in table.filters), FILTER_COLUMNS)
+    with whole(POSITIONS / f"{task}.csv") as path:
+        write_csv(path, (row for table in tables for row in table.positions), POSITION_COLUMNS)
+    with whole(SCORES / f"{task}.npz") as path, path.open("wb") as file:
+        arrays = {key: columns for table in tables for key, columns in table.sequences.items()}
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    checkpoints.clear(task)
+
+
+def metrics(answered: Tally, extents: Extents | None, *, autoregressive: bool) -> dict[str, float]:
+    """The metrics of a task by name. Under autoregression the loss would mix two inputs, so it is left out.
+
+    On text the loss and perplexity are per token, and what compares tokenizers stands beside them: perplexity per word, the end
+    of a line being one, and bits per byte, with eight for each byte of a word outside the vocabulary.
+    """
+    scores = Scores.of(answered)
+    if extents is None:
+        shares = {"accuracy": scores.accuracy, "sequence_accuracy": scores.sequence_accuracy}
+        return shares if autoregressive else {**shares, "loss": scores.loss}
+    tokens, (size, words, unknown) = answered.asked.sum().item(), (int(column.sum()) for column in extents)
+    return {
+        "loss": scores.loss,
+        "perplexity": scores.perplexity,
+        "word_perplexity": scores._replace(loss=scores.loss * tokens / words if words else math.inf).perplexity,
+        "bits_per_byte": scores.bits * (tokens / size) + 8 * unknown / size,
+        "accuracy": scores.accuracy,
+    }
+
+
+def _found(task: str, data: Task, precision: str, job: Job, device: torch.device, report: workers.Report) -> Found:
+    diverged = job.seed in runs.diverged(task, job.variant)
+    model = None if diverged else runs.load_model(runs.weights_path(task, job.variant, job.seed)).to(device)
+    longest = runs.longest(task, job.variant)
+    extents = _extents(task) if data.goal == "loss" else None
+    key = {"task": task, **job._asdict()}
+    rows: Rows = []
+    sequences: Sequences = {}
+    if model is not None:
+        rows += _tidy({**key, "length": data.length}, _attention(task, data, model, device))
+    for length in data.lengths:
+        if longest is not None and length > longest:
+            continue
+        recalled = _recalled(task, length)
+        if model is None:
+            values = dict.fromkeys(metrics(_ANYTHING, extents, autoregressive=data.autoregressive), math.nan)
+            values |= dict.fromkeys(ByRecall._fields if recalled else (), math.nan)
+        else:
+            split = runs.split(task, f"test_{length}", device)
+            parts = list(outcomes(model, split, precision=precision, autoregressive=data.autoregressive))
+            answered = Tally.of(parts)
+            sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(answered, extents)
+            values = metrics(answered, extents, autoregressive=data.autoregressive)
+            if recalled:
+                losses = torch.cat([part.loss.double().cpu() for part in parts]).numpy()
+                values |= loss_by_recall(losses, *recalled)._asdict()
+        rows += _tidy({**key, "length": length}, values.items())
+    filters = [] if model is None else _filters(key, model)
+    positions = [] if model is None or extents is None else _positions(key, data, precision, model, device)
+    report(1)
+    return Found(rows, filters, positions, sequences)
+
+
+def _sequences(answered: Tally, extents: Extents | None) -> NDArray[np.float32]:
+    if extents is None:
+        return torch.stack([answered.right, answered.asked]).numpy().astype(np.float32)
+    return np.stack([(answered.loss / math.log(2)).numpy() + 8 * extents.unknown, extents.bytes]).astype(np.float32)
+
+
+def _extents(task: str) -> Extents:
+    with np.load(HELDOUT / task / "extents.npz", allow_pickle=False) as arrays:
+        return Extents(**arrays)
+
+
+def _recalled(task: str, length: int) -> Recalled | None:
+    """Which answers of a test split can be recalled, where that was asked."""
+    path = HELDOUT / task / "recalled.npz"
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as arrays:
+        return Recalled(*(arrays[f"{kind}_{length}"] for kind in Recalled._fields))
+
+
+def _positions(key: dict[str, Any], data: Task, precision: str, model: SequenceModel, device: torch.device) -> Rows:
+    """Bits per byte of the text in each bin of positions: of all tokens there, with eight bits a byte that no token tells."""
+    task, length = key["task"], data.lengths[-1]
+    examples = read_split(task, f"test_{length}")
+    chosen, ends = sample(len(examples.inputs), length), np.array(bins(data.length, length))
+    with np.load(HELDOUT / task / "spans.npz", allow_pickle=False) as arrays:
+        spans = Spans(*(arrays[kind][chosen].astype(np.int64) for kind in Spans._fields))
+    tokens = np.concatenate([examples.inputs[chosen], examples.targets[chosen, -1:]], axis=1, dtype=np.int64)
+    rows: Rows = []
+    for context, losses in loss_by_position(model, torch.tensor(tokens, device=device), precision=precision)._asdict().items():
+        there = ends[ends <= losses.shape[1]]
+        starts = [0, *there[:-1]]
+        bits = losses.numpy() / math.log(2) + 8 * spans.unknown[:, : losses.shape[1]]
+        total, size = (np.add.reduceat(of.sum(0), starts) for of in (bits, spans.bytes[:, : losses.shape[1]]))
+        for begin, end, value in zip(starts, there, total / size, strict=True):
+            count = len(chosen) * int(end - begin)
+            rows.append({**key, "context": context, "position": int(end), "tokens": count, "bits_per_byte": float(value)})
+    return rows
+
+
+def _attention(task: str, data: Task, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:
+    """What every layer attends to at the training length, by name of the metric."""
+    examples = read_split(task, f"test_{data.length}")
+    sources = data.sources(examples)
+    inputs, asked = torch.tensor(examples.inputs, device=device).long(), torch.tensor(examples.targets >= 0, device=device)
+    where = None if sources is None else torch.tensor(sources, device=device)
+    for layer, statistics in enumerate(attention_statistics(model, inputs, asked, where), 1):
+        if statistics is not None:
+            yield f"attention_entropy_{layer}", statistics.entropy
+            if statistics.on_answer is not None:
+                yield f"attention_on_answer_{layer}", statistics.on_answer
+
+
+def _filters(key: dict[str, Any], model: SequenceModel) -> Rows:
+    return [
+        {**key, "layer": layer, "stream": stream, "row": row, "lag": tap * dilation, "value": f"{value:.6g}"}
+        for layer, stream, row, taps, dilation in filter_taps(model)
+        for tap, value in enumerate(taps)
+    ]
+
+
+def _tidy(key: dict[str, Any], values: Iterable[tuple[str, float]]) -> Rows:
+    return [{**key, "metric": metric, "value": value} for metric, value in values]

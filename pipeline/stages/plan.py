@@ -1,0 +1,153 @@
+"""The first stage: params.yaml checked as a whole, what each stage runs written down for DVC, the JSON schema for editors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from tabulate import tabulate
+
+from cat.config import OF_A_MODEL, Configuration, Hybrid, Model, Theory, Variant
+from pipeline.config.code_digest import listings
+from pipeline.config.grid import cells, variants_on
+from pipeline.config.study import Study, read_yaml, refusal, shown_variants
+from pipeline.storage.files import HELDOUT, PLAN, read_json, whole, write_json
+
+SCHEMA = Path("params.schema.json")
+_STAGES = Path("dvc.yaml")
+
+
+def write(study: Study) -> None:
+    """plan/<stage>/<name>.txt, what each stage depends on besides data and parameters; params.schema.json, which none changes.
+
+    That is the code that it runs; of data and training what the configuration leaves to defaults, which are no parameters; for
+    an evaluation the variants that it walks; and for a theorem the longest sequences that it prescribes weights for.
+    """
+    kinds = {task: f"cat/tasks/{section.data.kind}.py" for task, section in study.tasks.items()}
+    looked_at = {v for a in study.ablations.values() if a.figure == "example" for v in shown_variants(a)}
+    begin = {
+        "judge": ["pipeline/stages/judge.py", "pipeline/config/claims.py", *kinds.values()],
+        "render": ["pipeline/stages/render.py", "pipeline/runtime/determinism.py", *kinds.values()],
+        "publish": ["pipeline/stages/report.py", "pipeline/tracking/sync.py"],
+    }
+    if looked_at:
+        begin["render"] += [
+            "cat/evaluation/diagnostics.py",
+            *chain(*(_code_of(study.variants[variant]) for variant in looked_at)),
+        ]
+    for task, kind in kinds.items():
+        models = [study.variants[variant] for variant in variants_on(study, task)]
+        begin[f"generate/{task}"] = ["pipeline/stages/generate.py", kind]
+        begin[f"evaluate/{task}"] = [
+            "pipeline/stages/evaluate.py",
+            "pipeline/config/grid.py",
+            kind,
+            *chain(*map(_code_of, models)),
+        ]
+    for variant, model in study.variants.items():
+        begin[f"train/{variant}"] = ["pipeline/stages/train.py", *_code_of(model)]
+    texts = listings(begin)
+    for variant, model in study.variants.items():
+        texts[f"train/{variant}"] += _defaults(model)
+        if isinstance(model, Theory):
+            on = (task for task in study.tasks if variant in variants_on(study, task))
+            texts[f"train/{variant}"] += "".join(f"{task}: {study.tasks[task].data.lengths[-1]} tokens at most\n" for task in on)
+    for task, section in study.tasks.items():
+        texts[f"generate/{task}"] += _defaults(section.data)
+        texts[f"evaluate/{task}"] += "".join(f"{variant}\n" for variant in variants_on(study, task))
+    # Of mappings DVC does not see the order, in which they are shown.
+    texts["render"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
+    with whole(PLAN) as folder:
+        for name, text in texts.items():
+            path = folder / f"{name}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    with whole(SCHEMA) as path:
+        write_json(path, Study.model_json_schema())
+
+
+def _defaults(config: Configuration) -> str:
+    """What is set without being given, a line a key; what is not set, or not true, is as if there were no such key."""
+    content = config.model_dump(mode="json", exclude=config.model_fields_set)
+    lines = [f"{key}: {value}\n" for key, value in content.items() if value not in (None, False)]
+    if isinstance(config, Hybrid):
+        for place, block in enumerate(config.blocks):
+            of_block = block.model_dump(mode="json", exclude=block.model_fields_set | set(OF_A_MODEL))
+            lines += [f"blocks.{place}.{key}: {value}\n" for key, value in of_block.items() if value not in (None, False)]
+    return "".join(lines)
+
+
+def _code_of(model: Variant) -> list[str]:
+    if isinstance(model, Theory):
+        return ["cat/theory.py", "cat/mixers/attention/layer.py"]
+    assert isinstance(model, Model)
+    return [f"cat/mixers/{mixer.mixer}.py" for mixer in model.mixers]
+
+
+def check_stages(study: Study, file: str = "params.yaml") -> None:
+    """Raises ParamsError unless dvc.yaml has one train stage for every ablation that trains something, and for no other."""
+    if not _STAGES.exists():
+        return
+    raw = read_yaml(_STAGES)
+    stages = raw.get("stages") if isinstance(raw, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(name, str) for name in stages):
+        raise refusal(_STAGES, ["has no mapping of stages"])
+    trained = {match[1]: stages[name] for name in stages if (match := re.fullmatch(r"train_(\w+)", name))}
+    faults = [
+        f"ablations.{name}: the matrix of train_{name} in dvc.yaml must be"
+        f" {{task: ${{ablations.{name}.tasks}}, variant: ${{ablations.{name}.variants}}}}"
+        for name, stage in trained.items()
+        if not isinstance(stage, dict)
+        or stage.get("matrix") != {"task": f"${{ablations.{name}.tasks}}", "variant": f"${{ablations.{name}.variants}}"}
+    ]
+    faults += [
+        f"ablations.{name}: dvc.yaml has no stage for it; copy another train_ stage to train_{name} and put {name} in its matrix"
+        for name, ablation in study.ablations.items()
+        if ablation.tasks and ablation.variants and name not in trained
+    ]
+    faults += [
+        f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"
+        for name in sorted(trained.keys() - study.ablations.keys())
+    ]
+    if faults:
+        raise refusal(file, faults)
+
+
+def of_other_files(study: Study) -> Iterator[str]:
+    """A line for each task whose source has other files now than its data were made of: DVC sees the path, not the files."""
+    for name, section in study.tasks.items():
+        path = HELDOUT / name / "meta.json"
+        if not path.exists():
+            continue
+        meta, config = read_json(path), section.data.model_dump(mode="json", exclude_defaults=True)
+        try:
+            changed = meta["config"] == config and meta.get("origin", {}) != section.data.origin()
+        except (ValueError, OSError):  # the source is gone, and the data are still what was made of it
+            continue
+        if changed:
+            yield (
+                f"tasks.{name}.data.source: its files are not those that data/{name} was made of;"
+                f" run `dvc repro -f generate@{name}`, then `dvc repro`"
+            )
+
+
+def table(study: Study) -> str:
+    """The grid as text: a row a variant, a column a task; in a cell its seeds, learning rates and steps at most."""
+    here = {(cell.task, cell.variant) for cell in cells(study)}
+    size = {task: (len(study.seeds), len(s.train.learning_rates), s.train.steps) for task, s in study.tasks.items()}
+    known = {variant for variant, model in study.variants.items() if isinstance(model, Theory)}
+
+    def shown(task: str, variant: str) -> str:
+        if (task, variant) not in here:
+            return "-"
+        return "theorem" if variant in known else " x ".join(map(str, size[task]))
+
+    rows = [[variant, *(shown(task, variant) for task in study.tasks)] for variant in study.variants]
+    steps = sum(math.prod(size[task]) for task, variant in here if variant not in known)
+    return (
+        tabulate(rows, headers=["variant", *study.tasks])
+        + f"\n\n{len(here)} cells, in each: seeds x learning rates x steps at most; {steps:,} steps in all"
+    )

@@ -1,0 +1,15 @@
+"""logs/<task>/<variant>.json: when, by which commit and how fast a cell was trained; where that was in this folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.storage import runs
+from pipeline.storage.files import LOGS, read_json
+
+
+def read_log(task: str, variant: str) -> Any | None:
+    """`commit`, `dirty`, `started`, `seconds` of this very result; None where it was not trained here but restored."""
+    path = LOGS / task / f"{variant}.json"
+    log = read_json(path) if path.exists() else None
+    return log if log is not None and log["summary"] == runs.digest(task, variant) else None

@@ -1,0 +1,65 @@
+"""Position schemes against their definitions."""
+
+import math
+
+import pytest
+import torch
+
+from cat.ops.position import alibi_bias, rotate, sinusoidal, take
+from tests.helpers.reference import close, normal
+
+
+def test_rotary_scores_depend_on_differences_only():
+    length, channels = 11, 6
+    q, k = (normal(1, 1, 1, channels, seed=s).expand(1, 1, length, channels) for s in (0, 1))
+    scores = (rotate(q) @ rotate(k).mT)[0, 0]
+    close(scores[1:, 1:], scores[:-1, :-1])
+    distinct = torch.cat([scores[0], scores[1:, 0]]).sort().values.diff()
+    assert (distinct > 1e-6).all()
+
+
+def test_rotary_turns_each_pair_of_channels_by_its_angle():
+    x = normal(2, 3, 7, 10)
+    turned = rotate(x)
+    for i in range(7):
+        for c in range(5):
+            angle = i * 10_000 ** (-2 * c / 10)
+            pair = torch.complex(x[:, :, i, c], x[:, :, i, c + 5]) * complex(math.cos(angle), math.sin(angle))
+            close(turned[:, :, i, [c, c + 5]], torch.view_as_real(pair))
+
+
+def test_rotary_turns_what_stands_at_a_position_as_it_does_among_all():
+    x, at = normal(2, 3, 7, 10), torch.tensor([[0, 3, 6], [2, 2, 5]])
+    close(rotate(take(x, at), at=at), take(rotate(x), at))
+
+
+def test_nothing_is_taken_of_no_sequences():
+    assert take(normal(0, 3, 7, 10), torch.zeros(0, 2, dtype=torch.long)).shape == (0, 3, 2, 10)
+
+
+@pytest.mark.parametrize("queries", [[0, 1, 2, 3, 4], [3], [[0, 4], [2, 2]]])
+def test_alibi_subtracts_a_multiple_of_the_distance(queries):
+    queries = torch.tensor(queries)
+    bias = alibi_bias(3, queries, 5, normal(1))
+    assert bias.dtype == torch.float64
+    assert bias.shape == (3, *queries.shape, 5)
+    for h in range(3):
+        for i, row in zip(queries.flatten().tolist(), bias[h].flatten(end_dim=-2), strict=True):
+            expected = [-(2 ** (-8 * (h + 1) / 3)) * (i - j) if j <= i else -math.inf for j in range(5)]
+            assert row.tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("width", [2, 7])
+def test_sinusoidal_alternates_sines_and_cosines(width):
+    vectors = sinusoidal(5, width, normal(1))
+    for i in range(5):
+        for channel in range(width):
+            angle = i * 10_000 ** (-2 * (channel // 2) / width)
+            expected = math.cos(angle) if channel % 2 else math.sin(angle)
+            assert vectors[i, channel].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_positions_follow_the_type_of_what_they_are_added_to(dtype):
+    like = normal(1, 1, 3, 4).to(dtype)
+    assert {rotate(like).dtype, alibi_bias(2, torch.arange(3), 3, like).dtype, sinusoidal(3, 5, like).dtype} == {dtype}

@@ -1,0 +1,296 @@
+"""Corpora: WikiText-103 from a folder and from the hub, and text of one's own; what is wrong with any is said in one line."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cat.tasks import corpus as corpora
+from cat.tasks.corpus import PLACE, REPOSITORY, REVISION, WIKITEXT_103, Published, corpus, digests, ends_a_word, read
+from cat.tasks.registry import Text
+from pipeline.stages.generate import generate
+from pipeline.storage.files import DATA, HELDOUT
+from tests.helpers.hub import serving
+from tests.helpers.study import ROOT
+
+SPLITS = ("train", "valid", "test")
+
+
+def wiki(seed, lines):
+    """Lines as WikiText has them: a blank at both ends, and lines of nothing but a blank."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    words = ["the", "<unk>", "@-@", "naïve", "=", ",", "1999", "ñandú"]
+    rows = [" " + "".join(f"{words[i]} " for i in rng.integers(0, len(words), size=rng.integers(0, 9))) for _ in range(lines)]
+    return [f"{row}\n" for row in rows]
+
+
+ROWS = {"train": wiki(0, 211), "valid": wiki(1, 31), "test": wiki(2, 41)}
+TEXT = {split: "".join(rows).encode() for split, rows in ROWS.items()}
+WORDS = {split: sum(len(row.split()) + 1 for row in rows) for split, rows in ROWS.items()}
+
+
+def parquet(rows, folder):
+    """A file of the hub, where a line of nothing but a blank is an empty row."""
+    path = folder / "made.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [row if row.strip() else "" for row in rows]}), path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Content of every file on the hub: the training split in two."""
+    folder = tmp_path_factory.mktemp("parquet")
+    first, second = WIKITEXT_103["train"].parquet
+    (valid,), (test,) = WIKITEXT_103["valid"].parquet, WIKITEXT_103["test"].parquet
+    rows = {first: ROWS["train"][:100], second: ROWS["train"][100:], valid: ROWS["valid"], test: ROWS["test"]}
+    return {name: parquet(content, folder) for name, content in rows.items()}
+
+
+@pytest.fixture(autouse=True)
+def published(files, monkeypatch):
+    """What would be published if WikiText-103 were as small as it is here."""
+    small = {
+        split: Published(
+            WORDS[split],
+            None if split == "train" else hashlib.sha256(TEXT[split]).hexdigest(),
+            {name: len(files[name]) for name in WIKITEXT_103[split].parquet},
+        )
+        for split in SPLITS
+    }
+    monkeypatch.setattr(corpora, "WIKITEXT_103", small)
+    read.cache_clear()
+    yield small
+    read.cache_clear()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, text in TEXT.items():
+        (tmp_path / f"wiki.{split}.tokens").write_bytes(text)
+    return tmp_path
+
+
+def fault(call, *arguments):
+    """The one line that a call is refused with."""
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as refused:
+        call(*arguments)
+    return str(refused.value)
+
+
+def test_the_splits_of_a_folder_are_those_of_the_data_set(folder):
+    for split in SPLITS:
+        text = read("wikitext-103", str(folder), split)
+        assert bytes(text) == TEXT[split]
+        assert ends_a_word(text).sum() == WORDS[split]
+
+
+@pytest.mark.skipif("WIKITEXT_103" not in os.environ, reason="WIKITEXT_103 names no folder of the real data set")
+@pytest.mark.parametrize(("split", "words"), [("valid", 217_646), ("test", 245_569), ("train", 103_227_021)])
+def test_the_real_splits_have_the_published_number_of_words(split, words, monkeypatch):
+    monkeypatch.setattr(corpora, "WIKITEXT_103", WIKITEXT_103)
+    path = Path(os.environ["WIKITEXT_103"])
+    if not (path / f"wiki.{split}.tokens").exists():
+        pytest.skip(f"{path} has no {split} split")
+    assert ends_a_word(read("wikitext-103", str(path), split)).sum() == words
+
+
+@pytest.mark.parametrize("text", ["", "\n", "a", " a", "a\n\n b\tc \r\n", " = ñ = \n \n \u00a0x\u3000y"])
+def test_words_stand_between_white_space_and_a_line_ends_in_one(text):
+    data = text.encode()
+    naive = [word for line in data.splitlines(keepends=True) for word in line.replace(b"\n", b" <eos>").split()]
+    ends = np.flatnonzero(ends_a_word(np.frombuffer(data, np.uint8))) + 1
+    assert [data[:end].split()[-1:] for end in ends if data[end - 1 : end] != b"\n"] == [[w] for w in naive if w != b"<eos>"]
+    assert len(ends) == len(naive)
+
+
+def missing(path):
+    path.unlink()
+    return f"{path}: is missing; put that split of WikiText-103 there, or leave folder out to fetch it"
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:300])
+    return f"{path}: has {WORDS_OF_300} words, not the {WORDS['valid']} of WikiText-103: it is truncated or altered; get it"
+
+
+WORDS_OF_300 = len(TEXT["valid"][:300].split()) + TEXT["valid"][:300].count(b"\n")
+
+
+def altered(path):
+    path.write_bytes(path.read_bytes().replace(b"1999", b"1998", 1))
+    return f"{path}: is not that of WikiText-103, whose SHA-256 is {hashlib.sha256(TEXT['valid']).hexdigest()}: it is truncated"
+
+
+def latin(path):
+    path.write_bytes(path.read_bytes().decode().encode("latin-1"))
+    place = TEXT["valid"].decode().encode("latin-1").find("ï".encode("latin-1"))
+    other = TEXT["valid"].decode().encode("latin-1").find("ñ".encode("latin-1"))
+    return f"{path}: byte {min(place, other)} is not UTF-8"
+
+
+def huge(path):
+    path.write_bytes(path.read_bytes() * 10)
+    corpora.LIMIT = 5000
+    return f"{path}: {10 * len(TEXT['valid']):,} bytes of text, more than the 5,000 that are read at once"
+
+
+@pytest.mark.parametrize("spoil", [missing, truncated, altered, latin, huge])
+def test_a_spoilt_split_is_refused_in_one_line_and_nothing_is_written(spoil, folder, monkeypatch):
+    monkeypatch.setattr(corpora, "LIMIT", corpora.LIMIT)  # is put back
+    monkeypatch.chdir(folder)
+    words = spoil(folder / "wiki.valid.tokens")
+    task = Text(
+        kind="text", source="wikitext-103", folder=str(folder), length=8, multiples=(1,), train=3, valid=3, test=3,
+        tokens="words",
+    )  # fmt: skip
+    assert fault(generate, "wiki", task, 0).startswith(words)
+    assert [*DATA.rglob("*"), *HELDOUT.rglob("*")] == []
+
+
+def fetch(hub, home, *splits, **environment):
+    """`splits` read in a process of its own, with its settings from the environment: texts, or the line it is refused with."""
+    script = (
+        "import sys, json, time; time.sleep = lambda seconds: None\n"
+        "from cat.tasks import corpus as corpora\n"
+        "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 64\n"  # what it keeps of a cut connection
+        "table = json.loads(sys.argv[1])\n"
+        "corpora.WIKITEXT_103 = {split: corpora.Published(*row) for split, row in table.items()}\n"
+        "try: [sys.stdout.buffer.write(bytes(corpora.read('wikitext-103', None, split))) for split in sys.argv[2:]]\n"
+        "except ValueError as error: sys.exit(str(error))\n"
+    )
+    url = hub if isinstance(hub, str) else hub.url
+    settings = {"PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    clean = {key: value for key, value in os.environ.items() if not key.upper().startswith("HF_")}
+    command = [sys.executable, "-c", script, json.dumps(corpora.WIKITEXT_103), *splits]
+    done = subprocess.run(command, env=clean | settings | environment, capture_output=True, timeout=60)
+    assert bool(done.returncode) == bool(done.stderr), done.stderr
+    if done.returncode == 0:
+        return done.stdout
+    (line,) = done.stderr.decode().splitlines()
+    return line
+
+
+def place(name):
+    return f"/datasets/{REPOSITORY}/resolve/{REVISION}/{PLACE}/{name}"
+
+
+@pytest.fixture
+def hub(files):
+    with serving({place(name): content for name, content in files.items()}, REVISION) as hub:
+        yield hub
+
+
+TEST = next(iter(WIKITEXT_103["test"].parquet))
+
+
+def test_the_hub_gives_what_a_folder_gives_at_the_pinned_revision_and_once(hub, tmp_path):
+    assert fetch(hub, tmp_path, *SPLITS) == b"".join(TEXT.values())
+    assert {path for _, path, _ in hub.asked} == set(hub.files)
+    hub.asked.clear()
+    assert fetch(hub, tmp_path, *SPLITS, HF_HUB_OFFLINE="1") == b"".join(TEXT.values())
+    assert hub.asked == []
+
+
+def test_a_connection_that_is_cut_is_taken_up_where_it_ended(hub, tmp_path):
+    hub.cut = 1
+    assert fetch(hub, tmp_path, "test") == TEXT["test"]
+    half = len(hub.files[place(TEST)]) // 2 // 64 * 64
+    assert [asked for method, _, asked in hub.asked if method == "GET"] == [None, f"bytes={half}-"]
+
+
+WHAT_TO_DO = "; try again, set HF_ENDPOINT to a mirror of the hub, or put wiki.train.tokens, wiki.valid.tokens and"
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "Connection refused")],
+)
+def test_without_a_network_one_line_says_what_to_do(settings, reason, hub, tmp_path):
+    line = fetch(hub, tmp_path, "test", **settings)
+    assert line.startswith(f"{REPOSITORY}/{PLACE}/{TEST}: cannot be fetched (")
+    assert reason in line
+    assert WHAT_TO_DO in line
+    assert hub.asked == []
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+def test_a_file_that_the_hub_has_not_is_named(hub, tmp_path):
+    del hub.files[place(TEST)]
+    line = fetch(hub, tmp_path, "test")
+    assert line.startswith(f"{REPOSITORY}/{PLACE}/{TEST}: cannot be fetched (")
+    assert "404 Not Found" in line
+    assert WHAT_TO_DO in line
+
+
+def test_a_file_of_another_size_or_digest_is_refused(hub, tmp_path):
+    content = hub.files[place(TEST)]
+    hub.files[place(TEST)] = content[:-4] + b"PAR2"
+    line = fetch(hub, tmp_path / "a", "test")
+    digest = hashlib.sha256(content).hexdigest()
+    assert line.startswith(f"{REPOSITORY}/{PLACE}/{TEST}: its SHA-256 is not {digest[:8]}...: it is altered; delete ")
+    hub.files[place(TEST)] = content[:-1]
+    line = fetch(hub, tmp_path / "b", "test")
+    assert f"{TEST}: has {len(content) - 1:,} bytes, not {len(content):,}: it is truncated or altered; delete " in line
+
+
+def test_a_spoilt_cache_is_noticed_and_fetched_again_once_it_is_deleted(hub, tmp_path):
+    fetch(hub, tmp_path, "test")
+    digest = hashlib.sha256(hub.files[place(TEST)]).hexdigest()
+    (blob,) = tmp_path.rglob(digest)
+    content = bytearray(blob.read_bytes())
+    content[40] ^= 1
+    blob.write_bytes(content)
+    line = fetch(hub, tmp_path, "test", HF_HUB_OFFLINE="1")
+    assert line.endswith(f"it is altered; delete {blob} and try again")
+    blob.unlink()
+    assert fetch(hub, tmp_path, "test") == TEXT["test"]
+
+
+def test_rows_that_are_none_or_too_many_are_refused_before_they_are_read_whole(tmp_path, monkeypatch):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"no parquet")
+    assert fault(corpora._parquet, [path]).startswith(f"{path}: is no parquet file with a column of text (")
+    pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), path)
+    assert fault(corpora._parquet, [path]).startswith(f"{path}: is no parquet file with a column of text (")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1000] * 9000}), path)
+    monkeypatch.setattr(corpora, "LIMIT", 100_000)
+    assert path.stat().st_size < corpora.LIMIT
+    assert fault(corpora._parquet, [path]) == f"{path}: 4,096,000 bytes of text, more than the 100,000 that are read at once"
+
+
+def test_a_folder_of_too_much_text_and_what_is_no_file_are_refused(tmp_path, monkeypatch):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("x" * 40)
+    monkeypatch.setattr(corpora, "LIMIT", 100)
+    assert fault(corpus, str(tmp_path)) == f"{tmp_path}: 120 bytes of text, more than the 100 that are read at once"
+    assert fault(corpus, "/dev/null") == "/dev/null: is not a file"
+
+
+@pytest.mark.parametrize("letters", range(40, 60))
+def test_a_single_file_is_cut_between_characters(letters, tmp_path):
+    text = "ab€" * letters + "x" * (letters % 7)
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    corpus.cache_clear()
+    splits = corpus(str(tmp_path / "one.txt"))
+    assert "".join(bytes(splits[split]).decode() for split in SPLITS) == text
+
+
+def test_the_digests_are_those_of_the_files(folder):
+    sums = {f"wiki.{split}.tokens": hashlib.sha256(text).hexdigest() for split, text in TEXT.items()}
+    assert digests("wikitext-103", str(folder)) == sums
+    (folder / "deep").mkdir()
+    (folder / "deep" / "a.md").write_bytes(b"a")
+    (folder / "b.txt").write_bytes(b"b")
+    assert digests(str(folder), None) == {
+        "b.txt": hashlib.sha256(b"b").hexdigest(),
+        "deep/a.md": hashlib.sha256(b"a").hexdigest(),
+    }
+    assert digests(str(folder / "b.txt"), None) == {"b.txt": hashlib.sha256(b"b").hexdigest()}
+    assert digests("python-docs", None) == digests("wikitext-103", None) == {}

@@ -1,0 +1,327 @@
+"""What only a GPU can show; skipped where there is none."""
+
+import copy
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cat.training.cuda_graph
+from cat.config import Schedule
+from cat.evaluation.scores import Split, score
+from cat.ops.conv.causal import filter_channels, filter_heads, naive_filter_channels, naive_filter_heads
+from cat.training.cuda_graph import Replay
+from cat.training.ensemble import Stack, can_be_stacked, fit_together
+from cat.training.fit import backward, build_model, fit, mean_loss
+from pipeline.storage import runs
+from tests.cat.mixers.test_mixers import BATTERY, configure
+from tests.cat.training.test_ensemble import GRID, LENGTH, PROTOCOL, VOCABULARY, successor
+
+REPEATING = [name for name in BATTERY if not name.startswith("landmark")]
+"""What trains to the same bits without `deterministic`: gradients of blocks that are chosen are added up in any order."""
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def on_gpu(split):
+    return Split(*(tensor.cuda() for tensor in split))
+
+
+def models(name, seeds=(0, 1)):
+    config = configure(**BATTERY[name])
+    return [build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=seed).cuda() for seed in seeds]
+
+
+def train(name, *, steps=9, precision="float32", protocol=PROTOCOL, **options):
+    """All of a grid together, on the GPU."""
+    seeds, rates = zip(*GRID, strict=True)
+    return fit_together(
+        models(name, seeds),
+        on_gpu(successor(18)),
+        on_gpu(successor(7, seed=1)),
+        protocol=protocol,
+        schedule=Schedule(steps=steps, batch=4, learning_rates=[0.1]),
+        learning_rates=rates,
+        seeds=seeds,
+        stop_early=False,
+        precision=precision,
+        **options,
+    )
+
+
+def same_bits(runs, others):
+    for ours, theirs in zip(runs, others, strict=True):
+        assert ours.history == theirs.history
+        for name, weight in ours.model.state_dict().items():
+            assert torch.equal(weight, theirs.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("step", [(1 << 30) - 8, 1 << 30])
+def test_the_kernel_finds_tokens_far_apart_in_memory(step):
+    """The last of three stands where 32 bits do not reach."""
+    rows = torch.zeros(2 * step + 4, dtype=torch.float16, device="cuda").as_strided((1, 1, 3, 4), (3 * step, 3 * step, step, 1))
+    numbers = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0)).half()
+    taps = torch.tensor([[0.5, 2.0]], dtype=torch.float16)
+    rows.copy_(numbers)
+    leaves = [(t.requires_grad_(), u.cuda().requires_grad_()) for t, u in ((rows, taps), (numbers.cuda(), taps))]
+    far, near = (filter_heads(*pair) for pair in leaves)
+    assert torch.equal(far, near)
+    for pair in zip(*(torch.autograd.grad(y.sum(), pair) for y, pair in zip((far, near), leaves, strict=True)), strict=True):
+        assert torch.equal(*pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [(9, 4, 1, 1), (70, 5, 4, 3), (129, 16, 4, 1), (97, 66, 6, 2)])
+@pytest.mark.parametrize("kind", ["head", "channel"])
+def test_the_kernel_is_the_definition(kind, sizes, dtype):
+    length, width, taps, dilation = sizes
+    ours, naive = {"head": (filter_heads, naive_filter_heads), "channel": (filter_channels, naive_filter_channels)}[kind]
+    generator = torch.Generator().manual_seed(0)
+    projected = torch.randn(2, length, 3, 3, width, generator=generator, dtype=torch.float64)
+    rows = torch.randn(*((3, taps) if kind == "head" else (3, width, taps)), generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, 3, length, width, generator=generator, dtype=torch.float64)
+
+    def passes(operation, place, dtype):
+        leaves = [t.to(place, dtype).requires_grad_() for t in (projected, rows)]
+        y = operation(leaves[0][:, :, 1].transpose(1, 2), leaves[1], dilation=dilation)
+        return [
+            y.detach().cpu().double(),
+            *(g.cpu().double() for g in torch.autograd.grad(y, leaves, weights.to(place, y.dtype))),
+        ]
+
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for a, b in zip(passes(ours, "cuda", dtype), passes(naive, "cpu", torch.float64), strict=True):
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("mapped", [(0, 0), (1, None), (None, 2)])
+def test_the_kernel_is_mapped_over_sequences_and_over_taps(mapped):
+    shapes = [(2, 3, 129, 8), (3, 4)]
+    whole = [torch.randn(*s, dtype=torch.float64, device="cuda") for s in shapes]
+    stacked = [t if axis is None else torch.stack([t, -2 * t, t + 1], axis) for t, axis in zip(whole, mapped, strict=True)]
+    leaves = [t.requires_grad_() for t in stacked]
+    each = zip(*([x] * 3 if axis is None else x.unbind(axis) for x, axis in zip(leaves, mapped, strict=True)), strict=True)
+    ours, theirs = torch.vmap(filter_heads, mapped)(*leaves), torch.stack([naive_filter_heads(*row) for row in each])
+    weights = torch.randn_like(theirs)
+    for a, b in zip(*((y, *torch.autograd.grad(y, leaves, weights)) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", [name for name in BATTERY if name != "landmark"])  # its blocks match equally well, if they do
+def test_losses_and_gradients_are_those_of_the_cpu(name):
+    (model,) = models(name, (3,))
+    model.double()  # in float32 a block can be chosen by what is lost in rounding
+    twin, batch = copy.deepcopy(model).cpu(), successor(5).rows(slice(None))
+    loss, exact = mean_loss(model, on_gpu(batch)), mean_loss(twin, batch)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    loss.backward()
+    exact.backward()
+    ours, theirs = (
+        torch.cat([p.grad.flatten().cpu().double() for p in m.parameters() if p.grad is not None]) for m in (model, twin)
+    )
+    assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", BATTERY)
+def test_a_step_replayed_is_the_step_to_the_bit(name, monkeypatch):
+    assert can_be_stacked(configure(**BATTERY[name]))
+    recorded, record = [], Replay._record
+
+    def noted(replay, inputs):
+        record(replay, inputs)
+        recorded.append(replay.graph is not None)
+
+    monkeypatch.setattr(Replay, "_record", noted)
+    replayed = train(name)
+    assert recorded == [True]
+    if name in REPEATING:
+        monkeypatch.setattr(cat.training.cuda_graph, "WARM", 10**9)
+        same_bits(replayed, train(name))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32])
+def test_rows_of_every_type_of_tokens_are_taken(dtype):
+    tokens = torch.tensor([3, 255, 7]).to(dtype)
+    assert runs._indexable(tokens, torch.device("cuda"))[torch.tensor([1, 0], device="cuda")].tolist() == [255, 3]
+
+
+def test_replicas_train_as_alone():
+    seeds, rates = zip(*GRID, strict=True)
+    options = {"schedule": Schedule(steps=9, batch=4, learning_rates=[0.1]), "protocol": PROTOCOL, "stop_early": False}
+    splits = on_gpu(successor(18)), on_gpu(successor(7, seed=1))
+    alone = [
+        fit(model, *splits, learning_rate=rate, seed=seed, **options)
+        for model, seed, rate in zip(models("attention_all", seeds), seeds, rates, strict=True)
+    ]
+    for ours, theirs in zip(train("attention_all"), alone, strict=True):
+        torch.testing.assert_close(ours.model.state_dict(), theirs.model.state_dict(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_replica_that_leaves_the_stack_has_the_others_recorded_anew(monkeypatch):
+    recorded, record = [], Replay._record
+    monkeypatch.setattr(
+        Replay, "_record", lambda replay, inputs: (record(replay, inputs), recorded.append(inputs[1].shape[0]))[0]
+    )
+    seeds, rates = (0, 1, 2), (0.01, 1e30, 0.003)
+    runs = fit_together(
+        models("performer_state", seeds),
+        on_gpu(successor(18)),
+        on_gpu(successor(7, seed=1)),
+        protocol=PROTOCOL.model_copy(update={"validate_every": 5}),
+        schedule=Schedule(steps=15, batch=4, learning_rates=[0.1]),
+        learning_rates=rates,
+        seeds=seeds,
+        stop_early=False,
+    )
+    assert [run.stop for run in runs] == ["steps", "diverged", "steps"]
+    assert recorded == [3, 2]
+
+
+def test_it_goes_on_from_a_state_to_the_same_bits():
+    kept = []
+    whole = train("attention_all", checkpoint=lambda states, ended: kept.append(states()) if len(kept) < 5 else None)
+    same_bits(whole, train("attention_all", resume=list(kept[4].values())))
+
+
+UNRECORDABLE = """
+import torch
+from cat.replay import WARM, Replay
+replay = Replay(lambda x: x * x.sum().item())
+x = torch.ones(3, device="cuda")
+assert [replay(x + i).tolist() for i in range(WARM + 2)] == [[3 * (1 + i) ** 2] * 3 for i in range(WARM + 2)]
+assert not replay.recordable
+assert torch.ones(1, device="cuda").item() == 1
+"""
+
+
+def test_what_cannot_be_recorded_is_called_as_it_is():
+    """In a process of its own: to PyTorch's allocator a recording that failed never ends, and other tests are about memory."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", UNRECORDABLE], check=True)
+
+
+@pytest.mark.parametrize("name", [name for name in BATTERY if name != "landmark"])
+def test_what_is_read_in_parts_is_what_the_cpu_reads_at_once(name):
+    (model,) = models(name, (3,))
+    model.double()
+    twin, read = copy.deepcopy(model).cpu(), successor(5).inputs.long()
+    memories = []
+    with torch.no_grad():
+        for part in read.cuda().split([3, 1, read.shape[1] - 4], dim=1):
+            logits, memories = model.read(part, memories)
+        torch.testing.assert_close(logits.cpu(), twin(read)[:, -1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", REPEATING)
+def test_the_same_seed_trains_to_the_same_bits(name):
+    same_bits(train(name), train(name))
+
+
+@pytest.mark.parametrize("name", ["attention_all", "mamba"])
+def test_bfloat16_trains_float32_weights(name):
+    rough, exact = train(name, precision="bfloat16"), train(name)
+    for ours, theirs in zip(rough, exact, strict=True):
+        assert {weight.dtype for weight in ours.model.state_dict().values()} == {torch.float32}
+        assert ours.history[-1].valid_loss == pytest.approx(theirs.history[-1].valid_loss, rel=0.05)
+
+
+def limit_memory(more):
+    """To what is in use, and `more` bytes."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)
+
+
+@pytest.fixture
+def little_memory():
+    """Limits memory when it is called, until the test is over."""
+    torch.cuda.empty_cache()
+    yield limit_memory
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def test_a_batch_for_which_memory_does_not_suffice_is_taken_in_parts(little_memory):
+    (model,) = models("attention_all", (0,))
+    batch = on_gpu(successor(4096)).rows(slice(None))
+    whole, size = backward(model, batch)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    assert size is None
+    model.zero_grad()
+    little_memory(200 << 20)
+    parts, size = backward(model, batch)
+    assert size is not None
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-5)
+    for ours, theirs in zip((p.grad for p in model.parameters()), gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+
+
+def take_turns():
+    """Replicas for which memory does not suffice, in a process whose allocator has seen nothing else."""
+    seeds = tuple(range(8))
+    batch = on_gpu(successor(1024)).rows(slice(None))
+    batches = Split(*(tensor.expand(len(seeds), *tensor.shape).contiguous() for tensor in batch))
+
+    def steps():
+        stack = Stack(models("attention_all", seeds), [0.01] * len(seeds), protocol=PROTOCOL, precision="float32")
+        return [stack.step(batches, 1.0) for _ in range(4)], stack.at_once
+
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    expected, at_once = steps()
+    assert at_once == len(seeds)
+    gc.collect()
+    limit_memory((torch.cuda.max_memory_allocated() - before) // 2)
+    taken, at_once = steps()
+    assert at_once < len(seeds), torch.cuda.memory_summary(abbreviated=True)
+    torch.testing.assert_close(taken, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_replicas_for_which_memory_does_not_suffice_take_turns():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", "from tests.test_gpu import take_turns; take_turns()"], check=True)
+
+
+def test_scoring_for_which_memory_does_not_suffice_takes_fewer_at_a_time(little_memory):
+    (model,) = models("attention_all", (0,))
+    split = on_gpu(successor(4096))
+    expected = score(model, split)
+    little_memory(30 << 20)
+    assert score(model, split) == pytest.approx(expected, rel=1e-6)
+
+
+COMPILED = """
+import torch
+from tests.test_gpu import mean_loss, models, on_gpu, successor
+batch = on_gpu(successor(8)).rows(slice(None))
+ours, theirs = models("attention_all", (0, 0))
+torch.compile(mean_loss)(ours, batch).backward()
+mean_loss(theirs, batch).backward()
+for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+"""
+
+
+def test_a_compiled_step_is_the_same_step():
+    """Where nothing checks types: the compiler would compile the checks."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], check=True)
+
+
+TRAINED_TWICE = """
+from pipeline.determinism import pin, settle
+pin(True)
+settle()
+import hashlib
+from tests.test_gpu import BATTERY, train
+for name in BATTERY:
+    weights = [run.model.state_dict() for run in train(name)]
+    print(name, hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for own in weights for w in own.values())).hexdigest())
+"""
+
+
+def test_deterministic_trains_every_mixer_to_the_same_bits():
+    said = [
+        subprocess.run([sys.executable, "-W", "ignore", "-c", TRAINED_TWICE], check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    ]
+    assert said[0] == said[1]
+    assert len(said[0].splitlines()) == len(BATTERY)

@@ -1,0 +1,251 @@
+"""`python -m pipeline diff`: what changed since a revision, for a study that may lie in a folder of a repository."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from pipeline.cli import main
+from pipeline.commands.diff import Section, compare, resolve, show
+
+PARAMETERS = """\
+seeds: [0, 1]
+variants:
+  k:  {position: none, k: 3}
+  qk: {position: none, q: 3, k: 3}
+ablations:
+  streams: {variants: [k, qk]}
+"""
+METRICS = {
+    "k": {"ar": {"accuracy_1x": 0.5, "accuracy_8x": 0.25}, "text": {"bits_per_byte_1x": 3.5}},
+    "qk": {"ar": {"accuracy_1x": 1.0, "accuracy_8x": 0.75}},
+}
+VERDICTS = """\
+claim,says,source,verdict,reason,effect,low,high,p,seeds,comparisons,figure
+solves,"k solves recall, always.",paper,supported,k against 1 on ar,-0.25,-0.5,0,0.01,3,8,streams
+null,n/a,ours,undecided,too few seeds: 1 of 3,,,,,3,8,streams
+"""
+
+
+def git(*arguments):
+    settings = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.invalid"]
+    return subprocess.run(["git", *settings, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def write(parameters=PARAMETERS, metrics=METRICS, verdicts=VERDICTS):
+    shutil.rmtree("reports", ignore_errors=True)
+    for folder in ("reports/metrics", "verdicts"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    Path("params.yaml").write_text(parameters)
+    for variant, tasks in metrics.items():
+        Path("reports/metrics", f"{variant}.json").write_text(json.dumps(tasks))
+    Path("verdicts/claims.csv").write_text(verdicts)
+
+
+def commit():
+    git("add", ".")
+    git("commit", "--quiet", "--allow-empty", "--message", "a step")
+    return git("rev-parse", "HEAD")
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A study with a commit, in a folder of its repository, the working folder of the test."""
+    (tmp_path / "study").mkdir()
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
+    monkeypatch.chdir(tmp_path / "study")
+    write()
+    commit()
+    return tmp_path / "study"
+
+
+def said(*arguments):
+    done = CliRunner().invoke(main, ["diff", *arguments])
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def refused(*arguments):
+    """The one line of a command that must be refused."""
+    done = CliRunner().invoke(main, ["diff", *arguments])
+    assert (done.exit_code, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_nothing_changed(study):
+    assert said("HEAD") == "parameters: nothing changed\nresults: nothing changed\nverdicts: nothing changed\n"
+    parts = ["## parameters", "nothing changed", "## results", "nothing changed", "## verdicts", "nothing changed"]
+    assert said("HEAD", "--md") == "\n\n".join(parts) + "\n"
+
+
+def test_parameters_by_their_keys(study):
+    new = PARAMETERS.replace("[0, 1]", "[0, 1, 2]").replace("qk: {position: none, q: 3, k: 3}", "qk: {position: rotary, q: 3}")
+    write(new.replace("ablations:", "  v: {position: none, v: 3}\nablations:").replace("  streams: {variants: [k, qk]}", "  {}"))
+    assert compare("HEAD")[0].rows == [
+        ("seeds", "[0, 1]", "[0, 1, 2]"),
+        ("variants.qk.position", "none", "rotary"),
+        ("variants.qk.k", "3", "-"),
+        ("variants.v", "-", "{position: none, v: 3}"),
+        ("ablations.streams", "{variants: [k, qk]}", "-"),
+    ]
+
+
+def test_results_by_the_size_of_their_difference(study):
+    k = {"ar": {"accuracy_1x": 0.500001, "accuracy_8x": 0.125}, "text": {"bits_per_byte_1x": 4.0}}
+    qk = {"ar": {"accuracy_1x": 1.0000004, "accuracy_8x": 0.75}}
+    write(metrics={"k": k, "qk": qk})
+    assert compare("HEAD")[1] == Section(
+        "results",
+        ("variant", "task", "metric", "length", "before", "after", "difference"),
+        [
+            ("k", "text", "bits per byte", "1x", "3.500000", "4.000000", "+0.500000"),
+            ("k", "ar", "accuracy", "8x", "0.250000", "0.125000", "-0.125000"),
+            ("k", "ar", "accuracy", "1x", "0.500000", "0.500001", "+0.000001"),
+        ],
+        [],
+    )
+
+
+def test_cells_and_lengths_that_are_new_or_gone_are_summed_up(study):
+    both = {"accuracy_1x": 0.5, "accuracy_4x": 0.25}
+    write(metrics={"k": {"ar": both, "copying": both}, "qk": {"ar": {"accuracy_1x": 1.0, "accuracy_4x": 0.7}}, "v": {"ar": both}})
+    section = compare("HEAD")[1]
+    assert section.rows == []
+    assert section.notes == [
+        "new: k on copying",
+        "new: v on ar",
+        "new: accuracy at 4x of 2 cells",
+        "gone: k on text",
+        "gone: accuracy at 8x of 2 cells",
+    ]
+
+
+def test_verdicts_that_changed_are_new_or_gone(study):
+    new = VERDICTS.replace("supported,k against 1 on ar,-0.25,-0.5,0,", "contradicted,k against 1 on ar,-0.75,-1,-0.5,")
+    write(verdicts=re.sub("null.*", "other,it may be.,ours,undecided,not significant,0.125,0,1,0.5,3,8,streams", new))
+    assert compare("HEAD")[2].rows == [
+        (
+            "k solves recall, always. (paper)",
+            "supported",
+            "-0.250 (-0.500 to +0.000)",
+            "contradicted",
+            "-0.750 (-1.000 to -0.500)",
+        ),
+        ("n/a (ours)", "undecided", "-", "-", "-"),
+        ("it may be. (ours)", "-", "-", "undecided", "+0.125 (+0.000 to +1.000)"),
+    ]
+
+
+def test_a_verdict_that_stands_is_not_told_of_however_its_effect_moved(study):
+    write(verdicts=VERDICTS.replace("-0.25,-0.5", "-0.125,-0.5"))
+    assert compare("HEAD")[2].notes == ["nothing changed"]
+
+
+def test_a_study_without_claims(study):
+    write(verdicts="\n")
+    assert [row[3] for row in compare("HEAD")[2].rows] == ["-", "-"]
+    commit()
+    assert compare("HEAD")[2].notes == ["nothing changed"]
+
+
+def test_the_terminal_and_markdown_have_the_same_rows(study, capsys):
+    write(
+        PARAMETERS.replace("[0, 1]", "[red]").replace("none, k", "'a|b', k"),
+        {"k": METRICS["k"], "v": METRICS["k"]},
+        VERDICTS.replace("supported", "contradicted"),
+    )
+    sections = compare("HEAD")
+    show(sections, Console(width=200, color_system=None))
+    terminal, text = capsys.readouterr().out, said("HEAD", "--md")
+    for section in sections:
+        assert section.rows or section.notes != ["nothing changed"]
+        for row in section.rows:
+            assert re.search(" *[│┃] *".join(map(re.escape, row)), terminal)
+            assert re.search(r" *\| *".join(re.escape(cell.replace("|", r"\|")) for cell in row), text)
+        for note in section.notes:
+            assert f"{section.title}: {note}\n" in terminal
+            assert f"\n\n{note}\n" in text
+
+
+def test_an_experiment_by_its_name(study):
+    base = git("rev-parse", "HEAD")
+    write(PARAMETERS.replace("k: 3}", "k: 5}"))
+    git("add", ".")
+    git("commit", "--quiet", "--message", "an experiment")
+    git("update-ref", f"refs/exps/{base[:2]}/{base[2:]}/wider-keys", "HEAD")
+    git("update-ref", "refs/exps/exec/EXEC_HEAD", "HEAD")
+    git("reset", "--quiet", "--hard", base)
+    assert compare("wider-keys")[0].rows == [("variants.k.k", "5", "3"), ("variants.qk.k", "5", "3")]
+    assert "EXEC_HEAD" in refused("EXEC_HEAD")
+
+
+def test_of_experiments_of_one_name_that_of_this_commit(study):
+    bases = [git("rev-parse", "HEAD"), commit(), commit()]
+    for base in bases[:2]:
+        git("update-ref", f"refs/exps/{base[:2]}/{base[2:]}/twice", base)
+    names = [f"refs/exps/{base[:2]}/{base[2:]}/twice" for base in bases[:2]]
+    assert refused("twice") == f"diff: 'twice' is the name of 2 experiments; say which: {', '.join(sorted(names))}"
+    for name, base in zip(names, bases, strict=False):
+        assert resolve(name) == base
+        git("checkout", "--quiet", base)
+        assert resolve("twice") == base
+
+
+def test_a_branch_goes_before_an_experiment(study):
+    base = git("rev-parse", "HEAD")
+    other = commit()
+    git("branch", "same", base)
+    git("update-ref", f"refs/exps/{base[:2]}/{base[2:]}/same", other)
+    assert resolve("same") == base
+
+
+@pytest.mark.parametrize("revision", ["nowhere", "HEAD:study/params.yaml", "HEAD..HEAD", "-1", ""])
+def test_an_unknown_revision(study, revision):
+    assert refused("--", revision) == f"diff: {revision!r} is neither a revision of git nor an experiment of DVC"
+
+
+def test_no_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert refused("HEAD").startswith("diff: not a git repository")
+
+
+FILES = ["params.yaml", "verdicts/claims.csv", "reports/metrics"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_that_is_missing(study, file):
+    shutil.rmtree(file) if Path(file).is_dir() else Path(file).unlink()
+    fault = "has no metrics; `dvc repro` writes them" if file == "reports/metrics" else "No such file or directory"
+    assert refused("HEAD") == f"diff: {file}: {fault}"
+    commit()
+    write()
+    assert refused("HEAD") == f"diff: HEAD: {file}: {fault}"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "fault"),
+    [
+        ("params.yaml", b"a: [", 'while parsing a flow node did not find expected node content in "<unicode string>"'),
+        ("params.yaml", b"- a", "it is not a mapping"),
+        ("params.yaml", b"\xff", "'utf-8' codec can't decode byte 0xff"),
+        ("reports/metrics/k.json", b"{", "Invalid JSON: EOF while parsing"),
+        ("reports/metrics/k.json", b'{"ar": 1}', "Input should be an object"),
+        ("verdicts/claims.csv", b"claim,says\na,b\n", "lacks the column source"),
+        ("verdicts/claims.csv", VERDICTS.replace("0.25", "half").encode(), "could not convert string to float: '-half'"),
+        ("verdicts/claims.csv", b"a\nb,c\n", "lacks the column claim"),
+    ],
+)
+def test_a_file_that_cannot_be_read(study, file, content, fault):
+    Path(file).write_bytes(content)
+    assert refused("HEAD").startswith(f"diff: {file}: cannot be read: {fault}")
+    commit()
+    write()
+    assert refused("HEAD").startswith(f"diff: HEAD: {file}: cannot be read: {fault}")

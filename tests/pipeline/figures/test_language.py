@@ -1,0 +1,203 @@
+"""What language models do along their context is written, tabled and drawn as it is."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cat.evaluation.by_position import bins, loss_by_position, sample
+from cat.evaluation.scores import Split, outcomes
+from pipeline.config.grid import cells
+from pipeline.config.study import Ablation, load_study
+from pipeline.figures.language import gains, gains_table, positions, positions_table, recall
+from pipeline.figures.plots import training
+from pipeline.figures.style import save
+from pipeline.stages.evaluate import Found, Job, _found
+from pipeline.stages.generate import generate
+from pipeline.storage import runs
+from pipeline.storage.files import read_split, read_task
+from pipeline.storage.results import read_positions
+from tests.helpers.study import edit, stage, tiny_study
+
+LENGTHS, TRAINED = (16, 32, 64), 32
+POSITIONS = Ablation(question="?", tasks=[], variants=[], across=["text"], beside=["none", "qk", "mamba"], figure="positions")
+RECALL = Ablation(question="?", tasks=[], variants=[], across=["text"], beside=["none", "k", "mamba"], figure="recall")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny text of words, trained and evaluated."""
+    folder = tmp_path_factory.mktemp("language")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny_study(folder, tasks=["copying", "text"])
+        known, new = ["one", "two", "three", "fourteen", "\n"], ["one", "two", "unheard", "of"]
+        words = [*np.random.default_rng(0).choice(known, 4000), *np.random.default_rng(1).choice(new, 500)]
+        (folder / "x.txt").write_text(" ".join(words))
+        edit(**{"tasks.text.data.source": str(folder / "x.txt"), "tasks.text.data.tokens": "words"})
+        stage("generate", "text")
+        for cell in cells(load_study()):
+            if cell.task == "text":
+                stage("train", "text", cell.variant)
+        stage("evaluate", "text")
+    return folder
+
+
+def read_results():
+    return pd.read_csv("results/text.csv")
+
+
+def test_bits_by_position_are_those_of_all_tokens_of_a_bin(study):
+    table = pd.read_csv("results/positions/text.csv")
+    examples, ends = read_split("text", "test_64"), bins(TRAINED, 64)
+    assert len(sample(32, 64)) == 32
+    assert ends == [8, 16, 24, 32, 40, 48, 56, 64]
+    with np.load("heldout/text/spans.npz") as spans:
+        size, unknown = spans["bytes"].astype(float), spans["unknown"].astype(float)
+    assert unknown.any()
+    tokens = np.concatenate([examples.inputs, examples.targets[:, -1:]], axis=1).astype(np.int64)
+    found = loss_by_position(runs.load_model(runs.weights_path("text", "qk", 1)), torch.from_numpy(tokens))
+    for context, losses in found._asdict().items():
+        here = table[(table["variant"] == "qk") & (table["seed"] == 1) & (table["context"] == context)]
+        assert here["position"].tolist() == ends
+        assert here["tokens"].eq(8 * 32).all()
+        for end, value in zip(ends, here["bits_per_byte"], strict=True):
+            of = np.s_[:, end - 8 : end]
+            bits = losses.numpy()[of].sum() / math.log(2) + 8 * unknown[of].sum()
+            assert value == pytest.approx(bits / size[of].sum())
+    assert set(table["variant"]) == {"none", "k", "qk", "mamba"}
+
+
+def test_recalled_answers_are_scored_apart_at_every_length(study):
+    results = read_results().pivot_table(index=["variant", "seed", "length"], columns="metric", values="value")
+    model = runs.load_model(runs.weights_path("text", "k", 0))
+    for length in LENGTHS:
+        parts = outcomes(model, Split.of(*map(torch.tensor, read_split("text", f"test_{length}"))))
+        loss = torch.cat([part.loss for part in parts]).double().numpy()
+        with np.load("heldout/text/recalled.npz") as masks:
+            recalled, rare = masks[f"recalled_{length}"], masks[f"rare_{length}"]
+        row = results.loc["k", 0, length]
+        assert row["recalled_share"] == recalled.mean() > 0
+        assert row["recalled_rare_share"] == rare.mean()
+        assert row["loss_recalled"] == pytest.approx(loss[recalled].mean())
+        assert row["loss_others"] == pytest.approx(loss[~recalled].mean())
+        share = row["recalled_share"]
+        assert share * row["loss_recalled"] + (1 - share) * row["loss_others"] == pytest.approx(row["loss"])
+    assert results["recalled_share"].groupby(["variant", "seed"]).apply(lambda shares: shares.is_monotonic_increasing).all()
+
+
+def test_a_seed_that_diverged_has_empty_losses_and_no_bits(study):
+    path = runs.folder("text", "k") / "summary.json"
+    summary = json.loads(path.read_text())
+    for run in summary["runs"]:
+        run["stop"] = "diverged" if run["seed"] == 1 else run["stop"]
+    path.write_text(json.dumps(summary))
+    runs.weights_path("text", "k", 1).unlink()
+    found = _found("text", read_task("text"), "float32", Job("k", 1), torch.device("cpu"), lambda done: None)
+    whole = _found("text", read_task("text"), "float32", Job("k", 0), torch.device("cpu"), lambda done: None)
+    assert isinstance(found, Found)
+    assert found.positions == []
+    assert all(math.isnan(row["value"]) for row in found.scores)
+    names = [row["metric"] for row in whole.scores if not row["metric"].startswith("attention_")]
+    assert [row["metric"] for row in found.scores] == names
+
+
+def test_other_tasks_have_only_the_header(study):
+    generate("copying", study.tasks["copying"].data, 0)
+    for cell in cells(study):
+        if cell.task == "copying":
+            stage("train", "copying", cell.variant)
+    stage("evaluate", "copying")
+    assert not len(read_positions("copying"))
+    assert not pd.read_csv("results/copying.csv")["metric"].str.contains("recalled").any()
+    assert not any((Path("heldout/copying", path)).exists() for path in ("spans.npz", "recalled.npz"))
+
+
+def test_a_gain_is_what_the_reference_loses_more_of_the_same_seed(study):
+    results = read_results()
+    table = gains(study, RECALL, results).set_index(["variant", "length", "seed"])
+    value = results.set_index(["variant", "length", "seed", "metric"])["value"]
+    assert set(table.index) == {(v, n, s) for v in ("k", "mamba") for n in LENGTHS for s in (0, 1)}
+    for (variant, length, seed), row in table.iterrows():
+        for name, metric in (("recalled", "loss_recalled"), ("others", "loss_others"), ("all", "loss")):
+            assert row[name] == value["none", length, seed, metric] - value[variant, length, seed, metric]
+        share = row["recalled_share"]
+        assert row["of recalled"] + (1 - share) * row["others"] == pytest.approx(row["all"], abs=1e-6)
+
+
+def test_the_table_of_gains_says_how_much_is_of_recalled_answers(study):
+    results = read_results()
+    share = results.loc[results["metric"] == "recalled_share"].groupby("length")["value"].first()
+    of = results["variant"].eq("k") & results["metric"].isin(["loss", "loss_recalled"])
+    results.loc[of, "value"] = results.loc[
+        results["variant"].eq("none") & results["metric"].isin(["loss", "loss_recalled"]), "value"
+    ].to_numpy()
+    results.loc[of & results["metric"].eq("loss"), "value"] -= 0.5
+    results.loc[of & results["metric"].eq("loss_recalled"), "value"] -= 0.25
+    table = gains_table(study, RECALL, results).set_index(["length", "variant"])
+    assert set(table.index) == {(n, v) for n in (32, 64) for v in ("k", "mamba")}
+    for length in (32, 64):
+        row = table.loc[length, "k"]
+        assert (row["recalled"], row["all"]) == pytest.approx((0.25, 0.5))
+        assert row["of the gain"] == f"{share[length] * 0.5:.0%}"
+    results.loc[results["variant"].eq("k") & results["metric"].eq("loss"), "value"] += 1
+    assert set(gains_table(study, RECALL, results).set_index("variant").loc["k", "of the gain"]) == {"no gain"}
+
+
+def test_positions_are_drawn_solid_from_the_start_and_dashed_in_windows(study, tmp_path):
+    path = Path("results/positions/text.csv")
+    table = pd.read_csv(path)
+    table = table[~(table["variant"].eq("none") & table["context"].eq("full") & table["position"].gt(TRAINED))]
+    table.to_csv(path, index=False)
+    figure = positions(study, POSITIONS, read_results())
+    (axes,) = figure.axes
+    *lines, mark = axes.lines
+    assert [*mark.get_xdata()] == [TRAINED, TRAINED]
+    expected = list(itertools.product(("none", "qk", "mamba"), ("full", "sliding")))
+    means = table.groupby(["variant", "context", "position"])["bits_per_byte"].mean()
+    for line, (variant, context) in zip(lines, expected, strict=True):
+        drawn = means[variant, context].loc[TRAINED if context == "sliding" else 0 :]
+        np.testing.assert_allclose(line.get_xydata(), drawn.reset_index().to_numpy())
+        assert line.get_linestyle() == ("-" if context == "full" else "--")
+    assert [text.get_text() for text in figure.legends[0].texts] == ["none", "qk", "mamba"]
+    save(figure, tmp_path / "x.png", tmp_path / "x.svg")
+    tabled = positions_table(study, POSITIONS).set_index("variant")
+    assert tabled.loc["qk", "at the training length"] == means["qk", "full", 32]
+    assert tabled.loc["qk", "at the longest, sliding"] == means["qk", "sliding", 64]
+    assert math.isnan(tabled.loc["none", "at the longest"])
+
+
+def test_the_loss_of_validation_is_drawn_a_token(study):
+    """Not a byte: a model that is hardly trained guesses among the words, and its loss is the logarithm of their number."""
+    axes = training(study, RECALL, read_results()).axes[0]
+    assert axes.get_ylabel() == "validation loss, nats a token"
+    size = study.tasks["text"].data.vocabulary
+    starts = [line.get_ydata()[0] for line in axes.lines if len(line.get_ydata())]
+    assert starts == pytest.approx([math.log(size)] * len(starts), rel=0.3)
+
+
+def test_gains_are_drawn_by_class_at_the_training_length_and_the_longest(study, tmp_path):
+    results = read_results()
+    figure = recall(study, RECALL, results)
+    table = gains(study, RECALL, results)
+    for length, axes in zip((32, 64), figure.axes, strict=True):
+        assert axes.get_title() == f"text, at {length} tokens"
+        means = table[table["length"] == length].groupby("variant")[["recalled", "recalled, rare", "others"]].mean()
+        drawn = {round(float(y), 9) for line in axes.lines if len(line.get_xdata()) == 2 for y in line.get_ydata()}
+        assert {round(float(y), 9) for y in means.to_numpy().ravel() if not math.isnan(y)} <= drawn
+        assert [label.get_text().split("\n")[0] for label in axes.get_xticklabels()] == ["k", "mamba"]
+    assert [text.get_text() for text in figure.legends[0].texts] == ["recalled", "recalled, rare", "others"]
+    save(figure, tmp_path / "x.png", tmp_path / "x.svg")
+
+
+def test_a_reference_that_does_not_reach_the_longest_leaves_a_panel_empty(study, tmp_path):
+    results = read_results()
+    shown = results[~(results["variant"].eq("none") & results["length"].eq(64))]
+    figure = recall(study, RECALL, shown)
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["k\nno gain", "mamba\nno gain"]
+    save(figure, tmp_path / "x.png", tmp_path / "x.svg")

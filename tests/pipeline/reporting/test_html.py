@@ -1,0 +1,87 @@
+"""The report as one file: nothing outside it is needed, every figure is in it, and its parts have names of their own."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from pipeline.reporting.html import page
+
+SVG = """<?xml version="1.0"?>
+<!DOCTYPE svg>
+<svg width="9pt"><defs><path id="a"/></defs><use xlink:href="#a"/><g clip-path="url(#b)"/></svg>"""
+REPORT = """# Title & all
+
+| claim | verdict |
+|:--|:--|
+| one `x` < 2 | **supported** |
+
+<a id="one"></a>
+
+## Which & why?
+
+![one](figures/one.png)
+
+<a id="two"></a>
+
+## Which & why?
+
+Numbers: [results/ar.csv](../results/ar.csv), see [one](#one).
+
+![two "2"](two.png)
+"""
+
+
+class Elements(HTMLParser):
+    """Names and attributes of all elements."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def named(self, tag):
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.fixture
+def report(tmp_path):
+    (tmp_path / "svg").mkdir()
+    for name in ("svg/one", "two"):
+        (tmp_path / f"{name}.svg").write_text(SVG)
+    return page(REPORT, tmp_path)
+
+
+def test_every_figure_is_drawn_within_the_page_and_nothing_is_loaded(report):
+    elements = Elements(report)
+    assert [figure["aria-label"] for figure in elements.named("figure")] == ["one", 'two "2"']
+    assert len(elements.named("svg")) == 2
+    assert elements.named("img") + elements.named("script") + elements.named("link") == []
+    assert "<?xml" not in report
+    assert not re.search(r'(?:src|href)="(?!#)', report)
+
+
+def test_names_within_the_figures_do_not_collide(report):
+    elements = Elements(report)
+    names = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(set(names)) == len(names) == 4
+    assert [use["xlink:href"] for use in elements.named("use")] == ["#one-a", "#two-a"]
+    assert "url(#one-b)" in report
+
+
+def test_the_questions_are_linked_and_the_verdicts_coloured(report):
+    elements = Elements(report)
+    assert [link["href"] for link in elements.named("a")] == ["#one", "#two", "#one"]
+    assert [heading["id"] for heading in elements.named("h2")] == ["one", "two"]
+    assert "Numbers: results/ar.csv, see" in report
+    assert elements.named("strong") == [{"class": "supported"}]
+    assert "<title>Title &amp; all</title>" in report
+    assert "width=device-width" in report
+
+
+def test_a_missing_figure_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"one\.svg"):
+        page("![one](figures/one.png)", tmp_path)

@@ -1,0 +1,349 @@
+"""Many cells at a time: what `dvc repro` makes, to the byte; failures that stay alone; nothing recorded that is not so."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+from cat.training.fit import look
+from pipeline.cli import main
+from pipeline.config.grid import cells
+from pipeline.config.study import load_study
+from pipeline.runtime import workers
+from pipeline.runtime.processes import available
+from pipeline.scheduling import scheduler
+from pipeline.scheduling.progress import Progress
+from pipeline.storage.files import read_json
+from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study, write_params
+
+CPU = torch.device("cpu")
+
+
+def dvc(*arguments):
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A tiny study under DVC, its plan and data there, nothing trained."""
+    folder = tmp_path_factory.mktemp("planned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tiny_study(folder, tasks=["copying"])
+        raw = read_params()
+        for name, ablation in raw["ablations"].items():
+            ablation["variants"] = ablation["variants"][:2] if name == "streams" else []
+            ablation["tasks"] = ["copying"] if ablation["variants"] else []
+            ablation |= {"beside": [], "across": []}
+        raw["variants"] = {n: v for n, v in raw["variants"].items() if any(n in a["variants"] for a in raw["ablations"].values())}
+        write_params(raw)
+        for package in ("cat", "pipeline"):
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in (".gitignore", ".dvcignore"):
+            shutil.copy(ROOT / name, folder)
+        subprocess.run(["git", "init", "--quiet"], check=True)
+        dvc("init", "--quiet")
+        dvc("repro", "plan", "generate")
+    return folder
+
+
+@pytest.fixture
+def study(planned, tmp_path, monkeypatch):
+    """A copy of it to run, the working folder of the test; the commands of its stages find this Python first."""
+    shutil.copytree(planned, tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    return tmp_path / "study"
+
+
+def test_parallel_and_serial_give_the_same_lock_and_results(study, tmp_path):
+    shutil.copytree(study, tmp_path / "serial")
+    scheduler.run(jobs=2)
+    parallel = {p: p.read_bytes() for p in [Path("dvc.lock"), *Path("results").rglob("*.csv"), *Path("runs").rglob("*.*")]}
+    assert len([p for p in parallel if p.suffix == ".safetensors"]) == len(load_study().seeds) * len(cells(load_study()))
+    os.chdir(tmp_path / "serial")
+    dvc("repro")
+    assert {p: p.read_bytes() for p in parallel} == parallel
+    os.chdir(study)
+    assert ran() == []
+    assert dvc("status") == "Data and pipelines are up to date.\n"
+
+
+def test_other_test_sequences_train_nothing_again(study):
+    scheduler.run(jobs=2)
+    for others in ({"test": 31}, {"multiples": [1, 2, 3]}):
+        edit(**{f"tasks.copying.data.{key}": value for key, value in others.items()})
+        assert not [name for name in json.loads(dvc("status", "--json")) if name.startswith("train_")]
+        assert sorted(ran()) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"]
+
+
+def ran():
+    """The stages that `dvc repro` runs."""
+    return re.findall(r"^Running stage '(.+)':$", dvc("repro"), flags=re.MULTILINE)
+
+
+def test_the_report_and_the_store_are_made_where_they_are_lost_or_of_something_else(study):
+    scheduler.run(jobs=2)
+    stamp, lock, report = (Path(name).read_bytes() for name in ("mlartifacts/stamp", "dvc.lock", "reports/report.md"))
+    Path("mlflow.db").unlink()
+    shutil.rmtree("mlartifacts")
+    assert ran() == ["publish"]
+    assert Path("mlflow.db").exists()
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text + "# A remark.\n")
+    assert ran() == ["plan", "publish"]
+    assert Path("mlartifacts/stamp").read_bytes() != stamp
+    assert Path("reports/report.md").read_bytes() != report
+    Path("params.yaml").write_text(text)
+    assert ran() == ["plan", "publish"]
+    assert (Path("mlartifacts/stamp").read_bytes(), Path("dvc.lock").read_bytes()) == (stamp, lock)
+
+
+def test_a_folder_without_the_stages_of_a_study_is_refused(study):
+    Path("dvc.yaml").unlink()
+    with pytest.raises(ValueError, match=r"^dvc\.yaml has no stages of a study in this folder$"):
+        scheduler.run(jobs=2)
+
+
+def test_another_pipeline_in_a_folder_below_is_left_alone_as_dvc_does(study):
+    Path("other").mkdir()
+    Path("other/dvc.yaml").write_text("stages: {plan: {cmd: python -c 1/0}, more: {cmd: python -c 1/0}}\n")
+    scheduler.run(jobs=2)
+    assert ran() == []
+
+
+def test_only_what_is_stale_is_trained_and_what_the_cache_has_is_restored(study):
+    study = load_study()
+    named = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
+    assert [s.stage for s in scheduler.stale_cells()] == named
+    scheduler.run(jobs=2)
+    assert scheduler.stale_cells() == []
+    edit(**{"variants.k.k": 2})
+    stage("plan")
+    (changed,) = scheduler.stale_cells()
+    assert changed.cell[:2] == ("copying", "k")
+    edit(**{"variants.k.k": 3})
+    stage("plan")
+    shutil.rmtree("runs/copying/k")
+    assert scheduler.stale_cells() == []  # DVC has it
+    scheduler.run(jobs=2)
+    assert Path("runs/copying/k/summary.json").exists()
+
+
+def test_a_cell_that_torchrun_has_trained_is_given_to_dvc(study):
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline", "train", "copying", "k"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {workers.made_on(CPU)}"
+    dvc("commit", "--force", "train_streams@copying-k")
+    assert "up to date" in dvc("status", "train_streams@copying-k")
+    assert [stale.cell.variant for stale in scheduler.stale_cells()] == ["none"]
+
+
+def test_a_cell_that_fails_is_reported_while_the_others_are_recorded(study, monkeypatch):
+    monkeypatch.setattr(scheduler, "_run", breaks_on_k)
+    with pytest.raises(
+        scheduler.FailedCellsError, match=r"train_streams@copying-k: no such luck \(see logs/copying/k.error.txt\)"
+    ):
+        scheduler.run(jobs=2)
+    assert "ZeroDivisionError: no such luck" in Path("logs/copying/k.error.txt").read_text()
+    assert not Path("runs/copying/k").exists()
+    monkeypatch.undo()
+    os.chdir(study)
+    assert [failure for _, failure in scheduler.train(scheduler.stale_cells(), [CPU])] == [None]
+    assert not Path("logs/copying/k.error.txt").exists()
+    shutil.rmtree("runs/copying/k")
+    assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
+
+
+def breaks_on_k(cell_and_jobs, device, report):
+    if cell_and_jobs[0].variant == "k":
+        raise ZeroDivisionError("no such luck")
+    return scheduler._run(cell_and_jobs, device, report)  # in this process, it is what it was
+
+
+def test_a_cell_whose_parameters_change_meanwhile_is_not_recorded(study, monkeypatch):
+    train = scheduler.train
+
+    def edits(*arguments):
+        yield from train(*arguments)
+        edit(**{"variants.k.k": 2})
+
+    monkeypatch.setattr(scheduler, "train", edits)
+    scheduler.run(jobs=2)
+    assert read_json(Path("runs/copying/k/summary.json"))["model"]["config"]["k"] == 2
+
+
+def test_what_is_trained_is_recorded_when_the_study_is_interrupted(study, monkeypatch):
+    train = scheduler.train
+
+    def interrupted(*arguments):
+        for cell, failure in train(*arguments):
+            yield cell, failure
+            raise workers.Stopped
+
+    monkeypatch.setattr(scheduler, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.run(jobs=1)
+    assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(("ending", "code", "last"), [(workers.Stopped, 130, "interrupted"), (ValueError("lost"), 2, "lost")])
+def test_what_has_failed_is_told_of_when_the_study_is_interrupted(study, monkeypatch, ending, code, last):
+    def interrupted(stale, *_):
+        yield stale[1], "no such luck (see logs/copying/k.error.txt)"
+        raise ending
+
+    monkeypatch.setattr(scheduler, "train", interrupted)
+    result = CliRunner().invoke(main, ["run", "--jobs", "1"])
+    failed = ["failed:", "train_streams@copying-k: no such luck (see logs/copying/k.error.txt)"]
+    assert result.exit_code == code
+    assert result.stderr.splitlines()[-3:] == [*failed, f"run: {last}"]
+
+
+def test_nothing_is_trained_while_what_is_done_is_recorded(study):
+    (none, k) = scheduler.stale_cells()
+    assert [failure for _, failure in scheduler.train([none, k], [CPU])] == [None, None]
+    before = Path("runs/copying/k/summary.json").read_bytes()
+    edit(**{"variants.k.k": 2})
+    given = {cell.stage: cell.declared for cell in (none, k)}
+    scheduler.reproduce(given, given)
+    assert Path("runs/copying/k/summary.json").read_bytes() == before
+    assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
+
+
+def test_what_is_trained_is_recorded_now_and_then(study, monkeypatch):
+    recorded = []
+    reproduce = scheduler.reproduce
+    monkeypatch.setattr(scheduler, "RECORDED", 0)
+    monkeypatch.setattr(scheduler, "SPARING", 0)
+    monkeypatch.setattr(scheduler, "reproduce", lambda *a: recorded.append(list(a[0] or ())) or reproduce(*a))
+    scheduler.run(jobs=2)
+    assert recorded[0] == ["plan", "generate"]
+    assert sorted(recorded[1:3]) == [["train_streams@copying-k"], ["train_streams@copying-none"]]
+    assert recorded[3:] == [[]]
+    assert ran() == []
+
+
+def test_recording_takes_a_small_part_of_the_time(study, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(scheduler, "RECORDED", 0)
+    monkeypatch.setattr(scheduler, "reproduce", lambda *a: recorded.append(list(a[0] or ())) or time.sleep(0.1))
+    monkeypatch.setattr(scheduler, "train", lambda *_: ((cell, None) for cell in scheduler.stale_cells()))
+    scheduler.run(jobs=2)
+    assert recorded == [["plan", "generate"], ["train_streams@copying-none"], []]
+
+
+def test_params_are_parsed_once_and_again_when_they_change(study, monkeypatch):
+    reads = []
+    read = scheduler.param.read_param_file
+    monkeypatch.setattr(scheduler.param, "read_param_file", lambda *a, **k: reads.append(a) or read(*a, **k))
+    before = [cell.declared for cell in scheduler.stale_cells()]
+    assert len(reads) == 1
+    edit(**{"variants.k.k": 2})
+    after = [cell.declared for cell in scheduler.stale_cells()]
+    assert len(reads) == 2
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
+
+
+def test_parameters_that_change_while_they_are_read_are_refused(study, monkeypatch):
+    monkeypatch.setattr(scheduler, "_restorable", lambda *_: edit(**{"variants.k.k": 2}) or False)
+    with pytest.raises(ValueError, match=r"params.yaml was changed while it was read; run it again"):
+        scheduler.stale_cells()
+
+
+def test_two_at_once_are_refused_in_words(study):
+    with scheduler._alone(), pytest.raises(ValueError, match="another `python -m pipeline run` is at work in this folder"):
+        scheduler.run()
+
+
+def test_a_job_that_raises_or_is_killed_fails_alone():
+    told = []
+    outcomes = dict(workers.work(unlucky, range(1, 10), devices=[CPU, CPU], method="fork", report=lambda *a: told.append(a)))
+    assert isinstance(outcomes.pop(1).error, ValueError)
+    assert str(outcomes.pop(3).error) == "its process ended by signal SIGKILL, as when memory runs out"
+    assert outcomes == {job: (job + 1) ** 2 for job in (0, 2, 4, 5, 6, 7, 8)}
+    assert sorted(told) == [(i, i + 1) for i in range(9)]
+
+
+def unlucky(number, device, report):
+    report(number)
+    time.sleep(0.05)  # so that the end of a process is noticed while there is still something to do
+    if number == 2:
+        raise ValueError("two is even")
+    if number == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number**2
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    script = (
+        "import torch; from pipeline import compute; from tests.test_scheduler import waits\n"
+        "devices = [torch.device('cpu')] * 2\n"
+        f"for _ in compute.work(waits, [{str(tmp_path)!r}] * 2, devices=devices, method='fork', report=print): pass"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in pids)
+
+
+def waits(folder, device, report):
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(120)
+
+
+def alive(pid):
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_processes_are_spread_over_the_gpus():
+    gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert scheduler.assign(gpus, 5) == [gpus[0], gpus[1], gpus[0], gpus[1], gpus[0]]
+    assert scheduler.assign(gpus, None) == gpus
+    assert scheduler.assign([CPU], None) == [CPU] * available()
+
+
+def test_progress_shows_what_is_in_work_and_says_what_has_ended(study):
+    (none, k) = (stage.cell for stage in scheduler.stale_cells())
+    said = io.StringIO()
+    with Progress([none, k], 2, Console(file=said, width=100)) as progress:
+        progress.advance(none, 2, look(2, [2.5], [1.0], 3.5, 0.25, None))
+        shown = io.StringIO()
+        Console(file=shown, width=100).print(progress.table())
+        assert re.search(r"copying none +2 of 10 +2.500 +0.250 +0:00 *\n0 of 2 cells, 10% of the steps", shown.getvalue())
+        assert "copying k" not in shown.getvalue()
+        progress.end(none, 1.25, [look(2, [loss], [1.0], 3.5, accuracy, None) for loss, accuracy in ((2.0, 0.5), (1.0, 1.0))])
+        progress.end(none, 9.0, [])  # once is enough
+        progress.fail(k)
+        progress.fail(k)
+    assert said.getvalue().splitlines() == [
+        "2 cells to train, 2 runs at a time",
+        "[1/2] copying none: trained in 1.2 s, loss 1.500, accuracy 0.750",
+        "[2/2] copying k: failed",
+    ]

@@ -1,0 +1,630 @@
+"""The stages on a tiny study: what they write, depend on, and repeat to the bit."""
+
+import hashlib
+import json
+import re
+import shutil
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from pipeline.config.code_digest import CHOICES, RULES
+from pipeline.config.grid import cells, variants_on
+from pipeline.config.study import Ablation, ParamsError, load_study
+from pipeline.runtime import workers
+from pipeline.stages.train import Job, Trained, choose
+from pipeline.storage import runs
+from pipeline.storage.files import read_meta, read_split, read_task, whole, write_csv
+from pipeline.storage.results import primary, read_results, strays
+from tests.helpers.study import ROOT, edit, finished_study, read_params, stage, write_params
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory):
+    """A finished tiny study: every stage but the store of MLflow."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        finished_study(folder, tasks=["ar", "copying", "text"])
+    return folder
+
+
+@pytest.fixture
+def study(study_folder, tmp_path, monkeypatch):
+    """A copy of the finished study to change, the working folder of the test."""
+    shutil.copytree(study_folder, tmp_path / "study")
+    monkeypatch.chdir(tmp_path / "study")
+    return tmp_path / "study"
+
+
+def digests(folder):
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_task_s_folder_says_what_it_is(study):
+    meta, apart = (json.loads(Path(folder, "ar/meta.json").read_text()) for folder in ("data", "heldout"))
+    assert meta["config"]["pairs"] == apart["config"]["pairs"] == 4
+    assert apart["lengths"] == [10, 20, 40]
+    assert set(meta["splits"]) == {"train", "valid"} == {p.stem for p in Path("data/ar").glob("*.npz")}
+    assert set(apart["splits"]) == {"test_10", "test_20", "test_40"} == {p.stem for p in Path("heldout/ar").glob("*.npz")}
+    for split, about in (meta["splits"] | apart["splits"]).items():
+        examples = read_split("ar", split)
+        assert examples.inputs.shape == examples.targets.shape == (about["examples"], about["length"])
+        assert examples.inputs.dtype == np.uint8
+        assert examples.targets.dtype == np.int8
+    assert read_meta("ar").vocabulary == meta["vocabulary"] > read_split("ar", "train").inputs.max()
+
+
+OF_TEXT = {"tokens": "bpe", "vocabulary_size": 300}
+OTHERS = [("ar", {}), ("copying", {}), ("text", {}), ("text", OF_TEXT), ("text", {"tokens": "words"})]
+
+
+@pytest.mark.parametrize(("task", "changes"), OTHERS)
+@pytest.mark.parametrize("others", [{"test": 31}, {"multiples": [1, 2, 3]}, {"test": 31, "multiples": [1, 2]}])
+def test_what_training_reads_does_not_depend_on_what_is_tested(study, task, changes, others):
+    Path("lines.txt").write_text("".join(f"{n} and {n * n} are two numbers .\n" for n in range(1000)))
+    if task == "text":
+        edit(**{f"tasks.text.data.{key}": value for key, value in {"source": "lines.txt", **changes}.items()})
+    stage("generate", task)
+    before, heldout, meta = digests(Path("data", task)), digests(Path("heldout", task)), read_meta(task)
+    edit(**{f"tasks.{task}.data.{key}": value for key, value in others.items()})
+    stage("generate", task)
+    assert digests(Path("data", task)) == before
+    assert read_meta(task) == meta
+    assert digests(Path("heldout", task)) != heldout
+    assert read_task(task) == load_study().tasks[task].data
+
+
+def test_training_has_no_need_of_what_is_tested(study):
+    """The weights of a theorem hold up to the longest sequences, of which params.yaml has the length."""
+    before = digests(Path("runs"))
+    shutil.rmtree("heldout")
+    for task, variant in (("copying", "theory"), ("copying", "k"), ("text", "k")):
+        stage("train", task, variant)
+    assert digests(Path("runs")) == before
+    edit(**{"tasks.copying.data.multiples": [1, 2, 8]})
+    stage("train", "copying", "theory")
+    stage("train", "copying", "k")
+    after = digests(Path("runs"))
+    assert {Path(name).parent for name in before if after[name] != before[name]} == {Path("copying/theory")}
+
+
+def test_stages_repeat_to_the_bit_whatever_the_threads(study):
+    before = outputs()
+    edit(threads=3)
+    stage("generate", "ar")
+    for variant in variants_on(load_study(), "ar"):
+        stage("train", "ar", variant)
+    stage("evaluate", "ar")
+    stage("render")
+    assert before == outputs()
+
+
+def outputs():
+    """Digests of what the stages put out; the report has times in it and is no output."""
+    found = {}
+    for folder in ("runs/ar", "data", "heldout", "results", "reports/figures", "reports/svg", "reports/metrics"):
+        found |= digests(Path(folder))
+    return found | {
+        name: Path("reports", name).read_bytes() for name in ("lengths.csv", "diagnosis.csv", "stability.csv", "headline.md")
+    }
+
+
+def test_a_cell_is_the_same_whatever_else_is_trained(study):
+    before = digests(Path("runs/copying/k"))
+    edit(seeds=[1])
+    stage("train", "copying", "k")
+    alone = digests(Path("runs/copying/k"))
+    assert alone["seed_1.safetensors"] == before["seed_1.safetensors"]
+    assert "seed_0.safetensors" not in alone
+
+
+def test_seeds_begin_differently_and_learning_rates_of_a_seed_alike(study, monkeypatch):
+    import pipeline.stages.train
+
+    fit, begun = pipeline.stages.train.fit, {}
+
+    def watched(model, *splits, seed, learning_rate, **options):
+        begun[seed, learning_rate] = model.embedding.token.weight.detach().clone()
+        return fit(model, *splits, seed=seed, learning_rate=learning_rate, **options)
+
+    monkeypatch.setattr(pipeline.stages.train, "fit", watched)
+    stage("train", "ar", "k")
+    (first, second), (low, high) = (sorted({key[i] for key in begun}) for i in (0, 1))
+    assert torch.equal(begun[first, low], begun[first, high])
+    assert not torch.equal(begun[first, low], begun[second, low])
+
+
+def test_a_trained_model_comes_back_from_its_weights(study):
+    summary = runs.read_summary("ar", "k")
+    model = runs.load_model(runs.weights_path("ar", "k", 1))
+    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
+    valid = read_split("ar", "valid")
+    from cat.evaluation.scores import Split, score
+
+    accuracy = score(model, Split.of(torch.tensor(valid.inputs), torch.tensor(valid.targets))).accuracy
+    (run,) = [r for r in summary["runs"] if (r["seed"], r["learning_rate"]) == (1, summary["learning_rate"])]
+    assert accuracy == run["valid_accuracy"]
+
+
+def test_foreign_weights_are_refused_in_words(study):
+    path = runs.weights_path("ar", "k", 0)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"seed_0\.safetensors: is not a weights file"):
+        runs.load_model(path)
+
+
+def test_weights_of_a_seed_that_is_not_there_name_those_that_are(study):
+    shutil.copy(runs.weights_path("ar", "k", 1), runs.weights_path("ar", "k", 10))
+    shutil.copy(runs.weights_path("ar", "k", 1), runs.weights_path("ar", "k", 2))
+    with pytest.raises(
+        ValueError, match=r"^runs/ar/k/seed_9.safetensors: is missing; runs/ar/k has seed_0, seed_1, seed_2, seed_10; "
+    ):
+        runs.load_model("runs/ar/k/seed_9.safetensors")
+    with pytest.raises(ValueError, match=r"seed_9.safetensors: is missing; run `dvc repro`"):
+        runs.load_model("runs/ar/kk/seed_9.safetensors")
+
+
+def trained(rate, seed, *, accuracy=0.5, loss=1.0, stop="steps"):
+    from cat.training.fit import look
+
+    row = look(1, [loss], [1.0], loss, accuracy, None)
+    return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, None, None, {}, {}, "CPU", 1.0)
+
+
+def test_the_validation_split_chooses_the_learning_rate():
+    better = [
+        trained(0.1, 0, accuracy=0.6),
+        trained(0.2, 0, accuracy=0.7),
+        trained(0.1, 1, accuracy=0.6),
+        trained(0.2, 1, accuracy=0.4),
+    ]
+    assert choose(better, "accuracy") == 0.1
+    losses = [trained(0.1, 0, accuracy=0.6, loss=2.0), trained(0.2, 0, accuracy=0.5, loss=1.0)]
+    assert choose(losses, "accuracy") == 0.1
+    assert choose(losses, "loss") == 0.2
+    equal = [trained(0.1, 0, loss=2.0), trained(0.2, 0, loss=1.0)]
+    assert choose(equal, "accuracy") == 0.2
+    unstable = [trained(0.1, 0, accuracy=0.9), trained(0.1, 1, stop="diverged"), trained(0.2, 0), trained(0.2, 1)]
+    assert choose(unstable, "accuracy") == 0.2
+    assert choose([trained(0.1, 0, stop="diverged")], "accuracy") == 0.1
+
+
+def test_a_diverged_seed_is_recorded_and_the_study_goes_on(study, monkeypatch):
+    import pipeline.stages.train
+
+    fit = pipeline.stages.train.fit
+
+    def diverges(model, *splits, seed, **options):
+        run = fit(model, *splits, seed=seed, **options)
+        return run if seed != pipeline.stages.train.derive_seed(1, "copying", "batches") else type(run)(
+            model=run.model, history=[], steps=3, stop="diverged"
+        )  # fmt: skip
+
+    monkeypatch.setattr(pipeline.stages.train, "fit", diverges)
+    stage("train", "copying", "k")
+    summary = runs.read_summary("copying", "k")
+    assert [(r["stop"], r["steps"], r["valid_loss"] is None) for r in summary["runs"]] == [
+        ("steps", 5, False),
+        ("diverged", 3, True),
+    ]
+    assert not runs.weights_path("copying", "k", 1).exists()
+    stage("evaluate", "copying")
+    stage("render")
+    stage("report")
+    results = read_results(load_study())
+    lost = results[(results["task"] == "copying") & (results["variant"] == "k")].set_index("seed")["value"]
+    assert lost[1].isna().all()
+    assert lost[0].notna().all()
+    assert "1 diverged" in Path("reports/report.md").read_text()
+
+
+def test_results_are_one_tidy_table_of_the_whole_grid(study):
+    study_params = load_study()
+    results = read_results(study_params)
+    assert not results.duplicated(["task", "variant", "seed", "length", "metric"]).any()
+    assert set(zip(results["task"], results["variant"], strict=True)) == {(c.task, c.variant) for c in cells(study_params)}
+    learned = results[results["variant"] == "learned"]
+    assert learned["length"].max() == 20
+    text = results[results["task"] == "text"].pivot_table(index=["variant", "seed", "length"], columns="metric", values="value")
+    np.testing.assert_allclose(text["perplexity"], np.exp(text["loss"]))
+    np.testing.assert_allclose(text["bits_per_byte"], text["loss"] / np.log(2))
+    copying = results[(results["task"] == "copying") & (results["length"] == 32)]
+    assert set(copying["metric"]) == {"accuracy", "sequence_accuracy"}
+
+
+def test_attention_and_filters_are_looked_at_at_the_training_length(study):
+    results = read_results(load_study())
+    looks = results[results["metric"].str.startswith("attention_")]
+    assert (looks["multiple"] == 1).all()
+    assert not looks["variant"].isin(["mamba", "hyena", "delta", "gla"]).any()
+    names = looks.groupby(["task", "variant"])["metric"].agg(set)
+    assert names["ar", "qk"] == {"attention_entropy_1", "attention_on_answer_1"}
+    assert names["copying", "qk_l2"] == names["ar", "qk"] | {"attention_entropy_2", "attention_on_answer_2"}
+    assert names["text", "qk"] == {"attention_entropy_1"}
+    assert looks["value"].notna().all()
+
+    filters = pd.read_csv("results/filters/ar.csv")
+    taps = filters[
+        (filters["variant"] == "qk_full") & (filters["stream"] == "q") & (filters["seed"] == 1) & (filters["row"] == 0)
+    ]
+    model = runs.load_model(runs.weights_path("ar", "qk_full", 1))
+    np.testing.assert_allclose(taps["value"], model.blocks[0].mixer.filters["q"].taps[0].detach(), rtol=1e-5)
+    assert list(taps["lag"]) == list(range(20))
+
+
+def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
+    path = Path("results/ar.csv")
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if ",k,1," not in line))
+    with pytest.raises(SystemExit) as stopped:
+        stage("render")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "render: results/ar.csv: variant 'k' lacks seed 1 at length 10; run `dvc repro`\n"
+
+    shutil.copytree("runs/ar/k", "runs/ar/old")
+    assert list(strays(load_study())) == [Path("runs/ar/old")]
+    stage("evaluate", "ar")
+    stage("render")
+    assert capsys.readouterr().out == (
+        "runs/ar/old: is no cell of the study any more and was left out; `rm -r runs/ar/old` removes it\n"
+    )
+    path.write_text(path.read_text() + "ar,old,0,20,accuracy,1.0\nar,k,99,20,accuracy,1.0\n")
+    results = read_results(load_study())
+    assert not results["variant"].eq("old").any()
+    assert not results["seed"].eq(99).any()
+
+
+def test_files_of_tasks_that_left_the_study_are_told_of(study, capsys):
+    old = [Path("results/old.csv"), Path("results/filters/old.csv"), Path("results/positions/old.csv"), Path("scores/old.npz")]
+    for path in old:
+        shutil.copy(path.with_stem("ar"), path)
+    Path("results/.old.csv.part").touch()
+    assert list(strays(load_study())) == old
+    stage("render")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: is of no task of the study any more and was left out; `rm -r {path}` removes it" for path in old
+    ]
+
+
+def test_the_report_has_the_tables_of_what_is_along_a_text(study):
+    text = Path("reports/report.md").read_text()
+    positions, recall = (text.split(f'<a id="{name}"></a>')[1].split("<a id=")[0] for name in ("positions", "recall"))
+    for part, name, column, variants in (
+        (positions, "positions", "at the longest, sliding", ["none", "qk", "mamba"]),
+        (recall, "recall", "of the gain", ["k", "k", "qk", "qk", "mamba", "mamba"]),
+    ):
+        assert f"![{name}](figures/{name}.png)" in part
+        head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in part.splitlines() if line.startswith("|")]
+        assert column in head
+        assert [row[head.index("variant")] for row in rows] == variants
+        assert {row[head.index("task")] for row in rows} == {"text"}
+    assert "[results/positions/text.csv](../results/positions/text.csv)" in positions
+
+
+def test_metrics_are_a_row_a_variant(study):
+    metrics = json.loads(Path("reports/metrics/k.json").read_text())
+    assert set(metrics) == {"ar", "copying", "text"}
+    assert set(metrics["ar"]) == {"accuracy_1x", "accuracy_2x"}
+    results = read_results(load_study())
+    here = results.query("task == 'ar' and variant == 'k' and metric == 'accuracy' and multiple == 2")["value"]
+    assert metrics["ar"]["accuracy_2x"] == pytest.approx(here.mean(), abs=1e-6)
+    assert set(json.loads(Path("reports/metrics/learned.json").read_text())["ar"]) == {"accuracy_1x"}
+
+
+def test_a_variant_looks_the_same_in_every_figure(study):
+    from pipeline.figures.style import style
+
+    study_params = load_study()
+    looks = {variant: style(study_params, variant) for variant in study_params.variants}
+    assert len({(tuple(s["color"]), s["linestyle"], s["marker"]) for s in looks.values()}) == len(looks)
+    edit(**{"variants.added": dict(read_params()["variants"]["k"])})
+    edit(**{"ablations.streams.variants": ["none", "k", "qk", "added"]})
+    assert {v: style(load_study(), v) for v in looks} == looks
+
+
+def test_a_theorem_is_a_line_across_a_sweep_and_a_contrast(study):
+    from pipeline.figures.plots import contrast, sweep
+
+    study_params = load_study()
+    scores = primary(study_params, read_results(study_params))
+    for figure, name in ((sweep, "width"), (contrast, "position")):
+        axes = figure(study_params, study_params.ablations[name], scores).axes
+        lines = [line for a in axes for line in a.lines if line.get_label() == "theory"]
+        assert [set(line.get_ydata()) for line in lines] == [{1.0}] * len(axes)
+        assert all("theory" not in label.get_text() for a in axes for label in a.get_xticklabels())
+
+
+def test_found_are_the_runs_whose_key_filter_meets_the_condition(study):
+    from pipeline.reporting.tables import found
+
+    path = Path("runs/ar/k/summary.json")
+    summary = json.loads(path.read_text())
+    for run in summary["runs"]:
+        assert run["solves_every_length"] in (True, False)
+        run["solves_every_length"] = (run["seed"], run["learning_rate"]) == (1, 0.01)
+    path.write_text(json.dumps(summary))
+    ablation = Ablation(question="?", tasks=["ar"], variants=["none", "k", "qk"], figure="rates")
+    table = found(load_study(), ablation)
+    assert table[["variant", "learning rate", "runs", "found"]].to_numpy().tolist() == [["k", 0.005, 2, 0], ["k", 0.01, 2, 1]]
+    assert runs.read_summary("ar", "qk")["runs"][0]["solves_every_length"] is None
+
+
+def test_a_theorem_s_weights_are_prescribed_once_for_every_seed(study):
+    summary = runs.read_summary("copying", "theory")
+    assert [(run["stop"], run["steps"], run["valid_accuracy"]) for run in summary["runs"]] == [("theorem", 0, 1.0)] * 2
+    results = read_results(load_study()).query("variant == 'theory' and metric == 'accuracy'")
+    assert set(results["task"]) == {"ar", "copying"}
+    assert (results["value"] == 1).all()
+
+
+def test_weights_that_are_gone_are_not_taken_for_a_run_that_diverged(study, capsys):
+    runs.weights_path("ar", "k", 0).unlink()
+    with pytest.raises(SystemExit):
+        stage("evaluate", "ar")
+    assert "runs/ar/k/seed_0.safetensors: is missing; runs/ar/k has seed_1;" in capsys.readouterr().err
+
+
+def test_an_output_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with whole(target) as part:
+        part.mkdir()
+        (part / "a").write_text("old")
+        assert not target.exists()
+    with pytest.raises(FileNotFoundError), whole(target) as part:  # noqa: PT012  the block is what is tested
+        part.mkdir()
+        (part / "missing" / "a").write_text("new")
+    assert (target / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_numbers_are_written_so_that_they_come_back(tmp_path):
+    write_csv(tmp_path / "t.csv", [{"a": 0.1 + 0.2, "b": float("nan")}], ["a", "b"])
+    assert (tmp_path / "t.csv").read_text() == "a,b\n0.30000000000000004,\n"
+
+
+@pytest.mark.parametrize(("jobs", "threads", "workers"), [(1, 4, 1), (3, 1, 1), (3, 2, 2), (31, 16, 16), (2, 4, 2)])
+def test_threads_are_as_many_as_are_asked_for(jobs, threads, workers):
+    assert workers._processes(jobs, threads) == workers
+
+
+@pytest.mark.parametrize(("jobs", "cores", "workers"), [(3, 1, 1), (1, 2, 1), (3, 2, 3), (4, 2, 2), (24, 16, 24), (25, 16, 16)])
+def test_where_nothing_is_asked_for_a_few_more_jobs_than_cores_end_together(jobs, cores, workers, monkeypatch):
+    monkeypatch.setattr(workers, "available", lambda: cores)
+    assert workers._processes(jobs, "auto") == workers
+
+
+class OfTwoWordsError(Exception):
+    def __init__(self, one, other):
+        super().__init__(f"{one} {other}")
+
+
+def _failing(kind, device, report):
+    raise {"two": OfTwoWordsError("such", "words"), "params": ParamsError(["a: 1", "b: 2"])}[kind]
+
+
+def test_an_error_comes_from_another_process_as_it_is_or_in_its_words():
+    with pytest.raises(RuntimeError, match=r"^OfTwoWordsError: such words$"):
+        workers.spread(_failing, ["two", "two"], device=torch.device("cpu"), threads=2)
+    with pytest.raises(ParamsError) as raised:
+        workers.spread(_failing, ["params", "params"], device=torch.device("cpu"), threads=2)
+    assert raised.value.lines == ["a: 1", "b: 2"]
+
+
+def test_what_a_link_leads_to_is_written_whole(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "old").touch()
+    (tmp_path / "out").symlink_to(tmp_path / "big")
+    with whole(tmp_path / "out") as part:
+        part.mkdir()
+        (part / "new").touch()
+    assert (tmp_path / "out").is_symlink()
+    assert [path.name for path in (tmp_path / "big").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "out"]
+
+
+@pytest.mark.parametrize("file", [".dvcignore", ".gitignore"])
+def test_what_a_kill_leaves_of_a_folder_is_ignored(tmp_path, monkeypatch, file):
+    """The new folder, and the old one, which stands aside for a moment."""
+    names = set()
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: (names.update({path.name, Path(to).name}), replace(path, to)))
+    for _ in range(2):
+        with whole(tmp_path / "out") as part:
+            part.mkdir()
+    patterns = (ROOT / file).read_text().splitlines()
+    assert len(names) == 3
+    assert {name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)} == {"out"}
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    replace = Path.replace
+
+    def refuse(path, target):
+        if path.name.endswith(".part"):
+            raise PermissionError(13, "Permission denied")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(PermissionError), whole(tmp_path / "out") as part:
+        part.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+
+
+def test_jobs_keep_their_order_and_pass_on_what_they_report():
+    heard = []
+    results = workers.spread(_squared, [3, 1, 2], device=torch.device("cpu"), threads=2, report=heard.append)
+    assert results == [9, 1, 4]
+    assert sorted(heard) == [1, 2, 3]
+
+
+def _squared(number, device, report):
+    report(number)
+    assert torch.get_num_threads() == 1
+    return number**2
+
+
+def test_a_device_that_is_not_there_is_refused_in_words():
+    assert workers.resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ParamsError, match="device = cuda:99: there is no such GPU here"):
+        workers.resolve_device("cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("train", "ar", "kk"), "params.yaml: variants.kk: is missing; did you mean 'k'?\n"),
+        (("train", "copying", "mamba"), "params.yaml: ablations: none trains 'mamba' on 'copying'; name both in one\n"),
+        (("train", "arr", "k"), "params.yaml: tasks.arr: is missing; did you mean 'ar'?\n"),
+        (("generate", "nope"), "params.yaml: tasks.nope: is missing\n"),
+    ],
+)
+def test_names_that_are_not_there_end_in_one_line(study, capsys, arguments, line):
+    with pytest.raises(SystemExit) as stopped:
+        stage(*arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == line
+
+
+# What dvc.yaml declares against what a stage uses.
+
+
+def resolved_stages(folder):
+    """Every stage as DVC resolves it: name -> stage."""
+    from dvc.repo import Repo
+
+    with Repo.init(str(folder), no_scm=True) as repo:
+        return {stage.name: stage for stage in repo.index.stages}
+
+
+def executed_by(monkeypatch, *arguments):
+    """The project's files with a function that ran in a stage, its reading of params.yaml left out: that runs every rule."""
+    files = set()
+    loaded = load_study()
+    monkeypatch.setattr("pipeline.cli.load_study", lambda: loaded)
+    monkeypatch.setattr("pipeline.stages.train.load_study", lambda: loaded)
+    # What matplotlib does would be noted, too, and that takes minutes.
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_name != "<module>" and frame.f_code.co_filename.startswith(str(ROOT)):
+            files.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+
+    sys.setprofile(note)
+    try:
+        stage(*arguments)
+    finally:
+        sys.setprofile(None)
+    return {file for file in files if file.startswith(("cat/", "pipeline/"))} - {"pipeline/cli.py"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("plan", ("plan",)),
+        ("generate@ar", ("generate", "ar")),
+        ("generate@text", ("generate", "text")),
+        ("train_streams@ar-qk", ("train", "ar", "qk")),
+        ("train_position@ar-learned", ("train", "ar", "learned")),
+        *(
+            (f"train_baselines@ar-{name}", ("train", "ar", name))
+            for name in ("based", "performer", "delta", "gla", "mamba", "hyena")
+        ),
+        ("train_landmark@ar-landmark", ("train", "ar", "landmark")),
+        ("train_theory@ar-theory", ("train", "ar", "theory")),
+        ("train_theory@copying-theory", ("train", "copying", "theory")),
+        ("evaluate@ar", ("evaluate", "ar")),
+        ("evaluate@copying", ("evaluate", "copying")),
+        ("render", ("render",)),
+    ],
+)
+def test_a_stage_depends_on_the_code_that_it_runs(study, monkeypatch, name, arguments):
+    """Run, not merely imported: a class statement is no use of it."""
+    declared = set()
+    for dep in resolved_stages(study)[name].deps:
+        path = Path(dep.def_path)
+        if path.parts[0] == "plan":
+            declared |= {line.split()[1] for line in path.read_text().splitlines() if " " in line}
+        elif path.name in ("cat", "pipeline"):
+            declared |= {str(file.relative_to(ROOT)) for file in (ROOT / path).rglob("*.py")}
+    used = executed_by(monkeypatch, *arguments)
+    assert len(used) >= 3
+    assert used - declared - RULES - CHOICES == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "function"),
+    [
+        ("generate@ar", ("generate", "ar"), "pipeline.stages.generate.generate"),
+        ("train_streams@ar-qk", ("train", "ar", "qk"), "pipeline.stages.train.train"),
+        ("evaluate@copying", ("evaluate", "copying"), "pipeline.stages.evaluate.evaluate"),
+    ],
+)
+def test_a_stage_is_given_what_it_declares_and_nothing_else(study, monkeypatch, name, arguments, function):
+    """Every number of params.yaml is changed in turn: the stage sees a change exactly where its `params` name the key."""
+    module, _, attribute = function.rpartition(".")
+    monkeypatch.setattr(f"{module}.{attribute}", lambda *a, device=None, threads=None: seen.append(repr(a)))
+    declared = {key for dep in resolved_stages(study)[name].deps for key in getattr(dep, "params", ())}
+    if name.startswith("evaluate"):
+        declared.add("ablations")  # by way of plan/evaluate/copying.txt, which lists the variants of the task
+    raw = read_params()
+    changed = dict(leaves(raw))
+    assert len(changed) > 60
+    seen = []
+    stage(*arguments)
+    (before,) = seen
+    reached = set()
+    for path, value in changed.items():
+        mutated = read_params()
+        at = mutated
+        for step in path[:-1]:
+            at = at[step]
+        at[path[-1]] = OTHER[value] if isinstance(value, str) else value + 1 if isinstance(value, int) else value / 2
+        write_params(mutated)
+        seen.clear()
+        try:
+            stage(*arguments)
+        except SystemExit:  # a contradiction: no such study
+            write_params(raw)
+            continue
+        write_params(raw)
+        inside = any(f"{'.'.join(map(str, path))}.".startswith(f"{key}.") for key in declared)
+        assert (seen[0] != before) == inside, path
+        reached |= {inside}
+    assert reached == {True, False}
+
+
+OTHER = {"float32": "bfloat16", "none": "sinusoidal", "uniform": "power", "power": "uniform", "all": "one", "sd": "range"}
+
+
+def leaves(raw, path=()):
+    if isinstance(raw, dict):
+        for key, value in raw.items():
+            yield from leaves(value, (*path, key))
+    elif isinstance(raw, list):
+        for index, value in enumerate(raw):
+            yield from leaves(value, (*path, index))
+    elif (isinstance(raw, int | float) and not isinstance(raw, bool)) or (isinstance(raw, str) and raw in OTHER):
+        yield path, raw
+
+
+def test_text_around_the_headline_of_the_readme_is_kept(study):
+    from pipeline.stages.render import README_MARKS
+
+    Path("README.md").write_text(f"before\n{README_MARKS[0]}\nold\n{README_MARKS[1]}\nafter\n")
+    stage("readme")
+    text = Path("README.md").read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    headline = Path("reports/headline.md").read_text()
+    assert headline.replace("](report.md#", "](reports/report.md#") in text
+    for folder, shown in (("reports", headline), (".", text)):
+        links = set(re.findall(r"\]\(([^)#]+)#\w+\)", shown))
+        assert [Path(folder, link).resolve() for link in links] == [Path("reports/report.md").resolve()]

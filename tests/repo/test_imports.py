@@ -1,0 +1,71 @@
+"""One arrow: pipeline imports cat, never the reverse; and nothing heavy is imported before it is needed."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOREIGN_TO_CAT = {"pipeline", "mlflow", "dvc", "ruamel", "click", "pandas", "seaborn", "matplotlib", "safetensors", "tabulate"}
+FOREIGN_TO_CAT |= {"tokenizers", "huggingface_hub", "pyarrow"}  # imported by the function that needs them
+MODULES = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in sorted((ROOT / "cat").rglob("*.py"))]
+LIBRARY = ", ".join(module for module in MODULES if module != "cat.ops.conv.triton_backend" or find_spec("triton"))
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The top-level modules that a statement loads in a fresh interpreter."""
+    script = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_library_imports_nothing_of_the_study():
+    assert not loaded_by(f"import {LIBRARY}") & FOREIGN_TO_CAT
+
+
+def test_the_library_alone_is_installed_with_what_its_modules_import():
+    files = [path for path in (ROOT / "cat").rglob("*.py") if path.name != "kernels.py"]  # Triton comes with PyTorch for a GPU
+    statements = [line for path in files for line in ast.parse(path.read_text(encoding="utf-8")).body]
+    names = [alias.name for line in statements if isinstance(line, ast.Import) for alias in line.names]
+    names += [line.module or "" for line in statements if isinstance(line, ast.ImportFrom)]
+    imported = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"cat"}
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        needed = tomllib.load(file)["project"]["dependencies"]
+    assert {re.match("[a-z]+", name).group() for name in needed} == imported
+
+
+@pytest.mark.parametrize("module", ["pipeline.config.study", "pandas", "tokenizers"])
+def test_the_test_above_can_fail(module):
+    assert loaded_by(f"import {LIBRARY}, {module}") & FOREIGN_TO_CAT
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline.cli", "pipeline.config.study", "pipeline.config.grid", "pipeline.stages.plan", "cat.tasks.registry"]
+)
+def test_checking_needs_neither_torch_nor_mlflow_nor_pandas(module):
+    assert not loaded_by(f"import {module}") & {"torch", "mlflow", "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    "module", ["pipeline.stages.train", "pipeline.stages.evaluate", "pipeline.stages.generate", "pipeline.stages.render"]
+)
+def test_only_tracking_imports_mlflow(module):
+    assert "mlflow" not in loaded_by(f"import {module}")
+
+
+def test_tables_and_tracking_import_no_torch():
+    assert "torch" not in loaded_by("import pipeline.render, pipeline.tracking")
+
+
+def test_numba_is_imported_only_where_filters_are_loops():
+    filtered = "from cat.convolution import filter_channels; filter_channels(torch.ones(1, 1, 9, 2), torch.ones(1, 2, 3))"
+    assert "numba" not in loaded_by("import pipeline.train, cat.convolution")
+    assert "numba" in loaded_by(f"import torch; {filtered}")
+
+
+def test_training_imports_no_pandas():
+    assert not loaded_by("import pipeline.train, pipeline.evaluate") & {"pandas", "matplotlib", "seaborn"}
