@@ -12,9 +12,10 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path.cwd()))
 
+from pipeline.config.ablations import shown_tasks, shown_variants
 from pipeline.config.claims import load as load_claims
 from pipeline.config.grid import cells
-from pipeline.config.study import load_study, shown_tasks, shown_variants
+from pipeline.config.load import load_study
 from pipeline.figures.plots import figures_of
 from pipeline.storage.results import read_results
 

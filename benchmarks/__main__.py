@@ -7,8 +7,8 @@ from tabulate import tabulate
 
 from benchmarks import suite
 from benchmarks.measure import Place
-from pipeline.config.study import ParamsError
-from pipeline.runtime.workers import resolve_device
+from pipeline.config.errors import ParamsError
+from pipeline.runtime.devices import resolve_device
 from pipeline.storage.files import read_json
 
 

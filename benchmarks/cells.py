@@ -27,9 +27,11 @@ from benchmarks.measure import peak_memory
 from benchmarks.startup import ROOT, begin_study
 from benchmarks.suite import RESULTS, number, slug
 from pipeline.config.grid import variants_on
-from pipeline.config.study import load_study
-from pipeline.runtime.workers import Report, describe
+from pipeline.config.load import load_study
+from pipeline.runtime.devices import describe
+from pipeline.runtime.workers import Report
 from pipeline.scheduling import ray_cluster, scheduler
+from pipeline.scheduling.dvc_internals import reproduce
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.judge import judge
 from pipeline.stages.train import Cell, Job, Trained, run_jobs, write
@@ -116,7 +118,7 @@ def measure(path: str) -> None:
         figures[name] = time.perf_counter() - start
         return outcome
 
-    scheduler.reproduce(scheduler.FIRST)
+    reproduce(scheduler.FIRST)
     study = load_study()
     stale = timed("stale", scheduler.stale_cells)
     cells = [stage.cell for stage in stale]
@@ -132,7 +134,7 @@ def measure(path: str) -> None:
         outcomes = timed("ray", lambda: send(jobs))
     timed("write", lambda: write_all(cells, [run for index in range(len(jobs)) for run in outcomes[index]]))
     declared = {stage.stage: stage.declared for stage in stale}
-    timed("record", lambda: scheduler.reproduce(declared, declared))
+    timed("record", lambda: reproduce(declared, declared))
     if timed("rest", scheduler.stale_cells):
         raise RuntimeError("cells are stale that were recorded")
     timed("evaluate", lambda: evaluate(TASK, variants_on(study, TASK), SEEDS, study.precision, device="cpu", threads="auto"))

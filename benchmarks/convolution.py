@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import COST, POWER, Benchmark, Case, Work, compared, normal, passes
-from cat.config import Attention
+from cat.mixers.attention.config import Attention
 from cat.mixers.attention.layer import CausalAttention
-from cat.ops.conv.causal import filter_channels, filter_heads, naive_filter_channels, naive_filter_heads
+from cat.ops.conv.causal import filter_channels, filter_heads
+from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads
 from cat.types import Heads
 
 TAPS = 4

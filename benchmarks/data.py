@@ -7,7 +7,8 @@ from functools import partial
 import numpy as np
 
 from benchmarks.measure import Benchmark, Case, Work, compared, same_shapes
-from cat.tasks.base import IGNORE, Examples, generator
+from cat.seeding import generator
+from cat.tasks.base import IGNORE, Examples
 from cat.tasks.recall import BOS, Recall
 
 TARGET = 100

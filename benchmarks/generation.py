@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, Work, compared
-from cat.config import Attention, Delta, Linear, Mamba, ModelConfiguration
+from cat.mixers.attention.config import Attention
 from cat.mixers.base import Memory
+from cat.mixers.delta.config import Delta
+from cat.mixers.linear.config import Linear
+from cat.mixers.mamba.config import Mamba
+from cat.mixers.registry import ModelConfiguration
 from cat.model import SequenceModel
 
 VOCABULARY, TARGET = 256, 10

@@ -112,7 +112,7 @@ class Case(Question):
     agree: Agree | None = None
     """Raises AssertionError where two outcomes are not the same; None: `same_numbers`."""
     replay: bool = False
-    """Whether both are replayed on a GPU, as a step of training is (training/cuda_graph.py): without what a launch takes of the CPU."""
+    """Whether both are replayed on a GPU, as a step of training is (cuda_graph.py): without what a launch takes of the CPU."""
 
 
 class NotRun(Exception):  # noqa: N818  it is no error

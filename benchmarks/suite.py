@@ -20,7 +20,7 @@ from benchmarks.measure import REPEATS, Benchmark, NotRun, Place
 from benchmarks.recurrence import scan
 from benchmarks.startup import startup
 from benchmarks.training import replicas, step
-from pipeline.runtime.workers import describe
+from pipeline.runtime.devices import describe
 from pipeline.storage.files import read_json, whole, write_json
 
 RESULTS = Path(__file__).parent / "results"

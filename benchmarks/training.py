@@ -11,10 +11,12 @@ from torch import Tensor
 
 from benchmarks.data import mqar
 from benchmarks.measure import Benchmark, Case, NotRun, Work, compared, give_back_memory
-from cat.config import Attention, Protocol
+from cat.config import Protocol
 from cat.evaluation.scores import Split
+from cat.mixers.attention.config import Attention
 from cat.model import SequenceModel
-from cat.tasks.base import IGNORE, generator
+from cat.seeding import generator
+from cat.tasks.base import IGNORE
 from cat.training.ensemble import Stack
 from cat.training.fit import build_model, decayed_or_not, mean_loss
 from cat.training.optimizer import AdamW
@@ -121,7 +123,7 @@ def replicas(*, count: int = 12, batch: int = 32, devices: Sequence[str] = ("cud
 
 
 def together(count: int, size: int, device: str, *, vocabulary: int = 256, first: int = 0) -> Work:
-    """The step of `cat.replicas.fit_together`: the losses of all replicas."""
+    """The step of `fit_together`: the losses of all replicas."""
     models, inputs, targets = zip(*(ready(vocabulary, size, device, first + place) for place in range(count)), strict=True)
     stack = Stack(models, [RATE] * count, protocol=PROTOCOL, precision="float32")
     alone = [Split.of(*examples).rows(slice(None)) for examples in zip(inputs, targets, strict=True)]

@@ -12,27 +12,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cat.config import (
-        Attention,
-        Based,
-        Delta,
-        GatedLinear,
-        Hybrid,
-        Hyena,
-        Landmark,
-        Linear,
-        Mamba,
-        ModelConfiguration,
-        Performer,
-        Protocol,
-        Schedule,
-        Theory,
-        VariantConfiguration,
-    )
+    from cat.config import Protocol, Schedule
     from cat.evaluation.generation import generate
     from cat.layer import ConvolutionAugmentedAttention
+    from cat.mixers.attention.config import Attention
     from cat.mixers.base import Memory
-    from cat.mixers.registry import build_mixer
+    from cat.mixers.based.config import Based
+    from cat.mixers.build import build_mixer
+    from cat.mixers.delta.config import Delta
+    from cat.mixers.gla.config import GatedLinear
+    from cat.mixers.hyena.config import Hyena
+    from cat.mixers.landmark.config import Landmark
+    from cat.mixers.linear.config import Linear
+    from cat.mixers.mamba.config import Mamba
+    from cat.mixers.performer.config import Performer
+    from cat.mixers.registry import Hybrid, ModelConfiguration, Theory, VariantConfiguration
     from cat.model import SequenceModel
 
 __all__ = [
@@ -62,7 +56,7 @@ _HOMES = {
     "ConvolutionAugmentedAttention": "cat.layer",
     "Memory": "cat.mixers.base",
     "SequenceModel": "cat.model",
-    "build_mixer": "cat.mixers.registry",
+    "build_mixer": "cat.mixers.build",
     "generate": "cat.evaluation.generation",
 }
 

@@ -8,10 +8,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cat.config import Attention, Count, Taps
+from cat.config import Count, Taps
+from cat.mixers.attention.config import Attention
 from cat.mixers.base import Memory
+from cat.mixers.build import build_mixer
 from cat.mixers.qkv import Streams
-from cat.mixers.registry import build_mixer
 from cat.ops.common import casts
 from cat.types import Hidden
 

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import ModelConfiguration, SingleMixer
+from cat.config import Model
 from cat.mixers.base import Memory, tail
-from cat.mixers.registry import build_mixer
+from cat.mixers.build import build_mixer
+from cat.mixers.registry import ModelConfiguration
 from cat.ops.position import sinusoidal, take
 from cat.types import Asked, Hidden, Tokens
 
@@ -124,7 +125,7 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
 
-    def __init__(self, config: ModelConfiguration, mixer: SingleMixer, length: int):
+    def __init__(self, config: ModelConfiguration, mixer: Model, length: int):
         super().__init__()
         self.mixer_norm = build_norm(config)
         self.mixer = build_mixer(mixer, length)

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cat.config import Attention, Landmark
+from cat.mixers.attention.config import Attention
 from cat.mixers.filters import DecayFilter, ExplicitFilter
+from cat.mixers.landmark.config import Landmark
 from cat.mixers.landmark.layer import LandmarkAttention
 from cat.mixers.qkv import Streams
 from cat.model import SequenceModel

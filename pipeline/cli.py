@@ -14,7 +14,10 @@ from typing import Any
 import click
 
 from pipeline.config import claims
-from pipeline.config.study import ParamsError, Study, check_rewritten, find_entry, load_study, printable, refusal
+from pipeline.config.errors import ParamsError, find_entry, printable, refusal
+from pipeline.config.load import load_study
+from pipeline.config.study import Study
+from pipeline.config.yaml_file import check_rewritten
 from pipeline.runtime.determinism import pin
 
 

@@ -35,7 +35,7 @@ def _data_of_this_module():
 @pytest.fixture
 def study(finished, tmp_path, monkeypatch):
     """A copy of the folder `finished`, which the module of a test makes, is the working folder; what its params.yaml says."""
-    from pipeline.config.study import load_study
+    from pipeline.config.load import load_study
 
     shutil.copytree(finished, tmp_path / "study")
     monkeypatch.chdir(tmp_path / "study")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from cat.config import Attention
+from cat.mixers.attention.config import Attention
 from cat.mixers.base import Mixer
 from cat.mixers.filters import Filter
 from cat.mixers.qkv import Projected, Streams

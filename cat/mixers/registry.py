@@ -1,51 +1,115 @@
-"""The sequence mixers: one file each, chosen by the class of its configuration.
+"""Every kind of model: the union of the mixers' configurations."""
 
-A mixer is built as `Class(config, length)`; base.py says what it does. Only the file that is asked for is
-imported, so a run depends on the code of its own mixer alone.
-"""
+from __future__ import annotations
 
-from cat.config import Attention, Based, Delta, GatedLinear, Hyena, Landmark, Linear, Mamba, Model, Performer
-from cat.mixers.base import Mixer
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    SerializationInfo,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from cat.config import Model, Variant
+from cat.mixers.attention.config import Attention
+from cat.mixers.based.config import Based
+from cat.mixers.delta.config import Delta
+from cat.mixers.gla.config import GatedLinear
+from cat.mixers.hyena.config import Hyena
+from cat.mixers.landmark.config import Landmark
+from cat.mixers.linear.config import Linear
+from cat.mixers.mamba.config import Mamba
+from cat.mixers.performer.config import Performer
+
+SingleMixer = Attention | Linear | Based | Performer | Delta | GatedLinear | Landmark | Hyena | Mamba
+"""What a block can have for a mixer."""
+OF_A_MODEL = tuple(key for key in Model.model_fields if key != "mixer")
 
 
-def build_mixer(config: Model, length: int) -> Mixer:
-    """The mixer of one block of a model that is trained on `length` tokens."""
-    match config:
-        case Attention():
-            from cat.mixers.attention.layer import CausalAttention
+class Hybrid(Model):
+    """Blocks with different mixers, each with what its mixer can be told and nothing of the model: `width` and the like."""
 
-            return CausalAttention(config, length)
-        case Linear():
-            from cat.mixers.linear.layer import LinearAttention
+    mixer: Literal["hybrid"]
+    position: Literal["none", "learned", "sinusoidal"] = "none"
+    """Vectors of positions that are added to those of tokens; rotary and alibi are said of a block."""
+    blocks: Annotated[
+        tuple[Annotated[SingleMixer, Field(discriminator="mixer")], ...],
+        Field(strict=False),
+        WithJsonSchema({"type": "array", "items": {"type": "object", "required": ["mixer"]}, "minItems": 2}),
+    ]
+    """The mixers of the first layers; those of the next ones are the same again, until there are `layers`."""
 
-            return LinearAttention(config, length)
-        case Based():
-            from cat.mixers.based.layer import TaylorAttention
+    @field_validator("blocks", mode="wrap")
+    @classmethod
+    def _in_the_width_of_the_model(cls, blocks: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        if not isinstance(blocks, list | tuple):
+            return handler(blocks)
+        for place, block in enumerate(blocks):
+            if not isinstance(block, dict):
+                continue
+            if of_the_model := [key for key in OF_A_MODEL if key in block]:
+                raise ValueError(f"block {place}: {of_the_model[0]} is said of the whole model, not of a block")
+            if block.get("position") in ("learned", "sinusoidal"):
+                raise ValueError(f"block {place}: {block['position']} positions are added to tokens: position of the whole model")
+        if "width" not in info.data:  # which is at fault itself
+            return ()
+        own = {"width": info.data["width"], "layers": 1}
+        return handler([{**block, **own} if isinstance(block, dict) else block for block in blocks])
 
-            return TaylorAttention(config, length)
-        case Performer():
-            from cat.mixers.performer.layer import RandomFeatureAttention
+    @field_serializer("blocks")
+    def _without_what_is_the_models(self, blocks: tuple[SingleMixer, ...], info: SerializationInfo) -> list[dict[str, Any]]:
+        unset, defaults = info.exclude_unset, info.exclude_defaults
+        return [
+            block.model_dump(mode=info.mode, exclude=set(OF_A_MODEL), exclude_unset=unset, exclude_defaults=defaults)
+            for block in blocks
+        ]
 
-            return RandomFeatureAttention(config, length)
-        case Delta():
-            from cat.mixers.delta.layer import DeltaRule
+    @model_validator(mode="after")
+    def _blocks_make_layers(self) -> Self:
+        if len(self.blocks) < 2 or self.layers % len(self.blocks):
+            raise ValueError(f"layers = {self.layers} must be a multiple of the blocks, two or more, not of {len(self.blocks)}")
+        return self
 
-            return DeltaRule(config, length)
-        case GatedLinear():
-            from cat.mixers.gla.layer import GatedLinearAttention
+    @property
+    def mixers(self) -> tuple[Model, ...]:
+        return self.blocks * (self.layers // len(self.blocks))
 
-            return GatedLinearAttention(config, length)
-        case Landmark():
-            from cat.mixers.landmark.layer import LandmarkAttention
+    @property
+    def added(self) -> Literal["none", "learned", "sinusoidal"]:
+        return self.position
 
-            return LandmarkAttention(config, length)
-        case Hyena():
-            from cat.mixers.hyena.layer import GatedConvolution
+    @property
+    def filtered(self) -> bool:
+        return any(block.filtered for block in self.blocks)
 
-            return GatedConvolution(config, length)
-        case Mamba():
-            from cat.mixers.mamba.layer import SelectiveStateSpace
+    @property
+    def attends(self) -> bool:
+        return all(block.attends for block in self.blocks)
 
-            return SelectiveStateSpace(config, length)
-        case _:
-            raise TypeError(f"cat/mixers/__init__.py: build_mixer has no case for {type(config).__name__}")
+    def check_length(self, length: int) -> None:
+        for place, block in enumerate(self.blocks):
+            try:
+                block.check_length(length)
+            except ValueError as error:
+                raise ValueError(f"block {place}: {error}") from None
+
+
+class Theory(Variant):
+    """One layer of attention with the weights that the theorem about its task prescribes, nothing trained (cat/theory.py)."""
+
+    mixer: Literal["theory"]
+
+    @property
+    def attends(self) -> bool:
+        return True
+
+
+ModelConfiguration = Annotated[SingleMixer | Hybrid, Field(discriminator="mixer")]
+"""Every kind of model there is."""
+VariantConfiguration = Annotated[SingleMixer | Hybrid | Theory, Field(discriminator="mixer")]
+"""What a line of a study's variants can be: a model to train, or one that is known."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -161,16 +160,6 @@ class Task(Configuration):
     @abstractmethod
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """`count` examples of `length` tokens of the split `train`, `valid` or `test`."""
-
-
-def derive_seed(seed: int, name: str, use: str) -> int:
-    """A 63-bit seed for one use of one seed of one task, independent of every other."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{use}".encode()).digest()[:8], "little") >> 1
-
-
-def generator(seed: int, name: str, split: str) -> np.random.Generator:
-    """The stream of (seed, name, split): the same whatever else is drawn."""
-    return np.random.Generator(np.random.PCG64(derive_seed(seed, name, split)))
 
 
 def draw_distinct(generator: np.random.Generator, rows: int, count: int, population: int) -> np.ndarray:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cat.tasks.base import IGNORE, Examples, Task, Windows, generator
+from cat.seeding import generator
+from cat.tasks.base import IGNORE, Examples, Task, Windows
 from cat.tasks.copying import Copying
 from cat.tasks.recall import Recall
 from cat.tasks.text import Text

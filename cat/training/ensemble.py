@@ -20,9 +20,11 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
-from cat.config import Mamba, ModelConfiguration, Protocol, Schedule
+from cat.config import Protocol, Schedule
 from cat.evaluation.diagnostics import largest_logit
 from cat.evaluation.scores import TOKENS_AT_ONCE, Split, TrainingSplit, autocast, in_parts
+from cat.mixers.mamba.config import Mamba
+from cat.mixers.registry import ModelConfiguration
 from cat.model import SequenceModel
 from cat.ops.common import Operation, fold, operand
 from cat.tasks.base import IGNORE

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import ModelConfiguration, Protocol, Schedule
+from cat.config import Protocol, Schedule
 from cat.evaluation.diagnostics import largest_logit
 from cat.evaluation.scores import Scores, Split, TrainingSplit, autocast, score
+from cat.mixers.registry import ModelConfiguration
 from cat.model import SequenceModel
 from cat.ops.cross_entropy import cross_entropy
 from cat.tasks.base import IGNORE

@@ -19,9 +19,14 @@ from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, SequenceNode
 from tabulate import tabulate
 
 from cat.config import Variant
-from pipeline.config.study import NAME, PATTERNS, Name, ParamsError, Study, checked, find_entry, load_study, to_yaml
+from pipeline.config.errors import ParamsError, checked, find_entry
+from pipeline.config.load import load_study
+from pipeline.config.names import NAME, PATTERNS, Name
+from pipeline.config.study import Study
+from pipeline.config.yaml_file import to_yaml
 from pipeline.stages.plan import check_stages
-from pipeline.storage.files import LOGS, read_json, whole
+from pipeline.storage.files import read_json, whole
+from pipeline.storage.paths import LOGS
 
 FILE = Path("params.yaml")
 

@@ -19,10 +19,10 @@ from ruamel.yaml import YAML, YAMLError
 from tabulate import tabulate
 
 from pipeline.commands.show import COLOURS
-from pipeline.config.study import to_yaml
+from pipeline.config.yaml_file import to_yaml
 from pipeline.reporting.verdicts import COLUMNS, verdict_table
 from pipeline.storage import readers
-from pipeline.storage.files import REPORTS, VERDICTS
+from pipeline.storage.paths import REPORTS, VERDICTS
 
 PARAMETERS, METRICS, CLAIMS = Path("params.yaml"), REPORTS / "metrics", VERDICTS / "claims.csv"
 SMALLEST = 5e-7

@@ -22,15 +22,17 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler says on stderr th
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, record_function
 
-from cat.config import Theory
+from cat.mixers.registry import Theory
 from cat.model import SequenceModel
-from cat.tasks.base import derive_seed
+from cat.seeding import derive_seed
 from cat.training.fit import build_model, decayed_or_not, mean_loss
 from cat.training.optimizer import AdamW
 from pipeline.runtime import workers
+from pipeline.runtime.devices import describe, resolve_device
 from pipeline.stages.train import Setting
 from pipeline.storage import runs
-from pipeline.storage.files import DATA, read_meta
+from pipeline.storage.paths import DATA
+from pipeline.storage.task_data import read_meta
 
 WARM_UP, OPERATORS = 5, 12
 STEP, FORWARD, HEAD = "step", "forward", "head and loss"
@@ -49,7 +51,7 @@ class Profile(NamedTuple):
 
 def profile(task: str, variant: str, setting: Setting, *, steps: int, device: str) -> str:
     """The profile of the cell's training as text. Raises ValueError where there is nothing to train, or no data."""
-    where = workers.resolve_device(device)
+    where = resolve_device(device)
     if isinstance(setting.model, Theory):
         raise ValueError(f"{variant} is not trained: its weights are prescribed")
     if not (DATA / task / "meta.json").exists():
@@ -62,7 +64,7 @@ def profile(task: str, variant: str, setting: Setting, *, steps: int, device: st
     result = measure(step, part, steps)
     took = median(result.seconds)
     return (
-        f"{task} {variant}, {workers.describe(where)}, {setting.precision}, {batch} sequences of {meta.length} tokens:"
+        f"{task} {variant}, {describe(where)}, {setting.precision}, {batch} sequences of {meta.length} tokens:"
         f" {1e3 * took:.3f} ms a step (median of {steps}, at least {1e3 * min(result.seconds):.3f}),"
         f" {batch * meta.length / took:,.0f} tokens a second\n\n{tables(result)}"
     )

@@ -10,11 +10,14 @@ import torch
 
 from cat.evaluation.generation import generate
 from cat.tasks.tokenizer import Bytes, Tokenizer, load
+from pipeline.config.errors import printable
 from pipeline.config.grid import variants_on
-from pipeline.config.study import Study, printable
+from pipeline.config.study import Study
 from pipeline.runtime import workers
+from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
-from pipeline.storage.files import DATA, read_json, readable
+from pipeline.storage.files import read_json, readable
+from pipeline.storage.paths import DATA
 
 
 class Drawing(NamedTuple):
@@ -34,7 +37,7 @@ def generate_text(
 
     Raises ValueError where there is no such model or nothing to go on with.
     """
-    where = workers.resolve_device(device)
+    where = resolve_device(device)
     _check(study, task, variant)
     tokenizer = _tokenizer(task)
     path = runs.weights_path(task, variant, model_seed)

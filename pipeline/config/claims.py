@@ -12,8 +12,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from cat.config import Configuration, Count
+from pipeline.config.errors import checked, nearest, refusal
 from pipeline.config.grid import variants_on
-from pipeline.config.study import CELL, Name, Study, checked, nearest, read_yaml, refusal
+from pipeline.config.names import CELL, Name
+from pipeline.config.study import Study
+from pipeline.config.yaml_file import read_yaml
 
 FILE = Path("claims.yaml")
 RECALL = ("recalled_share", "recalled_rare_share", "loss_recalled", "loss_recalled_rare", "loss_others")

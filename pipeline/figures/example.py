@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cat.tasks.registry import Examples
 from pipeline.storage import runs
-from pipeline.storage.files import read_split, read_task
+from pipeline.storage.task_data import read_split, read_task
 
 Integers = NDArray[np.integer[Any]]
 

@@ -10,8 +10,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from pipeline.config.ablations import shown_tasks, shown_variants
 from pipeline.config.grid import variants_on
-from pipeline.config.study import Ablation, Study, shown_tasks, shown_variants
+from pipeline.config.study import Ablation, Study
 from pipeline.figures.style import add_legend, draw_lines, set_ticks, style
 from pipeline.storage import runs
 from pipeline.storage.results import read_history

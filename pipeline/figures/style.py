@@ -22,8 +22,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from cat.config import Theory
-from pipeline.config.study import Ablation, Study, shown_variants
+from cat.mixers.registry import Theory
+from pipeline.config.ablations import shown_variants
+from pipeline.config.study import Ablation, Study
 from pipeline.runtime.processes import available, end_with_parent
 
 Draw = Callable[[Study, Ablation, pd.DataFrame], Figure]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pandas as pd
 
+from pipeline.config.ablations import shown_tasks, shown_variants
 from pipeline.config.grid import variants_on
-from pipeline.config.study import Ablation, Study, shown_tasks, shown_variants
+from pipeline.config.study import Ablation, Study
 from pipeline.reporting.verdicts import left_out, of_the_study, read_verdicts, verdict_table
 from pipeline.storage import runs
 from pipeline.storage.results import PRIMARY

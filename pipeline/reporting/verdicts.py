@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 from pipeline.storage import readers
-from pipeline.storage.files import VERDICTS
+from pipeline.storage.paths import VERDICTS
 
 COLUMNS = {
     "claim": str, "says": str, "source": str, "verdict": str, "reason": str, "figure": str,

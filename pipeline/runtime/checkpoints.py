@@ -24,7 +24,8 @@ from torch import Tensor
 from cat.training.distributed import ALONE, Group
 from cat.training.fit import Row, State
 from pipeline.runtime import workers
-from pipeline.storage.files import CHECKPOINTS, whole
+from pipeline.storage.files import whole
+from pipeline.storage.paths import CHECKPOINTS
 
 EVERY = 60.0
 """Seconds of a run that are lost at most."""

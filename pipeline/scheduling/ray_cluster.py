@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.config.study import ParamsError, Resources, Study
+from pipeline.config.errors import ParamsError
+from pipeline.config.study import Resources, Study
 from pipeline.runtime import workers
 from pipeline.runtime.determinism import MARK, PINS
 from pipeline.runtime.workers import Failure, Report
-from pipeline.storage.files import DATA
+from pipeline.storage.paths import DATA
 
 RETRIES = 3
 """Times that a job is begun again whose process or machine is lost."""

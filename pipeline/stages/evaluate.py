@@ -23,8 +23,11 @@ from cat.model import SequenceModel
 from cat.tasks.base import Extents, Recalled, Spans
 from cat.tasks.registry import Task
 from pipeline.runtime import checkpoints, workers
+from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
-from pipeline.storage.files import FILTERS, HELDOUT, POSITIONS, RESULTS, SCORES, read_split, read_task, whole, write_csv
+from pipeline.storage.files import whole, write_csv
+from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, RESULTS, SCORES
+from pipeline.storage.task_data import read_split, read_task
 
 COLUMNS = ("task", "variant", "seed", "length", "metric", "value")
 FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "lag", "value")
@@ -60,7 +63,7 @@ def evaluate(
 
     A seed that diverged has empty values.
     """
-    data, where = read_task(task), workers.resolve_device(device)
+    data, where = read_task(task), resolve_device(device)
     jobs = [Job(variant, seed) for variant in variants for seed in seeds]
     with tqdm(total=len(jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
 

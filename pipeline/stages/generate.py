@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cat.tasks.base import Task, Windows, generator
-from pipeline.storage.files import DATA, HELDOUT, sha256, whole, write_json
+from cat.seeding import generator
+from cat.tasks.base import Task, Windows
+from pipeline.storage.files import sha256, whole, write_json
+from pipeline.storage.paths import DATA, HELDOUT
 
 TEST = {"test", "multiples"}
 """What a task says of its test splits alone."""

@@ -32,7 +32,8 @@ from pipeline.config.claims import Claim
 from pipeline.config.study import Study
 from pipeline.reporting.verdicts import ABSENT
 from pipeline.storage import readers
-from pipeline.storage.files import SCORES, VERDICTS, whole
+from pipeline.storage.files import whole
+from pipeline.storage.paths import SCORES, VERDICTS
 from pipeline.storage.results import PRIMARY, read_results
 
 LEVEL = 0.05

@@ -10,11 +10,16 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from cat.config import OF_A_MODEL, Configuration, Hybrid, Model, Theory, Variant
-from pipeline.config.code_digest import listings
+from cat.config import Configuration, Model, Variant
+from cat.mixers.registry import OF_A_MODEL, Hybrid, Theory
+from pipeline.config.ablations import shown_variants
+from pipeline.config.code_digest import code_digest
+from pipeline.config.errors import refusal
 from pipeline.config.grid import cells, variants_on
-from pipeline.config.study import Study, read_yaml, refusal, shown_variants
-from pipeline.storage.files import HELDOUT, PLAN, read_json, whole, write_json
+from pipeline.config.study import Study
+from pipeline.config.yaml_file import read_yaml
+from pipeline.storage.files import read_json, whole, write_json
+from pipeline.storage.paths import HELDOUT, PLAN
 
 SCHEMA = Path("params.schema.json")
 _STAGES = Path("dvc.yaml")
@@ -26,30 +31,7 @@ def write(study: Study) -> None:
     That is the code that it runs; of data and training what the configuration leaves to defaults, which are no parameters; for
     an evaluation the variants that it walks; and for a theorem the longest sequences that it prescribes weights for.
     """
-    kinds = {task: f"cat/tasks/{section.data.kind}.py" for task, section in study.tasks.items()}
-    looked_at = {v for a in study.ablations.values() if a.figure == "example" for v in shown_variants(a)}
-    begin = {
-        "judge": ["pipeline/stages/judge.py", "pipeline/config/claims.py", *kinds.values()],
-        "render": ["pipeline/stages/render.py", "pipeline/runtime/determinism.py", *kinds.values()],
-        "publish": ["pipeline/stages/report.py", "pipeline/tracking/sync.py"],
-    }
-    if looked_at:
-        begin["render"] += [
-            "cat/evaluation/diagnostics.py",
-            *chain(*(_code_of(study.variants[variant]) for variant in looked_at)),
-        ]
-    for task, kind in kinds.items():
-        models = [study.variants[variant] for variant in variants_on(study, task)]
-        begin[f"generate/{task}"] = ["pipeline/stages/generate.py", kind]
-        begin[f"evaluate/{task}"] = [
-            "pipeline/stages/evaluate.py",
-            "pipeline/config/grid.py",
-            kind,
-            *chain(*map(_code_of, models)),
-        ]
-    for variant, model in study.variants.items():
-        begin[f"train/{variant}"] = ["pipeline/stages/train.py", *_code_of(model)]
-    texts = listings(begin)
+    texts = {name: f"code {code_digest(modules)}\n" for name, modules in stage_modules(study).items()}
     for variant, model in study.variants.items():
         texts[f"train/{variant}"] += _defaults(model)
         if isinstance(model, Theory):
@@ -69,6 +51,27 @@ def write(study: Study) -> None:
         write_json(path, Study.model_json_schema())
 
 
+def stage_modules(study: Study) -> dict[str, list[str]]:
+    """The modules that each stage begins with, by the name of its file in plan/."""
+    kinds = {task: f"cat.tasks.{section.data.kind}" for task, section in study.tasks.items()}
+    looked_at = {v for a in study.ablations.values() if a.figure == "example" for v in shown_variants(a)}
+    modules = {
+        "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
+        "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values()],
+        "publish": ["pipeline.stages.report", "pipeline.tracking.sync"],
+    }
+    if looked_at:
+        models = chain(*(_code_of(study.variants[variant]) for variant in looked_at))
+        modules["render"] += ["cat.evaluation.diagnostics", *models]
+    for task, kind in kinds.items():
+        models = chain(*(_code_of(study.variants[variant]) for variant in variants_on(study, task)))
+        modules[f"generate/{task}"] = ["pipeline.stages.generate", kind]
+        modules[f"evaluate/{task}"] = ["pipeline.stages.evaluate", "pipeline.config.grid", kind, *models]
+    for variant, model in study.variants.items():
+        modules[f"train/{variant}"] = ["pipeline.stages.train", *_code_of(model)]
+    return modules
+
+
 def _defaults(config: Configuration) -> str:
     """What is set without being given, a line a key; what is not set, or not true, is as if there were no such key."""
     content = config.model_dump(mode="json", exclude=config.model_fields_set)
@@ -82,9 +85,9 @@ def _defaults(config: Configuration) -> str:
 
 def _code_of(model: Variant) -> list[str]:
     if isinstance(model, Theory):
-        return ["cat/theory.py", "cat/mixers/attention/layer.py"]
+        return ["cat.theory", "cat.mixers.attention.layer"]
     assert isinstance(model, Model)
-    return [f"cat/mixers/{mixer.mixer}.py" for mixer in model.mixers]
+    return [f"cat.mixers.{mixer.mixer}.layer" for mixer in model.mixers]
 
 
 def check_stages(study: Study, file: str = "params.yaml") -> None:

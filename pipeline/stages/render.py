@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.config.study import Study, shown_tasks, shown_variants
-from pipeline.figures.language import recall
-from pipeline.figures.plots import attention, figures_of
+from pipeline.config.ablations import shown_tasks, shown_variants
+from pipeline.config.study import Study
+from pipeline.figures.attention import attention
+from pipeline.figures.plots import figures_of
+from pipeline.figures.recall import recall
 from pipeline.figures.stability import every_run
 from pipeline.figures.style import Picture, draw_all
 from pipeline.reporting.diagnosis import diagnose
 from pipeline.reporting.tables import results_table, verdicts_in_short, what_was_run
-from pipeline.storage.files import REPORTS, whole, write_json
+from pipeline.storage.files import whole, write_json
+from pipeline.storage.paths import REPORTS
 from pipeline.storage.results import primary, read_results, strays
 
 README_MARKS = ("<!-- results: written by `python -m pipeline readme` -->", "<!-- end of results -->")

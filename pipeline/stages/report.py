@@ -14,11 +14,14 @@ from pathlib import Path
 import pandas as pd
 from ruamel.yaml import YAML
 
-from cat.config import Theory
+from cat.mixers.registry import Theory
+from pipeline.config.ablations import shown_tasks, shown_variants
 from pipeline.config.grid import Cell, cells, variants_on
-from pipeline.config.study import Ablation, Study, shown_tasks, shown_variants
-from pipeline.figures.language import gains_table, positions_table
-from pipeline.figures.plots import cost, figures_of
+from pipeline.config.study import Ablation, Study
+from pipeline.figures.cost import cost
+from pipeline.figures.plots import figures_of
+from pipeline.figures.positions import positions_table
+from pipeline.figures.recall import gains_table
 from pipeline.figures.stability import stability
 from pipeline.figures.style import begin, save
 from pipeline.reporting.diagnosis import Sign
@@ -26,7 +29,8 @@ from pipeline.reporting.html import page
 from pipeline.reporting.tables import found, results_table, verdicts_in_words
 from pipeline.reporting.verdicts import of_the_study, read_verdicts, verdict_table
 from pipeline.storage import readers, runs
-from pipeline.storage.files import REPORTS, whole
+from pipeline.storage.files import whole
+from pipeline.storage.paths import REPORTS
 from pipeline.storage.results import primary, read_results
 from pipeline.storage.training_log import read_log
 

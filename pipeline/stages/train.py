@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from importlib import import_module
 from itertools import chain
 from typing import Any, Literal, NamedTuple
 
@@ -24,22 +25,26 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cat.config import Protocol, Schedule, Theory, VariantConfiguration
+from cat.config import Protocol, Schedule
 from cat.evaluation.diagnostics import head_entropies, key_filter_solves_every_length, largest_logit
 from cat.evaluation.scores import Split, TrainingSplit, score
+from cat.mixers.registry import Theory, VariantConfiguration
 from cat.model import SequenceModel
-from cat.tasks.base import derive_seed
+from cat.seeding import derive_seed
 from cat.tasks.registry import Task
 from cat.training.distributed import ALONE, Group, local_rank, process_group
 from cat.training.ensemble import can_be_stacked, fit_together
 from cat.training.fit import Row, Run, build_model, fit, look
-from pipeline.config.study import load_study
+from pipeline.config.load import load_study
 from pipeline.runtime import workers
 from pipeline.runtime.checkpoints import Checkpoint, Keeper
 from pipeline.runtime.determinism import MARK
+from pipeline.runtime.devices import made_on, own_device
 from pipeline.storage import runs
-from pipeline.storage.files import CHECKPOINTS, LOGS, Meta, read_code, read_meta, whole, write_csv, write_json
+from pipeline.storage.files import whole, write_csv, write_json
+from pipeline.storage.paths import CHECKPOINTS, LOGS
 from pipeline.storage.provenance import provenance
+from pipeline.storage.task_data import Meta, read_code, read_meta
 
 TOGETHER = 1 << 18
 """Tokens of a step in which several runs are trained at once; bounds their memory."""
@@ -97,7 +102,7 @@ class Trained(NamedTuple):
     stop: str
     parameters: int
     solves_every_length: bool | None
-    """Whether the key filter meets the condition of evaluation/diagnostics.py; None where the condition is about something else."""
+    """Whether the key filter meets the condition of `diagnostics`; None where the condition is about something else."""
     entropy: list[list[float] | None] | None
     """Of attention on the validation split, by layer and head, in nats; None where the run diverged."""
     config: dict[str, Any]
@@ -119,7 +124,7 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
     Ctrl-C ends it after the step that it is in, which the next call goes on from; raises KeyboardInterrupt then.
     """
     began, origin = time.time(), provenance()
-    where = workers.own_device(device, local_rank())
+    where = own_device(device, local_rank())
     cell = Cell.of(task, variant, setting)
     steps = len(cell.jobs) * setting.schedule.steps
     with process_group(where) as group, workers.stoppable():
@@ -200,7 +205,7 @@ def run_jobs(
     """Trains these models of the cell at once; `report` is told (steps done since it was last told, row or None)."""
     if isinstance(cell.setting.model, Theory):
         return [_prescribe(cell, job, device, report) for job in jobs]
-    where = workers.made_on(device, group.size)
+    where = made_on(device, group.size)
     told = dict.fromkeys(jobs, 0)
 
     def progress(job: Job, step: int, row: Row | None) -> None:
@@ -262,7 +267,7 @@ def _fit(
         ).to(device)
         for job in jobs
     ]
-    checkpoints = [_checkpoint(cell, job, workers.made_on(device, group.size)) for job in jobs]
+    checkpoints = [_checkpoint(cell, job, made_on(device, group.size)) for job in jobs]
     kept = group.first(lambda: [checkpoint.read() for checkpoint in checkpoints])
     states = [one and one.state for one in kept]
     keep = Keeper(checkpoints, kept, group)
@@ -300,16 +305,15 @@ def _checkpoint(cell: Cell, job: Job, where: str) -> Checkpoint:
 
 def _prescribe(cell: Cell, job: Job, device: torch.device, report: workers.Report) -> Trained:
     """The weights of the theorem about the task, looked at once; they depend on no seed and no learning rate."""
-    from cat.theory import prescribed
-
     start = time.perf_counter()
     assert cell.theorem is not None
-    model = prescribed(cell.theorem).to(device)
+    # By name: only a cell of a theorem depends on this module (pipeline/config/code_digest.py).
+    model = import_module("cat.theory").prescribed(cell.theorem).to(device)
     _, valid = _splits(cell.task, device)
     scores = score(model, valid, precision=cell.setting.precision)
     report((cell.setting.schedule.steps, None))
     row = look(0, [math.nan], [math.nan], scores.loss, scores.accuracy, largest_logit(model, valid.inputs))
-    return _trained(cell, job, model, [row], 0, "theorem", workers.made_on(device), time.perf_counter() - start)
+    return _trained(cell, job, model, [row], 0, "theorem", made_on(device), time.perf_counter() - start)
 
 
 @functools.lru_cache(maxsize=2)

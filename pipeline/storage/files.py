@@ -10,21 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from pydantic import TypeAdapter
-
-from cat.tasks.registry import Examples, Task, TaskConfiguration, Windows
-
-PLAN, DATA, RUNS, RESULTS, REPORTS = Path("plan"), Path("data"), Path("runs"), Path("results"), Path("reports")
-HELDOUT = Path("heldout")
-"""What training does not see of the tasks: their test splits."""
-FILTERS, POSITIONS = RESULTS / "filters", RESULTS / "positions"
-SCORES, VERDICTS = Path("scores"), Path("verdicts")
-LOGS = Path("logs")
-"""What a run is not made of: when, where and how fast. Not an output of any stage, so it may differ from run to run."""
-CHECKPOINTS = Path("checkpoints")
+from typing import Any
 
 
 @contextmanager
@@ -120,62 +106,3 @@ def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Iterable[str]
         writer.writeheader()
         for row in rows:
             writer.writerow({key: "" if value != value else value for key, value in row.items()})
-
-
-class Meta(NamedTuple):
-    """What training needs to know of a task's data."""
-
-    vocabulary: int
-    length: int
-    goal: str
-    autoregressive: bool
-    digest: str
-    """Of all that training reads, the examples too; the test splits are nothing to it."""
-
-
-def read_meta(task: str) -> Meta:
-    path = DATA / task / "meta.json"
-    meta = read_json(path)
-    with readable(path, "the description of a task's data"):
-        about = meta["vocabulary"], meta["length"], meta["goal"], meta["autoregressive"]
-        return Meta(*about, digest=hashlib.sha256(path.read_bytes()).hexdigest())
-
-
-def read_task(task: str) -> Task:
-    """The configuration that the task's test splits, and with them its data, were generated from."""
-    path = HELDOUT / task / "meta.json"
-    meta = read_json(path)
-    with readable(path, "the description of a task's data"):
-        return TypeAdapter(TaskConfiguration).validate_python(meta["config"])
-
-
-def read_split(task: str, split: str) -> Examples:
-    """Any but the training split of a text. Raises ValueError where there is no such split, or something else in its file."""
-    path = (HELDOUT if split.startswith("test_") else DATA) / task / f"{split}.npz"
-    with readable(path, "a split of a task's data"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return Examples(arrays["inputs"], arrays["targets"])
-
-
-def read_training(task: str) -> Examples | Windows:
-    """The training split; the tokens that windows are cut from are left in their file. Raises ValueError as `read_split` does."""
-    path = DATA / task / "train.npz"
-    with readable(path, "a split of a task's data"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        if "starts" not in arrays:
-            return Examples(arrays["inputs"], arrays["targets"])
-        starts, length = arrays["starts"], int(arrays["length"])
-    return Windows(_map_tokens(task), starts, length)
-
-
-def _map_tokens(task: str) -> np.ndarray:
-    meta = read_json(DATA / task / "meta.json")
-    path = DATA / task / "tokens.npy"
-    with readable(path, "the tokens of a training split"):
-        if sha256(path) != meta["tokens"]:
-            raise ValueError("its SHA-256 is not that of meta.json")
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def read_code(variant: str) -> str | None:
-    """The listing of the code that trains the variant, if the study has been planned."""
-    path = PLAN / "train" / f"{variant}.txt"
-    return path.read_text(encoding="utf-8") if path.exists() else None

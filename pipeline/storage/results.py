@@ -11,7 +11,7 @@ import pandas as pd
 from pipeline.config.grid import cells, variants_on
 from pipeline.config.study import Study
 from pipeline.storage import readers
-from pipeline.storage.files import FILTERS, POSITIONS, RESULTS, RUNS, SCORES
+from pipeline.storage.paths import FILTERS, POSITIONS, RESULTS, RUNS, SCORES
 
 KEYS = {"task": str, "variant": str, "seed": int, "length": int, "metric": str}
 FILTER = {"variant": str, "seed": int, "layer": int, "stream": str, "row": str, "lag": int, "value": float}

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from cat.config import ModelConfiguration
+from cat.mixers.registry import ModelConfiguration
 from cat.tasks.registry import Windows
-from pipeline.storage.files import RUNS, read_json, read_split, read_training, readable
+from pipeline.storage.files import read_json, readable
+from pipeline.storage.paths import RUNS
+from pipeline.storage.task_data import read_split, read_training
 
 if TYPE_CHECKING:
     import torch

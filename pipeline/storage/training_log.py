@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.storage import runs
-from pipeline.storage.files import LOGS, read_json
+from pipeline.storage.files import read_json
+from pipeline.storage.paths import LOGS
 
 
 def read_log(task: str, variant: str) -> Any | None:

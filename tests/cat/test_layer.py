@@ -58,7 +58,7 @@ def test_the_three_lines_of_the_documentation_run():
 def test_the_package_loads_what_is_asked_for():
     assert not loaded_by("import cat") & {"torch", "pydantic", "numpy"}
     assert "torch" not in loaded_by("from cat import Attention")
-    assert "torch" not in loaded_by("import cat.configuration")
+    assert "torch" not in loaded_by("import cat.config")
     assert "torch" in loaded_by("from cat import SequenceModel")
 
 

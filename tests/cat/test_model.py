@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cat.config import Attention
+from cat.mixers.attention.config import Attention
 from cat.model import SequenceModel
 from cat.training.fit import decayed_or_not
 

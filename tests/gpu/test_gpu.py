@@ -11,7 +11,8 @@ import torch
 import cat.training.cuda_graph
 from cat.config import Schedule
 from cat.evaluation.scores import Split, score
-from cat.ops.conv.causal import filter_channels, filter_heads, naive_filter_channels, naive_filter_heads
+from cat.ops.conv.causal import filter_channels, filter_heads
+from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads
 from cat.training.cuda_graph import Replay
 from cat.training.ensemble import Stack, can_be_stacked, fit_together
 from cat.training.fit import backward, build_model, fit, mean_loss
@@ -186,7 +187,7 @@ def test_it_goes_on_from_a_state_to_the_same_bits():
 
 UNRECORDABLE = """
 import torch
-from cat.replay import WARM, Replay
+from cat.training.cuda_graph import WARM, Replay
 replay = Replay(lambda x: x * x.sum().item())
 x = torch.ones(3, device="cuda")
 assert [replay(x + i).tolist() for i in range(WARM + 2)] == [[3 * (1 + i) ** 2] * 3 for i in range(WARM + 2)]
@@ -278,7 +279,7 @@ def take_turns():
 
 
 def test_replicas_for_which_memory_does_not_suffice_take_turns():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", "from tests.test_gpu import take_turns; take_turns()"], check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", "from tests.gpu.test_gpu import take_turns; take_turns()"], check=True)
 
 
 def test_scoring_for_which_memory_does_not_suffice_takes_fewer_at_a_time(little_memory):
@@ -291,7 +292,7 @@ def test_scoring_for_which_memory_does_not_suffice_takes_fewer_at_a_time(little_
 
 COMPILED = """
 import torch
-from tests.test_gpu import mean_loss, models, on_gpu, successor
+from tests.gpu.test_gpu import mean_loss, models, on_gpu, successor
 batch = on_gpu(successor(8)).rows(slice(None))
 ours, theirs = models("attention_all", (0, 0))
 torch.compile(mean_loss)(ours, batch).backward()
@@ -307,11 +308,11 @@ def test_a_compiled_step_is_the_same_step():
 
 
 TRAINED_TWICE = """
-from pipeline.determinism import pin, settle
+from pipeline.runtime.determinism import pin, settle
 pin(True)
 settle()
 import hashlib
-from tests.test_gpu import BATTERY, train
+from tests.gpu.test_gpu import BATTERY, train
 for name in BATTERY:
     weights = [run.model.state_dict() for run in train(name)]
     print(name, hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for own in weights for w in own.values())).hexdigest())

@@ -7,7 +7,7 @@ from ruamel.yaml import YAML
 
 from pipeline.cli import main
 from pipeline.config.grid import cells
-from pipeline.config.study import load_study
+from pipeline.config.load import load_study
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,7 +25,7 @@ from benchmarks.measure import COST, POWER, SECONDS, SPEEDUP, Benchmark, Case, P
 from benchmarks.recurrence import scan
 from benchmarks.training import replicas, step
 from pipeline.config.grid import cells
-from pipeline.config.study import load_study
+from pipeline.config.load import load_study
 from tests.helpers import oracles
 from tests.helpers.study import ROOT
 

@@ -20,7 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.cli import main
 from pipeline.config.claims import Claim
-from pipeline.config.study import NAME, PATTERNS, Name, ParamsError, checked, read_yaml, study_of
+from pipeline.config.errors import ParamsError, checked
+from pipeline.config.load import study_of
+from pipeline.config.names import NAME, PATTERNS, Name
+from pipeline.config.yaml_file import read_yaml
 from pipeline.reporting.html import page
 from pipeline.reporting.verdicts import ABSENT
 from pipeline.storage import readers, runs

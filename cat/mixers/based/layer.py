@@ -6,8 +6,8 @@ After arXiv 2402.18668; the formula, and how it differs from the paper's layers,
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.config import Based
 from cat.mixers.base import Memory
+from cat.mixers.based.config import Based
 from cat.mixers.based.op import Past, taylor_attend, taylor_attend_next
 from cat.mixers.qkv import Mixed, Streams
 from cat.ops.position import rotate

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import Delta
 from cat.mixers.base import Memory
+from cat.mixers.delta.config import Delta
 from cat.mixers.delta.op import Rates, delta_rule, delta_rule_next
 from cat.mixers.qkv import Mixed, Projected, Streams
 from cat.ops.l2norm import unit

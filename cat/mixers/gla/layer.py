@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import GatedLinear
 from cat.mixers.base import Memory
+from cat.mixers.gla.config import GatedLinear
 from cat.mixers.gla.op import gated_linear_attend, gated_linear_attend_next
 from cat.mixers.qkv import Mixed, Projected, Streams
 from cat.ops.position import take

@@ -8,9 +8,9 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import Hyena
 from cat.mixers.base import Memory, Mixer, tail
 from cat.mixers.filters import ExplicitFilter, Layout, NetworkFilter
+from cat.mixers.hyena.config import Hyena
 from cat.ops.position import take
 from cat.types import Asked
 

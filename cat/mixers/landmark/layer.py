@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.config import Landmark
 from cat.mixers.base import Memory, joined
 from cat.mixers.filters import ExplicitFilter, Filter
+from cat.mixers.landmark.config import Landmark
 from cat.mixers.landmark.op import Landmarks, ends, landmark_attend
 from cat.mixers.qkv import Mixed, Projected, Streams
 from cat.ops.attention import logits

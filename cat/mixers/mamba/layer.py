@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import Mamba
 from cat.mixers.base import Memory, Mixer, joined, tail
+from cat.mixers.mamba.config import Mamba
 from cat.mixers.mamba.op import selective_scan, selective_scan_next
 from cat.ops.position import take
 from cat.types import Asked

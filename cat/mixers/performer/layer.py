@@ -6,8 +6,8 @@ FAVOR+ of arXiv 2009.14794; the formula is in cat/mixers/performer/op.py.
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.config import Performer
 from cat.mixers.base import Memory
+from cat.mixers.performer.config import Performer
 from cat.mixers.performer.op import Sums, orthogonal_directions, performer_attend, performer_attend_next
 from cat.mixers.qkv import Mixed, Streams
 from cat.ops.position import rotate, take

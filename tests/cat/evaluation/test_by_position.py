@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 
 import cat.evaluation.scores
-from cat.config import ModelConfiguration
 from cat.evaluation.by_position import TOKENS, bins, loss_by_position, loss_by_recall, sample
 from cat.evaluation.scores import Split, Tally, outcomes, tally
+from cat.mixers.registry import ModelConfiguration
 from cat.model import SequenceModel
 from cat.tasks.ngrams import occurs, pack, stood_before
 from cat.tasks.registry import IGNORE, Text, generator, ngrams
 from pipeline.stages.generate import generate
-from pipeline.storage.files import HELDOUT
+from pipeline.storage.paths import HELDOUT
 
 VOCABULARY = 11
 

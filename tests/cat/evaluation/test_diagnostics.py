@@ -7,7 +7,6 @@ import torch
 from pydantic import TypeAdapter
 
 from cat import theory
-from cat.config import ModelConfiguration
 from cat.evaluation.diagnostics import (
     attention_statistics,
     attention_weights,
@@ -16,6 +15,7 @@ from cat.evaluation.diagnostics import (
     key_filter_solves_every_length,
     largest_logit,
 )
+from cat.mixers.registry import ModelConfiguration
 from cat.tasks.registry import Copying, Recall, generator
 from cat.training.fit import build_model
 from tests.helpers.reference import normal

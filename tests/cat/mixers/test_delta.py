@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from cat.config import ModelConfiguration
+from cat.mixers.build import build_mixer
 from cat.mixers.delta.op import CHUNK, delta_rule, delta_rule_next, naive_delta_rule
-from cat.mixers.registry import build_mixer
+from cat.mixers.registry import ModelConfiguration
 from tests.helpers.reference import assert_twins, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, WIDTH = 2, 3, 5, 18

@@ -9,7 +9,6 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from cat.config import ModelConfiguration
 from cat.mixers.based.op import (
     attend_by_features,
     attend_by_scores,
@@ -19,9 +18,10 @@ from cat.mixers.based.op import (
     taylor_attend,
     taylor_attend_next,
 )
+from cat.mixers.build import build_mixer
 from cat.mixers.linear.op import linear_attend, linear_attend_next
 from cat.mixers.performer.op import naive_performer_attend, orthogonal_directions, performer_attend, performer_attend_next
-from cat.mixers.registry import build_mixer
+from cat.mixers.registry import ModelConfiguration
 from cat.ops.attention import naive_attend
 from cat.ops.position import rotate
 from tests.helpers.reference import assert_twins, close, in_parts, normal
@@ -125,7 +125,9 @@ def test_taylor_attention_is_the_definition(form, length, window):
 def test_scores_are_cheaper_up_to_twice_as_many_tokens_as_features(length, form, monkeypatch):
     taken = []
     for name, function in {"attend_by_scores": attend_by_scores, "attend_by_features": attend_by_features}.items():
-        monkeypatch.setattr(f"cat.taylor.{name}", lambda *x, f=function, n=name, **options: taken.append(n) or f(*x, **options))
+        monkeypatch.setattr(
+            f"cat.mixers.based.op.{name}", lambda *x, f=function, n=name, **options: taken.append(n) or f(*x, **options)
+        )
     sizes = {"scale": 0.7, "window": 3}
     assert_twins(partial(taylor_attend, **sizes), partial(naive_taylor_attend, **sizes), *streams(length, channels=2))
     assert taken == [form]

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from cat.config import Attention
+from cat.mixers.attention.config import Attention
+from cat.mixers.build import build_mixer
 from cat.mixers.filters import DecayFilter, ExplicitFilter, Layout, NetworkFilter, build_filter, time_scales
-from cat.mixers.registry import build_mixer
 from cat.ops.position import take
 from tests.helpers.reference import assert_twins, close, normal
 

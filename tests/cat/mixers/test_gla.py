@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from cat.config import ModelConfiguration
+from cat.mixers.build import build_mixer
 from cat.mixers.gla.op import CHUNK, gated_linear_attend, gated_linear_attend_next, naive_gated_linear_attend
 from cat.mixers.linear.op import causal_sum
-from cat.mixers.registry import build_mixer
+from cat.mixers.registry import ModelConfiguration
 from tests.helpers.reference import assert_twins, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, VALUES, WIDTH, RANK = 2, 3, 5, 7, 18, 4

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from cat.config import Attention, Hybrid, Mamba, ModelConfiguration, Schedule
+from cat.config import Schedule
 from cat.evaluation.diagnostics import (
     attention_statistics,
     filter_taps,
@@ -12,12 +12,17 @@ from cat.evaluation.diagnostics import (
     key_filter_solves_every_length,
     largest_logit,
 )
+from cat.mixers.attention.config import Attention
 from cat.mixers.attention.layer import CausalAttention
+from cat.mixers.mamba.config import Mamba
 from cat.mixers.mamba.layer import SelectiveStateSpace
+from cat.mixers.registry import Hybrid, ModelConfiguration
 from cat.training.ensemble import fit_together
 from cat.training.fit import build_model, fit
-from pipeline.config.study import ParamsError, load_study
-from pipeline.stages.plan import write
+from pipeline.config.code_digest import modules_reached
+from pipeline.config.errors import ParamsError
+from pipeline.config.load import load_study
+from pipeline.stages.plan import stage_modules, write
 from tests.cat.training.test_ensemble import GRID, LENGTH, PROTOCOL, VOCABULARY, successor
 from tests.helpers.reference import close
 from tests.helpers.study import ROOT
@@ -175,7 +180,8 @@ def test_a_hybrid_depends_on_the_code_and_the_defaults_of_all_its_mixers(tmp_pat
     monkeypatch.chdir(tmp_path)
     write(study)
     listed = (tmp_path / "plan/train/mamba_qk.txt").read_text(encoding="utf-8")
-    assert {"cat/mixers/mamba/layer.py", "cat/mixers/attention/layer.py", "cat/mixers/mamba/op.py"} <= set(listed.split())
+    reached = modules_reached(stage_modules(study)["train/mamba_qk"])
+    assert {"cat.mixers.mamba.layer", "cat.mixers.attention.layer", "cat.mixers.mamba.op"} <= reached
     assert "blocks.0.expand: 2\n" in listed
     assert "blocks.1.sharing: head\n" in listed
     assert "blocks.1.width" not in listed

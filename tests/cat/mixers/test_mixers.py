@@ -12,19 +12,24 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from cat.config import Attention, AttentionModel, Delta, GatedLinear, Model, ModelConfiguration, SingleMixer
+from cat.config import AttentionModel, Model
+from cat.mixers.attention.config import Attention
 from cat.mixers.based.op import naive_taylor_attend
+from cat.mixers.build import build_mixer
+from cat.mixers.delta.config import Delta
 from cat.mixers.delta.op import naive_delta_rule
+from cat.mixers.gla.config import GatedLinear
 from cat.mixers.gla.op import naive_gated_linear_attend
 from cat.mixers.landmark.op import ends, in_tiles, landmark_attend, naive_landmark_attend
 from cat.mixers.linear.op import features, linear_attend, naive_linear_attend
 from cat.mixers.mamba.op import NUMBERS_AT_ONCE, fused_scan, naive_selective_scan, selective_scan, selective_scan_next
 from cat.mixers.performer.op import naive_performer_attend
 from cat.mixers.qkv import side_by_side
-from cat.mixers.registry import build_mixer
+from cat.mixers.registry import ModelConfiguration, SingleMixer
 from cat.model import SequenceModel
 from cat.ops.attention import naive_attend
-from cat.ops.conv.causal import OF_HEADS, naive_filter_channels, naive_filter_heads, naive_mix_heads
+from cat.ops.conv.causal import OF_HEADS
+from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads, naive_mix_heads
 from cat.ops.position import rotate, take
 from cat.training.fit import build_model
 from tests.helpers.reference import assert_twins, close, in_parts, normal

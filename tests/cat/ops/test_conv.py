@@ -8,28 +8,19 @@ import sys
 import pytest
 import torch
 
-from cat.ops.conv import causal, numba_backend, torch_backend
-from cat.ops.conv.causal import (
-    OF_HEADS,
-    _fast_size,
-    filter_channels,
-    filter_groups,
-    filter_heads,
-    filter_heads_at,
-    mix_heads,
-    naive_filter_channels,
-    naive_filter_heads,
-    naive_mix_heads,
-    toeplitz,
-)
+from cat.ops.conv import causal, direct, numba_backend, torch_backend
+from cat.ops.conv.causal import OF_HEADS, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads
+from cat.ops.conv.fft import _fast_size
+from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads, naive_mix_heads
+from cat.ops.conv.toeplitz import toeplitz
 from cat.ops.position import take
 from tests.helpers.reference import assert_twins, close, normal
 
 BATCH, HEADS, CHANNELS = 2, 3, 5
 KINDS = {
-    "head": (filter_heads, naive_filter_heads, (HEADS,), {"shifts": "_by_shifts", "fft": "_by_fft"}),
-    "channel": (filter_channels, naive_filter_channels, (HEADS, CHANNELS), {"shifts": "_by_shifts", "fft": "_by_fft"}),
-    "mixing": (mix_heads, naive_mix_heads, (HEADS, HEADS), {"shifts": "_mix_by_shifts", "fft": "_mix_by_fft"}),
+    "head": (filter_heads, naive_filter_heads, (HEADS,), {"shifts": "filter_direct", "fft": "filter_fft"}),
+    "channel": (filter_channels, naive_filter_channels, (HEADS, CHANNELS), {"shifts": "filter_direct", "fft": "filter_fft"}),
+    "mixing": (mix_heads, naive_mix_heads, (HEADS, HEADS), {"shifts": "mix_direct", "fft": "mix_fft"}),
 }
 
 
@@ -37,16 +28,18 @@ KINDS = {
 def called(monkeypatch):
     """The algorithms that a filter takes, as it takes them."""
     names = []
-    for name in ("toeplitz", "_by_shifts", "_by_fft", "_mix_by_shifts", "_mix_by_fft"):
+    toeplitz = dict.fromkeys(("filter_heads_toeplitz", "filter_channels_toeplitz", "mix_toeplitz", "toeplitz"), "toeplitz")
+    for name, label in {**toeplitz, **{n: n for n in ("filter_direct", "filter_fft", "mix_direct", "mix_fft")}}.items():
         original = getattr(causal, name)
-        monkeypatch.setattr(causal, name, lambda *args, n=name, f=original, **options: names.append(n) or f(*args, **options))
+        monkeypatch.setattr(causal, name, lambda *args, n=label, f=original, **options: names.append(n) or f(*args, **options))
     return names
 
 
 @pytest.fixture
 def no_loops(monkeypatch):
     """As on a device for which nothing is compiled."""
-    monkeypatch.setattr(causal, "_looped", lambda x: False)
+    for module in (causal, direct):
+        monkeypatch.setattr(module, "uses_numba", lambda x: False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,15 +78,15 @@ def test_every_algorithm_is_the_definition(kind, length, width, dilation, algori
 @pytest.mark.parametrize(
     ("kind", "length", "width", "dilation", "algorithm"),
     [
-        ("head", 131, 32, 1, "_by_shifts"),
-        ("head", 131, 33, 1, "_by_fft"),
+        ("head", 131, 32, 1, "filter_direct"),
+        ("head", 131, 33, 1, "filter_fft"),
         ("head", 67, 3, 1, "toeplitz"),  # of two sequences
-        ("channel", 131, 32, 1, "_by_shifts"),
-        ("channel", 131, 33, 1, "_by_fft"),
-        ("channel", 67, 51, 1, "_by_shifts"),
-        ("channel", 19, 9, 4, "_by_shifts"),  # half of the taps reach past the first token
-        ("channel", 5, 11, 1, "_by_shifts"),
-        ("channel", 1, 7, 3, "_by_shifts"),
+        ("channel", 131, 32, 1, "filter_direct"),
+        ("channel", 131, 33, 1, "filter_fft"),
+        ("channel", 67, 51, 1, "filter_direct"),
+        ("channel", 19, 9, 4, "filter_direct"),  # half of the taps reach past the first token
+        ("channel", 5, 11, 1, "filter_direct"),
+        ("channel", 1, 7, 3, "filter_direct"),
     ],
 )
 def test_a_cpu_has_loops_for_more_taps(kind, length, width, dilation, algorithm, called):
@@ -112,7 +105,7 @@ def test_a_filter_a_head_is_by_loops_where_sequences_are_many(called):
     batch = -(-work // (HEADS * CHANNELS * 19**2))
     x, taps = normal(batch, HEADS, 19, CHANNELS), normal(HEADS, 3, seed=1)
     close(filter_heads(x, taps)[:2], filter_heads(x[:2], taps))
-    assert called == ["_by_shifts", "toeplitz"]
+    assert called == ["filter_direct", "toeplitz"]
 
 
 @pytest.mark.parametrize(("length", "width", "dilation"), [(1, 1, 1), (5, 11, 1), (19, 4, 1), (19, 4, 3), (19, 9, 4), (67, 3, 1)])
@@ -147,7 +140,7 @@ def naive_filter_groups(x, taps, dilation):
     ],
 )
 def test_what_is_filtered_part_by_part_is_the_definition(length, width, dilation, tokens, channels, groups, module, monkeypatch):
-    monkeypatch.setattr(causal, "_of", lambda x: module)
+    monkeypatch.setattr(direct, "backend_for", lambda x: module)
     monkeypatch.setattr(numba_backend, "TOKENS", tokens)
     assert_twins(
         lambda x, taps: torch.stack(filter_groups(x, taps, dilation=dilation)),
@@ -183,7 +176,7 @@ LAYOUTS = {
 )
 @pytest.mark.parametrize("module", [numba_backend, torch_backend])
 def test_any_layout_is_filtered(module, layout, gradient, monkeypatch):
-    monkeypatch.setattr(causal, "_of", lambda x: module)
+    monkeypatch.setattr(direct, "backend_for", lambda x: module)
     x = LAYOUTS[layout](normal(2, 3, HEADS, 23, CHANNELS)).requires_grad_()
     taps = normal(2, HEADS, 1, 3, seed=1).requires_grad_()
     cotangent = LAYOUTS[gradient](normal(2, 3, HEADS, 23, CHANNELS, seed=2))
@@ -196,7 +189,7 @@ def test_any_layout_is_filtered(module, layout, gradient, monkeypatch):
 @pytest.mark.parametrize("of_x", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("of_taps", [torch.float64, torch.float32, torch.bfloat16])
 def test_numbers_are_of_the_kind_that_pytorch_makes_of_both(of_x, of_taps, module, monkeypatch):
-    monkeypatch.setattr(causal, "_of", lambda x: module)
+    monkeypatch.setattr(direct, "backend_for", lambda x: module)
     x, taps = (t.to(kind).requires_grad_() for t, kind in ((normal(1, 2, HEADS, 23, 4), of_x), (normal(1, HEADS, 1, 3), of_taps)))
     (y,) = filter_groups(x, taps)
     assert y.dtype == torch.promote_types(of_x, of_taps)
@@ -227,7 +220,7 @@ def test_loops_give_the_same_bits_on_every_number_of_threads_and_kind_of_cpu():
         assert bits_of_loops(threads=3) == bits_of_loops(threads=7) == expected
     finally:
         torch.set_num_threads(1)
-    script = "from tests.test_convolution import bits_of_loops; print(bits_of_loops())"
+    script = "from tests.cat.ops.test_conv import bits_of_loops; print(bits_of_loops())"
     simple = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": ""}
     done = subprocess.run([sys.executable, "-c", script], env=simple, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
@@ -235,15 +228,15 @@ def test_loops_give_the_same_bits_on_every_number_of_threads_and_kind_of_cpu():
 
 FORK = """
 import os, torch, warnings
-from cat import loops
-from tests.twins import normal
+from cat.ops.conv import numba_backend
+from tests.helpers.reference import normal
 x, taps = normal(1, 1, 2, 1, 700, 3), normal(1, 1, 1, 1, 4)
 torch.set_num_threads(2)
-expected = loops.filter_stacks(x, taps, 1)
+expected = numba_backend.filter_stacks(x, taps, 1)
 warnings.simplefilter("ignore")  # a process with threads forks, which is what this is about
 child = os.fork()
 if child == 0:
-    os._exit(not torch.equal(loops.filter_stacks(x, taps, 1), expected))
+    os._exit(not torch.equal(numba_backend.filter_stacks(x, taps, 1), expected))
 assert os.waitpid(child, 0)[1] == 0
 """
 
@@ -255,7 +248,7 @@ def test_a_forked_process_has_threads_of_its_own():
 NO_PLACE = """
 from numba.core import caching
 caching.CacheImpl._locator_classes = []
-from tests.test_convolution import bits_of_loops
+from tests.cat.ops.test_conv import bits_of_loops
 print(bits_of_loops())
 """
 
@@ -267,7 +260,7 @@ def test_loops_that_can_be_kept_nowhere_are_compiled_in_every_process():
 
 WHOLE = """
 import torch
-from cat.convolution import filter_heads
+from cat.ops.conv.causal import filter_heads
 x, taps = torch.randn(2, 3, 200, 5), torch.randn(3, 4)
 compiled = torch.compile(filter_heads, backend="eager", fullgraph=True)
 torch.testing.assert_close(compiled(x, taps), filter_heads(x, taps))

@@ -16,7 +16,7 @@ from cat.tasks import corpus as corpora
 from cat.tasks.corpus import PLACE, REPOSITORY, REVISION, WIKITEXT_103, Published, corpus, digests, ends_a_word, read
 from cat.tasks.registry import Text
 from pipeline.stages.generate import generate
-from pipeline.storage.files import DATA, HELDOUT
+from pipeline.storage.paths import DATA, HELDOUT
 from tests.helpers.hub import serving
 from tests.helpers.study import ROOT
 

@@ -23,11 +23,13 @@ from cat.tasks.registry import IGNORE, Text, generator
 from cat.tasks.tokenizer import BPE, Bytes, Words, load
 from pipeline.cli import main
 from pipeline.config.grid import cells
-from pipeline.config.study import load_study
+from pipeline.config.load import load_study
 from pipeline.stages.evaluate import _sequences, metrics
 from pipeline.stages.generate import generate
 from pipeline.stages.plan import of_other_files
-from pipeline.storage.files import DATA, HELDOUT, RESULTS, SCORES, read_json, read_meta, read_split, read_training
+from pipeline.storage.files import read_json
+from pipeline.storage.paths import DATA, HELDOUT, RESULTS, SCORES
+from pipeline.storage.task_data import read_meta, read_split, read_training
 from tests.helpers.study import ROOT, edit, stage, tiny_study
 
 PROSE = (
@@ -158,7 +160,7 @@ def test_sizes_of_vocabularies():
 
 def test_what_is_learnt_is_the_same_in_every_process():
     script = (
-        "import sys, numpy; from cat.tasks.tokenizing import BPE, Words\n"
+        "import sys, numpy; from cat.tasks.tokenizer import BPE, Words\n"
         "text = numpy.frombuffer(sys.stdin.buffer.read(), numpy.uint8)\n"
         "print(BPE.learn(text, 300).save(), Words.learn(text, 9).save())"
     )

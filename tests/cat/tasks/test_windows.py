@@ -8,14 +8,17 @@ import psutil
 import pytest
 import torch
 
-from cat.config import Attention, Protocol, Schedule
+from cat.config import Protocol, Schedule
 from cat.evaluation.scores import Split, TextSplit
+from cat.mixers.attention.config import Attention
 from cat.tasks.registry import Text, Windows, generator
 from cat.training.ensemble import fit_together
 from cat.training.fit import build_model, fit
 from pipeline.stages.generate import generate
 from pipeline.storage import runs
-from pipeline.storage.files import DATA, read_json, read_split, read_training, sha256, write_json
+from pipeline.storage.files import read_json, sha256, write_json
+from pipeline.storage.paths import DATA
+from pipeline.storage.task_data import read_split, read_training
 
 CPU = torch.device("cpu")
 

@@ -16,8 +16,10 @@ import cat.training.fit
 from cat.model import SequenceModel
 from cat.training.distributed import ALONE, Group, process_group
 from cat.training.fit import backward, fit
-from pipeline.config.study import ParamsError, load_study
+from pipeline.config.errors import ParamsError
+from pipeline.config.load import load_study
 from pipeline.runtime import workers
+from pipeline.runtime.devices import describe, own_device
 from pipeline.stages import train as training
 from pipeline.storage.files import read_json
 from tests.helpers.study import stage, tiny_study
@@ -182,7 +184,7 @@ def test_a_cell_goes_on_to_the_same_bits_where_one_process_was_interrupted(tmp_p
     assert together(2, train) == [40, 40]
     expected = digests(Path("runs"))
     summary = read_json(Path("runs/copying/k/summary.json"))
-    assert summary["device"] == f"2 x {workers.describe(CPU)}, PyTorch {version('torch').partition('+')[0]}"
+    assert summary["device"] == f"2 x {describe(CPU)}, PyTorch {version('torch').partition('+')[0]}"
     assert summary["model"]["config"]["norm"] == "layer"  # a default, so that a weights file needs no other version's
     assert [p.name for p in Path("checkpoints/copying/k").glob("*.safetensors")] != []
     for path in [*Path("runs/copying/k").iterdir(), *Path("checkpoints/copying/k").iterdir()]:
@@ -198,8 +200,8 @@ def test_a_cell_goes_on_to_the_same_bits_where_one_process_was_interrupted(tmp_p
 )
 def test_processes_have_a_gpu_each(name, number, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert workers.own_device("cuda", 1) == torch.device("cuda", 1)
-    assert workers.own_device("cuda:1", None) == torch.device("cuda", 1)
-    assert workers.own_device("cpu", 5) == CPU
+    assert own_device("cuda", 1) == torch.device("cuda", 1)
+    assert own_device("cuda:1", None) == torch.device("cuda", 1)
+    assert own_device("cpu", 5) == CPU
     with pytest.raises(ParamsError, match=words):
-        workers.own_device(name, number)
+        own_device(name, number)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import cat.training.fit
-from cat.config import Attention, Protocol, Schedule
+from cat.config import Protocol, Schedule
 from cat.evaluation.scores import Scores, Split, score
+from cat.mixers.attention.config import Attention
 from cat.model import SequenceModel
 from cat.training.fit import _batches, build_model, decayed_or_not, fit, rate
 from cat.training.optimizer import AdamW
@@ -262,7 +263,7 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(monkeypatch):
 
 
 COMPILED = """
-from tests.test_training import run
+from tests.cat.training.test_fit import run
 
 plain, *compiled = run(steps=6), run(steps=6, how={"compile": True}), run(steps=6, how={"compile": True, "micro_batch": 6})
 for one in compiled:

@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from cat.config import Attention
+from cat.mixers.attention.config import Attention
 from pipeline.cli import main
 from pipeline.config.grid import cells
-from pipeline.config.study import NAME, PATTERNS, load_study
+from pipeline.config.load import load_study
+from pipeline.config.names import NAME, PATTERNS
 from tests.helpers.study import ROOT, read_params, write_params
 
 SMOKE = (ROOT / "presets" / "smoke.yaml").read_text(encoding="utf-8")

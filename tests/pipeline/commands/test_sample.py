@@ -12,10 +12,10 @@ from click.testing import CliRunner
 from pipeline.cli import main
 from pipeline.commands.sample import Drawing, _tokenizer, generate_text
 from pipeline.config.grid import variants_on
-from pipeline.config.study import load_study
+from pipeline.config.load import load_study
 from pipeline.stages import train
 from pipeline.storage import runs
-from pipeline.storage.files import DATA
+from pipeline.storage.paths import DATA
 from tests.helpers.reference import naive_continuation
 from tests.helpers.study import edit, stage, tiny_study
 

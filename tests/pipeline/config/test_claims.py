@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from cat.evaluation.by_position import ByRecall
 from pipeline.cli import main
 from pipeline.config import claims
-from pipeline.config.study import load_study
+from pipeline.config.load import load_study
 from tests.helpers.study import ROOT
 
 RAW = YAML(typ="safe").load(ROOT / "claims.yaml")

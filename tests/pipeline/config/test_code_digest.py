@@ -1,13 +1,11 @@
 """What DVC is told of the code of a stage: all that it runs, nothing else, and nothing that only people read."""
 
-import ast
-
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config.code_digest import ROOT, digest, listings, read_source
-from pipeline.config.study import load_study
-from pipeline.stages.plan import PLAN, write
+from pipeline.config.code_digest import ROOT, module_digest, modules_reached, read_source
+from pipeline.config.load import load_study
+from pipeline.stages.plan import PLAN, stage_modules, write
 from tests.helpers.study import edit, read_params, write_params
 
 SOURCE = '''"""What it is."""
@@ -28,11 +26,8 @@ class Sized:
 
 
 def digest_of(text):
-    return digest(text, ast.parse(text))
-
-
-def files(listing):
-    return {line.split()[1] for line in listing.splitlines()}
+    """What counts of a source: its code and its imports."""
+    return read_source(text)
 
 
 @pytest.mark.parametrize(
@@ -60,27 +55,82 @@ def test_a_hash_in_a_string_is_no_comment():
     assert digest_of('a = "b#c"') != digest_of('a = "b#d"')
 
 
-def test_a_listing_has_what_is_imported_by_what_is_imported_but_no_rules():
-    listed = files(listings({"here": ["cat/mixers/delta/layer.py"]})["here"])
-    assert listed == {
-        "cat/ops/conv/causal.py",
-        "cat/mixers/delta/op.py",
-        "cat/mixers/filters.py",
-        "cat/ops/common.py",
-        "cat/ops/conv/triton_backend.py",
-        "cat/ops/conv/numba_backend.py",
-        "cat/mixers/base.py",
-        "cat/mixers/delta/layer.py",
-        "cat/mixers/qkv.py",
-        "cat/ops/l2norm.py",
-        "cat/ops/position.py",
-        "cat/ops/conv/torch_backend.py",
-        "cat/types.py",
+def test_what_is_imported_is_reached_but_for_declarations():
+    assert modules_reached(["cat.mixers.delta.layer"]) == {
+        "cat.mixers.base",
+        "cat.mixers.delta.layer",
+        "cat.mixers.delta.op",
+        "cat.mixers.filters",
+        "cat.mixers.qkv",
+        "cat.ops.common",
+        "cat.ops.conv.causal",
+        "cat.ops.conv.direct",
+        "cat.ops.conv.fft",
+        "cat.ops.conv.numba_backend",
+        "cat.ops.conv.toeplitz",
+        "cat.ops.conv.torch_backend",
+        "cat.ops.conv.triton_backend",
+        "cat.ops.l2norm",
+        "cat.ops.position",
+        "cat.types",
     }
 
 
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A project of two modules, of which the first imports the second."""
+    monkeypatch.setattr("pipeline.config.code_digest.ROOT", tmp_path)
+    module_digest.cache_clear()
+
+    def write(**texts):
+        module_digest.cache_clear()
+        for name, text in texts.items():
+            path = tmp_path / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return module_digest("cat.first")
+
+    yield write
+    module_digest.cache_clear()
+
+
+USE = "import math\n{}\n\ndef first():\n    return math.pi * second()\n"
+
+
+def test_a_module_that_moves_changes_no_digest(package):
+    before = package(cat__first=USE.format("from cat.second import second"), cat__second="def second():\n    return 2\n")
+    moved = USE.format("from cat.room.deeper.second import second")
+    assert package(cat__first=moved, cat__room__deeper__second="def second():\n    return 2\n") == before
+    late = "def first():\n    {}\n    return second()\n"
+    near, far = late.format("from cat.second import second"), late.format("from cat.room.deeper.second import second")
+    assert package(cat__first=near) == package(cat__first=far) != before
+
+
+@pytest.mark.parametrize("use", [USE, "def first():\n    {}\n    return second()\n"])
+def test_what_an_import_runs_changes_the_digest_late_or_not(package, use):
+    before = package(cat__first=use.format("from cat.second import second"), cat__second="def second():\n    return 2\n")
+    assert package(cat__second="def second():\n    return 2  # two\n") == before
+    assert package(cat__second="def second():\n    return 3\n") != before
+
+
+def test_another_name_of_the_same_module_changes_the_digest(package):
+    text = "def second():\n    return 2\n\n\ndef third():\n    return 3\n"
+    before = package(cat__first=USE.format("from cat.second import second"), cat__second=text)
+    assert package(cat__first=USE.format("from cat.second import third as second")) != before
+
+
+def test_an_import_for_types_is_nothing_to_the_digest(package):
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from cat.second import second\n"
+    before = package(cat__first=typed, cat__second="def second():\n    return 2\n")
+    assert package(cat__second="def second():\n    return 3\n") == before
+
+
 def test_modules_named_after_their_package_are_found():
-    assert {"pipeline/runtime/workers.py", "pipeline/storage/runs.py"} <= set(read_source("pipeline/stages/train.py").imports)
+    assert {"pipeline.runtime.workers", "pipeline.storage.runs"} <= modules_reached(["pipeline.stages.train"])
+
+
+def test_only_the_cell_of_a_theorem_depends_on_the_theory():
+    assert "cat.theory" not in modules_reached(["pipeline.stages.train"])
 
 
 @pytest.fixture
@@ -96,12 +146,13 @@ def plan(tmp_path, monkeypatch):
 
 
 def test_a_variant_is_trained_again_for_its_own_mixer_alone(plan):
-    texts = plan()
-    users = {name for name, text in texts.items() if "cat/mixers/mamba/layer.py" in text}
-    assert users == {"train/mamba.txt", "train/mamba_qk.txt", "evaluate/ar.txt", "evaluate/text.txt"}
-    assert "cat/theory.py" in texts["train/theory.txt"]
-    assert "cat/tasks/text.py" in texts["generate/text.txt"]
-    assert not any("cat/tasks/text.py" in texts[f"train/{variant}.txt"] for variant in ("k", "mamba", "theory"))
+    plan()
+    reached = {name: modules_reached(modules) for name, modules in stage_modules(load_study()).items()}
+    users = {name for name, modules in reached.items() if "cat.mixers.mamba.layer" in modules}
+    assert users == {"train/mamba", "train/mamba_qk", "evaluate/ar", "evaluate/text"}
+    assert "cat.theory" in reached["train/theory"]
+    assert "cat.tasks.text" in reached["generate/text"]
+    assert not any("cat.tasks.text" in reached[f"train/{variant}"] for variant in ("k", "mamba", "theory"))
 
 
 def test_a_new_cell_changes_the_evaluation_of_its_task_alone(plan):

@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.claims import Claim
-from pipeline.config.study import LONGEST, Name, ParamsError, checked, load_study, read_yaml, study_of
+from pipeline.config.errors import LONGEST, ParamsError, checked
+from pipeline.config.load import load_study, study_of
+from pipeline.config.names import Name
+from pipeline.config.yaml_file import read_yaml
 from tests.pipeline.config.test_study import ROOT, at, contents, dump, places, plain, run, subject
 
 FILES = ("params.yaml", "presets/smoke.yaml", "presets/paper.yaml", "claims.yaml")

@@ -18,10 +18,14 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from cat.config import Configuration, Theory, VariantConfiguration
+from cat.config import Configuration
+from cat.mixers.registry import Theory, VariantConfiguration
 from pipeline.cli import main
+from pipeline.config.errors import ParamsError, find_entry
 from pipeline.config.grid import cells, variants_on
-from pipeline.config.study import ParamsError, Study, find_entry, load_study, read_yaml
+from pipeline.config.load import load_study
+from pipeline.config.study import Study
+from pipeline.config.yaml_file import read_yaml
 from pipeline.stages.plan import check_stages
 
 ROOT = Path(__file__).parents[3]

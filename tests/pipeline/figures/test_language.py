@@ -13,15 +13,17 @@ import torch
 from cat.evaluation.by_position import bins, loss_by_position, sample
 from cat.evaluation.scores import Split, outcomes
 from pipeline.config.grid import cells
-from pipeline.config.study import Ablation, load_study
-from pipeline.figures.language import gains, gains_table, positions, positions_table, recall
-from pipeline.figures.plots import training
+from pipeline.config.load import load_study
+from pipeline.config.study import Ablation
+from pipeline.figures.positions import positions, positions_table
+from pipeline.figures.recall import gains, gains_table, recall
 from pipeline.figures.style import save
+from pipeline.figures.training import training
 from pipeline.stages.evaluate import Found, Job, _found
 from pipeline.stages.generate import generate
 from pipeline.storage import runs
-from pipeline.storage.files import read_split, read_task
 from pipeline.storage.results import read_positions
+from pipeline.storage.task_data import read_split, read_task
 from tests.helpers.study import edit, stage, tiny_study
 
 LENGTHS, TRAINED = (16, 32, 64), 32

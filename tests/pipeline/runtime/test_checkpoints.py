@@ -22,19 +22,24 @@ from dvc.stage.exceptions import StageCmdFailedError
 from filelock import FileLock
 
 import cat.training.fit
-from cat.config import Attention, Mamba, Performer, Protocol, Schedule
+from cat.config import Protocol, Schedule
 from cat.evaluation.scores import Split, tally
+from cat.mixers.attention.config import Attention
+from cat.mixers.mamba.config import Mamba
+from cat.mixers.performer.config import Performer
 from cat.training.ensemble import Stack, fit_together
 from cat.training.fit import backward, build_model, fit
 from pipeline.cli import _end_with_dvc
-from pipeline.config.study import load_study
+from pipeline.config.load import load_study
 from pipeline.runtime import checkpoints, workers
 from pipeline.runtime.checkpoints import Checkpoint
 from pipeline.runtime.determinism import MARK
 from pipeline.scheduling import scheduler
+from pipeline.scheduling.dvc_internals import RWLOCK, _readable_errors
 from pipeline.stages import train as training
 from pipeline.storage import runs
-from pipeline.storage.files import read_json, read_meta, read_split, read_task, whole
+from pipeline.storage.files import read_json, whole
+from pipeline.storage.task_data import read_meta, read_split, read_task
 from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study, write_params
 
 CPU = torch.device("cpu")
@@ -424,7 +429,7 @@ CHANGES = {
     "the variant": (lambda: edit(**{"variants.k.k": 2}), 4 * 7),
     "the data": (lambda: (edit(data_seed=1), stage("generate", "copying")), 4 * 7),
     "other test sequences": (lambda: (edit(**MORE), stage("generate", "copying")), 4),
-    "the code": (lambda: Path("plan/train/k.txt").write_text("0123456789abcdef  cat/training/fit.py\n"), 4 * 7),
+    "the code": (lambda: Path("plan/train/k.txt").write_text("code 0123456789abcdef\n"), 4 * 7),
     "no plan": (lambda: shutil.rmtree("plan"), 4 * 7),
     "a bit": (lambda: altered(Path("checkpoints/copying/k/0.01_1.safetensors"), -3), 7),
     "its length": (lambda: os.truncate("checkpoints/copying/k/0.01_1.safetensors", 1000), 7),
@@ -575,9 +580,9 @@ def alive(pid):
 
 
 def test_ctrl_c_in_a_stage_that_dvc_runs_is_one_here():
-    with pytest.raises(KeyboardInterrupt), scheduler._readable_errors():
+    with pytest.raises(KeyboardInterrupt), _readable_errors():
         raise ReproductionError("plan") from StageCmdFailedError("python -m pipeline plan", 130)
-    with pytest.raises(ValueError, match="exited with 2"), scheduler._readable_errors():
+    with pytest.raises(ValueError, match="exited with 2"), _readable_errors():
         raise ReproductionError("plan") from StageCmdFailedError("python -m pipeline plan", 2)
 
 
@@ -587,11 +592,11 @@ def test_what_dvc_left_half_written_is_mended_or_named(tmp_path, monkeypatch):
     Path("params.yaml").write_text((ROOT / "presets" / "smoke.yaml").read_text())
     Path("dvc.yaml").write_text("stages: {plan: {cmd: 'true'}, generate: {cmd: 'true'}}")
     Repo.init(no_scm=True).close()
-    scheduler.RWLOCK.write_text('{"read": {')
+    RWLOCK.write_text('{"read": {')
     Path("dvc.lock").write_text("schema: '2.0'\nstages:\n  plan:\n    cmd")
     with pytest.raises(ValueError, match=r"dvc.lock' validation failed.*; remove dvc.lock and run it again: what has been run"):
         scheduler.run(jobs=1)
-    assert not scheduler.RWLOCK.exists()
+    assert not RWLOCK.exists()
 
 
 # Files.

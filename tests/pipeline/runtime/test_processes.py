@@ -11,8 +11,8 @@ from tests.helpers.study import ROOT
 FAULTS = """
 import resource, torch
 from benchmarks import training
-from pipeline import compute
-from pipeline.processes import keep_memory
+from pipeline.runtime import workers
+from pipeline.runtime.processes import keep_memory
 {first}
 torch.set_num_threads(1)
 training.keep_memory = lambda: None

@@ -20,9 +20,11 @@ from click.testing import CliRunner
 from ruamel.yaml import YAML
 
 from pipeline.cli import main
-from pipeline.config.study import ParamsError, Resources, load_study
+from pipeline.config.errors import ParamsError
+from pipeline.config.load import load_study
+from pipeline.config.study import Resources
 from pipeline.scheduling import ray_cluster, scheduler
-from pipeline.storage.files import DATA
+from pipeline.storage.paths import DATA
 from tests.helpers.study import ROOT, edit
 from tests.pipeline.scheduling.test_scheduler import planned, study  # noqa: F401  fixtures
 

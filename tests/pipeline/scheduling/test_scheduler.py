@@ -19,10 +19,12 @@ from rich.console import Console
 from cat.training.fit import look
 from pipeline.cli import main
 from pipeline.config.grid import cells
-from pipeline.config.study import load_study
+from pipeline.config.load import load_study
 from pipeline.runtime import workers
+from pipeline.runtime.devices import made_on
 from pipeline.runtime.processes import available
 from pipeline.scheduling import scheduler
+from pipeline.scheduling.dvc_internals import _alone, reproduce
 from pipeline.scheduling.progress import Progress
 from pipeline.storage.files import read_json
 from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study, write_params
@@ -148,7 +150,7 @@ def test_a_cell_that_torchrun_has_trained_is_given_to_dvc(study):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline", "train", "copying", "k"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {workers.made_on(CPU)}"
+    assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {made_on(CPU)}"
     dvc("commit", "--force", "train_streams@copying-k")
     assert "up to date" in dvc("status", "train_streams@copying-k")
     assert [stale.cell.variant for stale in scheduler.stale_cells()] == ["none"]
@@ -222,14 +224,13 @@ def test_nothing_is_trained_while_what_is_done_is_recorded(study):
     before = Path("runs/copying/k/summary.json").read_bytes()
     edit(**{"variants.k.k": 2})
     given = {cell.stage: cell.declared for cell in (none, k)}
-    scheduler.reproduce(given, given)
+    reproduce(given, given)
     assert Path("runs/copying/k/summary.json").read_bytes() == before
     assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
 
 
 def test_what_is_trained_is_recorded_now_and_then(study, monkeypatch):
     recorded = []
-    reproduce = scheduler.reproduce
     monkeypatch.setattr(scheduler, "RECORDED", 0)
     monkeypatch.setattr(scheduler, "SPARING", 0)
     monkeypatch.setattr(scheduler, "reproduce", lambda *a: recorded.append(list(a[0] or ())) or reproduce(*a))
@@ -268,7 +269,7 @@ def test_parameters_that_change_while_they_are_read_are_refused(study, monkeypat
 
 
 def test_two_at_once_are_refused_in_words(study):
-    with scheduler._alone(), pytest.raises(ValueError, match="another `python -m pipeline run` is at work in this folder"):
+    with _alone(), pytest.raises(ValueError, match="another `python -m pipeline run` is at work in this folder"):
         scheduler.run()
 
 
@@ -293,7 +294,7 @@ def unlucky(number, device, report):
 
 def test_processes_end_with_the_one_that_started_them(tmp_path):
     script = (
-        "import torch; from pipeline import compute; from tests.test_scheduler import waits\n"
+        "import torch; from pipeline.runtime import workers; from tests.pipeline.scheduling.test_scheduler import waits\n"
         "devices = [torch.device('cpu')] * 2\n"
         f"for _ in compute.work(waits, [{str(tmp_path)!r}] * 2, devices=devices, method='fork', report=print): pass"
     )

@@ -15,8 +15,9 @@ from scipy import stats
 from pipeline.commands.show import show
 from pipeline.config import claims
 from pipeline.config.claims import Claim
+from pipeline.config.errors import ParamsError
 from pipeline.config.grid import variants_on
-from pipeline.config.study import ParamsError, load_study
+from pipeline.config.load import load_study
 from pipeline.reporting.verdicts import left_out, of_the_study, verdict_table
 from pipeline.stages.judge import Comparison, Evidence, compare, decide
 from pipeline.storage.results import read_results

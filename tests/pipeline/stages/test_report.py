@@ -14,9 +14,13 @@ import pytest
 import seaborn as sns
 
 from pipeline.config.claims import load as load_claims
-from pipeline.config.study import Ablation, ParamsError, load_study
+from pipeline.config.errors import ParamsError
+from pipeline.config.load import load_study
+from pipeline.config.study import Ablation
+from pipeline.figures.cost import pareto_front
 from pipeline.figures.example import attention_on, read_example
-from pipeline.figures.plots import example, filters, pareto_front
+from pipeline.figures.example_plot import example
+from pipeline.figures.filters import filters
 from pipeline.figures.stability import by_rate, every_run, stability
 from pipeline.figures.style import draw_line, errorbar
 from pipeline.reporting.diagnosis import diagnose

@@ -13,14 +13,19 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline.config.code_digest import CHOICES, RULES
+from pipeline.config.code_digest import is_declaration, modules_reached
+from pipeline.config.errors import ParamsError
 from pipeline.config.grid import cells, variants_on
-from pipeline.config.study import Ablation, ParamsError, load_study
+from pipeline.config.load import load_study
+from pipeline.config.study import Ablation
 from pipeline.runtime import workers
+from pipeline.runtime.devices import resolve_device
+from pipeline.stages.plan import stage_modules
 from pipeline.stages.train import Job, Trained, choose
 from pipeline.storage import runs
-from pipeline.storage.files import read_meta, read_split, read_task, whole, write_csv
+from pipeline.storage.files import whole, write_csv
 from pipeline.storage.results import primary, read_results, strays
+from pipeline.storage.task_data import read_meta, read_split, read_task
 from tests.helpers.study import ROOT, edit, finished_study, read_params, stage, write_params
 
 
@@ -328,7 +333,8 @@ def test_a_variant_looks_the_same_in_every_figure(study):
 
 
 def test_a_theorem_is_a_line_across_a_sweep_and_a_contrast(study):
-    from pipeline.figures.plots import contrast, sweep
+    from pipeline.figures.contrast import contrast
+    from pipeline.figures.sweep import sweep
 
     study_params = load_study()
     scores = primary(study_params, read_results(study_params))
@@ -387,15 +393,15 @@ def test_numbers_are_written_so_that_they_come_back(tmp_path):
     assert (tmp_path / "t.csv").read_text() == "a,b\n0.30000000000000004,\n"
 
 
-@pytest.mark.parametrize(("jobs", "threads", "workers"), [(1, 4, 1), (3, 1, 1), (3, 2, 2), (31, 16, 16), (2, 4, 2)])
-def test_threads_are_as_many_as_are_asked_for(jobs, threads, workers):
-    assert workers._processes(jobs, threads) == workers
+@pytest.mark.parametrize(("jobs", "threads", "count"), [(1, 4, 1), (3, 1, 1), (3, 2, 2), (31, 16, 16), (2, 4, 2)])
+def test_threads_are_as_many_as_are_asked_for(jobs, threads, count):
+    assert workers._processes(jobs, threads) == count
 
 
-@pytest.mark.parametrize(("jobs", "cores", "workers"), [(3, 1, 1), (1, 2, 1), (3, 2, 3), (4, 2, 2), (24, 16, 24), (25, 16, 16)])
-def test_where_nothing_is_asked_for_a_few_more_jobs_than_cores_end_together(jobs, cores, workers, monkeypatch):
+@pytest.mark.parametrize(("jobs", "cores", "count"), [(3, 1, 1), (1, 2, 1), (3, 2, 3), (4, 2, 2), (24, 16, 24), (25, 16, 16)])
+def test_where_nothing_is_asked_for_a_few_more_jobs_than_cores_end_together(jobs, cores, count, monkeypatch):
     monkeypatch.setattr(workers, "available", lambda: cores)
-    assert workers._processes(jobs, "auto") == workers
+    assert workers._processes(jobs, "auto") == count
 
 
 class OfTwoWordsError(Exception):
@@ -471,9 +477,9 @@ def _squared(number, device, report):
 
 
 def test_a_device_that_is_not_there_is_refused_in_words():
-    assert workers.resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ParamsError, match="device = cuda:99: there is no such GPU here"):
-        workers.resolve_device("cuda:99")
+        resolve_device("cuda:99")
 
 
 @pytest.mark.parametrize(
@@ -504,8 +510,8 @@ def resolved_stages(folder):
 
 
 def executed_by(monkeypatch, *arguments):
-    """The project's files with a function that ran in a stage, its reading of params.yaml left out: that runs every rule."""
-    files = set()
+    """The project's modules with a function that ran in a stage, its reading of params.yaml left out: that runs every rule."""
+    modules = set()
     loaded = load_study()
     monkeypatch.setattr("pipeline.cli.load_study", lambda: loaded)
     monkeypatch.setattr("pipeline.stages.train.load_study", lambda: loaded)
@@ -514,14 +520,14 @@ def executed_by(monkeypatch, *arguments):
 
     def note(frame, event, _):
         if event == "call" and frame.f_code.co_name != "<module>" and frame.f_code.co_filename.startswith(str(ROOT)):
-            files.add(str(Path(frame.f_code.co_filename).relative_to(ROOT)))
+            modules.add(".".join(Path(frame.f_code.co_filename).relative_to(ROOT).with_suffix("").parts))
 
     sys.setprofile(note)
     try:
         stage(*arguments)
     finally:
         sys.setprofile(None)
-    return {file for file in files if file.startswith(("cat/", "pipeline/"))} - {"pipeline/cli.py"}
+    return {module for module in modules if module.startswith(("cat.", "pipeline."))} - {"pipeline.cli"}
 
 
 @pytest.mark.parametrize(
@@ -547,15 +553,16 @@ def executed_by(monkeypatch, *arguments):
 def test_a_stage_depends_on_the_code_that_it_runs(study, monkeypatch, name, arguments):
     """Run, not merely imported: a class statement is no use of it."""
     declared = set()
+    modules = stage_modules(load_study())
     for dep in resolved_stages(study)[name].deps:
         path = Path(dep.def_path)
         if path.parts[0] == "plan":
-            declared |= {line.split()[1] for line in path.read_text().splitlines() if " " in line}
+            declared |= modules_reached(modules[path.relative_to("plan").with_suffix("").as_posix()])
         elif path.name in ("cat", "pipeline"):
-            declared |= {str(file.relative_to(ROOT)) for file in (ROOT / path).rglob("*.py")}
+            declared |= {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in (ROOT / path).rglob("*.py")}
     used = executed_by(monkeypatch, *arguments)
     assert len(used) >= 3
-    assert used - declared - RULES - CHOICES == set()
+    assert {module for module in used - declared if not is_declaration(module)} == set()
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.ablations import shown_variants
 from pipeline.config.grid import cells
-from pipeline.config.study import load_study, shown_variants
+from pipeline.config.load import load_study
 from pipeline.storage.runs import load_model
-from pipeline.tracking import sync
-from pipeline.tracking.sync import load_run
+from pipeline.tracking.store import STAMP, load_run
 from tests.helpers.study import edit, finished_study, stage
 
 
@@ -144,12 +144,12 @@ def test_the_lines_of_a_run_s_note_load_its_model(store):
 
 
 def test_repeating_changes_nothing(store):
-    before, stamp = ids(store), sync.STAMP.read_text()
+    before, stamp = ids(store), STAMP.read_text()
     stage("track")
-    assert (ids(store), sync.STAMP.read_text()) == (before, stamp)
-    sync.STAMP.unlink()  # as DVC does before it runs the stage
+    assert (ids(store), STAMP.read_text()) == (before, stamp)
+    STAMP.unlink()  # as DVC does before it runs the stage
     stage("track")
-    assert (ids(store), sync.STAMP.read_text()) == (before, stamp)
+    assert (ids(store), STAMP.read_text()) == (before, stamp)
 
 
 def test_what_is_missing_unfinished_or_double_is_put_right(store):
@@ -206,7 +206,7 @@ def best_of_note(store):
 
 
 def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monkeypatch):
-    before, stamp = ids(store), sync.STAMP.read_text()
+    before, stamp = ids(store), STAMP.read_text()
     monkeypatch.setenv("DVC_EXP_NAME", "tried")
     stage("track")
     page = store.search_runs([store.get_experiment_by_name("copying").experiment_id], max_results=1000)
@@ -215,7 +215,7 @@ def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monk
     assert tried.isdisjoint(before.values())
     assert {run.info.run_name.endswith(" (tried)") for run in page if run.info.run_id in tried} == {True}
     assert best_of_note(store) == tried - {run.info.run_id for run in page if run.data.tags["kind"] != "variant"}
-    assert sync.STAMP.read_text() == stamp, "or dvc.lock would name the experiment"
+    assert STAMP.read_text() == stamp, "or dvc.lock would name the experiment"
     monkeypatch.delenv("DVC_EXP_NAME")
     stage("track")
     left = {run.info.run_id for run in store.search_runs([page[0].info.experiment_id], max_results=1000)}
@@ -228,10 +228,10 @@ def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monk
 def test_a_lost_store_is_rebuilt(store, tmp_path, monkeypatch):
     for name in ("params.yaml", "claims.yaml", "data", "runs", "results", "verdicts", "reports"):
         (shutil.copytree if Path(name).is_dir() else shutil.copy)(name, tmp_path / name)
-    names, stamp = set(ids(store)), sync.STAMP.read_text()
+    names, stamp = set(ids(store)), STAMP.read_text()
     monkeypatch.chdir(tmp_path)
     track()
-    assert sync.STAMP.read_text() == stamp, "there are no logs here of when it was trained"
+    assert STAMP.read_text() == stamp, "there are no logs here of when it was trained"
     assert set(ids(client_of(tmp_path))) == names
 
 
@@ -418,7 +418,7 @@ def test_a_server_that_is_not_there_ends_in_one_line(store, monkeypatch, capsys)
 
 
 def begin_store(*, then=""):
-    code = f"from pathlib import Path\nfrom pipeline.tracking import _begin_store\n{then}\n_begin_store()"
+    code = f"from pathlib import Path\nfrom pipeline.tracking.store import _begin_store\n{then}\n_begin_store()"
     return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
 
 

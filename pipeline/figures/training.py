@@ -1,0 +1,34 @@
+"""Training curves."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pipeline.config.ablations import shown_tasks, shown_variants
+from pipeline.config.grid import variants_on
+from pipeline.config.study import Ablation, Study
+from pipeline.figures.common import _label
+from pipeline.figures.style import add_legend, draw_lines, panels_of
+from pipeline.storage import runs
+from pipeline.storage.results import read_history
+
+
+def training(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
+    """The validation metric against the training step by variant, a panel a task."""
+    figure, panels = panels_of(shown_tasks(study, ablation))
+    for task, axes in panels.items():
+        column = "valid_accuracy" if study.tasks[task].data.goal == "accuracy" else "valid_loss"
+        tables = []
+        for variant in [v for v in shown_variants(ablation) if v in variants_on(study, task)]:
+            rate = runs.read_summary(task, variant)["learning_rate"]
+            tables.append(read_history(study, task, variant, rate).assign(variant=variant))
+        history = pd.concat(tables, ignore_index=True)
+        # Seeds that stopped early keep their last value, or the mean over seeds would jump as they leave.
+        history = history.pivot(index="step", columns=["variant", "seed"], values=column).ffill()
+        history = history.melt(ignore_index=False, value_name="value").reset_index()
+        draw_lines(study, ablation, history, axes, x="step", y="value", markers=False)
+        _label(study, task, axes, "training step")
+        axes.set_ylabel("validation accuracy" if column == "valid_accuracy" else "validation loss, nats a token")
+    add_legend(figure, panels)
+    return figure
