@@ -12,9 +12,8 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, str(Path.cwd()))
 
-from pipeline.config.ablations import shown_tasks, shown_variants
 from pipeline.config.claims import load as load_claims
-from pipeline.config.grid import cells
+from pipeline.config.grid import cells, shown_tasks, shown_variants
 from pipeline.config.load import load_study
 from pipeline.figures.plots import figures_of
 from pipeline.storage.results import read_results
@@ -55,7 +54,7 @@ expected["study"] = ["report"]
 results = read_results(study)
 for cell in cells(study):
     here = results[(results["task"] == cell.task) & (results["variant"] == cell.variant) & (results["metric"] == "accuracy")]
-    longest = study.variants[cell.variant].longest(study.tasks[cell.task].data.length)
+    longest = study.variants[cell.variant].max_length(study.tasks[cell.task].data.length)
     lengths = {n for n in study.tasks[cell.task].data.lengths if longest is None or n <= longest}
     assert {*zip(here["seed"], here["length"], strict=True)} == {(s, n) for s in study.seeds for n in lengths}, cell
     assert here["value"].between(0, 1).all(), cell
@@ -66,7 +65,7 @@ for name, ablation in study.ablations.items():
             assert Path(f"reports/{folder}/{file}.{suffix}").stat().st_size > 5000, (file, suffix)
 for task in study.tasks:
     filters = pd.read_csv(f"results/filters/{task}.csv")
-    filtered = {c.variant for c in cells(study) if c.task == task and study.variants[c.variant].filtered}
+    filtered = {c.variant for c in cells(study) if c.task == task and study.variants[c.variant].has_convolution}
     assert filtered <= set(filters["variant"]), (task, filtered)
 assert pd.read_csv("verdicts/claims.csv")["claim"].tolist() == list(load_claims())
 assert Path("reports/report.html").read_text().count("<svg ") == len(list(Path("reports/svg").iterdir())) + 1, (

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, compared, normal, passes, same_shapes
-from cat.mixers.landmark.op import ends, landmark_attend
+from cat.mixers.landmark.op import block_ends, landmark_attend
 from cat.ops.attention import attend
 
 CHANNELS, TOP = 64, 2
@@ -55,4 +55,4 @@ def streams(length: int) -> list[Tensor]:
 
 
 def landmarks(q: Tensor, k: Tensor, v: Tensor, *, scale: float, block: int) -> Tensor:
-    return landmark_attend(q, k, v, ends(k, block), scale=scale, block=block, top=TOP, reach=3)
+    return landmark_attend(q, k, v, block_ends(k, block), scale=scale, block=block, top=TOP, reach=3)

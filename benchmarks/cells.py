@@ -34,8 +34,8 @@ from pipeline.scheduling import ray_cluster, scheduler
 from pipeline.scheduling.dvc_internals import reproduce
 from pipeline.stages.evaluate import evaluate
 from pipeline.stages.judge import judge
-from pipeline.stages.train import Cell, Job, Trained, run_jobs, write
-from pipeline.storage.files import whole, write_json
+from pipeline.stages.train import Cell, Job, Trained, train_jobs, write
+from pipeline.storage.files import atomic_write, write_json
 from pipeline.storage.provenance import provenance
 from pipeline.tracking.sync import track
 
@@ -69,9 +69,9 @@ def main(sizes: tuple[int, ...]) -> None:
     for size in chosen:
         click.echo(f"{size} cells ..", err=True)
         results["sizes"][str(size)] = in_project(size)
-    with whole(path) as part:
+    with atomic_write(path) as part:
         write_json(part, results)
-    with whole(path.with_suffix(".md")) as part:
+    with atomic_write(path.with_suffix(".md")) as part:
         part.write_text(table(results) + "\n", encoding="utf-8")
     click.echo(table(results))
 
@@ -100,11 +100,11 @@ def trivial(study: dict[str, Any], cells: int) -> dict[str, Any]:
     """One task of the study with copies of one variant: as many cells, of one step a run."""
     names = [VARIANT, *(f"copy_{n}" for n in range(1, cells))]
     study |= {"seeds": list(SEEDS), "device": "cpu", "tasks": {TASK: study["tasks"][TASK]}}
-    study["tasks"][TASK]["train"] |= {"steps": 1, "learning_rates": [0.01]}
+    study["tasks"][TASK]["training"] |= {"steps": 1, "learning_rates": [0.01]}
     study["variants"] = {name: dict(study["variants"][VARIANT]) for name in names}
     for name, ablation in study["ablations"].items():
-        trained = name == "streams"
-        ablation |= {"tasks": [TASK] * trained, "variants": names * trained, "beside": [], "across": []}
+        trained = name == "qkv_subsets"
+        ablation |= {"tasks": [TASK] * trained, "variants": names * trained, "reference_variants": [], "reference_tasks": []}
     return study
 
 
@@ -122,7 +122,7 @@ def measure(path: str) -> None:
     study = load_study()
     stale = timed("stale", scheduler.stale_cells)
     cells = [stage.cell for stage in stale]
-    (trained,) = run_jobs(cells[0], (cells[0].jobs[0],), CPU, lambda message: None)
+    (trained,) = train_jobs(cells[0], (cells[0].jobs[0],), CPU, lambda message: None)
     jobs = [(cell, (job,)) for cell in cells for job in cell.jobs]
     with ray_cluster.join("local", study) as joined:
 
@@ -137,7 +137,9 @@ def measure(path: str) -> None:
     timed("record", lambda: reproduce(declared, declared))
     if timed("rest", scheduler.stale_cells):
         raise RuntimeError("cells are stale that were recorded")
-    timed("evaluate", lambda: evaluate(TASK, variants_on(study, TASK), SEEDS, study.precision, device="cpu", threads="auto"))
+    timed(
+        "evaluate", lambda: evaluate(TASK, variants_on(study, TASK), SEEDS, study.precision, device="cpu", parallel_runs="auto")
+    )
     judge(study, {})  # the runs of a study are logged with its verdicts
     timed("mlflow", lambda: track(study))
     timed("look", lambda: track(study))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import COST, POWER, Benchmark, Case, Work, compared, normal, passes
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.attention.layer import CausalAttention
 from cat.ops.conv.causal import filter_channels, filter_heads
 from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads
@@ -54,7 +54,7 @@ def filters(length: int, *, tokens: int = 8192, sizes: Sequence[tuple[int, int]]
 
 def layer(width: int, heads: int, length: int, batch: int, taps: dict[str, Any], device: str) -> Work:
     """A forward and backward pass of the layer: its output, and the gradients of the input and of both projections."""
-    config = Attention(mixer="attention", width=width, layers=1, heads=heads, position="none", **taps)
+    config = AttentionConfig(mixer="attention", width=width, layers=1, heads=heads, position="none", **taps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mixer = CausalAttention(config, length)

@@ -24,13 +24,13 @@ def mqar(vocabulary: int) -> Recall:
         values=half,
         filler=1,
         pairs=4,
-        questions="all",
-        gaps="power",
+        queries="all",
+        query_gap="power",
         length=64,
         multiples=(1,),
-        train=1,
-        valid=1,
-        test=1,
+        train_examples=1,
+        valid_examples=1,
+        test_examples=1,
     )
 
 

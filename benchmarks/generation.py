@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, Work, compared
-from cat.mixers.attention.config import Attention
-from cat.mixers.base import Memory
-from cat.mixers.delta.config import Delta
-from cat.mixers.linear.config import Linear
-from cat.mixers.mamba.config import Mamba
-from cat.mixers.registry import ModelConfiguration
+from cat.mixers.attention.config import AttentionConfig
+from cat.mixers.base import Cache
+from cat.mixers.delta.config import DeltaConfig
+from cat.mixers.linear.config import LinearConfig
+from cat.mixers.mamba.config import MambaConfig
+from cat.mixers.registry import AnyModel
 from cat.model import SequenceModel
 
 VOCABULARY, TARGET = 256, 10
@@ -25,10 +25,10 @@ def generation(*, length: int = 1024, width: int = 256) -> Benchmark:
     sizes = {"width": width, "layers": 4, "mlp": 4}
     streams = {**sizes, "heads": 4, "position": "none", "q": 4, "k": 4, "v": 4}
     configs = {
-        "CAT": Attention(mixer="attention", **streams),
-        "LinCAT": Linear(mixer="linear", **streams),
-        "Gated DeltaNet": Delta(mixer="delta", gate=True, **streams),
-        "Mamba": Mamba(mixer="mamba", **sizes),
+        "CAT": AttentionConfig(mixer="attention", **streams),
+        "LinCAT": LinearConfig(mixer="linear", **streams),
+        "Gated DeltaNet": DeltaConfig(mixer="delta", gate=True, **streams),
+        "Mamba": MambaConfig(mixer="mamba", **sizes),
     }
     cases = [
         Case(
@@ -48,19 +48,19 @@ def generation(*, length: int = 1024, width: int = 256) -> Benchmark:
     )
 
 
-def step(config: ModelConfiguration, length: int, device: str) -> Work:
+def step(config: AnyModel, length: int, device: str) -> Work:
     model, tokens = ready(config, length, device)
     with torch.no_grad():
-        _, memories = model.read(tokens[:, :-1])
+        _, memories = model.step(tokens[:, :-1])
     return partial(_step, model, tokens[:, -1:], memories)
 
 
 @torch.no_grad()
-def _step(model: SequenceModel, token: Tensor, memories: Sequence[Memory]) -> Tensor:
-    return model.read(token, memories)[0]
+def _step(model: SequenceModel, token: Tensor, memories: Sequence[Cache]) -> Tensor:
+    return model.step(token, memories)[0]
 
 
-def forward(config: ModelConfiguration, length: int, device: str) -> Work:
+def forward(config: AnyModel, length: int, device: str) -> Work:
     return partial(_forward, *ready(config, length, device))
 
 
@@ -69,7 +69,7 @@ def _forward(model: SequenceModel, tokens: Tensor) -> Tensor:
     return model(tokens)[:, -1]
 
 
-def ready(config: ModelConfiguration, length: int, device: str) -> tuple[SequenceModel, Tensor]:
+def ready(config: AnyModel, length: int, device: str) -> tuple[SequenceModel, Tensor]:
     """A model with the same weights at every call, and the tokens before and the last one."""
     torch.manual_seed(0)
     model = SequenceModel(config, vocabulary=VOCABULARY, length=length).to(device)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cat.training.cuda_graph import Replay
+from cat.training.cuda_graph import GraphedFunction
 from pipeline.runtime.processes import MAP, TRIM, keep_memory
 
 REPEATS = 5
@@ -146,7 +146,7 @@ def compare(case: Case, place: Place) -> Figure:
 
 def _made(way: Setup, replay: bool, device: str) -> Work:
     work = way(device)
-    return Replay(work) if replay and device == "cuda" else work
+    return GraphedFunction(work) if replay and device == "cuda" else work
 
 
 def answer(question: Question, ours: Sequence[float], other: Sequence[float], *, memory: Sequence[int]) -> Figure:

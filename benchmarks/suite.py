@@ -21,7 +21,7 @@ from benchmarks.recurrence import scan
 from benchmarks.startup import startup
 from benchmarks.training import replicas, step
 from pipeline.runtime.devices import describe
-from pipeline.storage.files import read_json, whole, write_json
+from pipeline.storage.files import atomic_write, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 CONDITIONS = ("threads", "torch", "repeats")
@@ -55,9 +55,9 @@ def measure(suite: Mapping[str, Benchmark], names: list[str], place: Place, tell
         before = read_json(path)["rows"] if path.exists() else {}
         rows = {key: row if key == name else before[key] for key in suite if key == name or key in before}
         results = {"device": device, "rows": rows}
-        with whole(path) as part:
+        with atomic_write(path) as part:
             write_json(part, results)
-        with whole(path.with_suffix(".md")) as part:
+        with atomic_write(path.with_suffix(".md")) as part:
             part.write_text(table(results) + "\n", encoding="utf-8")
     return path
 

@@ -11,20 +11,22 @@ from torch import Tensor
 
 from benchmarks.data import mqar
 from benchmarks.measure import Benchmark, Case, NotRun, Work, compared, give_back_memory
-from cat.config import Protocol
+from cat.config import OptimizerConfig
 from cat.evaluation.scores import Split
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from cat.model import SequenceModel
 from cat.seeding import generator
 from cat.tasks.base import IGNORE
-from cat.training.ensemble import Stack
-from cat.training.fit import build_model, decayed_or_not, mean_loss
+from cat.training.ensemble import Ensemble
+from cat.training.fit import build_model, mean_loss, split_by_weight_decay
 from cat.training.optimizer import AdamW
 from pipeline.runtime.processes import keep_memory
 
-MODEL = Attention(mixer="attention", width=64, layers=1, heads=1, position="none", q=4, k=4, v=4)
+MODEL = AttentionConfig(mixer="attention", width=64, layers=1, heads=1, position="none", conv_q=4, conv_k=4, conv_v=4)
 RATE, CLIP, REPLICAS_TARGET = 1e-3, 1.0, 6
-PROTOCOL = Protocol(weight_decay=0.0, clip=CLIP, warmup=0.0, validate_every=1, stop_at=1.0, stop_after=1)
+PROTOCOL = OptimizerConfig(
+    weight_decay=0.0, grad_clip=CLIP, warmup=0.0, eval_every=1, early_stop_accuracy=1.0, early_stop_patience=1
+)
 
 
 def step(vocabulary: int, *, target: float, batch: int = 64) -> Benchmark:
@@ -52,7 +54,7 @@ def project_step(vocabulary: int, size: int, device: str, seed: int = 0) -> Work
         return lambda: step()[0]
     model, inputs, targets = ready(vocabulary, size, device, seed)
     batch = Split.of(inputs, targets).rows(slice(None))
-    decayed, others = decayed_or_not(model)
+    decayed, others = split_by_weight_decay(model)
     optimizer = AdamW(decayed, others, weight_decay=0.0, clip=CLIP)
 
     def work() -> Tensor:
@@ -125,7 +127,7 @@ def replicas(*, count: int = 12, batch: int = 32, devices: Sequence[str] = ("cud
 def together(count: int, size: int, device: str, *, vocabulary: int = 256, first: int = 0) -> Work:
     """The step of `fit_together`: the losses of all replicas."""
     models, inputs, targets = zip(*(ready(vocabulary, size, device, first + place) for place in range(count)), strict=True)
-    stack = Stack(models, [RATE] * count, protocol=PROTOCOL, precision="float32")
+    stack = Ensemble(models, [RATE] * count, optimizer_config=PROTOCOL, precision="float32")
     alone = [Split.of(*examples).rows(slice(None)) for examples in zip(inputs, targets, strict=True)]
     batches = Split(*(torch.stack(tensors) for tensors in zip(*alone, strict=True)))
     return lambda: stack.step(batches, 1.0)[:, 0]

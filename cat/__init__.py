@@ -12,50 +12,65 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cat.config import Protocol, Schedule
+    from cat.config import OptimizerConfig, TrainingConfig
     from cat.evaluation.generation import generate
     from cat.layer import ConvolutionAugmentedAttention
-    from cat.mixers.attention.config import Attention
-    from cat.mixers.base import Memory
-    from cat.mixers.based.config import Based
+    from cat.mixers.attention.config import AttentionConfig
+    from cat.mixers.base import Cache
+    from cat.mixers.based.config import BasedConfig
     from cat.mixers.build import build_mixer
-    from cat.mixers.delta.config import Delta
-    from cat.mixers.gla.config import GatedLinear
-    from cat.mixers.hyena.config import Hyena
-    from cat.mixers.landmark.config import Landmark
-    from cat.mixers.linear.config import Linear
-    from cat.mixers.mamba.config import Mamba
-    from cat.mixers.performer.config import Performer
-    from cat.mixers.registry import Hybrid, ModelConfiguration, Theory, VariantConfiguration
+    from cat.mixers.delta.config import DeltaConfig
+    from cat.mixers.gla.config import GLAConfig
+    from cat.mixers.hyena.config import HyenaConfig
+    from cat.mixers.landmark.config import LandmarkConfig
+    from cat.mixers.linear.config import LinearConfig
+    from cat.mixers.mamba.config import MambaConfig
+    from cat.mixers.performer.config import PerformerConfig
+    from cat.mixers.registry import AnyModel, AnyVariant, ConstructionConfig, HybridConfig
     from cat.model import SequenceModel
 
 __all__ = [
-    "Attention",
-    "Based",
+    "AnyModel",
+    "AnyVariant",
+    "AttentionConfig",
+    "BasedConfig",
+    "Cache",
+    "ConstructionConfig",
     "ConvolutionAugmentedAttention",
-    "Delta",
-    "GatedLinear",
-    "Hybrid",
-    "Hyena",
-    "Landmark",
-    "Linear",
-    "Mamba",
-    "Memory",
-    "ModelConfiguration",
-    "Performer",
-    "Protocol",
-    "Schedule",
+    "DeltaConfig",
+    "GLAConfig",
+    "HybridConfig",
+    "HyenaConfig",
+    "LandmarkConfig",
+    "LinearConfig",
+    "MambaConfig",
+    "OptimizerConfig",
+    "PerformerConfig",
     "SequenceModel",
-    "Theory",
-    "VariantConfiguration",
+    "TrainingConfig",
     "build_mixer",
     "generate",
 ]
 
 _HOMES = {
+    "AnyModel": "cat.mixers.registry",
+    "AnyVariant": "cat.mixers.registry",
+    "AttentionConfig": "cat.mixers.attention.config",
+    "BasedConfig": "cat.mixers.based.config",
+    "Cache": "cat.mixers.base",
+    "ConstructionConfig": "cat.mixers.registry",
     "ConvolutionAugmentedAttention": "cat.layer",
-    "Memory": "cat.mixers.base",
+    "DeltaConfig": "cat.mixers.delta.config",
+    "GLAConfig": "cat.mixers.gla.config",
+    "HybridConfig": "cat.mixers.registry",
+    "HyenaConfig": "cat.mixers.hyena.config",
+    "LandmarkConfig": "cat.mixers.landmark.config",
+    "LinearConfig": "cat.mixers.linear.config",
+    "MambaConfig": "cat.mixers.mamba.config",
+    "OptimizerConfig": "cat.config",
+    "PerformerConfig": "cat.mixers.performer.config",
     "SequenceModel": "cat.model",
+    "TrainingConfig": "cat.config",
     "build_mixer": "cat.mixers.build",
     "generate": "cat.evaluation.generation",
 }
@@ -65,7 +80,7 @@ if not TYPE_CHECKING:  # a type checker reads the imports above, and would take 
     def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOMES.get(name, "cat.config")), name)
+        return getattr(import_module(_HOMES[name]), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -7,47 +7,50 @@ that the feature is off, and what it means otherwise is written into plan/, on w
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
-Generator = Literal["network", "decay", "state"]
-Taps = Count | Literal["full", Generator]
+KernelGenerator = Literal["network", "decay", "state"]
+KernelSize = Count | Literal["full", KernelGenerator]
 """Taps of a filter, `full` for as many as the training sequence is long, or what generates them for a sequence of any length."""
 Position = Literal["none", "rotary", "alibi", "learned", "sinusoidal"]
 
 
-class Configuration(BaseModel):
+class Config(BaseModel):
     """Frozen, keyword-only, and strict: unknown keys and values of a neighbouring type are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    renamed_keys: ClassVar[Mapping[str, str]] = {}
+    """Old key -> new key, for the error message."""
 
 
-class Variant(Configuration):
+class VariantConfig(Config):
     """What every variant answers for itself."""
 
     mixer: str
 
     @property
-    def filtered(self) -> bool:
+    def has_convolution(self) -> bool:
         """Whether a causal filter that an ablation can take away is in front of the mixer."""
         return False
 
     @property
-    def attends(self) -> bool:
+    def has_attention(self) -> bool:
         """Whether weighted means of the values are read, none of whose weights is negative."""
         return False
 
     def check_length(self, length: int) -> None:
         """Raises ValueError, in words, where the model cannot be trained on sequences of `length` tokens."""
 
-    def longest(self, length: int) -> int | None:
+    def max_length(self, length: int) -> int | None:
         """The longest sequence that a model trained at `length` can read; None where there is no limit."""
         return None
 
 
-class Model(Variant):
+class ModelConfig(VariantConfig):
     """What every trained model has: `layers` pre-norm residual blocks of a mixer, each followed by an MLP if there is one."""
 
     width: Count
@@ -69,31 +72,32 @@ class Model(Variant):
         return self
 
     @property
-    def mixers(self) -> tuple[Model, ...]:
+    def mixers(self) -> tuple[ModelConfig, ...]:
         """What the mixer of each layer is built from, first to last."""
         return (self,) * self.layers
 
     @property
-    def added(self) -> Literal["none", "learned", "sinusoidal"]:
+    def additive_position(self) -> Literal["none", "learned", "sinusoidal"]:
         """The vectors of positions that are added to those of tokens."""
         return "none"
 
-    def longest(self, length: int) -> int | None:
-        return length if self.added == "learned" else None
+    def max_length(self, length: int) -> int | None:
+        return length if self.additive_position == "learned" else None
 
 
-class AttentionModel(Model):
+class QKVConfig(ModelConfig):
     """A model whose mixer has queries, keys and values: heads, a position scheme, and a causal filter on any stream."""
 
-    streams: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+    projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     """What a filter can be on."""
+    renamed_keys: ClassVar = {"q": "conv_q", "k": "conv_k", "v": "conv_v"}
     heads: Count
     position: Position
-    q: Taps | None = None
+    conv_q: KernelSize | None = None
     """The causal filter on the queries: its taps, `full` for as many as the training sequence is long, or what generates its taps
     for a sequence of any length: a `network`, a basis of fixed `decay`, a `state` space of learned decays. k and v alike."""
-    k: Taps | None = None
-    v: Taps | None = None
+    conv_k: KernelSize | None = None
+    conv_v: KernelSize | None = None
     sharing: Literal["head", "channel", "mixing"] = "head"
     """Who shares the taps of a filter: one filter a head, one a channel, or one from every head to every head."""
     dilation: Count = 1
@@ -121,19 +125,19 @@ class AttentionModel(Model):
 
     @model_validator(mode="after")
     def _filters_are_there(self) -> Self:
-        if not self.filters:
+        if not self.kernel_sizes:
             for key in ("sharing", "dilation", "filter_init", "filter_bias", "filter_norm"):
                 if getattr(self, key) != type(self).model_fields[key].default:
-                    where = f"{', '.join(self.streams[:-1])} or {self.streams[-1]}"
+                    where = f"{', '.join(self.projections[:-1])} or {self.projections[-1]}"
                     raise ValueError(f"{key} = {json.dumps(getattr(self, key))} without a filter on {where}")
-        generated = [stream for stream, taps in self.filters.items() if taps in get_args(Generator)]
+        generated = [projection for projection, size in self.kernel_sizes.items() if size in get_args(KernelGenerator)]
         if generated and self.filter_size is None:
-            raise ValueError(f"{generated[0]} = {self.filters[generated[0]]} needs filter_size, its hidden units or decays")
-        if self.filter_size is not None and not generated:
+            raise ValueError(f"{generated[0]} = {self.kernel_sizes[generated[0]]} needs filter_size, its hidden units or decays")
+        if generated == [] and self.filter_size is not None:
             raise ValueError(
-                f"filter_size = {self.filter_size} is for filters whose taps are generated: {', '.join(get_args(Generator))}"
+                f"filter_size = {self.filter_size} is for filters whose taps are generated: {', '.join(get_args(KernelGenerator))}"
             )
-        if self.dilation > 1 and not any(isinstance(taps, int) and taps > 1 for taps in self.filters.values()):
+        if self.dilation > 1 and not any(isinstance(size, int) and size > 1 for size in self.kernel_sizes.values()):
             raise ValueError(f"dilation = {self.dilation} spaces the taps of a filter that counts two or more, and there is none")
         if self.sharing == "mixing" and self.heads == 1:
             raise ValueError("sharing = mixing needs more than one head to mix")
@@ -142,27 +146,28 @@ class AttentionModel(Model):
         return self
 
     @property
-    def filters(self) -> dict[str, Taps]:
-        """Stream -> taps, the streams without a filter left out."""
-        return {stream: taps for stream in self.streams if (taps := getattr(self, stream)) is not None}
+    def kernel_sizes(self) -> dict[str, KernelSize]:
+        """Kernel size by projection, for the projections that have a convolution."""
+        sizes = {projection: getattr(self, f"conv_{projection}") for projection in self.projections}
+        return {projection: size for projection, size in sizes.items() if size is not None}
 
     @property
-    def filtered(self) -> bool:
-        return bool(self.filters)
+    def has_convolution(self) -> bool:
+        return bool(self.kernel_sizes)
 
     @property
-    def attends(self) -> bool:
+    def has_attention(self) -> bool:
         return True
 
     def check_length(self, length: int) -> None:
-        for stream, taps in self.filters.items():
-            if not isinstance(taps, int):
+        for projection, size in self.kernel_sizes.items():
+            if not isinstance(size, int):
                 continue
-            if taps > length:
-                raise ValueError(f"{stream} = {taps} taps is longer than the training length of {length}")
-            if (taps - 1) * self.dilation >= length:
+            if size > length:
+                raise ValueError(f"{projection} = {size} taps is longer than the training length of {length}")
+            if (size - 1) * self.dilation >= length:
                 raise ValueError(
-                    f"{stream} = {taps} taps {self.dilation} tokens apart reach past the training length of {length}"
+                    f"{projection} = {size} taps {self.dilation} tokens apart reach past the training length of {length}"
                 )
 
     def _refuse_alibi(self, reason: str) -> Self:
@@ -171,28 +176,31 @@ class AttentionModel(Model):
         return self
 
     @property
-    def added(self) -> Literal["none", "learned", "sinusoidal"]:
+    def additive_position(self) -> Literal["none", "learned", "sinusoidal"]:
         return self.position if self.position in ("learned", "sinusoidal") else "none"
 
 
-class Protocol(Configuration):
+class OptimizerConfig(Config):
     """How every model is trained: AdamW, linear warm-up, cosine decay to zero, clipped gradients."""
 
+    renamed_keys: ClassVar = {
+        "clip": "grad_clip", "validate_every": "eval_every", "stop_at": "early_stop_accuracy", "stop_after": "early_stop_patience",
+    }  # fmt: skip
     weight_decay: Annotated[float, Field(ge=0)]
     """On the matrices of linear maps; never on filters, norms or embeddings."""
-    clip: Annotated[float, Field(gt=0)]
+    grad_clip: Annotated[float, Field(gt=0)]
     """Largest norm of the gradient."""
     warmup: Annotated[float, Field(ge=0, lt=1)]
     """Share of the steps in which the learning rate rises."""
-    validate_every: Count
+    eval_every: Count
     """Steps between two looks at the validation split."""
-    stop_at: Annotated[float, Field(gt=0, le=1)]
+    early_stop_accuracy: Annotated[float, Field(gt=0, le=1)]
     """Validation accuracy at which training ends early, on tasks that are scored by accuracy."""
-    stop_after: Count
+    early_stop_patience: Count
     """Looks in a row that must see `stop_at`."""
 
 
-class Schedule(Configuration):
+class TrainingConfig(Config):
     """How long one task is trained."""
 
     steps: Count

@@ -8,12 +8,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cat.config import Count, Taps
-from cat.mixers.attention.config import Attention
-from cat.mixers.base import Memory
+from cat.config import Count, KernelSize
+from cat.mixers.attention.config import AttentionConfig
+from cat.mixers.base import Cache
 from cat.mixers.build import build_mixer
-from cat.mixers.qkv import Streams
-from cat.ops.common import casts
+from cat.mixers.qkv import QKVMixer
+from cat.ops.common import autocast_enabled
 from cat.types import Hidden
 
 
@@ -49,9 +49,9 @@ class ConvolutionAugmentedAttention(nn.Module):
         width: int,
         heads: int,
         *,
-        q: Taps | None = None,
-        k: Taps | None = None,
-        v: Taps | None = None,
+        conv_q: KernelSize | None = None,
+        conv_k: KernelSize | None = None,
+        conv_v: KernelSize | None = None,
         position: Literal["none", "rotary", "alibi"] = "none",
         sharing: Literal["head", "channel", "mixing"] = "head",
         dilation: int = 1,
@@ -72,9 +72,9 @@ class ConvolutionAugmentedAttention(nn.Module):
                 layers=1,
                 width=width,
                 heads=heads,
-                q=q,
-                k=k,
-                v=v,
+                conv_q=conv_q,
+                conv_k=conv_k,
+                conv_v=conv_v,
                 position=position,
                 sharing=sharing,
                 dilation=dilation,
@@ -88,36 +88,36 @@ class ConvolutionAugmentedAttention(nn.Module):
             )
         except ValidationError as error:
             raise ValueError(_in_words(error)) from None
-        for stream, taps in config.filters.items():
+        for stream, taps in config.kernel_sizes.items():
             if isinstance(taps, str) and length is None:
                 raise ValueError(f"{stream} = {taps} needs length, the tokens of a training sequence")
         if length is not None:
             config.check_length(length)
         self.width = width
-        self.mixer = cast(Streams, build_mixer(config, 1 if length is None else length)).to(device, dtype)
+        self.mixer = cast(QKVMixer, build_mixer(config, 1 if length is None else length)).to(device, dtype)
 
     def forward(self, x: Hidden) -> Hidden:
         self._check(x)
         return self.mixer(x)
 
-    def read(self, x: Hidden, memory: Memory | None = None) -> tuple[Hidden, Memory]:
+    def step(self, x: Hidden, cache: Cache | None = None) -> tuple[Hidden, Cache]:
         """What `forward` makes of tokens that follow upon those of `memory`, and the memory of all of them.
 
         For generation, where a sequence comes token by token or part by part; None before the first one. Keys, values and what
         the filters see next are kept, so that no token is read twice. Raises ValueError where `x` has another shape or type.
         """
         self._check(x)
-        return self.mixer.read(self.mixer.project(x), memory or Memory())
+        return self.mixer.step(self.mixer.project(x), cache or Cache())
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, length, {self.width}) with at least one token")
         own = self.mixer.projection.weight.dtype
-        if x.dtype != own and not (casts(x) and x.is_floating_point() and torch.float64 not in (own, x.dtype)):
+        if x.dtype != own and not (autocast_enabled(x) and x.is_floating_point() and torch.float64 not in (own, x.dtype)):
             raise ValueError(f"x is of {x.dtype}, the layer of {own}: x.to({own}), or the layer to that of x")
 
 
-class _Arguments(Attention):
+class _Arguments(AttentionConfig):
     """What a layer can be told: learned and sinusoidal positions are added to an embedding, which a layer has not."""
 
     position: Literal["none", "rotary", "alibi"]

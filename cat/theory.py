@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.filters import DecayFilter, ExplicitFilter
-from cat.mixers.landmark.config import Landmark
+from cat.mixers.landmark.config import LandmarkConfig
 from cat.mixers.landmark.layer import LandmarkAttention
-from cat.mixers.qkv import Streams
+from cat.mixers.qkv import QKVMixer
 from cat.model import SequenceModel
 from cat.tasks.base import Task
 from cat.tasks.copying import BOS, SEPARATOR, Copying
@@ -31,7 +31,7 @@ from cat.training.fit import build_model
 from cat.types import Hidden
 
 
-def prescribed(task: Task) -> SequenceModel:
+def construct(task: Task) -> SequenceModel:
     """The model that solves `task` at all its lengths. Raises ValueError, in words, where there is no such theorem."""
     task.check_theorem()
     longest = task.lengths[-1]
@@ -50,24 +50,24 @@ def recall(*, vocabulary: int, ngram: int, length: int, epsilon: float = 1e-3, d
 
     Scores reach 6,000 for N = 4, where the closest two N-grams are 15 apart and neighbouring numbers of bfloat16 32.
     """
-    config = Attention(
-        mixer="attention", width=2 * vocabulary, layers=1, heads=1, position="none", q=ngram, k=ngram + 1, qk_norm=True
+    config = AttentionConfig(
+        mixer="attention", width=2 * vocabulary, layers=1, heads=1, position="none", conv_q=ngram, conv_k=ngram + 1, qk_norm=True
     )
     axes, taps = torch.eye(vocabulary), decay ** torch.arange(ngram)
     model, mixer = _reader(config, axes, q=axes, k=axes, length=length)
-    cast(ExplicitFilter, mixer.filters["q"]).taps.copy_(taps)
-    cast(ExplicitFilter, mixer.filters["k"]).taps.copy_(F.pad(taps, (1, 0)))
+    cast(ExplicitFilter, mixer.filters["q"]).kernel.copy_(taps)
+    cast(ExplicitFilter, mixer.filters["k"]).kernel.copy_(F.pad(taps, (1, 0)))
     assert mixer.log_temperature is not None
     mixer.log_temperature.fill_(math.log(temperature(ngram_margin(taps), length, epsilon)))
     return model
 
 
-def ngram_margin(taps: Float[Tensor, " N"]) -> float:
+def ngram_margin(kernel: Float[Tensor, " N"]) -> float:
     """1 - the largest cosine between sum_j F_j x_{i-j} of two different N-grams of orthonormal tokens: by looking at them all."""
-    n = len(taps)
+    n = len(kernel)
     letters = 2 * n  # of two N-grams
     ngrams = torch.cartesian_prod(*[torch.arange(letters)] * n).view(-1, n)
-    rows = F.normalize(taps.double() @ torch.eye(letters).double()[ngrams], dim=-1)
+    rows = F.normalize(kernel.double() @ torch.eye(letters).double()[ngrams], dim=-1)
     # One of the two may as well be written in letters that are numbered as they appear.
     first = (ngrams <= F.pad(ngrams.cummax(1).values[:, :-1] + 1, (1, 0))).all(1).nonzero()
     cosines = (rows[first[:, 0]] @ rows.mT).scatter(1, first, -1.0)
@@ -111,7 +111,9 @@ def copying(*, alphabet: int, noise: int, length: int, epsilon: float = 1e-3) ->
     key = torch.eye(alphabet + 2)
     key[:, -1] = 2 * key[:, separator]
 
-    config = Attention(mixer="attention", width=2 * axes.shape[1], layers=1, heads=1, position="none", q="state", filter_size=1)
+    config = AttentionConfig(
+        mixer="attention", width=2 * axes.shape[1], layers=1, heads=1, position="none", conv_q="state", filter_size=1
+    )
     c = temperature(copying_margin(length), length, epsilon)
     scale = math.sqrt(config.width)  # by which attention divides
     model, mixer = _reader(config, axes, q=-c * scale * torch.eye(alphabet + 2), k=key, length=length)
@@ -129,12 +131,12 @@ def copying_margin(length: int) -> float:
 
 
 def _reader(
-    config: Attention, axes: Float[Tensor, "V A"], *, q: Float[Tensor, "A A"], k: Float[Tensor, "A A"], length: int
-) -> tuple[SequenceModel, Streams]:
+    config: AttentionConfig, axes: Float[Tensor, "V A"], *, q: Float[Tensor, "A A"], k: Float[Tensor, "A A"], length: int
+) -> tuple[SequenceModel, QKVMixer]:
     """A model of one layer whose tokens have one-hot vectors `axes`, and its mixer; filters and temperature are left to set."""
     model = build_model(config, vocabulary=len(axes), length=length, seed=0)
     (block,) = model.layers()
-    mixer, half, width = cast(Streams, block.mixer), axes.shape[1], config.width
+    mixer, half, width = cast(QKVMixer, block.mixer), axes.shape[1], config.width
     model.embedding.token.weight.copy_(F.pad(axes, (0, half)))
     # The identity on one-hot vectors, whose mean is 1 / d and whose variance is 1 / d - 1 / d^2.
     norm = cast(nn.LayerNorm, block.mixer_norm)
@@ -147,15 +149,17 @@ def _reader(
 
 
 @torch.no_grad()
-def block_retrieval(*, width: int, length: int, block: int, taps: Float[Tensor, " W"] | None = None) -> LandmarkAttention:
+def block_retrieval(*, width: int, length: int, block: int, kernel: Float[Tensor, " W"] | None = None) -> LandmarkAttention:
     """Landmarks that are the sums of their blocks, or what other `taps` make of the tokens up to the end of a block."""
-    taps = torch.ones(block) if taps is None else taps
-    config = Landmark(mixer="landmark", width=width, layers=1, heads=1, position="none", k=len(taps), block=block, top=1)
+    kernel = torch.ones(block) if kernel is None else kernel
+    config = LandmarkConfig(
+        mixer="landmark", width=width, layers=1, heads=1, position="none", conv_k=len(kernel), block=block, top=1
+    )
     with torch.random.fork_rng(devices=[]):
         mixer = LandmarkAttention(config, length)
     mixer.projection.weight.copy_(torch.eye(width).repeat(3, 1))
     mixer.output.weight.copy_(torch.eye(width))
-    cast(ExplicitFilter, mixer.filters["k"]).taps.copy_(taps)
+    cast(ExplicitFilter, mixer.filters["k"]).kernel.copy_(kernel)
     return mixer
 
 

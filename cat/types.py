@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Tokens = Int[Tensor, "B L"]
-Asked = Int[Tensor, "B A"]
+Positions = Int[Tensor, "B A"]
 """The positions of each sequence whose output is wanted, in rising order."""
 Hidden = Float[Tensor, "B L D"]
 Heads = Float[Tensor, "B H L C"]
@@ -20,14 +20,14 @@ Values = Float[Tensor, "B H L E"]
 """E is C in a model: only its diagnostics hand a mixer values of another width."""
 State = Float[Tensor, "B H C E"]
 """What a head keeps of the tokens so far, however many they are: a sum over them of key times value."""
-HeadFilter = Float[Tensor, "H W"]
-ChannelFilter = Float[Tensor, "H #C W"]
+HeadKernel = Float[Tensor, "H W"]
+ChannelKernel = Float[Tensor, "H #C W"]
 """C is 1 where the channels of a head share their taps."""
-HeadMixingFilter = Float[Tensor, "H G W"]
+HeadMixingKernel = Float[Tensor, "H G W"]
 """From each of G heads, as a rule the same ones, to each of H."""
 GroupedHeads = Float[Tensor, "G B H L C"]
-GroupedFilter = Float[Tensor, "G H #C W"]
+GroupedKernel = Float[Tensor, "G H #C W"]
 Replicated = Float[Tensor, "R B H L C"]
 StackedHeads = Float[Tensor, "R G B H L C"]
-StackedFilter = Float[Tensor, "R G H #C W"]
+StackedKernel = Float[Tensor, "R G H #C W"]
 """Those of R replicas."""

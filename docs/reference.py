@@ -19,7 +19,7 @@ from pdoc.render_helpers import markdown_extensions, markdown_link_patterns
 from pydantic.fields import FieldInfo
 from torch import nn
 
-from pipeline.storage.files import whole
+from pipeline.storage.files import atomic_write
 
 PACKAGES = ("cat", "pipeline")
 NEEDS_TRITON = "cat.ops.conv.triton_backend"
@@ -31,7 +31,7 @@ def write(folder: Path = FOLDER, packages: tuple[str, ...] = PACKAGES) -> None:
     _fewer_words()
     for package in packages:
         _prepare(import_module(package))
-    with warnings.catch_warnings(action="error"), whole(folder) as pages:
+    with warnings.catch_warnings(action="error"), atomic_write(folder) as pages:
         pdoc.pdoc(*packages, *(f"!{name}" for name in _left_out()), output_directory=pages)
         for page in pages.rglob("*.html"):
             page.write_text(_tidied(page.read_text(encoding="utf-8")), encoding="utf-8")

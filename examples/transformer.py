@@ -24,8 +24,8 @@ from cat import ConvolutionAugmentedAttention
 from cat.tasks.registry import IGNORE, Recall
 
 TASK = Recall(
-    kind="recall", ngram=1, keys=64, values=64, filler=1, pairs=8, questions="all", gaps="uniform",
-    length=36, multiples=(1,), train=1, valid=1, test=1,
+    kind="recall", ngram=1, keys=64, values=64, filler=1, pairs=8, queries="all", query_gap="uniform",
+    length=36, multiples=(1,), train_examples=1, valid_examples=1, test_examples=1,
 )  # fmt: skip
 Attend = Callable[[int, int], nn.Module]
 """Makes the attention of one block from its width and heads."""
@@ -109,7 +109,7 @@ def main(steps: int = 300) -> None:
     attentions: dict[str, Attend] = {
         "torch's attention": TorchAttention,
         "CAT, no filters": ConvolutionAugmentedAttention,
-        "CAT, q = k = v = 4 taps": partial(ConvolutionAugmentedAttention, q=4, k=4, v=4),
+        "CAT, q = k = v = 4 taps": partial(ConvolutionAugmentedAttention, conv_q=4, conv_k=4, conv_v=4),
     }
     print(f"associative recall, {steps} steps; guessing one of the {TASK.pairs} values shown: {1 / TASK.pairs:.3f}")
     for name, attention in attentions.items():

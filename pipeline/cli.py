@@ -14,11 +14,11 @@ from typing import Any
 import click
 
 from pipeline.config import claims
-from pipeline.config.errors import ParamsError, find_entry, printable, refusal
+from pipeline.config.errors import ParamsError, config_error, find_entry, printable
 from pipeline.config.load import load_study
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import check_rewritten
-from pipeline.runtime.determinism import pin
+from pipeline.runtime.determinism import set_deterministic_env
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,7 +66,7 @@ def _end_with_dvc() -> None:
 def _pinned() -> Study:
     """The study, of a command that computes: only before torch is imported can it be told what to compute with."""
     study = load_study()
-    pin(study.deterministic)
+    set_deterministic_env(study.deterministic)
     return study
 
 
@@ -141,14 +141,14 @@ def generate(task: str) -> None:
 def train(task: str, variant: str) -> None:
     """Train VARIANT on TASK, every seed of it."""
     study = _pinned()
-    from pipeline.stages.train import Setting, train
+    from pipeline.stages.train import CellSetting, train
 
     section = find_entry(study.tasks, "tasks", task)
     model = find_entry(study.variants, "variants", variant)
     if not any(task in ablation.tasks and variant in ablation.variants for ablation in study.ablations.values()):
-        raise refusal("params.yaml", [f"ablations: none trains {variant!r} on {task!r}; name both in one"])
-    setting = Setting(model, study.train, section.train, study.seeds, study.precision)
-    train(task, variant, setting, device=study.device, threads=study.threads)
+        raise config_error("params.yaml", [f"ablations: none trains {variant!r} on {task!r}; name both in one"])
+    setting = CellSetting(model, study.optimizer, section.training, study.seeds, study.precision)
+    train(task, variant, setting, device=study.device, parallel_runs=study.parallel_runs)
 
 
 @command
@@ -160,11 +160,11 @@ def profile(task: str, variant: str, steps: int, device: str | None) -> None:
     """Say where a training step of VARIANT on TASK spends its time; write nothing."""
     study = _pinned()
     from pipeline.commands.profile import profile
-    from pipeline.stages.train import Setting
+    from pipeline.stages.train import CellSetting
 
     section = find_entry(study.tasks, "tasks", task)
     model = find_entry(study.variants, "variants", variant)
-    setting = Setting(model, study.train, section.train, study.seeds, study.precision)
+    setting = CellSetting(model, study.optimizer, section.training, study.seeds, study.precision)
     click.echo(profile(task, variant, setting, steps=steps, device=device or study.device))
 
 
@@ -178,7 +178,7 @@ def profile(task: str, variant: str, steps: int, device: str | None) -> None:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Of the draws.")
 @click.option("--model-seed", type=int, help="Which of the trained models; the first seed of params.yaml by default.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="That of params.yaml by default.")
-def generate_text(
+def sample(
     task: str,
     variant: str,
     prompt: str | None,
@@ -191,14 +191,14 @@ def generate_text(
 ) -> None:
     """Go on with a text as VARIANT, trained on TASK, would; print what follows, write nothing."""
     study = _pinned()
-    from pipeline.commands.sample import Drawing, generate_text, shown
+    from pipeline.commands.sample import SamplingOptions, sample, shown
 
     find_entry(study.tasks, "tasks", task)
     find_entry(study.variants, "variants", variant)
     read = sys.stdin.buffer.read() if prompt is None else os.fsencode(prompt)
-    drawing = Drawing(tokens, temperature, top_k, seed)
+    drawing = SamplingOptions(tokens, temperature, top_k, seed)
     trained = study.seeds[0] if model_seed is None else model_seed
-    for text in generate_text(study, task, variant, read, drawing, model_seed=trained, device=device or study.device):
+    for text in sample(study, task, variant, read, drawing, model_seed=trained, device=device or study.device):
         click.echo(shown(text) if sys.stdout.isatty() else text, nl=False, color=True)
     click.echo()
 
@@ -212,7 +212,7 @@ def evaluate(task: str) -> None:
     from pipeline.stages.evaluate import evaluate
 
     find_entry(study.tasks, "tasks", task)
-    evaluate(task, variants_on(study, task), study.seeds, study.precision, device=study.device, threads=study.threads)
+    evaluate(task, variants_on(study, task), study.seeds, study.precision, device=study.device, parallel_runs=study.parallel_runs)
 
 
 @command
@@ -230,11 +230,11 @@ def judge() -> None:
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="What is different; KEY= takes the key out.")
 @click.option("--ablation", metavar="NAME", help="Which trains it; the one that trains the other variant by default.")
 @click.option("--dry-run", is_flag=True, help="Show what would change in params.yaml; write nothing.")
-def new_variant(name: str, source: str, settings: tuple[str, ...], ablation: str | None, dry_run: bool) -> None:
+def add_variant(name: str, source: str, settings: tuple[str, ...], ablation: str | None, dry_run: bool) -> None:
     """Add a variant NAME to params.yaml, a copy of another with some keys changed; say what that will run."""
-    from pipeline.commands.add_variant import new_variant
+    from pipeline.commands.add_variant import add_variant
 
-    click.echo(new_variant(name, source, settings, ablation=ablation, dry_run=dry_run))
+    click.echo(add_variant(name, source, settings, ablation=ablation, dry_run=dry_run))
 
 
 @command
@@ -290,7 +290,7 @@ def track(prune: bool) -> None:
 
 
 @command
-def readme() -> None:
+def update_readme() -> None:
     """Copy the study's headline table into README.md."""
     from pipeline.stages.render import update_readme
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cat.evaluation.scores import Split, outcomes
+from cat.evaluation.scores import Split, token_scores
 from cat.model import SequenceModel
 
 TOKENS = 1 << 15
@@ -42,7 +42,7 @@ class ByRecall(NamedTuple):
 def loss_by_position(model: SequenceModel, windows: Int[Tensor, "N M"], *, precision: str = "float32") -> ByPosition:
     """The loss of `model` on every token but the first of windows of M = L + 1 > T tokens; in float64, on the CPU."""
     trained, length = model.length, windows.shape[1] - 1
-    reach = length if model.longest is None else min(length, model.longest)
+    reach = length if model.max_length is None else min(length, model.max_length)
     full = _losses(model, windows[:, : reach + 1], reach, precision)
     pieces, step = [full[:, :trained]], trained // 2
     for begin in range(trained, length, step):
@@ -56,7 +56,7 @@ def _losses(model: SequenceModel, windows: Int[Tensor, "N M"], count: int, preci
     length = windows.shape[1] - 1
     at = torch.arange(length - count, length, device=windows.device).expand(len(windows), -1)
     split = Split(windows[:, :-1], at, windows[:, -count:])
-    return torch.cat([part.loss.double().cpu() for part in outcomes(model, split, precision=precision)])
+    return torch.cat([part.loss.double().cpu() for part in token_scores(model, split, precision=precision)])
 
 
 def sample(count: int, length: int) -> Int[np.ndarray, " n"]:

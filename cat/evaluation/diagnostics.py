@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.base import Mixer
 from cat.mixers.filters import Filter
-from cat.mixers.qkv import Projected, Streams
+from cat.mixers.qkv import Projection, QKVMixer
 from cat.model import SequenceModel
-from cat.ops.conv.causal import spaced
+from cat.ops.conv.causal import dilate
 from cat.types import Hidden, Tokens
 
-LOOKED_AT = 4096
+MAX_TOKENS = 4096
 """Tokens, whole sequences of them and one at least, in which attention is looked at while a model is trained."""
 
 
@@ -34,7 +34,7 @@ class AttentionStatistics(NamedTuple):
 
 @torch.no_grad()
 def attention_statistics(
-    model: SequenceModel, inputs: Tokens, asked: Bool[Tensor, "B L"], sources: Int[Tensor, "B L"] | None = None
+    model: SequenceModel, inputs: Tokens, is_target: Bool[Tensor, "B L"], answer_positions: Int[Tensor, "B L"] | None = None
 ) -> list[AttentionStatistics | None]:
     """What each layer attends to at the `asked` positions, whose answers stand at `sources`; None for layers without attention.
 
@@ -45,11 +45,11 @@ def attention_statistics(
         if weights is None:
             statistics.append(None)
             continue
-        rows = weights.transpose(1, 2)[asked]
+        rows = weights.transpose(1, 2)[is_target]
         entropy = torch.special.entr(rows).sum(-1).mean().item()
         on_answer = None
-        if sources is not None:
-            at = sources[asked][:, None, None].expand(-1, rows.shape[1], 1)
+        if answer_positions is not None:
+            at = answer_positions[is_target][:, None, None].expand(-1, rows.shape[1], 1)
             on_answer = rows.gather(2, at)[..., 0].mean(0).max().item()
         statistics.append(AttentionStatistics(entropy, on_answer))
     return statistics
@@ -66,15 +66,15 @@ def attention_weights(mixer: Mixer, x: Hidden) -> Float[Tensor, "B H L L"] | Non
     return _weights(mixer, mixer.project(x))
 
 
-def _weights(mixer: Mixer, projected: Projected) -> Float[Tensor, "B H L L"] | None:
-    if not isinstance(mixer, Streams) or not mixer.config.attends:
+def _weights(mixer: Mixer, projected: Projection) -> Float[Tensor, "B H L L"] | None:
+    if not isinstance(mixer, QKVMixer) or not mixer.config.has_attention:
         return None
-    q, k, v, *others = mixer.streams(projected)
+    q, k, v, *others = mixer.prepare(projected)
     axes = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
-    return mixer.mix(q, k, axes, *others)
+    return mixer.attend(q, k, axes, *others)
 
 
-def _projections(model: SequenceModel, inputs: Tokens) -> Iterator[tuple[Mixer, Projected]]:
+def _projections(model: SequenceModel, inputs: Tokens) -> Iterator[tuple[Mixer, Projection]]:
     """The mixer of one layer after the other, and what it has made of each token; the last layer is not computed further."""
     x = model.embedding(inputs)
     *others, last = model.layers()
@@ -86,15 +86,15 @@ def _projections(model: SequenceModel, inputs: Tokens) -> Iterator[tuple[Mixer, 
 
 
 @torch.no_grad()
-def largest_logit(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> float | None:
+def max_logit(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> float | None:
     """Before the softmax, of all layers that have one and their heads, on the first sequences; None where no layer has.
 
     Attention that grows without a limit is what precedes divergence (arXiv 2302.05442, 2309.14322).
     """
     largest = -math.inf
     for mixer, projected in _projections(model, _first(inputs)):
-        if isinstance(mixer, Streams):
-            q, k, *_ = mixer.streams(projected)
+        if isinstance(mixer, QKVMixer):
+            q, k, *_ = mixer.prepare(projected)
             if (logits := mixer.logits(q, k)) is not None:
                 largest = max(largest, logits.max().item())
     return None if largest == -math.inf else largest
@@ -113,39 +113,41 @@ def head_entropies(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> list
 
 
 def _first(inputs: Integer[Tensor, "N L"]) -> Int[Tensor, "n L"]:
-    return inputs[: max(1, LOOKED_AT // inputs.shape[1])].long()
+    return inputs[: max(1, MAX_TOKENS // inputs.shape[1])].long()
 
 
-class FilterTaps(NamedTuple):
+class FilterKernel(NamedTuple):
     """A trained filter as it is applied at the training length."""
 
     layer: int
-    stream: str
-    row: str
+    projection: str
+    head: str
     """The head; `g>h` from head g to head h where heads are mixed. Where each channel has a filter, the head's mean."""
-    taps: list[float]
+    kernel: list[float]
     dilation: int
     """Tokens from one tap to the next."""
 
 
 @torch.no_grad()
-def filter_taps(model: SequenceModel) -> list[FilterTaps]:
+def filter_kernels(model: SequenceModel) -> list[FilterKernel]:
     """Every filter on a stream of every layer."""
-    found: list[FilterTaps] = []
+    found: list[FilterKernel] = []
     for layer, block in enumerate(model.layers(), 1):
-        if not isinstance(block.mixer, Streams):
+        if not isinstance(block.mixer, QKVMixer):
             continue
-        for stream, module in block.mixer.filters.items():
+        for projection, module in block.mixer.filters.items():
             causal_filter = cast(Filter, module)
-            taps = causal_filter.response(model.length)
+            kernel = causal_filter.response(model.length)
             match causal_filter.layout.sharing:
                 case "mixing":
-                    rows = {f"{g}>{h}": taps[h, g] for h in range(len(taps)) for g in range(len(taps))}
+                    rows = {f"{g}>{h}": kernel[h, g] for h in range(len(kernel)) for g in range(len(kernel))}
                 case "channel":
-                    rows = {str(h): taps[h].mean(0) for h in range(len(taps))}
+                    rows = {str(h): kernel[h].mean(0) for h in range(len(kernel))}
                 case _:
-                    rows = {str(h): taps[h] for h in range(len(taps))}
-            found += [FilterTaps(layer, stream, row, numbers.tolist(), causal_filter.dilation) for row, numbers in rows.items()]
+                    rows = {str(h): kernel[h] for h in range(len(kernel))}
+            found += [
+                FilterKernel(layer, projection, row, numbers.tolist(), causal_filter.dilation) for row, numbers in rows.items()
+            ]
     return found
 
 
@@ -157,26 +159,26 @@ def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
     only filters are on the keys, one a head. The condition takes tokens for orthonormal, which trained ones are in part.
     """
     config = model.config
-    if not isinstance(config, Attention) or not config.keys_decide:
+    if not isinstance(config, AttentionConfig) or not config.only_keys_convolved:
         return None
     (block,) = model.layers()
-    mixer = cast(Streams, block.mixer)
+    mixer = cast(QKVMixer, block.mixer)
     tokens = block.mixer_norm(model.embedding.token.weight)
     q, k = mixer.project(tokens).unflatten(-1, (3, config.heads, -1)).permute(1, 2, 0, 3)[:2]
     same = (q * k).sum(-1).mean(-1)
     any_two = (q.mean(-2) * k.mean(-2)).sum(-1)
     on_keys = cast(Filter, mixer.filters["k"])
-    taps = F.pad(spaced(on_keys.response(model.length), on_keys.dilation), (0, 1))
-    return bool(solves_every_length(taps * (same - any_two).sign()[:, None]).any())
+    kernel = F.pad(dilate(on_keys.response(model.length), on_keys.dilation), (0, 1))
+    return bool(solves_every_length(kernel * (same - any_two).sign()[:, None]).any())
 
 
-def solves_every_length(taps: Float[Tensor, "*filters W"]) -> Bool[Tensor, "*filters"]:
+def solves_every_length(kernel: Float[Tensor, "*filters W"]) -> Bool[Tensor, "*filters"]:
     """Whether a causal filter of two taps or more on the keys solves associative recall (N = 1) at every length.
 
     Exact at zero temperature for orthonormal tokens, queries without a filter and rows that are not normalised: the token after
     the first occurrence must win over the question's own place, over every later trace of the token, and over places where two
     traces add up:   F_1 > max(0, F_0, F_j, F_0 + F_j for every j >= 2)   and   F_0 + F_1 > 0.
     """
-    first, second, rest = taps[..., 0], taps[..., 1], F.pad(taps[..., 2:], (0, 1))
+    first, second, rest = kernel[..., 0], kernel[..., 1], F.pad(kernel[..., 2:], (0, 1))
     rival = torch.maximum(rest, first[..., None] + rest).amax(-1)
     return (second > rival.clamp(min=0)) & (first + second > 0)

@@ -40,12 +40,12 @@ def generate(
 def _generate(
     model: SequenceModel, prompt: Tokens, count: int, temperature: float, top_k: int | None, generator: torch.Generator | None
 ) -> Iterator[Int[Tensor, " B"]]:
-    logits, memories = model.read(prompt)
+    logits, caches = model.step(prompt)
     for left in range(count - 1, -1, -1):
         tokens = choose(logits, temperature=temperature, top_k=top_k, generator=generator)
         yield tokens
         if left:
-            logits, memories = model.read(tokens[:, None], memories)
+            logits, caches = model.step(tokens[:, None], caches)
 
 
 def choose(

@@ -41,7 +41,7 @@ class Split(NamedTuple):
     """Examples as tensors on a device: what is read, where an answer is asked, and which."""
 
     inputs: Integer[Tensor, "N L"]
-    at: Integer[Tensor, "N A"]
+    positions: Integer[Tensor, "N A"]
     """Positions in rising order, as many for every example as the one with most questions has."""
     answers: Integer[Tensor, "N A"]
     """IGNORE where an example has fewer questions."""
@@ -89,25 +89,25 @@ class TextSplit(NamedTuple):
         return Split(self.tokens[at].long(), places, self.tokens[at + 1].long())
 
 
-class Outcomes(NamedTuple):
+class TokenScores(NamedTuple):
     """What a model answered in N sequences, answer by answer."""
 
     loss: Float[Tensor, "N A"]
     """Nats; 0 where nothing is asked."""
-    right: Bool[Tensor, "N A"]
-    asked: Bool[Tensor, "N A"]
+    correct: Bool[Tensor, "N A"]
+    is_target: Bool[Tensor, "N A"]
 
 
-class Tally(NamedTuple):
+class SequenceTotals(NamedTuple):
     """What a model answered, sequence by sequence: the sums that scores are quotients of."""
 
     loss: Float[Tensor, " N"]
     """Nats."""
-    right: Float[Tensor, " N"]
-    asked: Float[Tensor, " N"]
+    correct: Float[Tensor, " N"]
+    targets: Float[Tensor, " N"]
 
     @classmethod
-    def of(cls, parts: Iterable[Outcomes]) -> Tally:
+    def of(cls, parts: Iterable[TokenScores]) -> SequenceTotals:
         """The sums over the answers of each sequence, in float64, on the CPU."""
         sums = ([column.sum(1).double().cpu() for column in part] for part in parts)
         return cls(*map(torch.cat, zip(*sums, strict=True)))
@@ -124,9 +124,9 @@ class Scores(NamedTuple):
     """Share of the sequences in which every answer is right."""
 
     @classmethod
-    def of(cls, tally: Tally) -> Scores:
+    def of(cls, tally: SequenceTotals) -> Scores:
         loss, right, asked = (column.sum().item() for column in tally)
-        return cls(loss / asked, right / asked, (tally.right == tally.asked).double().mean().item())
+        return cls(loss / asked, right / asked, (tally.correct == tally.targets).double().mean().item())
 
     @property
     def perplexity(self) -> float:
@@ -140,24 +140,26 @@ class Scores(NamedTuple):
 
 def score(model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False) -> Scores:
     """The scores of `model` on `split`: those of its `tally`."""
-    return Scores.of(tally(model, split, precision=precision, autoregressive=autoregressive))
+    return Scores.of(sequence_totals(model, split, precision=precision, autoregressive=autoregressive))
 
 
-def tally(model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False) -> Tally:
-    """What `model` answers in each sequence of `split`: the sums of its `outcomes`."""
-    return Tally.of(outcomes(model, split, precision=precision, autoregressive=autoregressive))
-
-
-def outcomes(
+def sequence_totals(
     model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False
-) -> Iterator[Outcomes]:
+) -> SequenceTotals:
+    """What `model` answers in each sequence of `split`: the sums of its `outcomes`."""
+    return SequenceTotals.of(token_scores(model, split, precision=precision, autoregressive=autoregressive))
+
+
+def token_scores(
+    model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False
+) -> Iterator[TokenScores]:
     """What `model` answers in `split`, a bounded number of tokens at a time, in the order of its sequences.
 
     Autoregressive: after the first asked position the model reads what it answers itself; the asked positions must then be the
     same in every sequence, and the last ones of it. The loss stays that of the true answers.
     """
     size = TOKENS_AT_ONCE[split.inputs.device.type] // split.inputs.shape[1]
-    return in_parts(lambda part: _outcomes(model, part, precision, autoregressive), split, size)
+    return in_parts(lambda part: _token_scores(model, part, precision, autoregressive), split, size)
 
 
 def in_parts(function: Callable[[Split], Part], split: Split, size: int) -> Iterator[Part]:
@@ -181,24 +183,24 @@ def in_parts(function: Callable[[Split], Part], split: Split, size: int) -> Iter
 
 
 @torch.no_grad()
-def _outcomes(model: SequenceModel, split: Split, precision: str, autoregressive: bool) -> Outcomes:
+def _token_scores(model: SequenceModel, split: Split, precision: str, autoregressive: bool) -> TokenScores:
     """Of all sequences at once."""
     inputs, at, answers = split
     with autocast(inputs.device, precision):
         if autoregressive:
-            logits = own_answers(model, inputs[:, : int(at[0, 0]) + 1], at.shape[1]).float()
+            logits = greedy_logits(model, inputs[:, : int(at[0, 0]) + 1], at.shape[1]).float()
         else:
-            logits = model.answers(inputs, at).float()
+            logits = model.logits_at(inputs, at).float()
     loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE, reduction="none")
-    return Outcomes(loss.view_as(answers), logits.argmax(-1) == answers, answers != IGNORE)
+    return TokenScores(loss.view_as(answers), logits.argmax(-1) == answers, answers != IGNORE)
 
 
-def own_answers(model: SequenceModel, prompt: Tokens, count: int) -> Float[Tensor, "B A V"]:
+def greedy_logits(model: SequenceModel, prompt: Tokens, count: int) -> Float[Tensor, "B A V"]:
     """The logits of the `count` tokens after each prompt, of which the model reads those that it holds most likely itself."""
-    logits, memories = model.read(prompt)
+    logits, caches = model.step(prompt)
     every = [logits]
     while len(every) < count:
-        logits, memories = model.read(logits.argmax(-1)[:, None], memories)
+        logits, caches = model.step(logits.argmax(-1)[:, None], caches)
         every.append(logits)
     return torch.stack(every, dim=1)
 

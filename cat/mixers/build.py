@@ -2,11 +2,11 @@
 
 from importlib import import_module
 
-from cat.config import Model
+from cat.config import ModelConfig
 from cat.mixers.base import Mixer
 
 
-def build_mixer(config: Model, length: int) -> Mixer:
+def build_mixer(config: ModelConfig, length: int) -> Mixer:
     """Build the mixer of one block of a model that is trained on `length` tokens.
 
     Only the folder of this mixer is imported, so a run depends on the code of its own mixer only. Raises ValueError unless the

@@ -19,12 +19,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import Taps
-from cat.ops.common import operand
-from cat.ops.conv.causal import few, few_taps, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads, spaced
-from cat.ops.l2norm import least
-from cat.ops.position import take
-from cat.types import Asked, GroupedHeads, Heads, Queries
+from cat.config import KernelSize
+from cat.ops.common import autocast_to_compute_dtype
+from cat.ops.conv.causal import (
+    dilate,
+    filter_channels,
+    filter_groups,
+    filter_heads,
+    filter_heads_at,
+    is_short,
+    is_sparse,
+    mix_heads,
+)
+from cat.ops.l2norm import min_norm
+from cat.ops.position import gather_positions
+from cat.types import GroupedHeads, Heads, Positions, Queries
 
 FEATURES = 8
 """Time scales in which the network of an implicit filter sees how far back a tap is."""
@@ -55,7 +64,7 @@ class Filter(nn.Module, ABC):
     """Maps (B, H, L, C) to (B, H, L, C): the taps (*rows, W) of the subclass applied, a bias added where there is one."""
 
     dilation = 1
-    span: int | None = None
+    train_length: int | None = None
     """Tokens of a training sequence, where taps are generated."""
 
     def __init__(self, layout: Layout):
@@ -74,27 +83,27 @@ class Filter(nn.Module, ABC):
 
     def response(self, length: int) -> Tensor:
         """The taps that are applied to a sequence of `length` tokens, normalised where that is asked for."""
-        taps = self.generate(length)
+        kernel = self.generate(length)
         if not self.layout.norm:
-            return taps
+            return kernel
         # The sum of a training sequence's taps whatever the length: or what is read would change with what comes after it.
-        summed = taps if self.span in (None, length) else self.generate(self.span)
+        summed = kernel if self.train_length in (None, length) else self.generate(self.train_length)
         total = summed.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
-        return taps / total.clamp(min=least(taps.dtype))
+        return kernel / total.clamp(min=min_norm(kernel.dtype))
 
-    def forward(self, x: Heads, at: Asked | None = None) -> Queries:
+    def forward(self, x: Heads, positions: Positions | None = None) -> Queries:
         """The outputs at every position, or at positions `at`."""
-        taps = self.response(x.shape[2])
+        kernel = self.response(x.shape[2])
         match self.layout.sharing:
-            case "head" if at is not None and few(x, at):
-                return self.biased(filter_heads_at(x, taps, at, dilation=self.dilation))
+            case "head" if positions is not None and is_sparse(x, positions):
+                return self.add_bias(filter_heads_at(x, kernel, positions, dilation=self.dilation))
             case "head":
-                y = filter_heads(x, taps, dilation=self.dilation)
+                y = filter_heads(x, kernel, dilation=self.dilation)
             case "channel":
-                y = filter_channels(x, taps, dilation=self.dilation)
+                y = filter_channels(x, kernel, dilation=self.dilation)
             case _:
-                y = mix_heads(x, taps, dilation=self.dilation)
-        return self.biased(take(y, at))
+                y = mix_heads(x, kernel, dilation=self.dilation)
+        return self.add_bias(gather_positions(y, positions))
 
     def extra_repr(self) -> str:
         said = [f"{name}={w.shape[-1]}" for name, w in self.named_parameters() if name in ("taps", "coefficients")]
@@ -102,10 +111,10 @@ class Filter(nn.Module, ABC):
             said.append(f"dilation={self.dilation}")
         return ", ".join([*said, f"sharing={self.layout.sharing}"])
 
-    def biased(self, y: Queries) -> Queries:
+    def add_bias(self, y: Queries) -> Queries:
         return y if self.bias is None else y + self.bias
 
-    def at_ends(self, x: Heads, block: int) -> Float[Tensor, "B H N C"]:
+    def at_block_ends(self, x: Heads, block: int) -> Float[Tensor, "B H N C"]:
         """The outputs at the last tokens of the N whole blocks alone.
 
         The first tokens of all blocks are a sequence of N, the second ones another: an output is a sum over `block` sequences.
@@ -113,19 +122,19 @@ class Filter(nn.Module, ABC):
         blocks = x.shape[2] // block
         if blocks == 0:
             return x[:, :, :0]
-        taps = spaced(self.response(x.shape[2]), self.dilation)[..., : blocks * block]
-        taps = F.pad(taps, (0, -taps.shape[-1] % block)).unflatten(-1, (-1, block)).flip(-1).mT
+        kernel = dilate(self.response(x.shape[2]), self.dilation)[..., : blocks * block]
+        kernel = F.pad(kernel, (0, -kernel.shape[-1] % block)).unflatten(-1, (-1, block)).flip(-1).mT
         tokens = x[:, :, : blocks * block].unflatten(2, (blocks, block)).transpose(2, 3).flatten(1, 2)
         match self.layout.sharing:
             case "head":
-                y = filter_heads(tokens, taps.flatten(0, 1)).unflatten(1, (-1, block)).sum(2)
+                y = filter_heads(tokens, kernel.flatten(0, 1)).unflatten(1, (-1, block)).sum(2)
             case "channel":
-                y = filter_channels(tokens, taps.transpose(1, 2).flatten(0, 1)).unflatten(1, (-1, block)).sum(2)
+                y = filter_channels(tokens, kernel.transpose(1, 2).flatten(0, 1)).unflatten(1, (-1, block)).sum(2)
             case _:
-                y = mix_heads(tokens, taps.flatten(1, 2))
-        return self.biased(y)
+                y = mix_heads(tokens, kernel.flatten(1, 2))
+        return self.add_bias(y)
 
-    def read(self, x: Heads, before: Float[Tensor, "B H R C"]) -> tuple[Heads, Float[Tensor, "B H S C"]]:
+    def step(self, x: Heads, before: Float[Tensor, "B H R C"]) -> tuple[Heads, Float[Tensor, "B H S C"]]:
         """The outputs of tokens that follow upon those `before`, and the last rows, as many as those that come next will see.
 
         A filter that reaches back to the first token keeps all rows, whatever generates its taps, and is applied to all of them.
@@ -133,22 +142,22 @@ class Filter(nn.Module, ABC):
         whole = torch.cat([before, x], dim=2)
         length = whole.shape[2]
         kept = length if self.reach is None else min(self.reach, length)
-        y = self.last(whole) if x.shape[2] == 1 else self(whole)[:, :, length - x.shape[2] :]
+        y = self.last_output(whole) if x.shape[2] == 1 else self(whole)[:, :, length - x.shape[2] :]
         return y, whole[:, :, length - kept :]
 
-    def last(self, x: Heads) -> Float[Tensor, "B H 1 C"]:
+    def last_output(self, x: Heads) -> Float[Tensor, "B H 1 C"]:
         """The output of the last token alone: one product of the taps with the tokens that they reach."""
         length = x.shape[2]
-        taps = self.response(length)[..., : -(-length // self.dilation)].flip(-1)
-        reached = x[:, :, length - 1 - (taps.shape[-1] - 1) * self.dilation :: self.dilation]
+        kernel = self.response(length)[..., : -(-length // self.dilation)].flip(-1)
+        reached = x[:, :, length - 1 - (kernel.shape[-1] - 1) * self.dilation :: self.dilation]
         match self.layout.sharing:
             case "head":
-                y = taps[:, None] @ reached
+                y = kernel[:, None] @ reached
             case "channel":
-                y = (operand(taps).mT * operand(reached)).sum(2, keepdim=True)
+                y = (autocast_to_compute_dtype(kernel).mT * autocast_to_compute_dtype(reached)).sum(2, keepdim=True)
             case _:
-                y = (taps.flatten(1) @ reached.flatten(1, 2))[:, :, None]
-        return self.biased(y)
+                y = (kernel.flatten(1) @ reached.flatten(1, 2))[:, :, None]
+        return self.add_bias(y)
 
     def _initial(self, size: int, init: Init) -> tuple[Tensor, Tensor]:
         """`size` random numbers a row, and what tap 0 has besides them: little beside the identity, or all there is."""
@@ -168,21 +177,21 @@ class ExplicitFilter(Filter):
     def __init__(self, layout: Layout, width: int, *, init: Init, dilation: int = 1):
         super().__init__(layout)
         self.dilation = dilation
-        taps, direct = self._initial(width, init)
-        taps[..., 0] += direct
-        self.taps = nn.Parameter(taps)
+        kernel, direct = self._initial(width, init)
+        kernel[..., 0] += direct
+        self.kernel = nn.Parameter(kernel)
 
     @torch.no_grad()
-    def begin_as_sum(self, tokens: int) -> None:
+    def init_moving_sum(self, tokens: int) -> None:
         """Begins as the sum of what taps there are on the last `tokens`, and a little noise, where it began as the identity."""
-        self.taps[..., 1 : -(-tokens // self.dilation)] += self._identity()[..., None]
+        self.kernel[..., 1 : -(-tokens // self.dilation)] += self._identity()[..., None]
 
     def generate(self, length: int) -> Tensor:
-        return self.taps
+        return self.kernel
 
     @property
     def reach(self) -> int:
-        return (self.taps.shape[-1] - 1) * self.dilation
+        return (self.kernel.shape[-1] - 1) * self.dilation
 
 
 class DecayFilter(Filter):
@@ -192,7 +201,7 @@ class DecayFilter(Filter):
 
     def __init__(self, layout: Layout, size: int, *, init: Init, length: int, learned: bool):
         super().__init__(layout)
-        self.span = length
+        self.train_length = length
         coefficients, direct = self._initial(size, init)
         self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
         log_rate = -time_scales(size, length).log()
@@ -204,8 +213,8 @@ class DecayFilter(Filter):
     def generate(self, length: int) -> Tensor:
         ages = torch.arange(length, device=self.coefficients.device)
         decays = torch.exp(-ages * self.log_rate.exp()[..., None])
-        taps = (self.coefficients[..., None] * decays).sum(-2)
-        return taps + F.pad(self.direct[..., None], (0, length - 1))
+        kernel = (self.coefficients[..., None] * decays).sum(-2)
+        return kernel + F.pad(self.direct[..., None], (0, length - 1))
 
 
 class NetworkFilter(Filter):
@@ -215,7 +224,7 @@ class NetworkFilter(Filter):
 
     def __init__(self, layout: Layout, size: int, *, init: Init, length: int):
         super().__init__(layout)
-        self.span = length
+        self.train_length = length
         coefficients, direct = self._initial(size, init)
         self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
         self.frequencies = nn.Parameter(math.pi * torch.randn(FEATURES, size))
@@ -227,27 +236,27 @@ class NetworkFilter(Filter):
         ages = torch.arange(length, device=self.scales.device)
         features = torch.exp(-ages[:, None] / self.scales)
         hidden = torch.sin(features @ self.frequencies + self.phases)
-        taps = self.coefficients @ hidden.mT * torch.exp(-ages * self.log_fading.exp()[..., None])
-        return taps + F.pad(self.direct[..., None], (0, length - 1))
+        kernel = self.coefficients @ hidden.mT * torch.exp(-ages * self.log_fading.exp()[..., None])
+        return kernel + F.pad(self.direct[..., None], (0, length - 1))
 
 
-def alike(one: Filter, other: Filter, x: Float[Tensor, "B L _"]) -> bool:
+def can_group(one: Filter, other: Filter, x: Float[Tensor, "B L _"]) -> bool:
     """Whether both are for `apply_together` on tokens such as these: with as many taps, and few."""
     if one.layout.sharing == "mixing" or not isinstance(one, ExplicitFilter) or not isinstance(other, ExplicitFilter):
         return False
     channels = one.layout.heads * one.layout.channels
-    return one.taps.shape == other.taps.shape and few_taps(x, one.taps, channels, dilation=one.dilation)
+    return one.kernel.shape == other.kernel.shape and is_short(x, one.kernel, channels, dilation=one.dilation)
 
 
-def apply_together(filters: Sequence[Filter], streams: GroupedHeads, at: Asked | None = None) -> list[Queries]:
+def apply_grouped(filters: Sequence[Filter], x: GroupedHeads, positions: Positions | None = None) -> list[Queries]:
     """What filters that are alike make of their streams, one of which each has; of a single one, at positions `at` alone."""
-    length, first = streams.shape[3], filters[0]
+    length, first = x.shape[3], filters[0]
     if len(filters) == 1:
-        return [first(streams.squeeze(0), at)]
-    taps = torch.stack([causal.response(length) for causal in filters])
-    taps = taps[:, :, None] if first.layout.sharing == "head" else taps
-    outputs = filter_groups(streams, taps, dilation=first.dilation)
-    return [causal.biased(y) for causal, y in zip(filters, outputs, strict=True)]
+        return [first(x.squeeze(0), positions)]
+    kernel = torch.stack([causal.response(length) for causal in filters])
+    kernel = kernel[:, :, None] if first.layout.sharing == "head" else kernel
+    outputs = filter_groups(x, kernel, dilation=first.dilation)
+    return [causal.add_bias(y) for causal, y in zip(filters, outputs, strict=True)]
 
 
 def time_scales(count: int, length: int) -> Tensor:
@@ -255,14 +264,16 @@ def time_scales(count: int, length: int) -> Tensor:
     return torch.logspace(0, math.log2(length), count, base=2)
 
 
-def build_filter(layout: Layout, taps: Taps, *, init: Init, length: int, dilation: int = 1, size: int | None = None) -> Filter:
+def build_filter(
+    layout: Layout, kernel: KernelSize, *, init: Init, length: int, dilation: int = 1, size: int | None = None
+) -> Filter:
     """The filter that a configuration names by its `taps`, for a model that is trained on `length` tokens."""
-    match taps:
+    match kernel:
         case int():
-            return ExplicitFilter(layout, taps, init=init, dilation=dilation)
+            return ExplicitFilter(layout, kernel, init=init, dilation=dilation)
         case "full":
             return ExplicitFilter(layout, length, init=init)
     assert size is not None
-    if taps == "network":
+    if kernel == "network":
         return NetworkFilter(layout, size, init=init, length=length)
-    return DecayFilter(layout, size, init=init, length=length, learned=taps == "state")
+    return DecayFilter(layout, size, init=init, length=length, learned=kernel == "state")

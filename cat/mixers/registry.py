@@ -15,23 +15,33 @@ from pydantic import (
     model_validator,
 )
 
-from cat.config import Model, Variant
-from cat.mixers.attention.config import Attention
-from cat.mixers.based.config import Based
-from cat.mixers.delta.config import Delta
-from cat.mixers.gla.config import GatedLinear
-from cat.mixers.hyena.config import Hyena
-from cat.mixers.landmark.config import Landmark
-from cat.mixers.linear.config import Linear
-from cat.mixers.mamba.config import Mamba
-from cat.mixers.performer.config import Performer
+from cat.config import ModelConfig, VariantConfig
+from cat.mixers.attention.config import AttentionConfig
+from cat.mixers.based.config import BasedConfig
+from cat.mixers.delta.config import DeltaConfig
+from cat.mixers.gla.config import GLAConfig
+from cat.mixers.hyena.config import HyenaConfig
+from cat.mixers.landmark.config import LandmarkConfig
+from cat.mixers.linear.config import LinearConfig
+from cat.mixers.mamba.config import MambaConfig
+from cat.mixers.performer.config import PerformerConfig
 
-SingleMixer = Attention | Linear | Based | Performer | Delta | GatedLinear | Landmark | Hyena | Mamba
+SingleMixer = (
+    AttentionConfig
+    | LinearConfig
+    | BasedConfig
+    | PerformerConfig
+    | DeltaConfig
+    | GLAConfig
+    | LandmarkConfig
+    | HyenaConfig
+    | MambaConfig
+)
 """What a block can have for a mixer."""
-OF_A_MODEL = tuple(key for key in Model.model_fields if key != "mixer")
+MODEL_KEYS = tuple(key for key in ModelConfig.model_fields if key != "mixer")
 
 
-class Hybrid(Model):
+class HybridConfig(ModelConfig):
     """Blocks with different mixers, each with what its mixer can be told and nothing of the model: `width` and the like."""
 
     mixer: Literal["hybrid"]
@@ -52,7 +62,7 @@ class Hybrid(Model):
         for place, block in enumerate(blocks):
             if not isinstance(block, dict):
                 continue
-            if of_the_model := [key for key in OF_A_MODEL if key in block]:
+            if of_the_model := [key for key in MODEL_KEYS if key in block]:
                 raise ValueError(f"block {place}: {of_the_model[0]} is said of the whole model, not of a block")
             if block.get("position") in ("learned", "sinusoidal"):
                 raise ValueError(f"block {place}: {block['position']} positions are added to tokens: position of the whole model")
@@ -65,7 +75,7 @@ class Hybrid(Model):
     def _without_what_is_the_models(self, blocks: tuple[SingleMixer, ...], info: SerializationInfo) -> list[dict[str, Any]]:
         unset, defaults = info.exclude_unset, info.exclude_defaults
         return [
-            block.model_dump(mode=info.mode, exclude=set(OF_A_MODEL), exclude_unset=unset, exclude_defaults=defaults)
+            block.model_dump(mode=info.mode, exclude=set(MODEL_KEYS), exclude_unset=unset, exclude_defaults=defaults)
             for block in blocks
         ]
 
@@ -76,20 +86,20 @@ class Hybrid(Model):
         return self
 
     @property
-    def mixers(self) -> tuple[Model, ...]:
+    def mixers(self) -> tuple[ModelConfig, ...]:
         return self.blocks * (self.layers // len(self.blocks))
 
     @property
-    def added(self) -> Literal["none", "learned", "sinusoidal"]:
+    def additive_position(self) -> Literal["none", "learned", "sinusoidal"]:
         return self.position
 
     @property
-    def filtered(self) -> bool:
-        return any(block.filtered for block in self.blocks)
+    def has_convolution(self) -> bool:
+        return any(block.has_convolution for block in self.blocks)
 
     @property
-    def attends(self) -> bool:
-        return all(block.attends for block in self.blocks)
+    def has_attention(self) -> bool:
+        return all(block.has_attention for block in self.blocks)
 
     def check_length(self, length: int) -> None:
         for place, block in enumerate(self.blocks):
@@ -99,17 +109,17 @@ class Hybrid(Model):
                 raise ValueError(f"block {place}: {error}") from None
 
 
-class Theory(Variant):
+class ConstructionConfig(VariantConfig):
     """One layer of attention with the weights that the theorem about its task prescribes, nothing trained (cat/theory.py)."""
 
-    mixer: Literal["theory"]
+    mixer: Literal["construction"]
 
     @property
-    def attends(self) -> bool:
+    def has_attention(self) -> bool:
         return True
 
 
-ModelConfiguration = Annotated[SingleMixer | Hybrid, Field(discriminator="mixer")]
+AnyModel = Annotated[SingleMixer | HybridConfig, Field(discriminator="mixer")]
 """Every kind of model there is."""
-VariantConfiguration = Annotated[SingleMixer | Hybrid | Theory, Field(discriminator="mixer")]
+AnyVariant = Annotated[SingleMixer | HybridConfig | ConstructionConfig, Field(discriminator="mixer")]
 """What a line of a study's variants can be: a model to train, or one that is known."""

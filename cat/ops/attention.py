@@ -6,20 +6,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cat.ops.position import alibi_bias
-from cat.types import Asked, Heads, Queries, Values
+from cat.types import Heads, Positions, Queries, Values
 
 ROWS = 256
 """With a bias, so many queries at a time attend to the keys up to their last: a kernel that is given one skips no keys."""
 
 
 def attend(
-    q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
+    q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, positions: Positions | None = None
 ) -> Float[Tensor, "B H _ E"]:
     """Dense causal attention, of all queries or of those at positions `at`, which are then all there are in `q`."""
     length = k.shape[2]
-    if at is not None:
-        seen = torch.arange(length, device=k.device) <= at[:, None, :, None]
-        mask = alibi_bias(q.shape[1], at, length, q).transpose(0, 1) if alibi else seen
+    if positions is not None:
+        seen = torch.arange(length, device=k.device) <= positions[:, None, :, None]
+        mask = alibi_bias(q.shape[1], positions, length, q).transpose(0, 1) if alibi else seen
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if not alibi:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
@@ -50,10 +50,10 @@ def logits(q: Heads, k: Heads, *, scale: float, alibi: bool = False) -> Float[Te
 
 
 def naive_attend(
-    q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, at: Asked | None = None
+    q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, positions: Positions | None = None
 ) -> Float[Tensor, "B H _ E"]:
     """The definition, one query at a time; the twin that `attend` is tested against."""
-    places = torch.arange(q.shape[2]).expand(len(q), -1) if at is None else at
+    places = torch.arange(q.shape[2]).expand(len(q), -1) if positions is None else positions
     outputs = []
     for b, sequence in enumerate(places.tolist()):
         for a, i in enumerate(sequence):

@@ -13,7 +13,7 @@ LEAST = 1e-12
 """What a shorter vector is divided by, but in half precision, which has no number as small."""
 
 
-def unit(x: Float[Tensor, "*vectors C"]) -> Float[Tensor, "*vectors C"]:
+def l2_normalize(x: Float[Tensor, "*vectors C"]) -> Float[Tensor, "*vectors C"]:
     """`x` divided by its length along the last axis: `torch.nn.functional.normalize`, which is its twin.
 
     But for half precision, in which that makes nan of zeros.
@@ -21,7 +21,7 @@ def unit(x: Float[Tensor, "*vectors C"]) -> Float[Tensor, "*vectors C"]:
     return _Unit.apply(x)[0]
 
 
-def least(dtype: torch.dtype) -> float:
+def min_norm(dtype: torch.dtype) -> float:
     """What is divided by at least."""
     return max(LEAST, torch.finfo(dtype).tiny)
 
@@ -34,7 +34,7 @@ class _Unit(Operation):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         """The vectors, and what they were divided by."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(least(x.dtype))
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(min_norm(x.dtype))
         return x / length, length
 
     @staticmethod
@@ -47,5 +47,5 @@ class _Unit(Operation):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: None) -> Tensor:
         y, length = ctx.saved_tensors
-        along = (gradient * y).sum(-1, keepdim=True) * (length > least(y.dtype))  # a shorter vector is divided by a constant
+        along = (gradient * y).sum(-1, keepdim=True) * (length > min_norm(y.dtype))  # a shorter vector is divided by a constant
         return torch.addcmul(gradient, y, along, value=-1) / length

@@ -9,25 +9,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cat.types import Asked, Heads
+from cat.types import Heads, Positions
 
 
-def take(x: Float[Tensor, "B *H L C"], at: Asked | None) -> Float[Tensor, "B *H A C"]:
+def gather_positions(x: Float[Tensor, "B *H L C"], positions: Positions | None) -> Float[Tensor, "B *H A C"]:
     """What stands at positions `at` of each sequence; all of it for None."""
-    if at is None:
+    if positions is None:
         return x
-    index = at.view(len(at), *[1] * (x.dim() - 3), at.shape[1], 1)
+    index = positions.view(len(positions), *[1] * (x.dim() - 3), positions.shape[1], 1)
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
 
 
-def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1, at: Asked | None = None) -> Heads:
+def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1, positions: Positions | None = None) -> Heads:
     """Turns the pair of channels (c, c + C/2) of token i by the angle i * base^(-2c/C).
 
     The first row is token `start`, the next one `step` tokens later; or the rows are tokens `at` of each sequence.
     """
     length, channels = x.shape[2:]
     frequency = base ** (-torch.arange(0, channels, 2, device=x.device, dtype=torch.float64) / channels)
-    place = torch.arange(start, start + length * step, step, device=x.device) if at is None else at[:, None]
+    place = torch.arange(start, start + length * step, step, device=x.device) if positions is None else positions[:, None]
     angle = place[..., None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x.chunk(2, dim=-1)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from cat.config import Configuration, Count
+from cat.config import Config, Count
 
 IGNORE = -100
 """The target where nothing is asked."""
@@ -74,17 +74,18 @@ class Recalled(NamedTuple):
     """Whether, besides, they never stand before it in the training split."""
 
 
-class Task(Configuration):
+class Task(Config):
     """What every task has: the training length, the sizes of its splits, and the lengths of its test splits."""
 
+    renamed_keys: ClassVar = {"train": "train_examples", "valid": "valid_examples", "test": "test_examples"}
     kind: str
     length: Annotated[int, Field(ge=4, lt=2**31)]
     """Tokens of a training sequence."""
     multiples: Annotated[tuple[Annotated[float, Field(gt=0, le=4096)], ...], Field(min_length=1, strict=False)]
     """Lengths of the test splits, as multiples of the training length; 1 is among them."""
-    train: Count
-    valid: Count
-    test: Count
+    train_examples: Count
+    valid_examples: Count
+    test_examples: Count
     """Examples in the training, validation, and each test split."""
 
     @model_validator(mode="after")
@@ -126,7 +127,7 @@ class Task(Configuration):
                 f" not {self.vocabulary}"
             )
 
-    def sources(self, examples: Examples) -> np.ndarray | None:
+    def answer_positions(self, examples: Examples) -> np.ndarray | None:
         """Where each answer stands in its sequence, N x L: a position where something is asked, -1 elsewhere.
 
         None for tasks whose answers stand nowhere.
@@ -155,7 +156,7 @@ class Task(Configuration):
 
     def training(self, generator: np.random.Generator) -> Examples | Windows:
         """The training split: `examples`, or what they are cut from."""
-        return self.examples("train", self.length, self.train, generator).compact()
+        return self.examples("train", self.length, self.train_examples, generator).compact()
 
     @abstractmethod
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:

@@ -52,7 +52,7 @@ class Copying(Task):
         """Tokens among which the signals are scattered: all but BOS, the separator, and the signals fed back."""
         return length - 1 - self.signals
 
-    def sources(self, examples: Examples) -> np.ndarray:
+    def answer_positions(self, examples: Examples) -> np.ndarray:
         """The signal of the context that is to come next."""
         inputs, targets = np.asarray(examples.inputs, dtype=np.int64), np.asarray(examples.targets)
         context = inputs.shape[1] - self.signals

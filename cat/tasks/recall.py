@@ -12,7 +12,7 @@ key stands once in the context and is asked once: every question has one answer.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -26,6 +26,7 @@ BOS = 0
 class Recall(Task):
     """Sizes of a recall task. Longer splits ask proportionally more pairs, up to the number of N-grams; then filler grows."""
 
+    renamed_keys: ClassVar = {**Task.renamed_keys, "questions": "queries", "gaps": "query_gap"}
     kind: Literal["recall"]
     ngram: Annotated[int, Field(ge=1, le=8)]
     """N: tokens of a key."""
@@ -37,9 +38,9 @@ class Recall(Task):
     """Size of the filler alphabet; 1 is a blank."""
     pairs: Count
     """Key-value pairs in a training sequence."""
-    questions: Literal["one", "all"]
+    queries: Literal["one", "all"]
     """Ask one key at the last token, or every key."""
-    gaps: Literal["uniform", "power"]
+    query_gap: Literal["uniform", "power"]
     """How far a question is from its key: uniformly, or by the power law g^-0.99, near more often than far."""
 
     @model_validator(mode="after")
@@ -68,7 +69,7 @@ class Recall(Task):
 
     def _shortest(self, pairs: int) -> int:
         slot = self.ngram + 1
-        return 1 + pairs * slot + (pairs * slot if self.questions == "all" else self.ngram)
+        return 1 + pairs * slot + (pairs * slot if self.queries == "all" else self.ngram)
 
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """The splits differ by their generator alone."""
@@ -81,7 +82,7 @@ class Recall(Task):
         inputs[:, 0] = BOS
         targets = np.full((count, length), IGNORE, dtype=np.int64)
 
-        if self.questions == "one":
+        if self.queries == "one":
             # Gaps are counted back from the question: pair 0 is asked.
             where = length - n - (1 + self._places(generator, count, pairs, (length - 1 - n) // slot)) * slot
             self._write(inputs, where, ngrams, values)
@@ -95,7 +96,7 @@ class Recall(Task):
             np.put_along_axis(targets, where + n - 1, values, axis=1)
         return Examples(inputs, targets)
 
-    def sources(self, examples: Examples) -> np.ndarray:
+    def answer_positions(self, examples: Examples) -> np.ndarray:
         """The value that follows the first occurrence of the key that is asked."""
         tokens, n = np.asarray(examples.inputs, dtype=np.int64), self.ngram
         ends = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1)
@@ -115,7 +116,7 @@ class Recall(Task):
 
     def _places(self, generator: np.random.Generator, rows: int, count: int, slots: int) -> np.ndarray:
         """`count` different slots a row, drawn in turn with weights w: the order of exponential variables over w."""
-        weight = np.arange(1.0, slots + 1) ** (-0.99 if self.gaps == "power" else 0.0)
+        weight = np.arange(1.0, slots + 1) ** (-0.99 if self.query_gap == "power" else 0.0)
         arrival = generator.standard_exponential((rows, slots)) / weight
         return np.argsort(arrival, axis=1, kind="stable")[:, :count]
 

@@ -13,7 +13,7 @@ from cat.tasks.copying import Copying
 from cat.tasks.recall import Recall
 from cat.tasks.text import Text
 
-__all__ = ["IGNORE", "Copying", "Examples", "Recall", "Task", "TaskConfiguration", "Text", "Windows", "generator"]
+__all__ = ["IGNORE", "AnyTask", "Copying", "Examples", "Recall", "Task", "Text", "Windows", "generator"]
 
-TaskConfiguration = Annotated[Recall | Copying | Text, Field(discriminator="kind")]
+AnyTask = Annotated[Recall | Copying | Text, Field(discriminator="kind")]
 """Every kind of task there is."""

@@ -72,7 +72,7 @@ class Text(Task):
 
     def training(self, generator: np.random.Generator) -> Windows:
         """Raises ValueError where the source has too little text for it."""
-        return self._windows("train", self.length, self.train, generator)
+        return self._windows("train", self.length, self.train_examples, generator)
 
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """Raises ValueError where the source has too little text for the split.
@@ -128,7 +128,7 @@ class Text(Task):
     def _test_ends(self) -> np.ndarray:
         """Where the last answer of each test window stands."""
         longest = self.lengths[-1]
-        return longest + _spread(self.test, len(_tokens(self, "test")) - longest)
+        return longest + _spread(self.test_examples, len(_tokens(self, "test")) - longest)
 
     def tokenizer(self) -> str | None:
         return _tokenizer(self).save()

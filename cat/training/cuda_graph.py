@@ -13,7 +13,7 @@ WARM = 1
 """Calls before the recording: libraries make themselves ready in them, which cannot be recorded."""
 
 
-class Replay:
+class GraphedFunction:
     """A function of tensors on a GPU, from its second call on as a CUDA graph, with the same outcome to the bit.
 
     The next call writes over the outcome. The function must read nothing back from the GPU, and find all else that it uses where

@@ -22,64 +22,64 @@ PATIENCE = 600
 Value = TypeVar("Value")
 
 
-class Group(ABC):
+class ProcessGroup(ABC):
     """The processes that train one model, of which this is number `rank` of `size`. All call its methods in one order."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
 
-    def share(self, count: int) -> slice:
+    def local_slice(self, count: int) -> slice:
         """Which of `count` rows are this process's: as many as any other's, or one more or less."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     @abstractmethod
-    def add(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
+    def all_reduce_sum(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
         """The sum of the processes' tensors, the same bits on each; may take the place of `tensor`."""
 
     @abstractmethod
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers."""
 
     @abstractmethod
-    def first(self, function: Callable[[], Value]) -> Value:
+    def broadcast(self, function: Callable[[], Value]) -> Value:
         """What `function` returns in process 0, the only one that calls it."""
 
 
-class Alone(Group):
+class SingleProcess(ProcessGroup):
     """A process with no others."""
 
     def __init__(self) -> None:
         super().__init__(0, 1)
 
-    def add(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
+    def all_reduce_sum(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
         return tensor
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         return number
 
-    def first(self, function: Callable[[], Value]) -> Value:
+    def broadcast(self, function: Callable[[], Value]) -> Value:
         return function()
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-class Processes(Group):
+class TorchProcessGroup(ProcessGroup):
     """Those of torch.distributed. Numbers and objects go by way of the CPU, so that nothing waits for a GPU."""
 
     def __init__(self) -> None:
         super().__init__(torch.distributed.get_rank(), torch.distributed.get_world_size())
 
-    def add(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
+    def all_reduce_sum(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
         torch.distributed.all_reduce(tensor)
         return tensor
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         box = torch.tensor(number)
         torch.distributed.all_reduce(box, torch.distributed.ReduceOp.MAX)
         return int(box)
 
-    def first(self, function: Callable[[], Value]) -> Value:
+    def broadcast(self, function: Callable[[], Value]) -> Value:
         box = [function() if self.rank == 0 else None]
         torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]  # that of process 0
@@ -92,10 +92,10 @@ def local_rank() -> int | None:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[Group]:
+def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     """The processes that torchrun has started beside this one, all of which compute on devices of this kind."""
     if local_rank() is None:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     backend = "gloo"
     if device.type == "cuda":
@@ -103,6 +103,6 @@ def process_group(device: torch.device) -> Iterator[Group]:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
     try:
-        yield Processes()
+        yield TorchProcessGroup()
     finally:
         torch.distributed.destroy_process_group()

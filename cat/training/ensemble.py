@@ -20,16 +20,29 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
-from cat.config import Protocol, Schedule
-from cat.evaluation.diagnostics import largest_logit
+from cat.config import OptimizerConfig, TrainingConfig
+from cat.evaluation.diagnostics import max_logit
 from cat.evaluation.scores import TOKENS_AT_ONCE, Split, TrainingSplit, autocast, in_parts
-from cat.mixers.mamba.config import Mamba
-from cat.mixers.registry import ModelConfiguration
+from cat.mixers.mamba.config import MambaConfig
+from cat.mixers.registry import AnyModel
 from cat.model import SequenceModel
-from cat.ops.common import Operation, fold, operand
+from cat.ops.common import Operation, autocast_to_compute_dtype, merge_vmap_dim
 from cat.tasks.base import IGNORE
-from cat.training.cuda_graph import Replay
-from cat.training.fit import Row, Run, State, Stop, _batches, copied, decayed_or_not, diverged, end, look, mean_loss, rate
+from cat.training.cuda_graph import GraphedFunction
+from cat.training.fit import (
+    Run,
+    State,
+    Stop,
+    ValidationRecord,
+    batch_indices,
+    cpu_state_dict,
+    diverged,
+    lr_scale,
+    mean_loss,
+    split_by_weight_decay,
+    stop_reason,
+    validation_record,
+)
 from cat.training.optimizer import BETAS, EPSILON
 
 TOKENS_A_SUM = 512
@@ -40,9 +53,9 @@ MANY = 1 << 20
 """Weights of a map whose gradient fills a GPU with one sum."""
 
 
-def can_be_stacked(config: ModelConfiguration) -> bool:
+def can_ensemble(config: AnyModel) -> bool:
     """Whether `fit_together` takes models of `config`: all but those that run mamba_ssm's kernel, which vmap does not know."""
-    sizes = {mixer.state for mixer in config.mixers if isinstance(mixer, Mamba)}
+    sizes = {mixer.state for mixer in config.mixers if isinstance(mixer, MambaConfig)}
     if not sizes:
         return True
     from cat.mixers.mamba.op import fused_scan
@@ -50,18 +63,18 @@ def can_be_stacked(config: ModelConfiguration) -> bool:
     return all(fused_scan("cuda", torch.float32, size) is None for size in sizes)
 
 
-def fit_together(
+def fit_ensemble(
     models: Sequence[SequenceModel],
     train: TrainingSplit,
     valid: Split,
     *,
-    protocol: Protocol,
-    schedule: Schedule,
+    optimizer_config: OptimizerConfig,
+    training_config: TrainingConfig,
     learning_rates: Sequence[float],
     seeds: Sequence[int],
     stop_early: bool,
     precision: Literal["float32", "bfloat16"] = "float32",
-    progress: Callable[[int, int, Row | None], None] = lambda place, step, row: None,
+    progress: Callable[[int, int, ValidationRecord | None], None] = lambda place, step, row: None,
     resume: Sequence[State] | None = None,
     checkpoint: Callable[[Callable[[], dict[int, State]], bool], None] = lambda states, ended: None,
 ) -> list[Run]:
@@ -74,69 +87,77 @@ def fit_together(
     what returns the states, by place, of those that took it, and whether one of them has ended with it. Raises
     torch.OutOfMemoryError where there is no memory for one replica at a time.
     """
-    replicas = [
-        Replica(model, place, _batches(train.size, schedule.batch, seed), partial(progress, place))
+    members = [
+        Member(model, place, batch_indices(train.size, training_config.batch, seed), partial(progress, place))
         for place, (model, seed) in enumerate(zip(models, seeds, strict=True))
     ]
-    for replica, state in zip(replicas, resume or (), strict=resume is not None):
+    for replica, state in zip(members, resume or (), strict=resume is not None):
         replica.resume(state)
-    stack = Stack(models, learning_rates, protocol=protocol, precision=precision)
-    step, recent, running = 0, list[Tensor](), replicas
+    ensemble = Ensemble(models, learning_rates, optimizer_config=optimizer_config, precision=precision)
+    step, recent, running = 0, list[Tensor](), members
     if resume is not None:
         step = resume[0].step
         recent += torch.stack([state.recent for state in resume], dim=1).to(train.device)
-        stack.resume(step, [state.moments for state in resume])
+        ensemble.resume(step, [state.moments for state in resume])
 
     def states() -> dict[int, State]:
         since = torch.stack(recent, dim=1).cpu() if recent else torch.empty(len(running), 0, 2)
         for row, replica in enumerate(running):
-            stack.unload(row, replica.model)
-        return {replica.place: replica.state(step, stack.moments(row), since[row]) for row, replica in enumerate(running)}
+            ensemble.unload(row, replica.model)
+        return {replica.place: replica.state(step, ensemble.moments(row), since[row]) for row, replica in enumerate(running)}
 
     while running:
-        until = min((step // protocol.validate_every + 1) * protocol.validate_every, schedule.steps)
+        until = min((step // optimizer_config.eval_every + 1) * optimizer_config.eval_every, training_config.steps)
         order = torch.stack([torch.stack([next(replica.batches) for replica in running]) for _ in range(step, until)])
         for rows in order.to(train.device):
             step += 1
-            recent.append(stack.step(_gather(train, rows), rate(step, schedule.steps, protocol.warmup)))
+            recent.append(ensemble.step(_gather(train, rows), lr_scale(step, training_config.steps, optimizer_config.warmup)))
             if step < until:
                 for replica in running:
                     replica.progress(step, None)
                 checkpoint(states, False)
-        seen = zip(running, torch.stack(recent, dim=1).mT.tolist(), stack.score(valid), strict=True)
+        seen = zip(running, torch.stack(recent, dim=1).mT.tolist(), ensemble.score(valid), strict=True)
         for place, (replica, (losses, norms), scores) in enumerate(seen):
-            stack.unload(place, replica.model)
-            row = look(step, losses, norms, *scores, largest_logit(replica.model, valid.inputs))
-            replica.look(row, losses, protocol=protocol, schedule=schedule, stop_early=stop_early)
+            ensemble.unload(place, replica.model)
+            row = validation_record(step, losses, norms, *scores, max_logit(replica.model, valid.inputs))
+            replica.record(row, losses, optimizer_config=optimizer_config, training_config=training_config, stop_early=stop_early)
         recent.clear()
         going = [row for row, replica in enumerate(running) if replica.run is None]
         checkpoint(states, len(going) < len(running))
         if going and len(going) < len(running):
-            stack.keep(going)
+            ensemble.keep(going)
         running = [running[row] for row in going]
-    return [replica.run for replica in replicas if replica.run is not None]
+    return [replica.run for replica in members if replica.run is not None]
 
 
 @dataclass
-class Replica:
+class Member:
     """One of the models: where its batches come from, whom it tells, and what has become of it."""
 
     model: SequenceModel
     place: int
     batches: Iterator[Tensor]
-    progress: Callable[[int, Row | None], None]
-    history: list[Row] = field(default_factory=list)
+    progress: Callable[[int, ValidationRecord | None], None]
+    history: list[ValidationRecord] = field(default_factory=list)
     run: Run | None = None
     """None while it is in the stack."""
 
-    def look(self, row: Row, losses: Sequence[float], *, protocol: Protocol, schedule: Schedule, stop_early: bool) -> None:
+    def record(
+        self,
+        row: ValidationRecord,
+        losses: Sequence[float],
+        *,
+        optimizer_config: OptimizerConfig,
+        training_config: TrainingConfig,
+        stop_early: bool,
+    ) -> None:
         """What `fit` does with a look at the validation split, by the losses since the one before."""
         if (bad := diverged(losses)) is not None:
             self._end(row.step - len(losses) + 1 + bad, "diverged")
             return
         self.history.append(row)
         self.progress(row.step, row)
-        if (stop := end(self.history, protocol, schedule, stop_early=stop_early)) is not None:
+        if (stop := stop_reason(self.history, optimizer_config, training_config, stop_early=stop_early)) is not None:
             self._end(row.step, stop)
 
     def resume(self, state: State) -> None:
@@ -146,7 +167,7 @@ class Replica:
 
     def state(self, step: int, moments: Tensor, recent: Tensor) -> State:
         """Where it stands, its weights and all, after `step` steps."""
-        history, weights = list(self.history), copied(self.model)
+        history, weights = list(self.history), cpu_state_dict(self.model)
         stop, step = (None, step) if self.run is None else (self.run.stop, self.run.steps)
         return State(step=step, history=history, weights=weights, moments=moments, recent=recent, stop=stop)
 
@@ -154,24 +175,31 @@ class Replica:
         self.run = Run(model=self.model, history=self.history, steps=steps, stop=stop)
 
 
-class Stack:
+class Ensemble:
     """R models of one configuration: their parameters as a matrix with a row for each, those with weight decay first.
 
     The state of AdamW (cat/training/optimizer.py) is two more matrices; what differs between replicas there is a column here.
     """
 
-    def __init__(self, models: Sequence[SequenceModel], learning_rates: Sequence[float], *, protocol: Protocol, precision: str):
-        self.protocol, self.precision = protocol, precision
+    def __init__(
+        self,
+        models: Sequence[SequenceModel],
+        learning_rates: Sequence[float],
+        *,
+        optimizer_config: OptimizerConfig,
+        precision: str,
+    ):
+        self.protocol, self.precision = optimizer_config, precision
         self.caller = _Caller(models[0])
         names = {id(parameter): name for name, parameter in models[0].named_parameters()}
-        decayed, others = decayed_or_not(models[0])
+        decayed, others = split_by_weight_decay(models[0])
         self.shapes = {names[id(parameter)]: parameter.shape for parameter in (*decayed, *others)}
         self.decayed = sum(parameter.numel() for parameter in decayed)
         self.weights = torch.stack([torch.cat([p.detach().flatten() for p in self._parameters(model)]) for model in models])
         self.mean, self.square = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.peaks = torch.tensor(learning_rates).to(self.weights).view(len(models), 1)
         self.steps, self.at_once = 0, len(models)
-        self.replay = Replay(self._step)
+        self.replay = GraphedFunction(self._step)
         buffers = [dict(model.named_buffers()) for model in models]
         self.buffers = {name: torch.stack([own[name] for own in buffers]) for name in buffers[0]}
 
@@ -246,7 +274,7 @@ class Stack:
         self, gradient: Float[Tensor, "R P"], share: Tensor, first_correction: Tensor, second_correction: Tensor
     ) -> Float[Tensor, " R"]:
         norms = gradient.norm(dim=1)
-        gradient /= (norms[:, None] / self.protocol.clip).clamp(min=1)
+        gradient /= (norms[:, None] / self.protocol.grad_clip).clamp(min=1)
         rates, (first, second) = self.peaks * share, BETAS
         self.mean.lerp_(gradient, 1 - first)
         self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
@@ -301,7 +329,7 @@ def _gather(split: TrainingSplit, rows: Int[Tensor, "R B"]) -> Split:
 def _marks(model: SequenceModel, batch: Split, *, precision: str) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Nats and right answers, added up over a batch."""
     with autocast(batch.inputs.device, precision):
-        logits = model.answers(batch.inputs, batch.at).float()
+        logits = model.logits_at(batch.inputs, batch.positions).float()
     loss = F.cross_entropy(logits.flatten(0, 1), batch.answers.flatten(), ignore_index=IGNORE, reduction="sum")
     return loss, (logits.argmax(-1) == batch.answers).sum()
 
@@ -318,7 +346,7 @@ class _Whole(TorchFunctionMode):
         if function is F.scaled_dot_product_attention:
             return _attend(*args, **kwargs)
         if function is F.conv1d:
-            args = [operand(x) if isinstance(x, Tensor) else x for x in args]
+            args = [autocast_to_compute_dtype(x) if isinstance(x, Tensor) else x for x in args]
         if function is F.linear and args[0].is_cuda:
             return _project(*args, **kwargs)
         return function(*args, **kwargs)
@@ -330,8 +358,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None,
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = _Projected.apply(operand(x).flatten(0, -2)[None], operand(weight)[None])[0].unflatten(0, x.shape[:-1])
-    return y if bias is None else y + operand(bias)
+    y = _Projected.apply(autocast_to_compute_dtype(x).flatten(0, -2)[None], autocast_to_compute_dtype(weight)[None])[0].unflatten(
+        0, x.shape[:-1]
+    )
+    return y if bias is None else y + autocast_to_compute_dtype(bias)
 
 
 class _Projected(Operation):
@@ -358,7 +388,7 @@ class _Projected(Operation):
 
     @staticmethod
     def vmap(info: Any, mapped: tuple[int | None, ...], x: Tensor, weight: Tensor) -> tuple[Tensor, int]:
-        folded = (fold(t, axis, info.batch_size, into=0) for t, axis in zip((x, weight), mapped, strict=True))
+        folded = (merge_vmap_dim(t, axis, info.batch_size, into=0) for t, axis in zip((x, weight), mapped, strict=True))
         return _Projected.apply(*folded).unflatten(0, (info.batch_size, -1)), 0
 
 
@@ -380,5 +410,5 @@ class _Folded(Operation):
 
     @staticmethod
     def vmap(info: Any, mapped: tuple[int | None, ...], function: Callable[..., Tensor], *batches: Tensor) -> tuple[Tensor, int]:
-        folded = [fold(x, axis, info.batch_size, into=0) for x, axis in zip(batches, mapped[1:], strict=True)]
+        folded = [merge_vmap_dim(x, axis, info.batch_size, into=0) for x, axis in zip(batches, mapped[1:], strict=True)]
         return function(*folded).unflatten(0, (info.batch_size, -1)), 0

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from cat.training.distributed import ALONE, Group
+from cat.training.distributed import SINGLE_PROCESS, ProcessGroup
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 
@@ -30,10 +30,10 @@ class AdamW:
         *,
         weight_decay: float,
         clip: float,
-        group: Group = ALONE,
+        group: ProcessGroup = SINGLE_PROCESS,
     ):
         self.parameters = [*decayed, *others]
-        self.clip, self.group = clip, group
+        self.grad_clip, self.group = clip, group
         vector = torch.cat([p.detach().flatten() for p in self.parameters])
         for parameter, view in zip(self.parameters, vector.split([p.numel() for p in self.parameters]), strict=True):
             parameter.data = view.view_as(parameter)
@@ -43,9 +43,9 @@ class AdamW:
     @torch.no_grad()
     def step(self, learning_rate: float) -> Float[Tensor, ""]:
         """Moves the parameters against the gradients that a backward pass has left, takes these away, and returns their norm."""
-        gradient = self.group.add(torch.cat([_taken(p) for p in self.parameters]))
+        gradient = self.group.all_reduce_sum(torch.cat([_taken(p) for p in self.parameters]))
         norm = gradient.norm()
-        excess = (norm / self.clip).clamp(min=1).float()
+        excess = (norm / self.grad_clip).clamp(min=1).float()
         for part, its_gradient in zip(self.parts, gradient.split(self.sizes), strict=True):
             if its_gradient.numel():
                 part.step(its_gradient, excess, learning_rate)

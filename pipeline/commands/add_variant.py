@@ -18,20 +18,20 @@ from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, SequenceNode
 from tabulate import tabulate
 
-from cat.config import Variant
-from pipeline.config.errors import ParamsError, checked, find_entry
+from cat.config import VariantConfig
+from pipeline.config.errors import ParamsError, find_entry, parse_config
 from pipeline.config.load import load_study
 from pipeline.config.names import NAME, PATTERNS, Name
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import to_yaml
 from pipeline.stages.plan import check_stages
-from pipeline.storage.files import read_json, whole
+from pipeline.storage.files import atomic_write, read_json
 from pipeline.storage.paths import LOGS
 
 FILE = Path("params.yaml")
 
 
-def new_variant(name: str, source: str, settings: tuple[str, ...], *, ablation: str | None = None, dry_run: bool = False) -> str:
+def add_variant(name: str, source: str, settings: tuple[str, ...], *, ablation: str | None = None, dry_run: bool = False) -> str:
     """Adds the variant, and says what `dvc repro` will run; for `dry_run` writes nothing and shows the change of the file.
 
     A setting is `key=value`, its value YAML; null, nothing or, where the key has no such value, none take the key out. The
@@ -44,7 +44,7 @@ def new_variant(name: str, source: str, settings: tuple[str, ...], *, ablation: 
     text = FILE.read_bytes().decode()
     raw = YAML(typ="safe").load(text)
     line = _changed(raw["variants"][source], source, model, settings)
-    _check_new(study, name, checked(Study, raw | {"variants": raw["variants"] | {name: line}}, FILE).variants[name])
+    _check_new(study, name, parse_config(Study, raw | {"variants": raw["variants"] | {name: line}}, FILE).variants[name])
     home = _home(study, source, ablation)
     edited = _inserted(text, raw, name, line, source=source, home=home)
     _check(edited)
@@ -52,7 +52,7 @@ def new_variant(name: str, source: str, settings: tuple[str, ...], *, ablation: 
         lines = text.splitlines(keepends=True), edited.splitlines(keepends=True)
         said = "".join(difflib.unified_diff(lines[0], lines[1], f"a/{FILE}", f"b/{FILE}"))
     else:
-        with whole(FILE) as path:
+        with atomic_write(FILE) as path:
             path.write_bytes(edited.encode())
         said = f"{FILE}: {name} is new, from {source} with {', '.join(settings)}; ablations.{home} trains it\n"
     return f"{said}\n{_plan(study, name, source, home)}"
@@ -80,7 +80,7 @@ def _home(study: Study, source: str, ablation: str | None) -> str:
     return training[0]  # there is one: a variant that none trains is refused
 
 
-def _changed(line: dict[str, Any], source: str, model: Variant, settings: tuple[str, ...]) -> dict[str, Any]:
+def _changed(line: dict[str, Any], source: str, model: VariantConfig, settings: tuple[str, ...]) -> dict[str, Any]:
     """The `line` of the source with the settings."""
     changed, faults, keys = dict(line), [], set()
     for setting in settings:
@@ -110,7 +110,7 @@ def _changed(line: dict[str, Any], source: str, model: Variant, settings: tuple[
     return changed
 
 
-def _check_new(study: Study, name: str, model: Variant) -> None:
+def _check_new(study: Study, name: str, model: VariantConfig) -> None:
     """Raises ParamsError where there is a variant like that, whatever keys it is written with."""
     if twin := next((other for other in study.variants if study.variants[other] == model), None):
         raise ParamsError([f"{FILE}: variants.{name}: is the same as variants.{twin}"])

@@ -20,9 +20,9 @@ from tabulate import tabulate
 
 from pipeline.commands.show import COLOURS
 from pipeline.config.yaml_file import to_yaml
-from pipeline.reporting.verdicts import COLUMNS, verdict_table
-from pipeline.storage import readers
+from pipeline.reporting.verdicts import verdict_table
 from pipeline.storage.paths import REPORTS, VERDICTS
+from pipeline.storage.tables import CLAIM_COLUMNS, parse_table
 
 PARAMETERS, METRICS, CLAIMS = Path("params.yaml"), REPORTS / "metrics", VERDICTS / "claims.csv"
 SMALLEST = 5e-7
@@ -172,8 +172,8 @@ def _parse_metrics(text: bytes) -> dict[str, dict[str, float]]:
 def _parse_verdicts(text: bytes) -> pd.DataFrame:
     """A row a claim, by its name."""
     if not text.strip():
-        return pd.DataFrame(columns=[*COLUMNS]).set_index("claim")
-    return readers.parsed(text.decode(), COLUMNS).set_index("claim")
+        return pd.DataFrame(columns=[*CLAIM_COLUMNS]).set_index("claim")
+    return parse_table(text.decode(), CLAIM_COLUMNS).set_index("claim")
 
 
 def _parameters(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, ...]]:

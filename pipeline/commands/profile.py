@@ -22,14 +22,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler says on stderr th
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, record_function
 
-from cat.mixers.registry import Theory
+from cat.mixers.registry import ConstructionConfig
 from cat.model import SequenceModel
 from cat.seeding import derive_seed
-from cat.training.fit import build_model, decayed_or_not, mean_loss
+from cat.training.fit import build_model, mean_loss, split_by_weight_decay
 from cat.training.optimizer import AdamW
 from pipeline.runtime import workers
 from pipeline.runtime.devices import describe, resolve_device
-from pipeline.stages.train import Setting
+from pipeline.stages.train import CellSetting
 from pipeline.storage import runs
 from pipeline.storage.paths import DATA
 from pipeline.storage.task_data import read_meta
@@ -49,10 +49,10 @@ class Profile(NamedTuple):
     """Name, milliseconds and calls a step of the operators that take most of it themselves, the most expensive first."""
 
 
-def profile(task: str, variant: str, setting: Setting, *, steps: int, device: str) -> str:
+def profile(task: str, variant: str, setting: CellSetting, *, steps: int, device: str) -> str:
     """The profile of the cell's training as text. Raises ValueError where there is nothing to train, or no data."""
     where = resolve_device(device)
-    if isinstance(setting.model, Theory):
+    if isinstance(setting.model, ConstructionConfig):
         raise ValueError(f"{variant} is not trained: its weights are prescribed")
     if not (DATA / task / "meta.json").exists():
         raise ValueError(f"{DATA / task} is not there; run `dvc repro generate@{task}`")
@@ -105,13 +105,13 @@ class Parts:
         self.methods[name] = None
 
 
-def training_step(model: SequenceModel, task: str, setting: Setting, part: Parts) -> tuple[Callable[[], None], int]:
+def training_step(model: SequenceModel, task: str, setting: CellSetting, part: Parts) -> tuple[Callable[[], None], int]:
     """The step of `cat.training.fit`, and how many sequences it takes."""
     train = runs.training_split(task, part.device)
-    size = min(setting.schedule.batch, train.size)
+    size = min(setting.training.batch, train.size)
     batches = cycle(torch.randperm(train.size).unfold(0, size, size))
-    decayed, others = decayed_or_not(model)
-    optimizer = AdamW(decayed, others, weight_decay=setting.protocol.weight_decay, clip=setting.protocol.clip)
+    decayed, others = split_by_weight_decay(model)
+    optimizer = AdamW(decayed, others, weight_decay=setting.optimizer.weight_decay, clip=setting.optimizer.grad_clip)
     part.of(model.embedding, "forward", "embedding")
     for number, block in enumerate(model.layers(), start=1):
         for method in ("project", "combine"):
@@ -128,7 +128,7 @@ def training_step(model: SequenceModel, task: str, setting: Setting, part: Parts
         with part("backward"):
             loss.backward()
         with part("clip and optimizer"):
-            optimizer.step(setting.schedule.learning_rates[0])
+            optimizer.step(setting.training.learning_rates[0])
 
     return step, size
 

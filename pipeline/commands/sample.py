@@ -20,7 +20,7 @@ from pipeline.storage.files import read_json, readable
 from pipeline.storage.paths import DATA
 
 
-class Drawing(NamedTuple):
+class SamplingOptions(NamedTuple):
     """How the tokens are chosen."""
 
     tokens: int
@@ -30,8 +30,8 @@ class Drawing(NamedTuple):
     seed: int
 
 
-def generate_text(
-    study: Study, task: str, variant: str, prompt: bytes, drawing: Drawing, *, model_seed: int, device: str
+def sample(
+    study: Study, task: str, variant: str, prompt: bytes, drawing: SamplingOptions, *, model_seed: int, device: str
 ) -> Iterator[str]:
     """What follows upon `prompt` in the eyes of the variant that was trained on the task with one seed, as it comes.
 

@@ -12,9 +12,9 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from cat.config import Configuration, Variant
-from cat.mixers.landmark.config import Landmark
-from cat.mixers.registry import VariantConfiguration
+from cat.config import Config, VariantConfig
+from cat.mixers.landmark.config import LandmarkConfig
+from cat.mixers.registry import AnyVariant
 from pipeline.config.names import PATTERNS
 
 LONGEST = 300
@@ -37,29 +37,34 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
 
 
-def checked(schema: Any, raw: object, file: str | Path) -> Any:
+def parse_config(schema: Any, raw: object, file: str | Path) -> Any:
     """`raw` as a `schema`: a class of configuration, or a mapping to one. Raises ParamsError with every fault that it has."""
     try:
         return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
         found = [(_path(fault["loc"], raw, missing=fault["type"] == "missing"), fault) for fault in error.errors()]
+        renamed = {
+            tuple(path[:-1]) for path, fault in found if fault["type"] == "extra_forbidden" and _new_name(path, raw, schema)
+        }
         faults: dict[str, dict[str, None]] = {}
         for path, fault in found:
+            if fault["type"] == "missing" and tuple(path[:-1]) in renamed:
+                continue  # the new name of a key that is there under its old one
             # A list of names that are wrong is also called empty, and no number, where it may be one.
             inside = any(other[: len(path)] == path and len(other) > len(path) for other, _ in found)
             if not (inside and fault["type"].endswith(("_type", "too_short"))):
                 subject, rule = _in_words(fault, path, raw, schema)
                 faults.setdefault(subject, {})[rule] = None
         # A key that may be of two kinds breaks a rule of each.
-        raise refusal(file, [f"{subject}{', and '.join(rules)}" for subject, rules in faults.items()]) from None
+        raise config_error(file, [f"{subject}{', and '.join(rules)}" for subject, rules in faults.items()]) from None
 
 
-def refusal(file: str | Path, faults: Iterable[str]) -> ParamsError:
+def config_error(file: str | Path, faults: Iterable[str]) -> ParamsError:
     """The error that says what is wrong with `file`, each fault cut to LONGEST characters."""
     return ParamsError([f"{file}: {_cut(fault, LONGEST)}" for fault in faults])
 
 
-_MIXERS: tuple[type[Variant], ...] = get_args(get_args(VariantConfiguration)[0])
+MIXER_CONFIGS: tuple[type[VariantConfig], ...] = get_args(get_args(AnyVariant)[0])
 
 _RULES = {
     "int_type": "is not a whole number",
@@ -97,9 +102,11 @@ def _in_words(error: Any, path: list[int | str], raw: object, schema: Any) -> tu
     subject = _subject(key, error["input"])
     match kind:
         case "extra_forbidden":
+            if (new := _new_name(path, raw, schema)) is not None:
+                return subject, f"renamed to {new}"
             owner = _schema(path[:-1], raw, schema)
-            if issubclass(owner, Variant) and any(path[-1] in mixer.model_fields for mixer in _MIXERS):
-                what = f"stream {path[-1]} to filter" if path[-1] in Landmark.streams else path[-1]
+            if issubclass(owner, VariantConfig) and any(path[-1] in mixer.model_fields for mixer in MIXER_CONFIGS):
+                what = f"stream {path[-1]} to filter" if path[-1] in LandmarkConfig.projections else path[-1]
                 return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no {what}"
             return subject, "unknown key" + (
                 nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}"
@@ -152,7 +159,7 @@ def _path(location: tuple[int | str, ...], raw: object, *, missing: bool) -> lis
 def _schema(path: list[int | str], raw: object, schema: Any) -> Any:
     """The class that describes the mapping at `path` of what is a `schema`."""
     for depth, step in enumerate(path, 1):
-        is_class = isinstance(schema, type) and issubclass(schema, Configuration)
+        is_class = isinstance(schema, type) and issubclass(schema, Config)
         inside = 0 if get_origin(schema) is tuple else 1
         schema = schema.model_fields[step].annotation if is_class else get_args(schema)[inside]
         if get_origin(schema) is Annotated:
@@ -163,7 +170,13 @@ def _schema(path: list[int | str], raw: object, schema: Any) -> Any:
     return schema
 
 
-def _tags(member: type[Configuration]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _new_name(path: list[int | str], raw: object, schema: Any) -> str | None:
+    """What a key is called now; None where it never was one."""
+    new: str | None = _schema(path[:-1], raw, schema).renamed_keys.get(path[-1])
+    return new
+
+
+def _tags(member: type[Config]) -> Iterator[tuple[str, tuple[str, ...]]]:
     for tag in ("mixer", "kind"):
         if tag in member.model_fields:
             yield tag, get_args(member.model_fields[tag].annotation)
@@ -181,5 +194,5 @@ Entry = TypeVar("Entry")
 def find_entry(section: dict[str, Entry], key: str, name: str) -> Entry:
     """The entry of a section of params.yaml that a command names. Raises ParamsError where there is none."""
     if name not in section:
-        raise refusal("params.yaml", [f"{key}.{_cut(name, 60)}: is missing" + nearest(name, section)])
+        raise config_error("params.yaml", [f"{key}.{_cut(name, 60)}: is missing" + nearest(name, section)])
     return section[name]

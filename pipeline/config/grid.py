@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from pipeline.config.study import Study
+from pipeline.config.study import Ablation, Study
 
 
 class Cell(NamedTuple):
@@ -30,3 +30,24 @@ def variants_on(study: Study, task: str) -> list[str]:
     """The variants that are trained on `task`, in the order of `variants`."""
     trained = {cell.variant for cell in cells(study) if cell.task == task}
     return [variant for variant in study.variants if variant in trained]
+
+
+def shown_tasks(study: Study, ablation: Ablation) -> list[str]:
+    """The tasks of the ablation's figure, in the order of `tasks`."""
+    return [task for task in study.tasks if task in (*ablation.tasks, *ablation.reference_tasks)]
+
+
+def shown_variants(ablation: Ablation) -> list[str]:
+    """The variants of the ablation's figure: what stands beside comes first."""
+    return [*ablation.reference_variants, *ablation.variants]
+
+
+def shown_on(study: Study, ablation: Ablation, task: str) -> list[str]:
+    """The variants of the ablation's figure that are trained on `task`, in the order of the figure."""
+    trained = variants_on(study, task)
+    return [variant for variant in shown_variants(ablation) if variant in trained]
+
+
+def shown_cells(study: Study, ablation: Ablation) -> list[tuple[str, str]]:
+    """(task, variant) of each trained cell in the ablation's figure, task by task."""
+    return [(task, variant) for task in shown_tasks(study, ablation) for variant in shown_on(study, ablation, task)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config.errors import checked, refusal
-from pipeline.config.rules import _contradictions
+from pipeline.config import rules
+from pipeline.config.errors import config_error, parse_config
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml
 
@@ -17,7 +17,7 @@ def load_study(path: str | Path = "params.yaml") -> Study:
 
 def study_of(raw: object, file: str | Path) -> Study:
     """The study that `raw`, what `file` says, describes. Raises ParamsError with every fault that it has."""
-    study: Study = checked(Study, raw, file)
-    if contradictions := list(_contradictions(study)):
-        raise refusal(file, contradictions)
+    study: Study = parse_config(Study, raw, file)
+    if faults := list(rules.contradictions(study)):
+        raise config_error(file, faults)
     return study

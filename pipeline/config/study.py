@@ -6,35 +6,47 @@ Read with the YAML 1.2 parser that DVC reads it with. Importing this imports no 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from cat.config import Configuration, Count, Protocol, Schedule
-from cat.mixers.registry import VariantConfiguration
-from cat.tasks.registry import TaskConfiguration
+from cat.config import Config, Count, OptimizerConfig, TrainingConfig
+from cat.mixers.registry import AnyVariant
+from cat.tasks.registry import AnyTask
 from pipeline.config.names import DEVICE, LINE, Name
 
 
-class TaskSection(Configuration):
+class TaskConfig(Config):
     """One task: what its examples are, and how long it is trained."""
 
-    data: TaskConfiguration
-    train: Schedule
+    renamed_keys: ClassVar = {"train": "training"}
+    data: AnyTask
+    training: TrainingConfig
 
 
-class Ablation(Configuration):
+class Ablation(Config):
     """One question: every variant of it is trained on every task of it, then drawn in one figure."""
 
+    renamed_keys: ClassVar = {"beside": "reference_variants", "across": "reference_tasks", "figure": "plot"}
     question: Annotated[str, Field(pattern=LINE)]
     tasks: Annotated[tuple[Name, ...], Field(strict=False)]
     variants: Annotated[tuple[Name, ...], Field(strict=False)]
-    beside: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    reference_variants: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Variants that another ablation trains and that belong in this figure as well."""
-    across: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    reference_tasks: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Tasks on which other ablations train these variants and that belong in this figure as well."""
-    figure: Literal[
-        "heatmap", "sweep", "contrast", "lines", "attention", "rates", "stability", "example", "filters", "positions", "recall"
+    plot: Literal[
+        "heatmap",
+        "sweep",
+        "contrast",
+        "lines",
+        "attention",
+        "learning_rates",
+        "stability",
+        "example",
+        "filters",
+        "positions",
+        "recall",
     ]
     """heatmap: variants by tasks; sweep: against a number `x`; contrast: by `x`, filtered beside unfiltered; lines: by length;
     attention: how many tokens share it and how much is on the answer; rates: by learning rate, how many seeds found a key filter
@@ -45,26 +57,26 @@ class Ablation(Configuration):
     """The key of a variant that a sweep or a contrast has on its axis."""
 
     @property
-    def looks_inside(self) -> bool:
+    def shows_models(self) -> bool:
         """Whether its figure is of models, or of single answers, rather than of their scores."""
-        return self.figure in ("example", "filters", "positions", "recall")
+        return self.plot in ("example", "filters", "positions", "recall")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if (self.x is not None) != (self.figure in ("sweep", "contrast")):
-            raise ValueError(f"figure = {self.figure} " + ("needs x, the key on its axis" if self.x is None else "has no axis x"))
-        for key in ("tasks", "variants", "beside", "across"):
+        if (self.x is not None) != (self.plot in ("sweep", "contrast")):
+            raise ValueError(f"plot = {self.plot} " + ("needs x, the key on its axis" if self.x is None else "has no axis x"))
+        for key in ("tasks", "variants", "reference_variants", "reference_tasks"):
             names = getattr(self, key)
             twice = {name for name in names if names.count(name) > 1}
             if twice:
                 raise ValueError(f"{key} has {min(twice)!r} twice")
-        for key, other in (("variants", "beside"), ("tasks", "across")):
+        for key, other in (("variants", "reference_variants"), ("tasks", "reference_tasks")):
             if both := set(getattr(self, key)) & set(getattr(self, other)):
                 raise ValueError(f"{min(both)!r} is under {key} and under {other}")
         return self
 
 
-class Evaluation(Configuration):
+class EvaluationConfig(Config):
     """How the test splits are scored."""
 
     multiples: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, strict=False)]
@@ -77,15 +89,16 @@ class Evaluation(Configuration):
         return self
 
 
-class Rendering(Configuration):
+class RenderConfig(Config):
     """How figures look."""
 
+    renamed_keys: ClassVar = {"spread": "error_band"}
     dpi: Annotated[int, Field(ge=50, le=600)]
-    spread: Literal["range", "sd"]
+    error_band: Literal["range", "sd"]
     """What the bands around a mean over seeds show: smallest to largest, or one standard deviation."""
 
 
-class Resources(Configuration):
+class Resources(Config):
     """What a run asks of a machine of a Ray cluster; several that are trained at once on a GPU ask it together."""
 
     cpus: Annotated[float, Field(gt=0)] = 1
@@ -113,23 +126,24 @@ class ClusterResources(Resources):
         return Resources(**{**common, **own})
 
 
-class Study(Configuration):
+class Study(Config):
     """All of params.yaml."""
 
+    renamed_keys: ClassVar = {"threads": "parallel_runs", "train": "optimizer"}
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1, strict=False)]
     data_seed: Annotated[int, Field(ge=0, lt=2**31)]
     device: Annotated[str, Field(pattern=DEVICE)]
     precision: Literal["float32", "bfloat16"]
     deterministic: bool
     """The same last bits on CPUs of all kinds, at some cost in time (pipeline/runtime/determinism.py)."""
-    threads: Count | Literal["auto"]
+    parallel_runs: Count | Literal["auto"]
     resources: ClusterResources = ClusterResources()
-    tasks: Annotated[dict[Name, TaskSection], Field(min_length=1)]
-    variants: Annotated[dict[Name, VariantConfiguration], Field(min_length=1)]
+    tasks: Annotated[dict[Name, TaskConfig], Field(min_length=1)]
+    variants: Annotated[dict[Name, AnyVariant], Field(min_length=1)]
     ablations: Annotated[dict[Name, Ablation], Field(min_length=1)]
-    train: Protocol
-    evaluate: Evaluation
-    render: Rendering
+    optimizer: OptimizerConfig
+    evaluate: EvaluationConfig
+    render: RenderConfig
 
     @model_validator(mode="after")
     def _seeds_differ(self) -> Self:

@@ -10,7 +10,7 @@ from typing import Any
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.error import MarkedYAMLError
 
-from pipeline.config.errors import _cut, refusal
+from pipeline.config.errors import _cut, config_error
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -21,13 +21,13 @@ def read_yaml(path: str | Path) -> Any:
             raise ValueError("a number of 4,000 digits or more")
         return YAML(typ="safe").load(text)
     except OSError as error:
-        raise refusal(path, [f"{error.strerror}"]) from None
+        raise config_error(path, [f"{error.strerror}"]) from None
     except UnicodeDecodeError as error:
-        raise refusal(path, [f"byte {error.start} is not UTF-8"]) from None
+        raise config_error(path, [f"byte {error.start} is not UTF-8"]) from None
     except YAMLError as error:
-        raise refusal(path, [_misread(error)]) from None
+        raise config_error(path, [_misread(error)]) from None
     except (ValueError, KeyError, RecursionError) as error:  # of a scalar that is not what it looks like, as 2026-02-30
-        raise refusal(path, [f"a value cannot be read: {error}"]) from None
+        raise config_error(path, [f"a value cannot be read: {error}"]) from None
 
 
 def _misread(error: YAMLError) -> str:
@@ -51,7 +51,7 @@ def check_rewritten(path: str | Path) -> None:
             place = getattr(error, "problem_mark", None)
             line = text.getvalue().splitlines()[place.line].strip() if place else ""
             what = "cannot be read once `dvc exp run -S` has written it anew, without quotes; is there a question mark in braces?"
-            raise refusal(path, [f"{_cut(line, 60)}: {what}"]) from None
+            raise config_error(path, [f"{_cut(line, 60)}: {what}"]) from None
 
 
 def to_yaml(value: object, *, flow: bool = True) -> str:

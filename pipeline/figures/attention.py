@@ -7,8 +7,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks, shown_variants
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import shown_on, shown_tasks
 from pipeline.config.study import Ablation, Study
 
 
@@ -25,7 +24,7 @@ def attention(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure
         here = here.set_index(["variant", "layer"]).loc[list(best)].reset_index()
         for metric, axes in zip(("attention_on_answer", "attention_entropy"), column, strict=True):
             shown = here[here["metric"] == metric]
-            variants = [v for v in shown_variants(ablation) if v in variants_on(study, task)]
+            variants = shown_on(study, ablation, task)
             sns.stripplot(shown, x="variant", y="value", order=variants, ax=axes, color="C0", jitter=False, size=7, alpha=0.6)
             axes.tick_params(axis="x", rotation=45)
             axes.set(xlabel="", title=task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks
+from pipeline.config.grid import shown_tasks
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import _label
 from pipeline.figures.style import add_legend, draw_lines, panels_of, set_ticks

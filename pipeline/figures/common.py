@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 
-from cat.mixers.registry import Theory
-from pipeline.config.ablations import shown_variants
+from cat.mixers.registry import ConstructionConfig
+from pipeline.config.grid import shown_variants
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.tables import LABELS
 from pipeline.storage.results import PRIMARY
@@ -14,12 +14,12 @@ from pipeline.storage.results import PRIMARY
 
 def trained_variants(study: Study, ablation: Ablation) -> list[str]:
     """The variants of the figure without those of a theorem, which have no place on an axis."""
-    return [v for v in shown_variants(ablation) if not isinstance(study.variants[v], Theory)]
+    return [v for v in shown_variants(ablation) if not isinstance(study.variants[v], ConstructionConfig)]
 
 
 def _limit(study: Study, table: pd.DataFrame, axes: Axes) -> None:
     """What a theorem's weights reach, as a line across."""
-    values = table[table["variant"].map(lambda variant: isinstance(study.variants[variant], Theory))]["value"]
+    values = table[table["variant"].map(lambda variant: isinstance(study.variants[variant], ConstructionConfig))]["value"]
     if len(values):
         axes.axhline(values.mean(), color="black", lw=1.4, ls=":", label="theory")
 

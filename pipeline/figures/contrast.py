@@ -7,7 +7,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks
+from pipeline.config.grid import shown_tasks
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import _label, _limit, trained_variants
 from pipeline.figures.style import add_legend, errorbar
@@ -28,7 +28,7 @@ def contrast(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             here = here[here["variant"].isin(settings)]
             here[ablation.x] = here["variant"].map(settings)
             here["filters"] = here["variant"].map(
-                {v: "with filters" if study.variants[v].filtered else "without" for v in settings}
+                {v: "with filters" if study.variants[v].has_convolution else "without" for v in settings}
             )
             sns.pointplot(
                 here, x=ablation.x, y="value", order=list(dict.fromkeys(settings.values())), ax=axes, linestyle="none",

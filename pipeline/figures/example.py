@@ -30,7 +30,7 @@ def read_example(task: str) -> Example:
     """The first test sequence of the training length. Raises ValueError where answers stand nowhere in a sequence."""
     data = read_task(task)
     examples = Examples(*(array[:1] for array in read_split(task, f"test_{data.length}")))
-    sources = data.sources(examples)
+    sources = data.answer_positions(examples)
     if sources is None:
         raise ValueError(f"task {task!r}: its answers stand nowhere in its sequences")
     (asked,) = np.nonzero(sources[0] >= 0)

@@ -12,8 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cat.tasks.registry import Recall
-from pipeline.config.ablations import shown_tasks, shown_variants
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import shown_cells
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.example import attention_on, read_example
 
@@ -23,7 +22,7 @@ def example(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
 
     Of the first seed that did not diverge; of a model with several layers and heads, where most is on the answers.
     """
-    cells = [(t, v) for t in shown_tasks(study, ablation) for v in shown_variants(ablation) if v in variants_on(study, t)]
+    cells = shown_cells(study, ablation)
     figure, panels = plt.subplots(len(cells), 1, figsize=(11, 2.3 * len(cells)), squeeze=False, layout="constrained")
     for (task, variant), axes in zip(cells, panels[:, 0], strict=True):
         data = read_example(task)

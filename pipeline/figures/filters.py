@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cat.mixers.registry import Theory
-from pipeline.config.ablations import shown_tasks, shown_variants
+from cat.mixers.registry import ConstructionConfig
+from pipeline.config.grid import shown_tasks, shown_variants
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import trained_variants
 from pipeline.figures.style import add_legend, set_ticks, style
@@ -27,7 +27,7 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """
     tables = {task: read_filters(task) for task in shown_tasks(study, ablation)}
     cells = [(t, v) for t in tables for v in trained_variants(study, ablation) if v in set(tables[t]["variant"])]
-    theorems = [v for v in shown_variants(ablation) if isinstance(study.variants[v], Theory)]
+    theorems = [v for v in shown_variants(ablation) if isinstance(study.variants[v], ConstructionConfig)]
     streams = ("q", "k", "v")
     rows = max(len(cells), 1)
     figure, grid = plt.subplots(
@@ -37,7 +37,7 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
         grid[0, 0].set_title("no seed of any variant has ended with a filter")
     for (task, variant), row in zip(cells, grid, strict=bool(cells)):
         for stream, axes in zip(streams, row, strict=True):
-            here = tables[task][(tables[task]["stream"] == stream) & (tables[task]["lag"] < LAGS)]
+            here = tables[task][(tables[task]["projection"] == stream) & (tables[task]["lag"] < LAGS)]
             prescribed = here[here["variant"].isin(theorems) & (here["seed"] == study.seeds[0])]
             _stems(axes, prescribed, -0.15, color="black", marker="x", linestyle=":", label="theorem")
             trained = here[(here["variant"] == variant) & here["seed"].isin(study.seeds)]
@@ -58,7 +58,7 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
 
 def _stems(axes: Axes, taps: pd.DataFrame, shift: float, *, color: Any, marker: str, linestyle: str, label: str) -> None:
     """The filters of every layer, row and seed side by side."""
-    for place, (_, one) in enumerate(taps.groupby(["variant", "layer", "row", "seed"], sort=True)):
+    for place, (_, one) in enumerate(taps.groupby(["variant", "layer", "head", "seed"], sort=True)):
         largest = one["value"].iloc[one["value"].abs().argmax()]
         heights = one["value"] / largest if largest else one["value"]
         at = one["lag"] + shift + 0.08 * place

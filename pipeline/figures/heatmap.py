@@ -7,7 +7,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks, shown_variants
+from pipeline.config.grid import shown_tasks, shown_variants
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.tables import LABELS
 from pipeline.storage.results import PRIMARY

@@ -9,8 +9,8 @@ from pipeline.figures.contrast import contrast
 from pipeline.figures.example_plot import example
 from pipeline.figures.filters import filters
 from pipeline.figures.heatmap import heatmap
+from pipeline.figures.learning_rates import learning_rates
 from pipeline.figures.positions import positions
-from pipeline.figures.rates import rates
 from pipeline.figures.recall import recall
 from pipeline.figures.stability import by_rate
 from pipeline.figures.style import Draw
@@ -26,16 +26,16 @@ def figures_of(name: str, ablation: Ablation) -> dict[str, Draw]:
         "contrast": contrast,
         "lines": lengths,
         "attention": attention,
-        "rates": rates,
+        "learning_rates": learning_rates,
         "stability": by_rate,
         "example": example,
         "filters": filters,
         "positions": positions,
         "recall": recall,
     }
-    figures = {name: own[ablation.figure]}
-    if ablation.looks_inside:
+    figures = {name: own[ablation.plot]}
+    if ablation.shows_models:
         return figures
-    if ablation.figure != "lines":
+    if ablation.plot != "lines":
         figures[f"{name}_length"] = lengths
     return {**figures, f"{name}_training": training}

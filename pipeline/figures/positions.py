@@ -8,9 +8,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks, shown_variants
+from pipeline.config.grid import shown_on, shown_tasks, shown_variants
 from pipeline.config.study import Ablation, Study
-from pipeline.figures.language import _shown
 from pipeline.figures.style import add_legend, draw_line, panels_of, set_ticks
 from pipeline.storage.results import read_positions
 
@@ -26,7 +25,7 @@ def positions(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure
     for task, axes in panels.items():
         table, trained = _positions(study, ablation, task), study.tasks[task].data.length
         full, sliding = table["context"] == "full", (table["context"] == "sliding") & (table["position"] >= trained)
-        for variant in _shown(study, ablation, task):
+        for variant in shown_on(study, ablation, task):
             for chosen, dash in ((full, "-"), (sliding, "--")):
                 here = table[chosen & (table["variant"] == variant)]
                 if len(here):  # a seed that diverged has none
@@ -54,7 +53,7 @@ def positions_table(study: Study, ablation: Ablation) -> pd.DataFrame:
     for task in shown_tasks(study, ablation):
         trained, longest = study.tasks[task].data.length, study.tasks[task].data.lengths[-1]
         means = _positions(study, ablation, task).groupby(["variant", "context", "position"])["bits_per_byte"].mean()
-        for variant in _shown(study, ablation, task):
+        for variant in shown_on(study, ablation, task):
             at = {
                 "at the training length": means.get((variant, "full", trained)),
                 "at the longest": means.get((variant, "full", longest)),
@@ -66,4 +65,4 @@ def positions_table(study: Study, ablation: Ablation) -> pd.DataFrame:
 
 def _positions(study: Study, ablation: Ablation, task: str) -> pd.DataFrame:
     table = read_positions(task)
-    return table[table["variant"].isin(_shown(study, ablation, task)) & table["seed"].isin(study.seeds)]
+    return table[table["variant"].isin(shown_on(study, ablation, task)) & table["seed"].isin(study.seeds)]

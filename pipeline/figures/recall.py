@@ -7,9 +7,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks, shown_variants
+from pipeline.config.grid import shown_on, shown_tasks, shown_variants
 from pipeline.config.study import Ablation, Study
-from pipeline.figures.language import _shown
 from pipeline.figures.style import add_legend, errorbar
 
 CLASSES = {"recalled": "loss_recalled", "recalled, rare": "loss_recalled_rare", "others": "loss_others"}
@@ -76,7 +75,7 @@ def gains_table(study: Study, ablation: Ablation, results: pd.DataFrame) -> pd.D
     rows = []
     for task in shown_tasks(study, ablation):
         data = study.tasks[task].data
-        for variant in _shown(study, ablation, task):
+        for variant in shown_on(study, ablation, task):
             for length in dict.fromkeys((data.length, data.lengths[-1])):
                 here = table[(table["task"] == task) & (table["variant"] == variant) & (table["length"] == length)]
                 if len(here):

@@ -10,8 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks, shown_variants
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import shown_cells, shown_tasks
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.style import add_legend, draw_lines, set_ticks, style
 from pipeline.storage import runs
@@ -20,8 +19,8 @@ from pipeline.storage.results import read_history
 MEASURES = {
     "valid_loss": "validation loss\nat the end, nats",
     "loss_rise": "largest rise of the loss\nin a step, nats",
-    "gradient_norm": "largest gradient norm\nafter warm-up",
-    "largest_logit": "largest\nattention logit",
+    "grad_norm": "largest gradient norm\nafter warm-up",
+    "max_logit": "largest\nattention logit",
     "entropy": "entropy of attention\nat the end, nats",
 }
 """Of a run, with what they are called in a figure."""
@@ -39,14 +38,14 @@ def by_rate(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
         here = table[table["task"] == task]
         for (measure, label), axes in zip(MEASURES.items(), row, strict=True):
             draw_lines(study, ablation, here, axes, x="learning_rate", y=measure)
-            if measure == "gradient_norm" and here[measure].gt(0).any():
+            if measure == "grad_norm" and here[measure].gt(0).any():
                 axes.set_yscale("log")
             for variant, lost in here[here["stop"] == "diverged"].groupby("variant"):
                 at = lost["learning_rate"].drop_duplicates()
                 colour = style(study, str(variant))["color"]
                 axes.plot(at, [1.0] * len(at), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False, mew=2)
             axes.set_xscale("log")
-            set_ticks(axes, study.tasks[task].train.learning_rates, "{:g}")
+            set_ticks(axes, study.tasks[task].training.learning_rates, "{:g}")
             axes.set(title=label, xlabel="learning rate", ylabel=task if axes is row[0] else "")
     add_legend(figure, {str(place): axes for place, axes in enumerate(grid.flat)})
     return figure
@@ -54,7 +53,7 @@ def by_rate(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
 
 def every_run(study: Study) -> pd.DataFrame:
     """The `stability` of all questions whose figure it is, each run once."""
-    asked = [ablation for ablation in study.ablations.values() if ablation.figure == "stability"]
+    asked = [ablation for ablation in study.ablations.values() if ablation.plot == "stability"]
     return pd.DataFrame([row for ablation in asked for row in _rows(study, ablation)], columns=COLUMNS).drop_duplicates()
 
 
@@ -68,10 +67,10 @@ def stability(study: Study, ablation: Ablation) -> pd.DataFrame:
 
 
 def _rows(study: Study, ablation: Ablation) -> Iterator[dict[str, Any]]:
-    shown = [(t, v) for t in shown_tasks(study, ablation) for v in shown_variants(ablation) if v in variants_on(study, t)]
+    shown = shown_cells(study, ablation)
     for task, variant in shown:
         history = read_history(study, task, variant)
-        after = study.train.warmup * study.tasks[task].train.steps
+        after = study.optimizer.warmup * study.tasks[task].training.steps
         for run in runs.read_summary(task, variant)["runs"]:
             if run["seed"] in study.seeds:
                 own = history[(history["learning_rate"] == run["learning_rate"]) & (history["seed"] == run["seed"])]
@@ -87,9 +86,9 @@ def _of_run(run: dict[str, Any], history: pd.DataFrame, after: float) -> dict[st
         "seed": run["seed"],
         "stop": run["stop"],
         "valid_loss": run["valid_loss"],
-        "loss_rise": max((history["peak_loss"] - lowest).max(), 0.0),
-        "gradient_norm": history.loc[history["step"] > after, "gradient_norm"].max(),
-        "largest_logit": history["largest_logit"].max(),
+        "loss_rise": max((history["max_loss"] - lowest).max(), 0.0),
+        "grad_norm": history.loc[history["step"] > after, "grad_norm"].max(),
+        "max_logit": history["max_logit"].max(),
         "entropy": sum(entropies) / len(entropies) if entropies else math.nan,
         "entropy_by_head": "; ".join(" ".join(f"{entropy:.3f}" for entropy in heads) for heads in layers),
     }

@@ -22,8 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from cat.mixers.registry import Theory
-from pipeline.config.ablations import shown_variants
+from cat.mixers.registry import ConstructionConfig
+from pipeline.config.grid import shown_variants
 from pipeline.config.study import Ablation, Study
 from pipeline.runtime.processes import available, end_with_parent
 
@@ -45,7 +45,7 @@ def draw_all(study: Study, pictures: Sequence[Picture]) -> None:
 
     Raises what drawing one raises, once no other is under way; ValueError where a process is killed.
     """
-    one, count = partial(_draw, study), min(len(pictures), available() if study.threads == "auto" else study.threads)
+    one, count = partial(_draw, study), min(len(pictures), available() if study.parallel_runs == "auto" else study.parallel_runs)
     if count <= 1:
         for picture in pictures:
             one(picture)
@@ -84,7 +84,7 @@ def save(figure: Figure, png: Path, svg: Path) -> None:
 
 def style(study: Study, variant: str) -> dict[str, Any]:
     """Colour, dash and marker of a variant: the same in every figure, and kept when variants are added at the end."""
-    if isinstance(study.variants[variant], Theory):
+    if isinstance(study.variants[variant], ConstructionConfig):
         return {"color": "black", "linestyle": ":", "marker": "x"}
     number = list(study.variants).index(variant)
     colours, dashes, markers = sns.color_palette("colorblind", 10), ["-", "--", ":"], "osD^vP*Xph<>"
@@ -116,7 +116,7 @@ def draw_line(study: Study, table: pd.DataFrame, axes: Axes, *, x: str, y: str, 
     """The mean over seeds, and where there are several a band; as `sns.lineplot`, which calls Python for each point, draws it."""
     seeds = table.dropna(subset=y).groupby(x)[y]
     mean, spread, several = seeds.mean(), seeds.std(), seeds.count() > 1
-    low, high = (seeds.min(), seeds.max()) if study.render.spread == "range" else (mean - spread, mean + spread)
+    low, high = (seeds.min(), seeds.max()) if study.render.error_band == "range" else (mean - spread, mean + spread)
     (line,) = axes.plot(mean.index, mean, lw=1.8, ms=6, mew=0.75, mec="w", **looks)
     axes.fill_between(mean.index, low.where(several), high.where(several), color=line.get_color(), alpha=band)
 
@@ -144,4 +144,4 @@ def add_legend(figure: Figure, panels: dict[str, Axes]) -> None:
 
 
 def errorbar(study: Study) -> tuple[str, int]:
-    return ("pi", 100) if study.render.spread == "range" else ("sd", 1)
+    return ("pi", 100) if study.render.error_band == "range" else ("sd", 1)

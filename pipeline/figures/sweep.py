@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks
+from pipeline.config.grid import shown_tasks
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import _label, _limit, trained_variants
 from pipeline.figures.style import add_legend, errorbar, panels_of, set_ticks

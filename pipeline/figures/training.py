@@ -5,8 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks, shown_variants
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import shown_on, shown_tasks
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import _label
 from pipeline.figures.style import add_legend, draw_lines, panels_of
@@ -20,7 +19,7 @@ def training(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     for task, axes in panels.items():
         column = "valid_accuracy" if study.tasks[task].data.goal == "accuracy" else "valid_loss"
         tables = []
-        for variant in [v for v in shown_variants(ablation) if v in variants_on(study, task)]:
+        for variant in shown_on(study, ablation, task):
             rate = runs.read_summary(task, variant)["learning_rate"]
             tables.append(read_history(study, task, variant, rate).assign(variant=variant))
         history = pd.concat(tables, ignore_index=True)

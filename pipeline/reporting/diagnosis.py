@@ -12,6 +12,7 @@ from pipeline.config.grid import variants_on
 from pipeline.config.study import Study
 from pipeline.storage import runs
 from pipeline.storage.results import PRIMARY, read_history
+from pipeline.storage.tables import DIAGNOSIS_COLUMNS
 
 SOLVED = 0.95
 """Accuracy at the training length below which a task is not solved."""
@@ -34,7 +35,7 @@ class Sign(NamedTuple):
 
     task: str
     variant: str
-    signature: str
+    failure_mode: str
     evidence: str
 
 
@@ -46,7 +47,7 @@ def diagnose(study: Study, results: pd.DataFrame) -> pd.DataFrame:
         for variant in variants_on(study, task):
             found = _signs(study, task, variant, here[here["variant"] == variant])
             signs += [Sign(task, variant, *sign) for sign in found]
-    return pd.DataFrame(signs, columns=Sign._fields)
+    return pd.DataFrame(signs, columns=[*DIAGNOSIS_COLUMNS])
 
 
 def _signs(study: Study, task: str, variant: str, results: pd.DataFrame) -> Iterator[tuple[str, str]]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from pipeline.config.ablations import shown_tasks, shown_variants
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import shown_on, shown_tasks, shown_variants, variants_on
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.verdicts import left_out, of_the_study, read_verdicts, verdict_table
 from pipeline.storage import runs
@@ -39,7 +38,7 @@ def found(study: Study, ablation: Ablation) -> pd.DataFrame:
     """
     rows = []
     for task in shown_tasks(study, ablation):
-        for variant in [v for v in shown_variants(ablation) if v in variants_on(study, task)]:
+        for variant in shown_on(study, ablation, task):
             tried = pd.DataFrame(runs.read_summary(task, variant)["runs"])
             tried = tried[tried["seed"].isin(study.seeds)]
             if tried["solves_every_length"].notna().any():
@@ -67,7 +66,7 @@ def _mean_and_spread(values: pd.Series) -> str:
 
 def what_was_run(study: Study) -> str:
     devices = {runs.read_summary(task, variant)["device"] for task in study.tasks for variant in variants_on(study, task)}
-    rates = {name: ", ".join(f"{rate:g}" for rate in section.train.learning_rates) for name, section in study.tasks.items()}
+    rates = {name: ", ".join(f"{rate:g}" for rate in section.training.learning_rates) for name, section in study.tasks.items()}
     multiples = " and ".join(f"{multiple:g}x" for multiple in study.evaluate.multiples)
     return (
         f"Mean over seeds {', '.join(map(str, study.seeds))} (lowest to highest) at {multiples} the training length; "
@@ -84,7 +83,7 @@ def verdicts_in_short(report: str) -> str:
     verdicts = of_the_study(every)
     if not len(verdicts):
         return left_out(every)
-    rows = [(f"{row.says} ({row.source})", f"[**{row.verdict}**]({report}#{row.figure})") for row in verdicts.itertuples()]
+    rows = [(f"{row.statement} ({row.source})", f"[**{row.verdict}**]({report}#{row.ablation})") for row in verdicts.itertuples()]
     table = pd.DataFrame(rows, columns=["claim", "verdict"])
     told = f"{_counted(every)} [The report]({report}#claims) has the effect behind each, and how sure it is."
     return f"{table.to_markdown(index=False)}\n\n{told}"
@@ -97,7 +96,7 @@ def verdicts_in_words() -> str:
     if not len(verdicts):
         return left_out(every)
     table = verdict_table(verdicts)
-    table["figure"] = [f"[{name}](#{name})" for name in verdicts["figure"]]
+    table["ablation"] = [f"[{name}](#{name})" for name in verdicts["ablation"]]
     return (
         f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_counted(every)}"
         " An effect is the mean of the metric less that of the other side, in the comparison named under *decided by*; its"

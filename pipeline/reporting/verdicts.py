@@ -6,13 +6,9 @@ import math
 
 import pandas as pd
 
-from pipeline.storage import readers
 from pipeline.storage.paths import VERDICTS
+from pipeline.storage.tables import CLAIM_COLUMNS, read_table
 
-COLUMNS = {
-    "claim": str, "says": str, "source": str, "verdict": str, "reason": str, "figure": str,
-    "effect": float, "low": float, "high": float, "p": float,
-}  # fmt: skip
 ABSENT = "the study has no"
 """How the reason begins of what is undecided because nothing that the claim is about was trained."""
 FEW = 5
@@ -23,9 +19,7 @@ VALUES = ("supported", "contradicted", "undecided")
 def read_verdicts() -> pd.DataFrame:
     """A row a claim, none where there are no claims. Raises ValueError where the study was not judged."""
     path = VERDICTS / "claims.csv"
-    if path.exists() and path.read_bytes() == b"\n":
-        return pd.DataFrame(columns=[*COLUMNS])
-    table = readers.table(path, COLUMNS)
+    table = read_table(path, CLAIM_COLUMNS)
     if len(strange := table.loc[~table["verdict"].isin(VALUES), "verdict"]):
         raise ValueError(f"{path}: {strange.iloc[0]!r} is not {' or '.join(VALUES)}; run `dvc repro judge`")
     return table
@@ -48,7 +42,7 @@ def left_out(verdicts: pd.DataFrame) -> str:
 
 def claims_about(task: str) -> set[str]:
     """The claims that have a comparison on `task`."""
-    table = readers.table(VERDICTS / "comparisons.csv", {"claim": str, "task": str})
+    table = read_table(VERDICTS / "comparisons.csv", {"claim": str, "task": str})
     return set(table.loc[table["task"] == task, "claim"])
 
 
@@ -56,7 +50,7 @@ def verdict_table(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Claim, verdict, effect and interval of the comparison that decided, p of the whole claim, and that comparison, as text."""
     rows = [
         {
-            "claim": f"{row.says} ({row.source})",
+            "claim": f"{row.statement} ({row.source})",
             "verdict": f"**{row.verdict}**",
             "effect (95 % interval)": "-" if math.isnan(row.effect) else f"{row.effect:+.3f} ({row.low:+.3f} to {row.high:+.3f})",
             "p": "-" if math.isnan(row.p) else "<.001" if row.p < 0.001 else f"{row.p:.3f}",

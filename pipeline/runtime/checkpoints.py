@@ -21,10 +21,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cat.training.distributed import ALONE, Group
-from cat.training.fit import Row, State
+from cat.training.distributed import SINGLE_PROCESS, ProcessGroup
+from cat.training.fit import State, ValidationRecord
 from pipeline.runtime import workers
-from pipeline.storage.files import whole
+from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import CHECKPOINTS
 
 EVERY = 60.0
@@ -61,7 +61,7 @@ class Checkpoint(NamedTuple):
         about: dict[str, Any] = json.loads(text)
         moments, recent, seconds = tensors.pop("moments"), tensors.pop("recent"), about.pop("seconds")
         weights = {name.removeprefix("weights."): tensor for name, tensor in tensors.items()}
-        history = [Row(**row) for row in about.pop("history")]
+        history = [ValidationRecord(**row) for row in about.pop("history")]
         return Kept(State(**about, history=history, weights=weights, moments=moments, recent=recent), seconds)
 
     def write(self, state: State, seconds: float) -> None:
@@ -74,7 +74,7 @@ class Checkpoint(NamedTuple):
         about = {"step": state.step, "micro_batch": state.micro_batch, "stop": state.stop}
         text = json.dumps({**about, "history": history, "seconds": seconds})
         metadata = {"state": text, "digest": _digest(self.key, text, tensors)}
-        with whole(self.path) as path:
+        with atomic_write(self.path) as path:
             path.write_bytes(safetensors.torch.save(tensors, metadata))
 
     @contextmanager
@@ -113,19 +113,19 @@ class Keeper:
     processes the first keeps them, and all stop where one of them is asked to.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], kept: Sequence[Kept | None], group: Group = ALONE):
+    def __init__(self, checkpoints: Sequence[Checkpoint], kept: Sequence[Kept | None], group: ProcessGroup = SINGLE_PROCESS):
         self.checkpoints, self.group = checkpoints, group
         self.before = [one.seconds if one else 0.0 for one in kept]
         self.began = self.kept = time.monotonic()
 
     def __call__(self, states: Callable[[], dict[int, State]], ended: bool) -> None:
-        stopping = self.group.largest(int(workers.stopping()))
+        stopping = self.group.all_reduce_max(int(workers.stopping()))
         if self.group.rank == 0 and (ended or stopping or time.monotonic() - self.kept >= EVERY):
             for place, state in states().items():
                 self.checkpoints[place].write(state, self.seconds(place))
             self.kept = time.monotonic()
         if stopping:
-            self.group.largest(0)  # waits for the first, which torchrun would end with the others
+            self.group.all_reduce_max(0)  # waits for the first, which torchrun would end with the others
             raise workers.Stopped
 
     def seconds(self, place: int) -> float:

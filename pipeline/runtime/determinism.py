@@ -20,7 +20,7 @@ MARK = "CAT_DETERMINISTIC"
 """Tells the processes that this one starts."""
 
 
-def pin(deterministic: bool) -> None:
+def set_deterministic_env(deterministic: bool) -> None:
     """For this process and those that it starts. Raises RuntimeError where torch is imported already and would not be pinned."""
     if not deterministic or MARK in os.environ:
         return
@@ -29,7 +29,7 @@ def pin(deterministic: bool) -> None:
     os.environ.update(PINS, **{MARK: "1"})
 
 
-def settle() -> None:
+def apply_determinism() -> None:
     """What is set in torch itself; of every process that computes."""
     if MARK in os.environ:
         import torch

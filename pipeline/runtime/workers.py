@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 
-from pipeline.runtime.determinism import settle
+from pipeline.runtime.determinism import apply_determinism
 from pipeline.runtime.processes import available, end_with_parent, keep_memory
 
 LOOK = 0.5
@@ -80,16 +80,16 @@ class Failure(NamedTuple):
 def prepare() -> None:
     """Makes this process ready for jobs."""
     torch.set_num_threads(1)
-    settle()
+    apply_determinism()
     keep_memory()
 
 
-def spread(
+def parallel_map(
     function: Callable[[Job, torch.device, Report], Result],
     jobs: Sequence[Job],
     *,
     device: torch.device,
-    threads: int | Literal["auto"],
+    parallel_runs: int | Literal["auto"],
     report: Report = lambda message: None,
 ) -> list[Result]:
     """`function(job, device, report)` of every job, in the order of `jobs`; reports are passed on to `report` as they come.
@@ -97,20 +97,20 @@ def spread(
     On a CPU the jobs run side by side in processes, on a GPU one after the other in this one. Raises what a job raises.
     """
     prepare()
-    count = _processes(len(jobs), threads)
+    count = _processes(len(jobs), parallel_runs)
     if device.type != "cpu" or count == 1:
         return [function(job, device, report) for job in jobs]
     results: dict[int, Result] = {}
     # Forked processes start in milliseconds, with torch imported; where there is no fork they import it again.
     method = "fork" if sys.platform == "linux" else "spawn"
-    for index, outcome in work(function, jobs, devices=[device] * count, method=method, report=lambda _, told: report(told)):
+    for index, outcome in run_jobs(function, jobs, devices=[device] * count, method=method, report=lambda _, told: report(told)):
         if isinstance(outcome, Failure):
             raise outcome.error
         results[index] = outcome
     return [results[index] for index in range(len(jobs))]
 
 
-def work(
+def run_jobs(
     function: Callable[[Job, torch.device, Report], Result],
     jobs: Sequence[Job],
     *,
@@ -214,9 +214,9 @@ def _portable(error: BaseException) -> BaseException:
     return error
 
 
-def _processes(jobs: int, threads: int | Literal["auto"]) -> int:
+def _processes(jobs: int, parallel_runs: int | Literal["auto"]) -> int:
     """As many processes as are asked for. Of as many as there are cores, half as many more where that ends the jobs together."""
-    if threads != "auto":
-        return min(jobs, threads)
+    if parallel_runs != "auto":
+        return min(jobs, parallel_runs)
     cores = available()
     return jobs if jobs <= cores + cores // 2 else cores

@@ -32,7 +32,7 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
     done: list[PipelineStage] = []
 
     def record(stage: PipelineStage) -> bool:
-        given = stage.addressing in trained and _declared(stage) == trained[stage.addressing]
+        given = stage.addressing in trained and declared_dependencies(stage) == trained[stage.addressing]
         if given:
             stage.save()
             stage.commit()
@@ -48,10 +48,10 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
 
     # What has been trained is worth waiting for another command of DVC's.
     repo = Repo(_wait_for_lock=bool(trained))
-    with _params_read_once(), lock_repo(repo), repo.scm_context():
+    with parse_params_once(), lock_repo(repo), repo.scm_context():
         try:
             # Not as targets of DVC, which reads dvc.yaml and dvc.lock anew for each.
-            stages = _named(repo, targets)
+            stages = named_stages(repo, targets)
             if trained and targets:
                 for stage in stages:
                     record(stage)
@@ -65,7 +65,7 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
                 done[0].dvcfile.dump_stages(done, update_pipeline=False)
 
 
-def _named(repo: Repo, targets: Iterable[str] | None) -> list[Stage]:
+def named_stages(repo: Repo, targets: Iterable[str] | None) -> list[Stage]:
     """The stages of dvc.yaml that are named, or of which the group is; all for None."""
     ours = [stage for stage in repo.index.stages if stage.path_in_repo == PROJECT_FILE]
     if targets is None:
@@ -74,7 +74,7 @@ def _named(repo: Repo, targets: Iterable[str] | None) -> list[Stage]:
     return [stage for stage in ours if wanted & {stage.addressing, stage.addressing.partition("@")[0]}]
 
 
-def _restorable(repo: Repo, stage: PipelineStage) -> bool:
+def is_restorable(repo: Repo, stage: PipelineStage) -> bool:
     """Whether DVC has the outcome of the stage as it is now, from this or from an earlier run of it."""
     if not (stage.changed_stage() or stage.changed_deps()):
         return stage.outs_cached()
@@ -83,14 +83,14 @@ def _restorable(repo: Repo, stage: PipelineStage) -> bool:
     return entry is not None and repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached()
 
 
-def _declared(stage: PipelineStage) -> dict[str, Any]:
+def declared_dependencies(stage: PipelineStage) -> dict[str, Any]:
     """The command, and the digest or the values of every dependency as it is now."""
     stage.save_deps()
     return {"cmd": stage.cmd, **{str(dep): dep.hash_info.value for dep in stage.deps}}
 
 
 @contextmanager
-def _params_read_once() -> Iterator[None]:
+def parse_params_once() -> Iterator[None]:
     """DVC parses params.yaml for every stage, and goes through all of it for every key: the square of the number of cells.
 
     Here it is parsed anew only when it has changed, and a key is looked up.
@@ -122,7 +122,7 @@ def _params_read_once() -> Iterator[None]:
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def exclusive_run() -> Iterator[None]:
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(LOCK, timeout=0):
@@ -131,7 +131,7 @@ def _alone() -> Iterator[None]:
         raise ValueError("another `python -m pipeline run` is at work in this folder; wait for it, or end it") from None
 
 
-def _mend() -> None:
+def repair_rwlock() -> None:
     """DVC writes in place what it is reading and writing: killed in that moment, it leaves what no later one can read."""
     with suppress(FileNotFoundError):
         try:
@@ -141,7 +141,7 @@ def _mend() -> None:
 
 
 @contextmanager
-def _readable_errors() -> Iterator[None]:
+def readable_dvc_errors() -> Iterator[None]:
     try:
         yield
     except DvcException as error:

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cat.training.fit import Row
+from cat.training.fit import ValidationRecord
 from pipeline.stages.train import Cell
 
 SHOWN = 20
@@ -32,7 +32,7 @@ class _State:
     done: int = 0
     began: float | None = None
     ended: bool = False
-    row: Row | None = None
+    row: ValidationRecord | None = None
 
     @property
     def name(self) -> str:
@@ -46,8 +46,8 @@ class Progress:
         self.states = {
             cell[:2]: _State(
                 cell,
-                total=len(cell.jobs) * cell.setting.schedule.steps,
-                weight=cell.setting.schedule.batch * cell.meta.length,
+                total=len(cell.jobs) * cell.setting.training.steps,
+                weight=cell.setting.training.batch * cell.meta.length,
             )
             for cell in cells
         }
@@ -68,7 +68,7 @@ class Progress:
         if self.live:
             self.live.stop()
 
-    def advance(self, cell: Cell, steps: int, row: Row | None) -> None:
+    def advance(self, cell: Cell, steps: int, row: ValidationRecord | None) -> None:
         """`steps` more are done; `row` is the last look at the validation split."""
         state = self.states[cell[:2]]
         state.began = state.began or time.monotonic()
@@ -76,7 +76,7 @@ class Progress:
         state.row = row or state.row
         self._draw()
 
-    def end(self, cell: Cell, seconds: float, rows: list[Row]) -> None:
+    def end(self, cell: Cell, seconds: float, rows: list[ValidationRecord]) -> None:
         """Every run of the cell has ended, `seconds` after the first began; those that count were last seen at `rows`."""
         seen = ""
         if rows:

@@ -26,25 +26,25 @@ from typing import Any, NamedTuple
 import torch
 from dvc.repo import Repo
 
-from cat.training.fit import Row
+from cat.training.fit import ValidationRecord
 from pipeline.config.load import load_study
 from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_devices
 from pipeline.runtime.processes import available
 from pipeline.scheduling import ray_cluster
 from pipeline.scheduling.dvc_internals import (
-    _alone,
-    _declared,
-    _mend,
-    _params_read_once,
-    _readable_errors,
-    _restorable,
+    declared_dependencies,
+    exclusive_run,
+    is_restorable,
+    parse_params_once,
+    readable_dvc_errors,
+    repair_rwlock,
     reproduce,
 )
 from pipeline.scheduling.progress import Progress
 from pipeline.scheduling.ray_cluster import Cluster
-from pipeline.stages.train import Cell, Job, Setting, Trained, choose, groups, run_jobs, write
-from pipeline.storage.files import whole
+from pipeline.stages.train import Cell, CellSetting, Job, Trained, choose_learning_rate, group_jobs, train_jobs, write
+from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import LOGS
 from pipeline.storage.provenance import provenance
 
@@ -78,8 +78,13 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
     study = load_study()
     devices = assign(resolve_devices(study.device), jobs)
     failures: dict[str, str] = {}
-    with _noted(failures), _alone(), _readable_errors(), ray_cluster.join(ray, study, jobs) if ray else nullcontext() as joined:
-        _mend()
+    with (
+        _noted(failures),
+        exclusive_run(),
+        readable_dvc_errors(),
+        ray_cluster.join(ray, study, jobs) if ray else nullcontext() as joined,
+    ):
+        repair_rwlock()
         reproduce(FIRST)
         stale = stale_cells()
         declared: dict[str, dict[str, Any]] = {}
@@ -145,16 +150,16 @@ def stale_cells() -> list[StageCell]:
     text = Path("params.yaml").read_bytes()
     study = load_study()
     repo = Repo()
-    with repo.lock, _params_read_once():
+    with repo.lock, parse_params_once():
         for stage in repo.index.stages:
             words = shlex.split(stage.cmd) if isinstance(stage.cmd, str) else []
             if words[:4] != ["python", "-m", "pipeline", "train"] or not stage.changed():
                 continue
-            if not _restorable(repo, stage):
+            if not is_restorable(repo, stage):
                 task, variant = words[4:]
                 section, model = study.tasks[task], study.variants[variant]
-                setting = Setting(model, study.train, section.train, study.seeds, study.precision)
-                stale.append(StageCell(stage.addressing, Cell.of(task, variant, setting), _declared(stage)))
+                setting = CellSetting(model, study.optimizer, section.training, study.seeds, study.precision)
+                stale.append(StageCell(stage.addressing, Cell.of(task, variant, setting), declared_dependencies(stage)))
     if Path("params.yaml").read_bytes() != text:
         raise ValueError("params.yaml was changed while it was read; run it again")
     return stale
@@ -166,14 +171,14 @@ def train(
     """Trains the cells: each once its folder is written, and each that failed with the reason and where its log is."""
     order = sorted(stale, key=_cost, reverse=True)
     device = joined.device if joined else lambda task: devices[0]
-    jobs = [(stage, group) for stage in order for group in groups(stage.cell, device(stage.cell.task))]
+    jobs = [(stage, group) for stage in order for group in group_jobs(stage.cell, device(stage.cell.task))]
     outcomes: dict[str, dict[Job, Trained]] = {stage.stage: {} for stage in stale}
     began: dict[str, float] = {}
     origin = provenance()
     work = (
         partial(joined.work, tasks=[stage.cell.task for stage, _ in jobs])
         if joined
-        else partial(workers.work, devices=devices, method=_method())
+        else partial(workers.run_jobs, devices=devices, method=_method())
     )
     runs = [(stage.cell, group) for stage, group in jobs]
     with Progress([stage.cell for stage in stale], joined.size if joined else len(devices)) as progress:
@@ -189,7 +194,7 @@ def train(
             outcomes[name] |= zip(group, trained, strict=True)
             if len(outcomes[name]) == len(cell.jobs):
                 took = time.monotonic() - began[name]
-                outcomes_of_cell = _alike([outcomes[name].pop(job) for job in cell.jobs])
+                outcomes_of_cell = name_devices([outcomes[name].pop(job) for job in cell.jobs])
                 write(cell, outcomes_of_cell, began=time.time() - took, origin=origin)
                 _error_log(cell).unlink(missing_ok=True)
                 progress.end(cell, took, rows_of_chosen(outcomes_of_cell, cell.meta.goal))
@@ -200,17 +205,17 @@ def _run(
     cell_and_jobs: tuple[Cell, tuple[Job, ...]], device: torch.device, report: workers.Report
 ) -> tuple[float, list[Trained]]:
     start = time.perf_counter()
-    trained = run_jobs(*cell_and_jobs, device, report)
+    trained = train_jobs(*cell_and_jobs, device, report)
     return time.perf_counter() - start, trained
 
 
-def rows_of_chosen(outcomes: list[Trained], goal: str) -> list[Row]:
+def rows_of_chosen(outcomes: list[Trained], goal: str) -> list[ValidationRecord]:
     """The last look at each run of the learning rate that is chosen, but of those that diverged."""
-    chosen = choose(outcomes, goal)
+    chosen = choose_learning_rate(outcomes, goal)
     return [o.history[-1] for o in outcomes if o.job.learning_rate == chosen and not o.diverged]
 
 
-def _alike(trained: list[Trained]) -> list[Trained]:
+def name_devices(trained: list[Trained]) -> list[Trained]:
     """The runs of a cell, each naming every kind of device that any of them was made on: machines of a cluster may differ."""
     kinds = " and ".join(sorted({run.device for run in trained}))
     return [run._replace(device=kinds) for run in trained]
@@ -232,13 +237,13 @@ def _method() -> str:
 
 def _cost(stage: StageCell) -> int:
     """Tokens of a run: the longest first, so that none is left to run alone at the end."""
-    schedule, length = stage.cell.setting.schedule, stage.cell.meta.length
+    schedule, length = stage.cell.setting.training, stage.cell.meta.length
     return schedule.steps * schedule.batch * length
 
 
 def _log_failure(cell: Cell, jobs: tuple[Job, ...], failure: workers.Failure) -> str:
     which = "; ".join(f"learning rate {job.learning_rate:g}, seed {job.seed}" for job in jobs)
-    with whole(_error_log(cell)) as path:
+    with atomic_write(_error_log(cell)) as path:
         path.write_text(f"{cell.task} {cell.variant}, {which}\n\n{failure.trace}\n")
     first = next(iter(str(failure.error).splitlines()), "") or type(failure.error).__name__
     return f"{first} (see {_error_log(cell)})"

@@ -17,27 +17,23 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cat.evaluation.by_position import ByRecall, bins, loss_by_position, loss_by_recall, sample
-from cat.evaluation.diagnostics import attention_statistics, filter_taps
-from cat.evaluation.scores import Scores, Tally, outcomes
+from cat.evaluation.diagnostics import attention_statistics, filter_kernels
+from cat.evaluation.scores import Scores, SequenceTotals, token_scores
 from cat.model import SequenceModel
 from cat.tasks.base import Extents, Recalled, Spans
 from cat.tasks.registry import Task
 from pipeline.runtime import checkpoints, workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
-from pipeline.storage.files import whole, write_csv
+from pipeline.storage.files import atomic_write, write_csv
 from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, RESULTS, SCORES
+from pipeline.storage.tables import FILTER_COLUMNS, POSITION_COLUMNS, RESULTS_COLUMNS
 from pipeline.storage.task_data import read_split, read_task
-
-COLUMNS = ("task", "variant", "seed", "length", "metric", "value")
-FILTER_COLUMNS = ("task", "variant", "seed", "layer", "stream", "row", "lag", "value")
-POSITION_COLUMNS = ("task", "variant", "seed", "context", "position", "tokens", "bits_per_byte")
-
 
 Rows = list[dict[str, Any]]
 Sequences = dict[str, NDArray[np.float32]]
 """`variant/seed/length` -> two rows with a column a sequence: answers right, and answers asked; on text bits, and bytes."""
-_ANYTHING = Tally(*torch.ones(3, 1))
+_ANYTHING = SequenceTotals(*torch.ones(3, 1))
 
 
 class Job(NamedTuple):
@@ -47,7 +43,7 @@ class Job(NamedTuple):
     seed: int
 
 
-class Found(NamedTuple):
+class ModelResults(NamedTuple):
     """What one model's evaluation comes to: rows of the three tables, and its sequences."""
 
     scores: Rows
@@ -57,7 +53,7 @@ class Found(NamedTuple):
 
 
 def evaluate(
-    task: str, variants: list[str], seeds: tuple[int, ...], precision: str, *, device: str, threads: int | Literal["auto"]
+    task: str, variants: list[str], seeds: tuple[int, ...], precision: str, *, device: str, parallel_runs: int | Literal["auto"]
 ) -> None:
     """Scores every variant and seed at every length that it can read; at the training length, looks at attention and filters.
 
@@ -70,21 +66,21 @@ def evaluate(
         def advance(done: int) -> None:
             bar.update(done)
 
-        work = functools.partial(_found, task, data, precision)
-        tables = workers.spread(work, jobs, device=where, threads=threads, report=advance)
-    with whole(RESULTS / f"{task}.csv") as path:
-        write_csv(path, (row for table in tables for row in table.scores), COLUMNS)
-    with whole(FILTERS / f"{task}.csv") as path:
+        work = functools.partial(_evaluate_model, task, data, precision)
+        tables = workers.parallel_map(work, jobs, device=where, parallel_runs=parallel_runs, report=advance)
+    with atomic_write(RESULTS / f"{task}.csv") as path:
+        write_csv(path, (row for table in tables for row in table.scores), RESULTS_COLUMNS)
+    with atomic_write(FILTERS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.filters), FILTER_COLUMNS)
-    with whole(POSITIONS / f"{task}.csv") as path:
+    with atomic_write(POSITIONS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.positions), POSITION_COLUMNS)
-    with whole(SCORES / f"{task}.npz") as path, path.open("wb") as file:
+    with atomic_write(SCORES / f"{task}.npz") as path, path.open("wb") as file:
         arrays = {key: columns for table in tables for key, columns in table.sequences.items()}
         np.savez_compressed(file, allow_pickle=False, **arrays)
     checkpoints.clear(task)
 
 
-def metrics(answered: Tally, extents: Extents | None, *, autoregressive: bool) -> dict[str, float]:
+def metrics(answered: SequenceTotals, extents: Extents | None, *, autoregressive: bool) -> dict[str, float]:
     """The metrics of a task by name. Under autoregression the loss would mix two inputs, so it is left out.
 
     On text the loss and perplexity are per token, and what compares tokenizers stands beside them: perplexity per word, the end
@@ -94,7 +90,7 @@ def metrics(answered: Tally, extents: Extents | None, *, autoregressive: bool) -
     if extents is None:
         shares = {"accuracy": scores.accuracy, "sequence_accuracy": scores.sequence_accuracy}
         return shares if autoregressive else {**shares, "loss": scores.loss}
-    tokens, (size, words, unknown) = answered.asked.sum().item(), (int(column.sum()) for column in extents)
+    tokens, (size, words, unknown) = answered.targets.sum().item(), (int(column.sum()) for column in extents)
     return {
         "loss": scores.loss,
         "perplexity": scores.perplexity,
@@ -104,10 +100,12 @@ def metrics(answered: Tally, extents: Extents | None, *, autoregressive: bool) -
     }
 
 
-def _found(task: str, data: Task, precision: str, job: Job, device: torch.device, report: workers.Report) -> Found:
+def _evaluate_model(
+    task: str, data: Task, precision: str, job: Job, device: torch.device, report: workers.Report
+) -> ModelResults:
     diverged = job.seed in runs.diverged(task, job.variant)
     model = None if diverged else runs.load_model(runs.weights_path(task, job.variant, job.seed)).to(device)
-    longest = runs.longest(task, job.variant)
+    longest = runs.max_length(task, job.variant)
     extents = _extents(task) if data.goal == "loss" else None
     key = {"task": task, **job._asdict()}
     rows: Rows = []
@@ -123,8 +121,8 @@ def _found(task: str, data: Task, precision: str, job: Job, device: torch.device
             values |= dict.fromkeys(ByRecall._fields if recalled else (), math.nan)
         else:
             split = runs.split(task, f"test_{length}", device)
-            parts = list(outcomes(model, split, precision=precision, autoregressive=data.autoregressive))
-            answered = Tally.of(parts)
+            parts = list(token_scores(model, split, precision=precision, autoregressive=data.autoregressive))
+            answered = SequenceTotals.of(parts)
             sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(answered, extents)
             values = metrics(answered, extents, autoregressive=data.autoregressive)
             if recalled:
@@ -134,12 +132,12 @@ def _found(task: str, data: Task, precision: str, job: Job, device: torch.device
     filters = [] if model is None else _filters(key, model)
     positions = [] if model is None or extents is None else _positions(key, data, precision, model, device)
     report(1)
-    return Found(rows, filters, positions, sequences)
+    return ModelResults(rows, filters, positions, sequences)
 
 
-def _sequences(answered: Tally, extents: Extents | None) -> NDArray[np.float32]:
+def _sequences(answered: SequenceTotals, extents: Extents | None) -> NDArray[np.float32]:
     if extents is None:
-        return torch.stack([answered.right, answered.asked]).numpy().astype(np.float32)
+        return torch.stack([answered.correct, answered.targets]).numpy().astype(np.float32)
     return np.stack([(answered.loss / math.log(2)).numpy() + 8 * extents.unknown, extents.bytes]).astype(np.float32)
 
 
@@ -180,7 +178,7 @@ def _positions(key: dict[str, Any], data: Task, precision: str, model: SequenceM
 def _attention(task: str, data: Task, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:
     """What every layer attends to at the training length, by name of the metric."""
     examples = read_split(task, f"test_{data.length}")
-    sources = data.sources(examples)
+    sources = data.answer_positions(examples)
     inputs, asked = torch.tensor(examples.inputs, device=device).long(), torch.tensor(examples.targets >= 0, device=device)
     where = None if sources is None else torch.tensor(sources, device=device)
     for layer, statistics in enumerate(attention_statistics(model, inputs, asked, where), 1):
@@ -192,9 +190,9 @@ def _attention(task: str, data: Task, model: SequenceModel, device: torch.device
 
 def _filters(key: dict[str, Any], model: SequenceModel) -> Rows:
     return [
-        {**key, "layer": layer, "stream": stream, "row": row, "lag": tap * dilation, "value": f"{value:.6g}"}
-        for layer, stream, row, taps, dilation in filter_taps(model)
-        for tap, value in enumerate(taps)
+        {**key, "layer": layer, "projection": projection, "head": head, "lag": tap * dilation, "value": f"{value:.6g}"}
+        for layer, projection, head, kernel, dilation in filter_kernels(model)
+        for tap, value in enumerate(kernel)
     ]
 
 

@@ -20,20 +20,20 @@ from numpy.typing import ArrayLike
 
 from cat.seeding import generator
 from cat.tasks.base import Task, Windows
-from pipeline.storage.files import sha256, whole, write_json
+from pipeline.storage.files import atomic_write, sha256, write_json
 from pipeline.storage.paths import DATA, HELDOUT
 
-TEST = {"test", "multiples"}
+TEST = {"test_examples", "multiples"}
 """What a task says of its test splits alone."""
 
 
 def generate(name: str, task: Task, data_seed: int) -> None:
     """Writes every split of `task`, or none. Raises ValueError where its source has no text."""
     about = {"task": name, "kind": task.kind, "data_seed": data_seed}
-    with whole(DATA / name) as data:
+    with atomic_write(DATA / name) as data:
         data.mkdir()
         _write_training(data, about, task)
-        with whole(HELDOUT / name) as heldout:
+        with atomic_write(HELDOUT / name) as heldout:
             heldout.mkdir()
             _write_test(heldout, about, task)
 
@@ -52,8 +52,8 @@ def _write_training(folder: Path, about: dict[str, Any], task: Task) -> None:
         "goal": task.goal,
         "autoregressive": task.autoregressive,
         "splits": {
-            "train": {"examples": task.train, "length": task.length, "sha256": _digest(training)},
-            "valid": _write_split(folder, about, task, "valid", "valid", task.length, task.valid),
+            "train": {"examples": task.train_examples, "length": task.length, "sha256": _digest(training)},
+            "valid": _write_split(folder, about, task, "valid", "valid", task.length, task.valid_examples),
         },
         "config": task.model_dump(mode="json", exclude_defaults=True, exclude=TEST),
     }
@@ -70,7 +70,7 @@ def _write_test(folder: Path, about: dict[str, Any], task: Task) -> None:
         **about,
         "lengths": list(task.lengths),
         "splits": {
-            f"test_{length}": _write_split(folder, about, task, f"test_{length}", "test", length, task.test)
+            f"test_{length}": _write_split(folder, about, task, f"test_{length}", "test", length, task.test_examples)
             for length in task.lengths
         },
         "config": task.model_dump(mode="json", exclude_defaults=True),

@@ -31,10 +31,10 @@ from scipy import stats
 from pipeline.config.claims import Claim
 from pipeline.config.study import Study
 from pipeline.reporting.verdicts import ABSENT
-from pipeline.storage import readers
-from pipeline.storage.files import whole
+from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import SCORES, VERDICTS
 from pipeline.storage.results import PRIMARY, read_results
+from pipeline.storage.tables import CLAIM_COLUMNS, COMPARISON_COLUMNS, read_arrays
 
 LEVEL = 0.05
 """What the false discovery rate of verdicts of a kind is held to; one less the nominal coverage of an interval."""
@@ -69,7 +69,7 @@ class Comparison(NamedTuple):
     metric: str
     length: int
     variant: str
-    than: str
+    baseline: str
     effect: float = math.nan
     low: float = math.nan
     high: float = math.nan
@@ -96,7 +96,7 @@ class Evidence:
         """From the files. Raises ValueError where a cell of the study has no results."""
         sequences = {}
         for task in study.tasks:
-            sequences[task] = {name: array.astype(float) for name, array in readers.arrays(SCORES / f"{task}.npz").items()}
+            sequences[task] = {name: array.astype(float) for name, array in read_arrays(SCORES / f"{task}.npz").items()}
         return cls(study, read_results(study), sequences)
 
     def sample(self, task: str, metric: str, variant: str, length: int) -> Sample:
@@ -125,17 +125,17 @@ def judge(study: Study, claims: dict[str, Claim]) -> None:
     evidence = Evidence.read(study)
     comparisons = {name: list(compare(evidence, name, claim)) for name, claim in claims.items()}
     verdicts = decide(claims, comparisons)
-    with whole(VERDICTS) as folder:
+    with atomic_write(VERDICTS) as folder:
         folder.mkdir()
         rows = itertools.chain.from_iterable(comparisons.values())
-        for name, table in (("comparisons", pd.DataFrame(rows, columns=Comparison._fields)), ("claims", verdicts)):
+        for name, table in (("comparisons", pd.DataFrame(rows, columns=[*COMPARISON_COLUMNS])), ("claims", verdicts)):
             table.to_csv(folder / f"{name}.csv", index=False, lineterminator="\n", float_format="%.6g")
 
 
 def compare(evidence: Evidence, name: str, claim: Claim) -> Iterator[Comparison]:
     """Every comparison that the claim is made of."""
     tasks = evidence.study.tasks
-    others: tuple[str | float | None, ...] = claim.than if isinstance(claim.than, tuple) else (claim.than,)
+    others: tuple[str | float | None, ...] = claim.baseline if isinstance(claim.baseline, tuple) else (claim.baseline,)
     for task, multiple, variant, other in itertools.product(claim.tasks, claim.multiples, claim.variants, others):
         section = tasks.get(task)
         lengths = dict(zip(section.data.multiples, section.data.lengths, strict=True)) if section else {}
@@ -146,8 +146,8 @@ def compare(evidence: Evidence, name: str, claim: Claim) -> Iterator[Comparison]
         elif isinstance(other, str):
             than, rival = other, Side(other, multiple)
         else:
-            assert claim.than_multiple is not None
-            than, rival = f"itself at {claim.than_multiple:g}x", Side(variant, claim.than_multiple)
+            assert claim.baseline_multiple is not None
+            than, rival = f"itself at {claim.baseline_multiple:g}x", Side(variant, claim.baseline_multiple)
         blank = Comparison(name, task, metric, lengths.get(multiple, 0), variant, than)
         sides = [Side(variant, multiple), *([rival] if rival else [])]
         keys = [(task, metric, side.variant, lengths.get(side.multiple, 0)) for side in sides]
@@ -156,7 +156,7 @@ def compare(evidence: Evidence, name: str, claim: Claim) -> Iterator[Comparison]
             continue
         samples = [evidence.sample(*key) for key in keys]
         number = other if isinstance(other, float) else 0.0
-        yield _measured(blank, claim, samples, paired=claim.than_multiple is not None, number=number)
+        yield _measured(blank, claim, samples, paired=claim.baseline_multiple is not None, number=number)
 
 
 def _gap(evidence: Evidence, claim: Claim, side: Side, key: tuple[str, str, str, int]) -> str | None:
@@ -167,7 +167,7 @@ def _gap(evidence: Evidence, claim: Claim, side: Side, key: tuple[str, str, str,
         return f"{ABSENT} {metric or 'score'} of {side.variant} on {task} at {side.multiple:g}x"
     if np.isnan(values).any():
         return f"{side.variant} diverged on {task} with {np.isnan(values).sum()} of {len(values)} seeds"
-    return f"too few seeds: {len(values)} of {claim.seeds}" if len(values) < claim.seeds else None
+    return f"too few seeds: {len(values)} of {claim.min_seeds}" if len(values) < claim.min_seeds else None
 
 
 def _measured(blank: Comparison, claim: Claim, sides: list[Sample], *, paired: bool, number: float) -> Comparison:
@@ -221,12 +221,12 @@ def decide(claims: dict[str, Claim], comparisons: dict[str, list[Comparison]]) -
         verdict, row, reason = _verdict(claim, here, p_for, p_against)
         rows.append(
             {
-                "claim": name, "says": claim.says, "source": claim.source, "verdict": verdict, "reason": reason,
+                "claim": name, "statement": claim.statement, "source": claim.source, "verdict": verdict, "reason": reason,
                 "effect": row.effect, "low": row.low, "high": row.high, "p": p_against if verdict == "contradicted" else p_for,
-                "seeds": row.seeds, "comparisons": len(here), "figure": claim.figure,
+                "seeds": row.seeds, "comparisons": len(here), "ablation": claim.ablation,
             }
         )  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=[*CLAIM_COLUMNS])
 
 
 def _p_values(rows: list[Comparison]) -> tuple[float, float]:
@@ -246,7 +246,7 @@ def _verdict(claim: Claim, rows: list[Comparison], p_for: float, p_against: floa
         return claim.sign * (row.effect - claim.threshold)
 
     def place(row: Comparison) -> str:
-        return f"{row.variant} against {row.than} on {row.task} at length {row.length}"
+        return f"{row.variant} against {row.baseline} on {row.task} at length {row.length}"
 
     measured = [row for row in rows if row.seeds and not math.isnan(row.effect)]
     worst = min(measured, key=margin, default=rows[0])

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from cat.config import Configuration, Model, Variant
-from cat.mixers.registry import OF_A_MODEL, Hybrid, Theory
-from pipeline.config.ablations import shown_variants
+from cat.config import Config, ModelConfig, VariantConfig
+from cat.mixers.registry import MODEL_KEYS, ConstructionConfig, HybridConfig
 from pipeline.config.code_digest import code_digest
-from pipeline.config.errors import refusal
-from pipeline.config.grid import cells, variants_on
+from pipeline.config.errors import config_error
+from pipeline.config.grid import cells, shown_variants, variants_on
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml
-from pipeline.storage.files import read_json, whole, write_json
+from pipeline.storage.files import atomic_write, read_json, write_json
 from pipeline.storage.paths import HELDOUT, PLAN
 
 SCHEMA = Path("params.schema.json")
@@ -34,7 +33,7 @@ def write(study: Study) -> None:
     texts = {name: f"code {code_digest(modules)}\n" for name, modules in stage_modules(study).items()}
     for variant, model in study.variants.items():
         texts[f"train/{variant}"] += _defaults(model)
-        if isinstance(model, Theory):
+        if isinstance(model, ConstructionConfig):
             on = (task for task in study.tasks if variant in variants_on(study, task))
             texts[f"train/{variant}"] += "".join(f"{task}: {study.tasks[task].data.lengths[-1]} tokens at most\n" for task in on)
     for task, section in study.tasks.items():
@@ -42,19 +41,19 @@ def write(study: Study) -> None:
         texts[f"evaluate/{task}"] += "".join(f"{variant}\n" for variant in variants_on(study, task))
     # Of mappings DVC does not see the order, in which they are shown.
     texts["render"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
-    with whole(PLAN) as folder:
+    with atomic_write(PLAN) as folder:
         for name, text in texts.items():
             path = folder / f"{name}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-    with whole(SCHEMA) as path:
+    with atomic_write(SCHEMA) as path:
         write_json(path, Study.model_json_schema())
 
 
 def stage_modules(study: Study) -> dict[str, list[str]]:
     """The modules that each stage begins with, by the name of its file in plan/."""
     kinds = {task: f"cat.tasks.{section.data.kind}" for task, section in study.tasks.items()}
-    looked_at = {v for a in study.ablations.values() if a.figure == "example" for v in shown_variants(a)}
+    looked_at = {v for a in study.ablations.values() if a.plot == "example" for v in shown_variants(a)}
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
         "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values()],
@@ -72,21 +71,21 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
     return modules
 
 
-def _defaults(config: Configuration) -> str:
+def _defaults(config: Config) -> str:
     """What is set without being given, a line a key; what is not set, or not true, is as if there were no such key."""
     content = config.model_dump(mode="json", exclude=config.model_fields_set)
     lines = [f"{key}: {value}\n" for key, value in content.items() if value not in (None, False)]
-    if isinstance(config, Hybrid):
+    if isinstance(config, HybridConfig):
         for place, block in enumerate(config.blocks):
-            of_block = block.model_dump(mode="json", exclude=block.model_fields_set | set(OF_A_MODEL))
+            of_block = block.model_dump(mode="json", exclude=block.model_fields_set | set(MODEL_KEYS))
             lines += [f"blocks.{place}.{key}: {value}\n" for key, value in of_block.items() if value not in (None, False)]
     return "".join(lines)
 
 
-def _code_of(model: Variant) -> list[str]:
-    if isinstance(model, Theory):
+def _code_of(model: VariantConfig) -> list[str]:
+    if isinstance(model, ConstructionConfig):
         return ["cat.theory", "cat.mixers.attention.layer"]
-    assert isinstance(model, Model)
+    assert isinstance(model, ModelConfig)
     return [f"cat.mixers.{mixer.mixer}.layer" for mixer in model.mixers]
 
 
@@ -97,7 +96,7 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
     raw = read_yaml(_STAGES)
     stages = raw.get("stages") if isinstance(raw, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(name, str) for name in stages):
-        raise refusal(_STAGES, ["has no mapping of stages"])
+        raise config_error(_STAGES, ["has no mapping of stages"])
     trained = {match[1]: stages[name] for name in stages if (match := re.fullmatch(r"train_(\w+)", name))}
     faults = [
         f"ablations.{name}: the matrix of train_{name} in dvc.yaml must be"
@@ -116,7 +115,7 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
         for name in sorted(trained.keys() - study.ablations.keys())
     ]
     if faults:
-        raise refusal(file, faults)
+        raise config_error(file, faults)
 
 
 def of_other_files(study: Study) -> Iterator[str]:
@@ -140,8 +139,8 @@ def of_other_files(study: Study) -> Iterator[str]:
 def table(study: Study) -> str:
     """The grid as text: a row a variant, a column a task; in a cell its seeds, learning rates and steps at most."""
     here = {(cell.task, cell.variant) for cell in cells(study)}
-    size = {task: (len(study.seeds), len(s.train.learning_rates), s.train.steps) for task, s in study.tasks.items()}
-    known = {variant for variant, model in study.variants.items() if isinstance(model, Theory)}
+    size = {task: (len(study.seeds), len(s.training.learning_rates), s.training.steps) for task, s in study.tasks.items()}
+    known = {variant for variant, model in study.variants.items() if isinstance(model, ConstructionConfig)}
 
     def shown(task: str, variant: str) -> str:
         if (task, variant) not in here:

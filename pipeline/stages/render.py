@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.config.ablations import shown_tasks, shown_variants
+from pipeline.config.grid import shown_tasks, shown_variants
 from pipeline.config.study import Study
 from pipeline.figures.attention import attention
 from pipeline.figures.plots import figures_of
@@ -20,11 +20,11 @@ from pipeline.figures.stability import every_run
 from pipeline.figures.style import Picture, draw_all
 from pipeline.reporting.diagnosis import diagnose
 from pipeline.reporting.tables import results_table, verdicts_in_short, what_was_run
-from pipeline.storage.files import whole, write_json
+from pipeline.storage.files import atomic_write, write_json
 from pipeline.storage.paths import REPORTS
-from pipeline.storage.results import primary, read_results, strays
+from pipeline.storage.results import orphans, primary, read_results
 
-README_MARKS = ("<!-- results: written by `python -m pipeline readme` -->", "<!-- end of results -->")
+README_MARKS = ("<!-- results: written by `python -m pipeline update-readme` -->", "<!-- end of results -->")
 
 
 def render(study: Study) -> None:
@@ -32,7 +32,7 @@ def render(study: Study) -> None:
     results = read_results(study)
     scores = primary(study, results)
     with ExitStack() as parts:
-        figures, svg, metrics = (parts.enter_context(whole(REPORTS / name)) for name in ("figures", "svg", "metrics"))
+        figures, svg, metrics = (parts.enter_context(atomic_write(REPORTS / name)) for name in ("figures", "svg", "metrics"))
         for folder in (figures, svg, metrics):
             folder.mkdir()
         draw_all(study, list(_pictures(study, results, figures, svg)))
@@ -40,16 +40,16 @@ def render(study: Study) -> None:
             write_json(metrics / f"{variant}.json", values)
         tables = {"lengths": _curves(study, scores), "diagnosis": diagnose(study, results), "stability": every_run(study)}
         for name, table in tables.items():
-            table.to_csv(parts.enter_context(whole(REPORTS / f"{name}.csv")), index=False, lineterminator="\n")
-        parts.enter_context(whole(REPORTS / "headline.md")).write_text(_headline(study, scores), encoding="utf-8")
-    for stray in strays(study):
+            table.to_csv(parts.enter_context(atomic_write(REPORTS / f"{name}.csv")), index=False, lineterminator="\n")
+        parts.enter_context(atomic_write(REPORTS / "headline.md")).write_text(_headline(study, scores), encoding="utf-8")
+    for stray in orphans(study):
         what = "is no cell" if stray.is_dir() else "is of no task"
         print(f"{stray}: {what} of the study any more and was left out; `rm -r {stray}` removes it")
 
 
 def _pictures(study: Study, results: pd.DataFrame, figures: Path, svg: Path) -> Iterator[Picture]:
     """Those of the inside of models first, which take longest to draw."""
-    for name, ablation in sorted(study.ablations.items(), key=lambda item: not item[1].looks_inside):
+    for name, ablation in sorted(study.ablations.items(), key=lambda item: not item[1].shows_models):
         tasks, variants = shown_tasks(study, ablation), shown_variants(ablation)
         shown = results[results["task"].isin(tasks) & results["variant"].isin(variants)]
         for file, draw in figures_of(name, ablation).items() if tasks and variants else ():
@@ -95,5 +95,5 @@ def update_readme() -> None:
         raise ValueError(f"README.md: lacks the line {first if first not in text else last}")
     before, after = text.split(first)[0], text.split(last)[1]
     headline = (REPORTS / "headline.md").read_text(encoding="utf-8").replace("](report.md#", "](reports/report.md#")
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text(f"{before}{first}\n\n{headline}\n{last}{after}", encoding="utf-8")

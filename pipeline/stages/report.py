@@ -14,9 +14,8 @@ from pathlib import Path
 import pandas as pd
 from ruamel.yaml import YAML
 
-from cat.mixers.registry import Theory
-from pipeline.config.ablations import shown_tasks, shown_variants
-from pipeline.config.grid import Cell, cells, variants_on
+from cat.mixers.registry import ConstructionConfig
+from pipeline.config.grid import Cell, cells, shown_cells, shown_tasks, shown_variants, variants_on
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.cost import cost
 from pipeline.figures.plots import figures_of
@@ -24,14 +23,14 @@ from pipeline.figures.positions import positions_table
 from pipeline.figures.recall import gains_table
 from pipeline.figures.stability import stability
 from pipeline.figures.style import begin, save
-from pipeline.reporting.diagnosis import Sign
 from pipeline.reporting.html import page
 from pipeline.reporting.tables import found, results_table, verdicts_in_words
 from pipeline.reporting.verdicts import of_the_study, read_verdicts, verdict_table
-from pipeline.storage import readers, runs
-from pipeline.storage.files import whole
+from pipeline.storage import runs
+from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import REPORTS
 from pipeline.storage.results import primary, read_results
+from pipeline.storage.tables import DIAGNOSIS_COLUMNS, read_table
 from pipeline.storage.training_log import read_log
 
 MARKDOWN, PAGE = REPORTS / "report.md", REPORTS / "report.html"
@@ -41,29 +40,29 @@ def report(study: Study) -> None:
     """Writes both. Raises ValueError where a result is missing."""
     results = read_results(study)
     scores = primary(study, results)
-    verdicts, diagnosis = read_verdicts(), readers.table(REPORTS / "diagnosis.csv", dict.fromkeys(Sign._fields, str))
+    verdicts, diagnosis = read_verdicts(), read_table(REPORTS / "diagnosis.csv", DIAGNOSIS_COLUMNS)
     parts = ["# What the study shows", '<a id="claims"></a>', verdicts_in_words(), _study(study)]
     for name, ablation in study.ablations.items():
         if not (shown_tasks(study, ablation) and shown_variants(ablation)):
             continue
         parts += [f'<a id="{name}"></a>', f"## {ablation.question}", _verdicts(verdicts, name), _figures(name, ablation)]
-        if not ablation.looks_inside:
+        if not ablation.shows_models:
             parts.append(results_table(study, scores, ablation))
-            if ablation.figure == "rates":
+            if ablation.plot == "learning_rates":
                 parts.append(found(study, ablation).to_markdown(index=False))
-            if ablation.figure == "stability":
+            if ablation.plot == "stability":
                 runs_of_it = stability(study, ablation)
                 parts.append(_folded("Every run, with the entropy of each head, layers apart by semicolons", runs_of_it))
             parts.append(_failures(study, ablation, diagnosis))
-        if ablation.figure == "positions":
+        if ablation.plot == "positions":
             parts.append(_table(positions_table(study, ablation)))
-        if ablation.figure == "recall":
+        if ablation.plot == "recall":
             parts.append(_table(gains_table(study, ablation, results)))
         parts.append(_what_was_run(study, ablation))
     costs = costs_of(study, scores)
     if len(costs):  # a study of theorems alone has none
         begin(study)
-        with whole(REPORTS / "cost.png") as png, whole(REPORTS / "cost.svg") as svg:
+        with atomic_write(REPORTS / "cost.png") as png, atomic_write(REPORTS / "cost.svg") as svg:
             save(cost(study, costs), png, svg)
         parts += [
             '<a id="cost"></a>',
@@ -73,7 +72,7 @@ def report(study: Study) -> None:
             _folded("The numbers", costs),
         ]
     text = "\n\n".join(filter(None, parts)) + "\n"
-    with whole(MARKDOWN) as markdown, whole(PAGE) as html:
+    with atomic_write(MARKDOWN) as markdown, atomic_write(PAGE) as html:
         markdown.write_text(text, encoding="utf-8")
         html.write_text(page(text, REPORTS), encoding="utf-8")
 
@@ -110,8 +109,8 @@ def _same(preset: Path, text: bytes) -> bool:
     return bool(yaml.load(preset.read_bytes()) == yaml.load(text))
 
 
-def _verdicts(verdicts: pd.DataFrame, figure: str) -> str:
-    here = of_the_study(verdicts[verdicts["figure"] == figure])
+def _verdicts(verdicts: pd.DataFrame, ablation: str) -> str:
+    here = of_the_study(verdicts[verdicts["ablation"] == ablation])
     return verdict_table(here).to_markdown(index=False, disable_numparse=True) if len(here) else ""
 
 
@@ -121,7 +120,7 @@ def _figures(name: str, ablation: Ablation) -> str:
 
 def _failures(study: Study, ablation: Ablation, diagnosis: pd.DataFrame) -> str:
     """What is wrong with which variant, and which are without a sign of failure."""
-    shown = [(t, v) for t in shown_tasks(study, ablation) for v in shown_variants(ablation) if v in variants_on(study, t)]
+    shown = shown_cells(study, ablation)
     here = diagnosis.set_index(["task", "variant"])
     here = here[here.index.isin(shown)]
     sound = [(task, variant) for task, variant in shown if (task, variant) not in here.index]
@@ -138,8 +137,8 @@ def _what_was_run(study: Study, ablation: Ablation) -> str:
     own = [cell for cell in shown if cell.task in ablation.tasks and cell.variant in ablation.variants]
     others = f", {len(shown) - len(own)} of them for another question" if len(own) < len(shown) else ""
     sources = ", ".join(f"[results/{task}.csv](../results/{task}.csv)" for task in tasks)
-    if ablation.figure in ("filters", "positions"):
-        files = [f"results/{ablation.figure}/{task}.csv" for task in tasks]
+    if ablation.plot in ("filters", "positions"):
+        files = [f"results/{ablation.plot}/{task}.csv" for task in tasks]
         sources = ", ".join(f"[{file}](../{file})" for file in files)
     rows = {
         "filters": "the rows of these variants",
@@ -147,10 +146,10 @@ def _what_was_run(study: Study, ablation: Ablation) -> str:
         "positions": "the rows of these variants",
         "recall": "the rows of these variants whose metric is recalled_share or begins with loss",
         "example": "the first test sequence of the training length, read by the weights in runs/",
-    }.get(ablation.figure, "the rows of these variants whose metric is accuracy, or bits_per_byte on text; curves: every length")
-    if ablation.figure == "stability":
+    }.get(ablation.plot, "the rows of these variants whose metric is accuracy, or bits_per_byte on text; curves: every length")
+    if ablation.plot == "stability":
         sources = "[reports/stability.csv](stability.csv)"
-    numbers = f"Numbers: {rows}." if ablation.figure == "example" else f"Numbers: {sources}, {rows}."
+    numbers = f"Numbers: {rows}." if ablation.plot == "example" else f"Numbers: {sources}, {rows}."
     seeds = ", ".join(map(str, study.seeds))
     return f"*What was run*: {len(shown)} cells{others}, with seeds {seeds}. {_trained(shown)} {numbers}"
 
@@ -180,7 +179,7 @@ def costs_of(study: Study, scores: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for task in study.tasks:
         for variant in variants_on(study, task):
-            if isinstance(study.variants[variant], Theory):
+            if isinstance(study.variants[variant], ConstructionConfig):
                 continue
             summary, log = runs.read_summary(task, variant), read_log(task, variant)
             rows.append(

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib import import_module
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -25,38 +25,38 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cat.config import Protocol, Schedule
-from cat.evaluation.diagnostics import head_entropies, key_filter_solves_every_length, largest_logit
+from cat.config import OptimizerConfig, TrainingConfig
+from cat.evaluation.diagnostics import head_entropies, key_filter_solves_every_length, max_logit
 from cat.evaluation.scores import Split, TrainingSplit, score
-from cat.mixers.registry import Theory, VariantConfiguration
+from cat.mixers.registry import AnyVariant, ConstructionConfig
 from cat.model import SequenceModel
 from cat.seeding import derive_seed
 from cat.tasks.registry import Task
-from cat.training.distributed import ALONE, Group, local_rank, process_group
-from cat.training.ensemble import can_be_stacked, fit_together
-from cat.training.fit import Row, Run, build_model, fit, look
+from cat.training.distributed import SINGLE_PROCESS, ProcessGroup, local_rank, process_group
+from cat.training.ensemble import can_ensemble, fit_ensemble
+from cat.training.fit import Run, ValidationRecord, build_model, fit, validation_record
 from pipeline.config.load import load_study
 from pipeline.runtime import workers
 from pipeline.runtime.checkpoints import Checkpoint, Keeper
 from pipeline.runtime.determinism import MARK
 from pipeline.runtime.devices import made_on, own_device
 from pipeline.storage import runs
-from pipeline.storage.files import whole, write_csv, write_json
+from pipeline.storage.files import atomic_write, write_csv, write_json
 from pipeline.storage.paths import CHECKPOINTS, LOGS
 from pipeline.storage.provenance import provenance
+from pipeline.storage.tables import HISTORY_COLUMNS
 from pipeline.storage.task_data import Meta, read_code, read_meta
 
 TOGETHER = 1 << 18
 """Tokens of a step in which several runs are trained at once; bounds their memory."""
-COLUMNS = ("learning_rate", "seed", *(field.name for field in fields(Row)))
 
 
-class Setting(NamedTuple):
+class CellSetting(NamedTuple):
     """What a cell is trained with: exactly what its stage declares."""
 
-    model: VariantConfiguration
-    protocol: Protocol
-    schedule: Schedule
+    model: AnyVariant
+    optimizer: OptimizerConfig
+    training: TrainingConfig
     seeds: tuple[int, ...]
     precision: Literal["float32", "bfloat16"]
 
@@ -66,7 +66,7 @@ class Cell(NamedTuple):
 
     task: str
     variant: str
-    setting: Setting
+    setting: CellSetting
     meta: Meta
     code: str | None
     """The listing that `plan` has made of it; None where there is none."""
@@ -74,15 +74,15 @@ class Cell(NamedTuple):
     """What a theorem is about, up to its longest sequences; None for what is trained, to which these are nothing."""
 
     @classmethod
-    def of(cls, task: str, variant: str, setting: Setting) -> Cell:
+    def of(cls, task: str, variant: str, setting: CellSetting) -> Cell:
         """The cell as it is now."""
-        theorem = load_study().tasks[task].data if isinstance(setting.model, Theory) else None
+        theorem = load_study().tasks[task].data if isinstance(setting.model, ConstructionConfig) else None
         return cls(task, variant, setting, read_meta(task), read_code(variant), theorem)
 
     @property
     def jobs(self) -> list[Job]:
         """Its runs; the weights of a theorem depend on no learning rate."""
-        rates = (0.0,) if isinstance(self.setting.model, Theory) else self.setting.schedule.learning_rates
+        rates = (0.0,) if isinstance(self.setting.model, ConstructionConfig) else self.setting.training.learning_rates
         return [Job(rate, seed) for rate in rates for seed in self.setting.seeds]
 
 
@@ -97,7 +97,7 @@ class Trained(NamedTuple):
     """What came of a job."""
 
     job: Job
-    history: list[Row]
+    history: list[ValidationRecord]
     steps: int
     stop: str
     parameters: int
@@ -118,7 +118,7 @@ class Trained(NamedTuple):
         return self.stop == "diverged"
 
 
-def train(task: str, variant: str, setting: Setting, *, device: str, threads: int | Literal["auto"]) -> None:
+def train(task: str, variant: str, setting: CellSetting, *, device: str, parallel_runs: int | Literal["auto"]) -> None:
     """Trains the cell and writes its folder. Raises ParamsError where the device does not exist.
 
     Ctrl-C ends it after the step that it is in, which the next call goes on from; raises KeyboardInterrupt then.
@@ -126,14 +126,14 @@ def train(task: str, variant: str, setting: Setting, *, device: str, threads: in
     began, origin = time.time(), provenance()
     where = own_device(device, local_rank())
     cell = Cell.of(task, variant, setting)
-    steps = len(cell.jobs) * setting.schedule.steps
+    steps = len(cell.jobs) * setting.training.steps
     with process_group(where) as group, workers.stoppable():
         hidden = None if group.rank == 0 else True
         with tqdm(total=steps, desc=f"{task} {variant}", unit="step", disable=hidden) as bar:
-            run, report = functools.partial(run_jobs, cell, group=group), functools.partial(_advance, bar)
-            together = groups(cell, where, group)
-            side_by_side = threads if group.size == 1 else 1
-            trained = workers.spread(run, together, device=where, threads=side_by_side, report=report)
+            run, report = functools.partial(train_jobs, cell, group=group), functools.partial(_advance, bar)
+            together = group_jobs(cell, where, group)
+            side_by_side = parallel_runs if group.size == 1 else 1
+            trained = workers.parallel_map(run, together, device=where, parallel_runs=side_by_side, report=report)
     if group.rank == 0:
         write(cell, list(chain.from_iterable(trained)), began=began, origin=origin)
 
@@ -144,25 +144,25 @@ def write(cell: Cell, outcomes: list[Trained], *, began: float, origin: dict[str
     `origin` is the provenance of the code when training began: the checkout may have moved on since.
     """
     task, variant, meta = cell.task, cell.variant, cell.meta
-    chosen = choose(outcomes, meta.goal)
+    chosen = choose_learning_rate(outcomes, meta.goal)
     about = {"config": outcomes[0].config, "vocabulary": meta.vocabulary, "length": meta.length}
-    with FileLock(CHECKPOINTS / task / variant / "write.lock"), whole(runs.folder(task, variant)) as folder:
+    with FileLock(CHECKPOINTS / task / variant / "write.lock"), atomic_write(runs.folder(task, variant)) as folder:
         folder.mkdir()
         for outcome in outcomes:
             if outcome.job.learning_rate == chosen and not outcome.diverged:
                 content = safetensors.numpy.save(outcome.weights, metadata={"model": json.dumps(about, sort_keys=True)})
                 (folder / f"seed_{outcome.job.seed}.safetensors").write_bytes(content)
         rows = [{**outcome.job._asdict(), **asdict(row)} for outcome in outcomes for row in outcome.history]
-        write_csv(folder / "history.csv", rows, COLUMNS)
+        write_csv(folder / "history.csv", rows, HISTORY_COLUMNS)
         head = {"task": task, "variant": variant, "model": about, "device": outcomes[0].device, "learning_rate": chosen}
         write_json(folder / "summary.json", {**head, **_summary(outcomes)})
     spent = math.fsum(outcome.seconds for outcome in outcomes)
     log = {**origin, "started": began, "seconds": spent, "summary": runs.digest(task, variant)}
-    with whole(LOGS / task / f"{variant}.json") as path:
+    with atomic_write(LOGS / task / f"{variant}.json") as path:
         write_json(path, log)
 
 
-def choose(outcomes: list[Trained], goal: str) -> float:
+def choose_learning_rate(outcomes: list[Trained], goal: str) -> float:
     """The learning rate that is best on the validation split in the mean over seeds.
 
     Rates at which fewer seeds diverged come first; then accuracy, the lower loss among equals, or on text the loss alone.
@@ -180,7 +180,7 @@ def choose(outcomes: list[Trained], goal: str) -> float:
     return max(dict.fromkeys(o.job.learning_rate for o in outcomes), key=merit)
 
 
-def groups(cell: Cell, device: torch.device, group: Group = ALONE) -> list[tuple[Job, ...]]:
+def group_jobs(cell: Cell, device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> list[tuple[Job, ...]]:
     """The runs of the cell that are trained at once.
 
     On a GPU, which one small model does not fill, they are as many as have TOGETHER tokens in a step. On a CPU every run is
@@ -188,27 +188,27 @@ def groups(cell: Cell, device: torch.device, group: Group = ALONE) -> list[tuple
     processes.
     """
     setting, jobs = cell.setting, cell.jobs
-    size = max(1, TOGETHER // (setting.schedule.batch * cell.meta.length)) if stacked(cell, device, group) else 1
+    size = max(1, TOGETHER // (setting.training.batch * cell.meta.length)) if uses_ensemble(cell, device, group) else 1
     return [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
 
 
-def stacked(cell: Cell, device: torch.device, group: Group = ALONE) -> bool:
+def uses_ensemble(cell: Cell, device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> bool:
     """Whether its runs are trained by `fit_together`, whose steps are replayed, one that is by itself too."""
-    model, schedule = cell.setting.model, cell.setting.schedule
+    model, schedule = cell.setting.model, cell.setting.training
     alone = schedule.compile or schedule.micro_batch is not None or group.size > 1
-    return device.type == "cuda" and not alone and not isinstance(model, Theory) and can_be_stacked(model)
+    return device.type == "cuda" and not alone and not isinstance(model, ConstructionConfig) and can_ensemble(model)
 
 
-def run_jobs(
-    cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: workers.Report, group: Group = ALONE
+def train_jobs(
+    cell: Cell, jobs: tuple[Job, ...], device: torch.device, report: workers.Report, group: ProcessGroup = SINGLE_PROCESS
 ) -> list[Trained]:
     """Trains these models of the cell at once; `report` is told (steps done since it was last told, row or None)."""
-    if isinstance(cell.setting.model, Theory):
+    if isinstance(cell.setting.model, ConstructionConfig):
         return [_prescribe(cell, job, device, report) for job in jobs]
     where = made_on(device, group.size)
     told = dict.fromkeys(jobs, 0)
 
-    def progress(job: Job, step: int, row: Row | None) -> None:
+    def progress(job: Job, step: int, row: ValidationRecord | None) -> None:
         if row is not None:
             report((step - told[job], row))
             told[job] = step
@@ -217,10 +217,10 @@ def run_jobs(
     with contextlib.ExitStack() as locks:
         for job in jobs if group.rank == 0 else ():
             locks.enter_context(_checkpoint(cell, job, where).alone())
-        waiting, alone = group.first(lambda: _standing(cell, jobs, where)), set[Job]()
+        waiting, alone = group.broadcast(lambda: _standing(cell, jobs, where)), set[Job]()
         while waiting:
             alike = waiting.pop()
-            together = len(alike) > 1 or (stacked(cell, device, group) and alike[0] not in alone)
+            together = len(alike) > 1 or (uses_ensemble(cell, device, group) and alike[0] not in alone)
             try:
                 trained |= zip(alike, _fit(cell, alike, device, progress, group, together), strict=True)
             except torch.OutOfMemoryError:
@@ -228,7 +228,7 @@ def run_jobs(
                     raise
                 alone |= set(alike)  # a batch in parts, of which replicas know nothing
                 waiting += [(job,) for job in alike]
-    report((sum(cell.setting.schedule.steps - steps for steps in told.values()), None))
+    report((sum(cell.setting.training.steps - steps for steps in told.values()), None))
     return [
         _trained(cell, job, run.model, run.history, run.steps, run.stop, where, seconds, run.micro_batch)
         for job, (run, seconds) in ((job, trained[job]) for job in jobs)
@@ -253,13 +253,13 @@ def _fit(
     cell: Cell,
     jobs: tuple[Job, ...],
     device: torch.device,
-    progress: Callable[[Job, int, Row | None], None],
-    group: Group,
+    progress: Callable[[Job, int, ValidationRecord | None], None],
+    group: ProcessGroup,
     together: bool,
 ) -> list[tuple[Run, float]]:
     """Trains these models at once, from where they stand, and the seconds spent on each; not `together`, one model."""
     task, setting, meta = cell.task, cell.setting, cell.meta
-    assert not isinstance(setting.model, Theory)
+    assert not isinstance(setting.model, ConstructionConfig)
     train, valid = _splits(task, device)
     models = [
         build_model(
@@ -268,21 +268,21 @@ def _fit(
         for job in jobs
     ]
     checkpoints = [_checkpoint(cell, job, made_on(device, group.size)) for job in jobs]
-    kept = group.first(lambda: [checkpoint.read() for checkpoint in checkpoints])
+    kept = group.broadcast(lambda: [checkpoint.read() for checkpoint in checkpoints])
     states = [one and one.state for one in kept]
     keep = Keeper(checkpoints, kept, group)
     seeds = [derive_seed(job.seed, task, "batches") for job in jobs]
     rates = [job.learning_rate for job in jobs]
     options: dict[str, Any] = {
-        "protocol": setting.protocol,
-        "schedule": setting.schedule,
+        "protocol": setting.optimizer,
+        "schedule": setting.training,
         "stop_early": meta.goal == "accuracy",
         "precision": setting.precision,
     }
     if together and not any(state and (state.stop or state.micro_batch) for state in states):
         options |= {"progress": lambda place, *news: progress(jobs[place], *news), "checkpoint": keep}
         resume = [state for state in states if state is not None]
-        trained = fit_together(models, train, valid, learning_rates=rates, seeds=seeds, resume=resume or None, **options)
+        trained = fit_ensemble(models, train, valid, learning_rates=rates, seeds=seeds, resume=resume or None, **options)
         return [(run, keep.seconds(place)) for place, run in enumerate(trained)]
     options |= {
         "progress": functools.partial(progress, jobs[0]),
@@ -311,8 +311,8 @@ def _prescribe(cell: Cell, job: Job, device: torch.device, report: workers.Repor
     model = import_module("cat.theory").prescribed(cell.theorem).to(device)
     _, valid = _splits(cell.task, device)
     scores = score(model, valid, precision=cell.setting.precision)
-    report((cell.setting.schedule.steps, None))
-    row = look(0, [math.nan], [math.nan], scores.loss, scores.accuracy, largest_logit(model, valid.inputs))
+    report((cell.setting.training.steps, None))
+    row = validation_record(0, [math.nan], [math.nan], scores.loss, scores.accuracy, max_logit(model, valid.inputs))
     return _trained(cell, job, model, [row], 0, "theorem", made_on(device), time.perf_counter() - start)
 
 
@@ -325,7 +325,7 @@ def _trained(
     cell: Cell,
     job: Job,
     model: SequenceModel,
-    history: list[Row],
+    history: list[ValidationRecord],
     steps: int,
     stop: str,
     device: str,
@@ -348,7 +348,7 @@ def _trained(
     )
 
 
-def _advance(bar: tqdm, message: tuple[int, Row | None]) -> None:
+def _advance(bar: tqdm, message: tuple[int, ValidationRecord | None]) -> None:
     steps, row = message
     if row is not None:
         bar.set_postfix(loss=f"{row.train_loss:.3f}", accuracy=f"{row.valid_accuracy:.3f}", refresh=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path`, a file or a folder to be; it replaces `path` when the block ends without an error.
 
     Its content is on the disk before it does, so that even a power cut leaves the one or the other; of a folder, between two

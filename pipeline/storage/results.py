@@ -10,14 +10,11 @@ import pandas as pd
 
 from pipeline.config.grid import cells, variants_on
 from pipeline.config.study import Study
-from pipeline.storage import readers
 from pipeline.storage.paths import FILTERS, POSITIONS, RESULTS, RUNS, SCORES
+from pipeline.storage.tables import FILTER_COLUMNS, HISTORY_COLUMNS, POSITION_COLUMNS, RESULTS_COLUMNS, read_table
 
-KEYS = {"task": str, "variant": str, "seed": int, "length": int, "metric": str}
-FILTER = {"variant": str, "seed": int, "layer": int, "stream": str, "row": str, "lag": int, "value": float}
-CURVES = ("train_loss", "peak_loss", "gradient_norm", "valid_loss", "valid_accuracy", "largest_logit")
-HISTORY = {"learning_rate": float, "seed": int, "step": int, **dict.fromkeys(CURVES, float)}
-POSITION = {"variant": str, "seed": int, "context": str, "position": int, "bits_per_byte": float}
+KEYS = ("task", "variant", "seed", "length", "metric")
+"""What identifies a row of the results."""
 
 PRIMARY = {"accuracy": "accuracy", "loss": "bits_per_byte"}
 """The metric that stands for a task, by its goal."""
@@ -31,7 +28,7 @@ def read_results(study: Study) -> pd.DataFrame:
     tables = []
     for task, section in study.tasks.items():
         path = RESULTS / f"{task}.csv"
-        table = readers.table(path, KEYS | {"value": float})
+        table = read_table(path, RESULTS_COLUMNS)
         table["multiple"] = table["length"].map(dict(zip(section.data.lengths, section.data.multiples, strict=True)))
         variants = variants_on(study, task)
         table = table[table["variant"].isin(variants) & table["seed"].isin(study.seeds)]
@@ -40,7 +37,7 @@ def read_results(study: Study) -> pd.DataFrame:
         of_metric = table[table["metric"] == PRIMARY[section.data.goal]]
         there = set(zip(of_metric["variant"], of_metric["seed"], of_metric["length"], strict=True))
         for variant, seed, length in itertools.product(variants, study.seeds, section.data.lengths):
-            longest = study.variants[variant].longest(section.data.length)
+            longest = study.variants[variant].max_length(section.data.length)
             if (longest is None or length <= longest) and (variant, seed, length) not in there:
                 raise ValueError(f"{path}: variant {variant!r} lacks seed {seed} at length {length}; run `dvc repro`")
         tables.append(table)
@@ -55,22 +52,22 @@ def primary(study: Study, results: pd.DataFrame) -> pd.DataFrame:
 
 def read_history(study: Study, task: str, variant: str, learning_rate: float | None = None) -> pd.DataFrame:
     """The training curves of a cell at its chosen learning rate; at all of them for None."""
-    table = readers.table(RUNS / task / variant / "history.csv", HISTORY)
+    table = read_table(RUNS / task / variant / "history.csv", HISTORY_COLUMNS)
     chosen = table["seed"].isin(study.seeds)
     return table[chosen if learning_rate is None else chosen & (table["learning_rate"] == learning_rate)]
 
 
 def read_filters(task: str) -> pd.DataFrame:
     """The taps of every filter of the variants on the task."""
-    return readers.table(FILTERS / f"{task}.csv", FILTER)
+    return read_table(FILTERS / f"{task}.csv", FILTER_COLUMNS)
 
 
 def read_positions(task: str) -> pd.DataFrame:
     """The bits per byte of the variants on the task, by position."""
-    return readers.table(POSITIONS / f"{task}.csv", POSITION)
+    return read_table(POSITIONS / f"{task}.csv", POSITION_COLUMNS)
 
 
-def strays(study: Study) -> Iterator[Path]:
+def orphans(study: Study) -> Iterator[Path]:
     """Folders of runs that belong to no cell any more, and files of results and scores that belong to no task."""
     known = {RUNS / cell.task / cell.variant for cell in cells(study)}
     for folder in sorted(RUNS.glob("*/*/")):

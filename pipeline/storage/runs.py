@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from cat.mixers.registry import ModelConfiguration
+from cat.mixers.registry import AnyModel
 from cat.tasks.registry import Windows
 from pipeline.storage.files import read_json, readable
 from pipeline.storage.paths import RUNS
@@ -76,7 +76,7 @@ def load_model(path: str | Path) -> SequenceModel:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["model"])
             weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-        config = TypeAdapter(ModelConfiguration).validate_python(about["config"])
+        config = TypeAdapter(AnyModel).validate_python(about["config"])
         model = SequenceModel(config, vocabulary=about["vocabulary"], length=about["length"])
         model.load_state_dict(weights)
     summary = path.with_name("summary.json")
@@ -122,7 +122,7 @@ def _indexable(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def longest(task: str, variant: str) -> int | None:
+def max_length(task: str, variant: str) -> int | None:
     """The longest sequence that the trained variant can read; None where there is no limit."""
     about = read_summary(task, variant)["model"]
-    return TypeAdapter(ModelConfiguration).validate_python(about["config"]).longest(about["length"])
+    return TypeAdapter(AnyModel).validate_python(about["config"]).max_length(about["length"])

@@ -12,10 +12,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cat.config import Model
-from cat.mixers.registry import OF_A_MODEL, Hybrid
-from pipeline.config.ablations import shown_tasks, shown_variants
-from pipeline.config.grid import cells, variants_on
+from cat.config import ModelConfig
+from cat.mixers.registry import MODEL_KEYS, HybridConfig
+from pipeline.config.grid import cells, shown_tasks, shown_variants, variants_on
 from pipeline.config.study import Study
 from pipeline.storage import runs
 from pipeline.storage.files import read_json
@@ -30,11 +29,11 @@ STUDY = "study"
 """The experiment that holds the run of the report."""
 CURVES = {
     "train_loss": "train/loss",
-    "peak_loss": "train/peak_loss",
-    "gradient_norm": "train/gradient_norm",
+    "max_loss": "train/max_loss",
+    "grad_norm": "train/grad_norm",
     "valid_loss": "valid/loss",
     "valid_accuracy": "valid/accuracy",
-    "largest_logit": "attention/largest_logit",
+    "max_logit": "attention/max_logit",
 }
 """How a column of a history is called here."""
 _OFF = "-"
@@ -56,9 +55,9 @@ class Record:
     """Artifact folder -> files."""
     figures: tuple[str, ...]
     """The ablations in whose figures it is."""
-    within: str | None = None
+    parent: str | None = None
     """The key of the variant's run that a seed's run is shown in."""
-    beside: tuple[Path, ...] = ()
+    volatile_files: tuple[Path, ...] = ()
     """Files that differ from time to time, and are logged with the rest."""
     origin: dict[str, str] = field(default_factory=dict)
     """By which commit it was trained, where that is known."""
@@ -118,8 +117,8 @@ def _task_records(study: Study) -> Iterator[Record]:
                 **_model_params(study, variant),
                 "learning_rate": f"{summary['learning_rate']:g}",
                 "parameters": str(summary["parameters"]),
-                "steps": str(section.train.steps),
-                "batch": str(section.train.batch),
+                "steps": str(section.training.steps),
+                "batch": str(section.training.batch),
                 **shared,
                 **data_params,
             }
@@ -148,7 +147,7 @@ def _task_records(study: Study) -> Iterator[Record]:
                 weights = runs.weights_path(task, variant, seed)
                 yield Record(
                     kind="seed",
-                    within=whole_cell.key,
+                    parent=whole_cell.key,
                     name=f"{variant} seed {seed}",
                     note=f"`{variant}` on `{task}`, seed {seed}: stopped by {run['stop']} after {run['steps']} steps.",
                     params={**parameters, "seed": str(seed)},
@@ -183,7 +182,7 @@ def _report_record(study: Study) -> Record:
     from pipeline.reporting.verdicts import read_verdicts
 
     tables = sorted([*REPORTS.glob("*.csv"), *RESULTS.rglob("*.csv"), *VERDICTS.glob("*.csv")])
-    verdicts = [f"* {row.verdict}: {row.says}" for row in read_verdicts().itertuples()]
+    verdicts = [f"* {row.verdict}: {row.statement}" for row in read_verdicts().itertuples()]
     return Record(
         experiment=STUDY,
         kind="report",
@@ -198,13 +197,13 @@ def _report_record(study: Study) -> Record:
             "svg": sorted((REPORTS / "svg").glob("*.svg")),
             "tables": tables,
         },
-        beside=tuple(path for name in ("report.md", "report.html", "cost.png") if (path := REPORTS / name).exists()),
+        volatile_files=tuple(path for name in ("report.md", "report.html", "cost.png") if (path := REPORTS / name).exists()),
         figures=tuple(n for n, a in study.ablations.items() if shown_tasks(study, a) and shown_variants(a)),
     )
 
 
 def _shared_params(study: Study) -> dict[str, str]:
-    return {**{key: f"{value:g}" for key, value in study.train.model_dump().items()}, "precision": study.precision}
+    return {**{key: f"{value:g}" for key, value in study.optimizer.model_dump().items()}, "precision": study.precision}
 
 
 def _model_params(study: Study, variant: str) -> dict[str, str]:
@@ -212,14 +211,14 @@ def _model_params(study: Study, variant: str) -> dict[str, str]:
     keys = dict.fromkeys(key for model in study.variants.values() for key in type(model).model_fields)
     model = study.variants[variant]
     values = model.model_dump()
-    if isinstance(model, Hybrid):
+    if isinstance(model, HybridConfig):
         values["blocks"] = "; ".join(_block(block) for block in model.blocks)
     return {f"model.{key}": _shown(values.get(key)) for key in keys}
 
 
-def _block(config: Model) -> str:
+def _block(config: ModelConfig) -> str:
     """The mixer of a block, and what is said of it."""
-    said = config.model_dump(exclude_defaults=True, exclude={"mixer", *OF_A_MODEL})
+    said = config.model_dump(exclude_defaults=True, exclude={"mixer", *MODEL_KEYS})
     return " ".join([config.mixer, *(f"{key}={value}" for key, value in said.items())])
 
 
@@ -261,7 +260,7 @@ def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[tuple[str
 
 def _filters(filters: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
     """A filter as a curve over how far back its taps are: `filter/1_k_0` is that of layer 1 on the keys of head 0."""
-    names = filters["layer"].astype(str) + "_" + filters["stream"] + "_" + filters["row"].str.replace(">", "_to_")
+    names = filters["layer"].astype(str) + "_" + filters["projection"] + "_" + filters["head"].str.replace(">", "_to_")
     for name, lag, value in zip(names, filters["lag"], filters["value"], strict=True):
         yield f"filter/{name}", int(lag), float(value)
 

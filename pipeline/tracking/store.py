@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 STORE, ARTIFACTS = Path("mlflow.db"), Path("mlartifacts")
-REST = ARTIFACTS / ".complete"
+COMPLETE = ARTIFACTS / ".complete"
 """What the files and the store looked like when the store was complete."""
 STAMP = ARTIFACTS / "stamp"
 """A digest of all that is logged, whenever and wherever that was trained."""
 
 
-def _begin_store() -> None:
+def create_store() -> None:
     """A store without runs, whole or not at all: MLflow makes its tables one by one, and cannot go on where that was ended."""
     from mlflow.tracking import MlflowClient
 
@@ -37,7 +37,7 @@ def _begin_store() -> None:
     shutil.rmtree(folder)
 
 
-def _follow_the_folder() -> None:
+def relocate_artifacts() -> None:
     """MLflow keeps the full paths of artifacts: in a store that was copied or moved they lead to the folder where it was.
 
     Raises ValueError where the store cannot be read.
@@ -57,7 +57,7 @@ def _follow_the_folder() -> None:
         raise ValueError(f"{STORE}: {error}; without it and {ARTIFACTS} it is built again") from None
 
 
-def _path(uri: str) -> Path:
+def local_path(uri: str) -> Path:
     """The folder on this machine that MLflow calls so."""
     return Path(unquote(urlparse(uri).path))
 
@@ -72,20 +72,20 @@ def load_run(run_id: str) -> SequenceModel:
     from mlflow.tracking import MlflowClient
 
     try:
-        found = MlflowClient(_uri()).list_artifacts(run_id, "weights")
+        found = MlflowClient(tracking_uri()).list_artifacts(run_id, "weights")
         if not found:
             raise ValueError(f"run {run_id} has no weights: they are in the runs of single seeds that did not diverge")
-        return runs.load_model(download_artifacts(f"runs:/{run_id}/{found[0].path}", tracking_uri=_uri()))
+        return runs.load_model(download_artifacts(f"runs:/{run_id}/{found[0].path}", tracking_uri=tracking_uri()))
     except MlflowException as error:
-        raise ValueError(f"MLflow at {_uri()}: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"MLflow at {tracking_uri()}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _uri() -> str:
+def tracking_uri() -> str:
     # A relative path: in that of the folder there may be signs that mean something in an address, such as ? and %.
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{STORE}"
 
 
-def _appearance() -> str:
+def fingerprint() -> str:
     """A digest of the names, sizes and times of all that is logged, of what logs it, and of the store; of where all this is."""
     folders = (path for folder in (RUNS, RESULTS, VERDICTS, REPORTS, LOGS) for path in folder.rglob("*"))
     files = sorted([*folders, *DATA.glob("*/meta.json"), Path("params.yaml"), Path(__file__), STORE])

@@ -26,10 +26,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.study import Study
-from pipeline.storage.files import whole
+from pipeline.storage.files import atomic_write
 from pipeline.tracking.pages import _CONTEXT, _FOLDER, _KEY, Pages, _context, _in_context
 from pipeline.tracking.records import Record, _report_record, _task_records
-from pipeline.tracking.store import ARTIFACTS, REST, STAMP, STORE, _appearance, _begin_store, _follow_the_folder, _path, _uri
+from pipeline.tracking.store import (
+    ARTIFACTS,
+    COMPLETE,
+    STAMP,
+    STORE,
+    create_store,
+    fingerprint,
+    local_path,
+    relocate_artifacts,
+    tracking_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
@@ -42,7 +52,7 @@ def track(study: Study, *, prune: bool = False) -> None:
     Raises ValueError where a result is missing or the store cannot be reached.
     """
     local = not os.environ.get("MLFLOW_TRACKING_URI")
-    if local and not prune and STAMP.exists() and REST.exists() and REST.read_text(encoding="utf-8") == _appearance():
+    if local and not prune and STAMP.exists() and COMPLETE.exists() and COMPLETE.read_text(encoding="utf-8") == fingerprint():
         return
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -55,18 +65,18 @@ def track(study: Study, *, prune: bool = False) -> None:
     try:
         if local:
             if STORE.exists():
-                _follow_the_folder()
+                relocate_artifacts()
             else:
-                _begin_store()
-        _sync(MlflowClient(_uri()), study, records, artifacts=ARTIFACTS.resolve() if local else None, prune=prune)
+                create_store()
+        _sync(MlflowClient(tracking_uri()), study, records, artifacts=ARTIFACTS.resolve() if local else None, prune=prune)
     except MlflowException as error:
-        raise ValueError(f"MLflow at {_uri()}: {' '.join(str(error).split())[:200]}") from None
-    with whole(STAMP) as path:
+        raise ValueError(f"MLflow at {tracking_uri()}: {' '.join(str(error).split())[:200]}") from None
+    with atomic_write(STAMP) as path:
         contents = sorted(record.content for record in records.values())
         path.write_text(hashlib.sha256("".join(contents).encode()).hexdigest() + "\n", encoding="utf-8")
     if local:
-        with whole(REST) as path:
-            path.write_text(_appearance(), encoding="utf-8")
+        with atomic_write(COMPLETE) as path:
+            path.write_text(fingerprint(), encoding="utf-8")
 
 
 def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, artifacts: Path | None, prune: bool) -> None:
@@ -85,7 +95,7 @@ def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, 
     for run in _runs_in(client, [e.experiment_id for e in client.search_experiments()], context):
         key = run.data.tags[_KEY]
         has_files = artifacts is not None and key in records and any(records[key].files.values())
-        lost = has_files and not _path(run.info.artifact_uri).exists()
+        lost = has_files and not local_path(run.info.artifact_uri).exists()
         if run.info.status != "FINISHED" or key in there or lost:
             if ours(run):
                 client.delete_run(run.info.run_id)
@@ -93,7 +103,7 @@ def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, 
             there[key] = run
         elif ours(run) and prune:
             client.delete_run(run.info.run_id)
-            if artifacts is not None and (folder := _path(run.info.artifact_uri).parent).is_relative_to(artifacts):
+            if artifacts is not None and (folder := local_path(run.info.artifact_uri).parent).is_relative_to(artifacts):
                 shutil.rmtree(folder, ignore_errors=True)
         elif ours(run):
             there[key] = run
@@ -108,8 +118,8 @@ def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, 
         # The report first, which the others link to; a variant before its seeds, which are shown in it.
         for key, record in records.items():
             tags = {"current": "yes", "study": name_of_study, "studies": name_of_study}
-            if record.within is not None:
-                tags["mlflow.parentRunId"] = ids[record.within]
+            if record.parent is not None:
+                tags["mlflow.parentRunId"] = ids[record.parent]
             if (run := there.get(key)) is not None:
                 ids[key] = run.info.run_id
                 tags["studies"] = " ".join(dict.fromkeys([*run.data.tags.get("studies", "").split(), name_of_study]))
@@ -212,7 +222,7 @@ def _log(client: MlflowClient, key: str, record: Record, tags: Mapping[str, str]
     for folder, paths in record.files.items():
         for path in paths:
             client.log_artifact(run.info.run_id, str(path), folder or None)
-    for path in record.beside:
+    for path in record.volatile_files:
         client.log_artifact(run.info.run_id, str(path))
     client.set_terminated(run.info.run_id, "FINISHED", end_time=started + int((record.seconds or 0) * 1000))
     return str(run.info.run_id)

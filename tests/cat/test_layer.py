@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 WIDTH, HEADS, LENGTH = 12, 2, 9
 ATTENTIONS = {
     "torch": transformer.TorchAttention,
-    "cat": lambda width, heads: ConvolutionAugmentedAttention(width, heads, q=4, k=4, v=4),
+    "cat": lambda width, heads: ConvolutionAugmentedAttention(width, heads, conv_q=4, conv_k=4, conv_v=4),
 }
 
 
@@ -132,7 +132,7 @@ def test_every_argument_means_what_it_means_in_a_configuration(options):
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS, length=LENGTH, **options)
     torch.manual_seed(0)
     same = {"mixer": "attention", "layers": 1, "width": WIDTH, "heads": HEADS, "position": "none", **options}
-    mixer = cat.build_mixer(cat.Attention(**same), LENGTH)
+    mixer = cat.build_mixer(cat.AttentionConfig(**same), LENGTH)
     ours, theirs = layer.mixer.state_dict(), mixer.state_dict()
     assert ours.keys() == theirs.keys()
     x = torch.randn(2, LENGTH, WIDTH)
@@ -143,7 +143,7 @@ def test_every_argument_means_what_it_means_in_a_configuration(options):
 
 def test_the_gradient_reaches_every_filter_and_the_input():
     torch.manual_seed(0)
-    layer = ConvolutionAugmentedAttention(WIDTH, HEADS, q=4, k=3, v=2)
+    layer = ConvolutionAugmentedAttention(WIDTH, HEADS, conv_q=4, conv_k=3, conv_v=2)
     x = torch.randn(2, LENGTH, WIDTH, requires_grad=True)
     layer(x).square().sum().backward()
     taps = {name.split(".")[-2]: p for name, p in layer.named_parameters() if name.endswith("taps")}
@@ -159,16 +159,16 @@ def test_what_is_read_part_by_part_is_what_is_read_at_once(options, parts):
     layer, x = ConvolutionAugmentedAttention(12, 2, position="rotary", **options).double(), normal(2, 12, 12)
     memory, outputs = None, []
     for part in x.split(parts, dim=1):
-        y, memory = layer.read(part, memory)
+        y, memory = layer.step(part, memory)
         outputs.append(y)
     assert memory.length == 12
     torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
     with pytest.raises(ValueError, match="x has shape"):
-        layer.read(x[:, :0], memory)
+        layer.step(x[:, :0], memory)
 
 
 def test_an_input_of_another_type_is_refused_but_where_torch_casts_it():
-    layer, x = ConvolutionAugmentedAttention(12, 2, k=4), torch.randn(2, 7, 12)
+    layer, x = ConvolutionAugmentedAttention(12, 2, conv_k=4), torch.randn(2, 7, 12)
     with pytest.raises(ValueError, match=r"x is of torch.float64, the layer of torch.float32: x\.to\(torch.float32\)"):
         layer(x.double())
     with torch.autocast("cpu", torch.bfloat16):
@@ -176,22 +176,22 @@ def test_an_input_of_another_type_is_refused_but_where_torch_casts_it():
         with pytest.raises(ValueError, match=r"x is of torch.float64, the layer of torch.float32"):
             layer(x.double())
         with pytest.raises(ValueError, match=r"x is of torch.float32, the layer of torch.float64"):
-            ConvolutionAugmentedAttention(12, 2, k=4, dtype=torch.float64)(x)
+            ConvolutionAugmentedAttention(12, 2, conv_k=4, dtype=torch.float64)(x)
 
 
 @pytest.mark.parametrize("sharing", ["head", "channel", "mixing"])
 @pytest.mark.parametrize("taps", [4, 20, "full"])
 def test_under_autocast_the_precision_of_what_is_kept_does_not_depend_on_the_length(taps, sharing):
-    layer = ConvolutionAugmentedAttention(12, 2, q=taps, k=taps, v=taps, sharing=sharing, length=40)
+    layer = ConvolutionAugmentedAttention(12, 2, conv_q=taps, conv_k=taps, conv_v=taps, sharing=sharing, length=40)
     with torch.autocast("cpu", torch.bfloat16):
         for length in (1, 8, 100, 300):
-            y, memory = layer.read(torch.randn(2, length, 12))
-            after, memory = layer.read(torch.randn(2, 1, 12), memory)
-            assert {t.dtype for t in (y, after, *memory.kept.values())} == {torch.bfloat16}, length
+            y, memory = layer.step(torch.randn(2, length, 12))
+            after, memory = layer.step(torch.randn(2, 1, 12), memory)
+            assert {t.dtype for t in (y, after, *memory.state.values())} == {torch.bfloat16}, length
 
 
 def test_padding_on_the_right_has_no_gradient_in_half_precision():
-    layer = ConvolutionAugmentedAttention(16, 2, q=2, k=2, qk_norm=True, dtype=torch.float16)
+    layer = ConvolutionAugmentedAttention(16, 2, conv_q=2, conv_k=2, qk_norm=True, dtype=torch.float16)
     x = torch.randn(2, 7, 16).half()
     x[:, 4:] = 0
     layer(x)[:, :4].sum().backward()
@@ -199,16 +199,16 @@ def test_padding_on_the_right_has_no_gradient_in_half_precision():
 
 
 def test_what_is_printed_of_it_tells_its_filters():
-    layer = ConvolutionAugmentedAttention(12, 2, q=4, v="state", filter_size=3, length=9, position="rotary")
+    layer = ConvolutionAugmentedAttention(12, 2, conv_q=4, conv_v="state", filter_size=3, length=9, position="rotary")
     assert "width=12, heads=2, position=rotary, q=4, v=state, filter_size=3" in repr(layer)
     assert "(q): ExplicitFilter(taps=4, sharing=head)" in repr(layer)
     assert "(v): DecayFilter(coefficients=3, sharing=head)" in repr(layer)
-    spaced = ConvolutionAugmentedAttention(12, 2, k=3, dilation=2, sharing="channel")
+    spaced = ConvolutionAugmentedAttention(12, 2, conv_k=3, dilation=2, sharing="channel")
     assert "(k): ExplicitFilter(taps=3, dilation=2, sharing=channel)" in repr(spaced)
 
 
 def test_it_is_made_where_and_of_what_it_is_asked_to_be():
-    layer = ConvolutionAugmentedAttention(12, 2, k="decay", filter_size=3, length=9, device="meta", dtype=torch.bfloat16)
+    layer = ConvolutionAugmentedAttention(12, 2, conv_k="decay", filter_size=3, length=9, device="meta", dtype=torch.bfloat16)
     assert {(t.device.type, t.dtype) for t in layer.state_dict().values()} == {("meta", torch.bfloat16)}
 
 
@@ -223,7 +223,7 @@ def test_without_filters_it_is_the_attention_of_torch():
 
 def test_with_filters_it_is_the_attention_of_torch_to_filtered_streams():
     torch.manual_seed(0)
-    layer = ConvolutionAugmentedAttention(WIDTH, HEADS, q=4, k=3, v=2, filter_init="random")
+    layer = ConvolutionAugmentedAttention(WIDTH, HEADS, conv_q=4, conv_k=3, conv_v=2, filter_init="random")
     x = torch.randn(2, LENGTH, WIDTH)
     streams = []
     for stream, w in zip("qkv", layer.mixer.projection.weight.chunk(3), strict=True):
@@ -270,7 +270,7 @@ def test_mistakes_are_answered_in_one_line_that_names_the_argument():
 @pytest.mark.parametrize("shape", [(2, 5, WIDTH + 1), (2, 0, WIDTH)])
 def test_an_input_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"^x has shape \(2, \d, 1\d\), not \(batch, length, 12\) with at least one token$"):
-        ConvolutionAugmentedAttention(WIDTH, HEADS, k=4)(torch.zeros(shape))
+        ConvolutionAugmentedAttention(WIDTH, HEADS, conv_k=4)(torch.zeros(shape))
 
 
 def test_the_attention_that_the_example_swaps_is_the_layer_without_filters():

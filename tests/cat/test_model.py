@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from cat.model import SequenceModel
-from cat.training.fit import decayed_or_not
+from cat.training.fit import split_by_weight_decay
 
 LLAMA = {"mlp": 3, "activation": "swiglu", "norm": "rms"}
 
@@ -13,7 +13,7 @@ LLAMA = {"mlp": 3, "activation": "swiglu", "norm": "rms"}
 def model(**changes):
     line = {"mixer": "attention", "width": 8, "layers": 2, "heads": 2, "position": "none", "k": 3, **changes}
     torch.manual_seed(0)
-    built = SequenceModel(Attention(**line), vocabulary=11, length=9).double()
+    built = SequenceModel(AttentionConfig(**line), vocabulary=11, length=9).double()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)  # scales of norms are 1 at first
@@ -47,7 +47,7 @@ def test_the_head_reads_what_the_chosen_norm_makes():
 def test_weight_decay_is_on_the_maps_of_a_gated_mlp_and_on_no_norm():
     built = model(**LLAMA)
     names = {id(parameter): name for name, parameter in built.named_parameters()}
-    decayed = {names[id(p)] for p in decayed_or_not(built)[0]}
+    decayed = {names[id(p)] for p in split_by_weight_decay(built)[0]}
     assert {"blocks.0.mlp.1.gate_and_up.weight", "blocks.0.mlp.2.weight"} < decayed
     assert not any("norm" in name or name.endswith("mlp.0.weight") for name in decayed)
 

@@ -38,8 +38,8 @@ def recall_task(ngram: int, questions: str = "one") -> Recall:
         values=26 - KEYS[ngram],
         filler=3,
         pairs=min(pairs, KEYS[ngram] ** ngram),
-        questions=questions,
-        gaps="uniform",
+        queries=questions,
+        query_gap="uniform",
         **SPLITS,
     )
 
@@ -282,7 +282,7 @@ def test_copying_weights_are_for_their_length():
 
 @pytest.mark.parametrize("task", [recall_task(1), recall_task(3, "all"), copying_task(4, 9)])
 def test_the_prescribed_model_solves_the_task_at_its_longest(task):
-    model, longest = theory.prescribed(task), task.lengths[-1]
+    model, longest = theory.construct(task), task.lengths[-1]
     assert accuracy(model, task, longest, count=4) == 1
     assert largest_error(model, draw(task, longest, count=4)) < EPSILON
 
@@ -296,7 +296,7 @@ def test_the_prescribed_model_solves_the_task_at_its_longest(task):
 )
 def test_a_task_without_a_theorem_is_refused_in_words(task, words):
     with pytest.raises(ValueError, match=words):
-        theory.prescribed(task)
+        theory.construct(task)
 
 
 def test_the_global_random_state_is_untouched():
@@ -350,16 +350,16 @@ def wrong_blocks(mixer: LandmarkAttention, blocks: int, count: int) -> float:
         width=mixer.config.width, length=blocks * BLOCK, block=BLOCK, count=count, generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
-        q, k, v, *others = mixer.streams(mixer.project(x))
+        q, k, v, *others = mixer.prepare(mixer.project(x))
     # The gradient is the attention; it may go on behind the end of the block, so its first token tells the block.
     v.requires_grad_()
-    attention = torch.autograd.grad(mixer.mix(q, k, v, *others)[:, 0, -1, 0].sum(), v)[0][:, 0, :, 0]
+    attention = torch.autograd.grad(mixer.attend(q, k, v, *others)[:, 0, -1, 0].sum(), v)[0][:, 0, :, 0]
     read = (attention > 0).int().argmax(-1)
     return (read // BLOCK != place // BLOCK).double().mean().item()
 
 
 def retrieval(width: int, blocks: int, taps: Tensor | None = None) -> LandmarkAttention:
-    return theory.block_retrieval(width=width, length=blocks * BLOCK, block=BLOCK, taps=taps)
+    return theory.block_retrieval(width=width, length=blocks * BLOCK, block=BLOCK, kernel=taps)
 
 
 def test_a_random_context_holds_the_query_twice_among_noise():

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import cat.training.cuda_graph
-from cat.config import Schedule
+from cat.config import TrainingConfig
 from cat.evaluation.scores import Split, score
 from cat.ops.conv.causal import filter_channels, filter_heads
 from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads
-from cat.training.cuda_graph import Replay
-from cat.training.ensemble import Stack, can_be_stacked, fit_together
+from cat.training.cuda_graph import GraphedFunction
+from cat.training.ensemble import Ensemble, can_ensemble, fit_ensemble
 from cat.training.fit import backward, build_model, fit, mean_loss
 from pipeline.storage import runs
 from tests.cat.mixers.test_mixers import BATTERY, configure
@@ -37,12 +37,12 @@ def models(name, seeds=(0, 1)):
 def train(name, *, steps=9, precision="float32", protocol=PROTOCOL, **options):
     """All of a grid together, on the GPU."""
     seeds, rates = zip(*GRID, strict=True)
-    return fit_together(
+    return fit_ensemble(
         models(name, seeds),
         on_gpu(successor(18)),
         on_gpu(successor(7, seed=1)),
-        protocol=protocol,
-        schedule=Schedule(steps=steps, batch=4, learning_rates=[0.1]),
+        optimizer_config=protocol,
+        training_config=TrainingConfig(steps=steps, batch=4, learning_rates=[0.1]),
         learning_rates=rates,
         seeds=seeds,
         stop_early=False,
@@ -126,14 +126,14 @@ def test_losses_and_gradients_are_those_of_the_cpu(name):
 
 @pytest.mark.parametrize("name", BATTERY)
 def test_a_step_replayed_is_the_step_to_the_bit(name, monkeypatch):
-    assert can_be_stacked(configure(**BATTERY[name]))
-    recorded, record = [], Replay._record
+    assert can_ensemble(configure(**BATTERY[name]))
+    recorded, record = [], GraphedFunction._record
 
     def noted(replay, inputs):
         record(replay, inputs)
         recorded.append(replay.graph is not None)
 
-    monkeypatch.setattr(Replay, "_record", noted)
+    monkeypatch.setattr(GraphedFunction, "_record", noted)
     replayed = train(name)
     assert recorded == [True]
     if name in REPEATING:
@@ -149,7 +149,7 @@ def test_rows_of_every_type_of_tokens_are_taken(dtype):
 
 def test_replicas_train_as_alone():
     seeds, rates = zip(*GRID, strict=True)
-    options = {"schedule": Schedule(steps=9, batch=4, learning_rates=[0.1]), "protocol": PROTOCOL, "stop_early": False}
+    options = {"schedule": TrainingConfig(steps=9, batch=4, learning_rates=[0.1]), "protocol": PROTOCOL, "stop_early": False}
     splits = on_gpu(successor(18)), on_gpu(successor(7, seed=1))
     alone = [
         fit(model, *splits, learning_rate=rate, seed=seed, **options)
@@ -160,17 +160,17 @@ def test_replicas_train_as_alone():
 
 
 def test_a_replica_that_leaves_the_stack_has_the_others_recorded_anew(monkeypatch):
-    recorded, record = [], Replay._record
+    recorded, record = [], GraphedFunction._record
     monkeypatch.setattr(
-        Replay, "_record", lambda replay, inputs: (record(replay, inputs), recorded.append(inputs[1].shape[0]))[0]
+        GraphedFunction, "_record", lambda replay, inputs: (record(replay, inputs), recorded.append(inputs[1].shape[0]))[0]
     )
     seeds, rates = (0, 1, 2), (0.01, 1e30, 0.003)
-    runs = fit_together(
+    runs = fit_ensemble(
         models("performer_state", seeds),
         on_gpu(successor(18)),
         on_gpu(successor(7, seed=1)),
-        protocol=PROTOCOL.model_copy(update={"validate_every": 5}),
-        schedule=Schedule(steps=15, batch=4, learning_rates=[0.1]),
+        optimizer_config=PROTOCOL.model_copy(update={"validate_every": 5}),
+        training_config=TrainingConfig(steps=15, batch=4, learning_rates=[0.1]),
         learning_rates=rates,
         seeds=seeds,
         stop_early=False,
@@ -209,7 +209,7 @@ def test_what_is_read_in_parts_is_what_the_cpu_reads_at_once(name):
     memories = []
     with torch.no_grad():
         for part in read.cuda().split([3, 1, read.shape[1] - 4], dim=1):
-            logits, memories = model.read(part, memories)
+            logits, memories = model.step(part, memories)
         torch.testing.assert_close(logits.cpu(), twin(read)[:, -1], rtol=1e-5, atol=1e-5)
 
 
@@ -264,7 +264,7 @@ def take_turns():
     batches = Split(*(tensor.expand(len(seeds), *tensor.shape).contiguous() for tensor in batch))
 
     def steps():
-        stack = Stack(models("attention_all", seeds), [0.01] * len(seeds), protocol=PROTOCOL, precision="float32")
+        stack = Ensemble(models("attention_all", seeds), [0.01] * len(seeds), optimizer_config=PROTOCOL, precision="float32")
         return [stack.step(batches, 1.0) for _ in range(4)], stack.at_once
 
     torch.cuda.reset_peak_memory_stats()

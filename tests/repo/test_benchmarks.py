@@ -206,7 +206,7 @@ def test_both_ways_of_drawing_recall_ask_what_the_oracle_answers(way):
 
 def test_zoology_s_setting_is_the_one_measured():
     task = mqar(8192)
-    assert (task.vocabulary, task.length, task.pairs, task.gaps) == (8192, 64, 4, "power")
+    assert (task.vocabulary, task.length, task.pairs, task.query_gap) == (8192, 64, 4, "power")
 
 
 # What DVC and Python cost.
@@ -219,7 +219,7 @@ def test_the_study_that_dvc_is_measured_on_is_one_and_has_as_many_cells(tmp_path
     study = load_study(tmp_path / "params.yaml")
     assert 100 <= len(cells(study)) < 110
     assert startup.CELL in [(cell.task, cell.variant) for cell in cells(study) if cell.ablation == "streams"]
-    assert study.threads == 1
+    assert study.parallel_runs == 1
 
 
 def test_a_command_s_seconds_memory_and_words_are_its_own(tmp_path):

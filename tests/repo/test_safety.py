@@ -20,13 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.cli import main
 from pipeline.config.claims import Claim
-from pipeline.config.errors import ParamsError, checked
+from pipeline.config.errors import ParamsError, parse_config
 from pipeline.config.load import study_of
 from pipeline.config.names import NAME, PATTERNS, Name
 from pipeline.config.yaml_file import read_yaml
 from pipeline.reporting.html import page
 from pipeline.reporting.verdicts import ABSENT
-from pipeline.storage import readers, runs
+from pipeline.storage import runs
+from pipeline.storage.tables import read_table
 from tests.helpers.study import ROOT, finished_study
 from tests.pipeline.config.test_study import at, contents, dump, run
 
@@ -98,7 +99,7 @@ def refusal(project, *arguments):
 
 def lines_of(raw, file):
     """The lines by which it is refused."""
-    read = study_of if file == "params.yaml" else functools.partial(checked, dict[Name, Claim])
+    read = study_of if file == "params.yaml" else functools.partial(parse_config, dict[Name, Claim])
     with pytest.raises(ParamsError) as error:
         read(raw, file)
     return error.value.lines
@@ -317,7 +318,7 @@ def test_a_pickle_does_harm_where_it_is_loaded(tmp_path, monkeypatch):
 def test_names_that_are_gaps_to_a_reader_of_tables_are_names(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("variant,seed,value\nnan,0,\nnull,1,0.5\n12,2,nan\n")
-    table = readers.table(path, {"variant": str, "seed": int, "value": float})
+    table = read_table(path, {"variant": str, "seed": int, "value": float})
     assert table["variant"].tolist() == ["nan", "null", "12"]
     assert table["value"].isna().tolist() == [True, False, True]
 

@@ -6,29 +6,29 @@ Without a filter this is the transformer's attention.
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.mixers.base import Memory, joined
-from cat.mixers.qkv import Mixed, Streams
+from cat.mixers.base import Cache, append_to_cache
+from cat.mixers.qkv import Attended, QKVMixer
 from cat.ops.attention import attend, attend_last, logits
 from cat.ops.position import rotate
-from cat.types import Asked, Heads, Queries, Values
+from cat.types import Heads, Positions, Queries, Values
 
 
-class CausalAttention(Streams):
+class CausalAttention(QKVMixer):
     """Dense causal attention over (B, L, D) with a filter on the streams that its configuration names."""
 
-    asks = True
+    supports_positions = True
 
-    def mix(self, q: Queries, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
-        return attend(*self._placed(q, k, at=at), v, scale=self.scale, alibi=self.alibi, at=at)
+    def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
+        return attend(*self._placed(q, k, positions=positions), v, scale=self.scale, alibi=self.alibi, positions=positions)
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
         return logits(*self._placed(q, k), scale=self.scale, alibi=self.alibi)
 
-    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+    def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
         """Keeps the keys and values of all tokens as they are attended to."""
-        q, k, v = streams
-        q, k = self._placed(q, k, start=memory.length)
-        keys, values = joined(memory, "keys", k, dim=2), joined(memory, "values", v, dim=2)
+        q, k, v = qkv
+        q, k = self._placed(q, k, start=cache.length)
+        keys, values = append_to_cache(cache, "keys", k, dim=2), append_to_cache(cache, "values", v, dim=2)
         attended = attend if q.shape[2] == keys.shape[2] else attend_last
         return attended(q, keys, values, scale=self.scale, alibi=self.alibi), {"keys": keys, "values": values}
 
@@ -37,11 +37,11 @@ class CausalAttention(Streams):
         """Whether scores fall with the distance."""
         return self.config.position == "alibi"
 
-    def _placed(self, q: Queries, k: Heads, *, start: int = 0, at: Asked | None = None) -> tuple[Queries, Heads]:
+    def _placed(self, q: Queries, k: Heads, *, start: int = 0, positions: Positions | None = None) -> tuple[Queries, Heads]:
         """Both turned by their positions where these are rotary; the first key is token `start`.
 
         The queries are those `at`, or the last ones as many as there are.
         """
         if self.config.position == "rotary":
-            return rotate(q, start=start + k.shape[2] - q.shape[2], at=at), rotate(k, start=start)
+            return rotate(q, start=start + k.shape[2] - q.shape[2], positions=positions), rotate(k, start=start)
         return q, k

@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from cat.config import AttentionModel, Count
+from cat.config import Count, QKVConfig
 
 
-class Based(AttentionModel):
+class BasedConfig(QKVConfig):
     """Softmax attention to a window of tokens, and to all tokens before it through the second-order Taylor features of exp."""
 
     mixer: Literal["based"]

@@ -6,34 +6,34 @@ After arXiv 2402.18668; the formula, and how it differs from the paper's layers,
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.mixers.base import Memory
-from cat.mixers.based.config import Based
+from cat.mixers.base import Cache
+from cat.mixers.based.config import BasedConfig
 from cat.mixers.based.op import Past, taylor_attend, taylor_attend_next
-from cat.mixers.qkv import Mixed, Streams
+from cat.mixers.qkv import Attended, QKVMixer
 from cat.ops.position import rotate
-from cat.types import Asked, Heads, Queries, Values
+from cat.types import Heads, Positions, Queries, Values
 
 
-class TaylorAttention(Streams):
+class Based(QKVMixer):
     """Causal attention over (B, L, D), exact for `window` tokens, with a filter on the streams that its configuration names."""
 
-    asks = True
+    supports_positions = True
 
-    def __init__(self, config: Based, length: int):
+    def __init__(self, config: BasedConfig, length: int):
         super().__init__(config, length)
         self.window = config.window
 
-    def mix(self, q: Queries, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+    def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
         if self.config.position == "rotary":
-            q, k = rotate(q, at=at), rotate(k)
-        return taylor_attend(q, k, v, scale=self.scale, window=self.window, at=at)
+            q, k = rotate(q, positions=positions), rotate(k)
+        return taylor_attend(q, k, v, scale=self.scale, window=self.window, positions=positions)
 
-    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+    def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
         """Keeps the last keys and values, and a sum over all tokens before them."""
-        q, k, v = streams
+        q, k, v = qkv
         if self.config.position == "rotary":
-            q, k = rotate(q, start=memory.length + k.shape[2] - q.shape[2]), rotate(k, start=memory.length)
-        kept = memory.kept
-        before = Past(kept["keys"], kept["values"], kept.get("far")) if memory.length else None
-        heads, past = taylor_attend_next(q, k, v, state=before, length=memory.length, scale=self.scale, window=self.window)
+            q, k = rotate(q, start=cache.length + k.shape[2] - q.shape[2]), rotate(k, start=cache.length)
+        kept = cache.state
+        before = Past(kept["keys"], kept["values"], kept.get("far")) if cache.length else None
+        heads, past = taylor_attend_next(q, k, v, state=before, length=cache.length, scale=self.scale, window=self.window)
         return heads, {name: x for name, x in past._asdict().items() if x is not None}

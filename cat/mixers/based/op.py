@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cat.ops.common import wide, without_autocast
-from cat.types import Asked, Heads, Queries, Values
+from cat.ops.common import to_float32, without_autocast
+from cat.types import Heads, Positions, Queries, Values
 
 CHUNK = 64
 """Queries that share a state: a sum over all keys that are out of the window for each of them."""
@@ -27,7 +27,7 @@ Chunks = Float[Tensor, "B H N S C"]
 
 
 def taylor_attend(
-    q: Queries, k: Heads, v: Values, *, scale: float, window: int, at: Asked | None = None
+    q: Queries, k: Heads, v: Values, *, scale: float, window: int, positions: Positions | None = None
 ) -> Float[Tensor, "B H _ E"]:
     """The cheaper of the two forms below, by the shapes alone, and in float32 at least.
 
@@ -35,9 +35,9 @@ def taylor_attend(
     """
     length, channels = k.shape[2:]
     with without_autocast(q):
-        wider = scale * wide(q), wide(k), wide(v)
-        if at is not None or length <= 2 * count_features(channels):
-            return attend_by_scores(*wider, window=window, at=at).to(v.dtype)
+        wider = scale * to_float32(q), to_float32(k), to_float32(v)
+        if positions is not None or length <= 2 * count_features(channels):
+            return attend_by_scores(*wider, window=window, positions=positions).to(v.dtype)
         return attend_by_features(*wider, window=window).to(v.dtype)
 
 
@@ -61,7 +61,7 @@ def taylor_attend_next(
     """
     kind = v.dtype
     with without_autocast(q):
-        q, k, v = scale * wide(q), wide(k), F.pad(wide(v), (0, 1), value=1)
+        q, k, v = scale * to_float32(q), to_float32(k), F.pad(to_float32(v), (0, 1), value=1)
         keys, values, far = state or Past(k[:, :, :0], v[:, :, :0], None)
         summed = length - keys.shape[2]
         keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
@@ -77,10 +77,10 @@ def taylor_attend_next(
 
 
 def naive_taylor_attend(
-    q: Queries, k: Heads, v: Values, *, scale: float, window: int, at: Asked | None = None
+    q: Queries, k: Heads, v: Values, *, scale: float, window: int, positions: Positions | None = None
 ) -> Float[Tensor, "B H _ E"]:
     """The definition, one query at a time; the twin that `taylor_attend` is tested against."""
-    places = torch.arange(q.shape[2]).expand(len(q), -1) if at is None else at
+    places = torch.arange(q.shape[2]).expand(len(q), -1) if positions is None else positions
     outputs = []
     for b, sequence in enumerate(places.tolist()):
         for a, i in enumerate(sequence):
@@ -91,10 +91,12 @@ def naive_taylor_attend(
     return torch.stack(outputs).unflatten(0, places.shape).transpose(1, 2)
 
 
-def attend_by_scores(q: Queries, k: Heads, v: Values, *, window: int, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+def attend_by_scores(
+    q: Queries, k: Heads, v: Values, *, window: int, positions: Positions | None = None
+) -> Float[Tensor, "B H _ E"]:
     """One softmax over the logarithms of all weights, at a cost of L C a query."""
     j = torch.arange(k.shape[2], device=q.device)
-    i = j if at is None else at[:, None]
+    i = j if positions is None else positions[:, None]
     return log_weights(q @ k.mT, i[..., None] - j, window).softmax(-1) @ v
 
 

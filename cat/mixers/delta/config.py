@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from cat.config import AttentionModel
+from cat.config import QKVConfig
 
 
-class Delta(AttentionModel):
+class DeltaConfig(QKVConfig):
     """A linear recurrence by the delta rule: each token corrects what the state holds under its key."""
 
     mixer: Literal["delta"]
@@ -17,7 +17,7 @@ class Delta(AttentionModel):
     """Let the state decay by a share that each token decides."""
 
     @property
-    def attends(self) -> bool:
+    def has_attention(self) -> bool:
         return False  # weights of either sign, and of any sum
 
     @model_validator(mode="after")

@@ -15,47 +15,49 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.mixers.base import Memory
-from cat.mixers.delta.config import Delta
+from cat.mixers.base import Cache
+from cat.mixers.delta.config import DeltaConfig
 from cat.mixers.delta.op import Rates, delta_rule, delta_rule_next
-from cat.mixers.qkv import Mixed, Projected, Streams
-from cat.ops.l2norm import unit
-from cat.ops.position import take
-from cat.types import Asked, Heads, Queries, Values
+from cat.mixers.qkv import Attended, Projection, QKVMixer
+from cat.ops.l2norm import l2_normalize
+from cat.ops.position import gather_positions
+from cat.types import Heads, Positions, Queries, Values
 
 
-class DeltaRule(Streams):
+class DeltaRule(QKVMixer):
     """The delta rule over (B, L, D) with a filter on the streams that its configuration names, and a gate if it says so."""
 
-    def __init__(self, config: Delta, length: int):
+    def __init__(self, config: DeltaConfig, length: int):
         super().__init__(config, length)
         self.gate = config.gate
         self.strength = nn.Linear(config.width, config.heads, bias=False)
         if config.gate:
-            self.step = nn.Linear(config.width, config.heads)
+            self.dt_proj = nn.Linear(config.width, config.heads)
             # As in the code of Mamba-2 (arXiv 2405.21060): rates between 1 and 16, and steps log-uniform between 0.001 and 0.1
             # before the input has a say.
             self.log_rate = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
             with torch.no_grad():
-                self.step.bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_()  # the inverse of softplus
+                self.dt_proj.bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_()  # the inverse of softplus
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
-        rates = [self.strength(x), self.step(x)] if self.gate else [self.strength(x)]
+        rates = [self.strength(x), self.dt_proj(x)] if self.gate else [self.strength(x)]
         return torch.cat([self.projection(x), *rates], dim=-1)
 
-    def mix(self, q: Heads, k: Heads, v: Values, *rates: Rates, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
-        return take(delta_rule(q, k, v, *rates), at)
+    def attend(
+        self, q: Heads, k: Heads, v: Values, *rates: Rates, positions: Positions | None = None
+    ) -> Float[Tensor, "B H _ E"]:
+        return gather_positions(delta_rule(q, k, v, *rates), positions)
 
-    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+    def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
         """Keeps the state."""
-        heads, state = delta_rule_next(*streams, state=memory.kept.get("state"))
+        heads, state = delta_rule_next(*qkv, state=cache.state.get("state"))
         return heads, {"state": state}
 
-    def scaled(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
+    def scale_qk(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
         """Both of unit length."""
-        return unit(q), unit(k)
+        return l2_normalize(q), l2_normalize(k)
 
-    def apart(self, projected: Projected) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
+    def split_projection(self, projected: Projection) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
         """What queries, keys and values are made of; beta, and log alpha where there is a gate."""
         width = self.projection.out_features
         strength, *step = projected[..., width:].split(self.config.heads, dim=-1)

@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from cat.config import AttentionModel, Count
+from cat.config import Count, QKVConfig
 
 
-class GatedLinear(AttentionModel):
+class GLAConfig(QKVConfig):
     """Linear attention without a feature map, each channel of whose state decays by a share that each token decides."""
 
     mixer: Literal["gla"]
@@ -19,7 +19,7 @@ class GatedLinear(AttentionModel):
     """Multiply what a head has read by a gate a channel, of the token that reads it."""
 
     @property
-    def attends(self) -> bool:
+    def has_attention(self) -> bool:
         return False  # weights of either sign, and of any sum
 
     @model_validator(mode="after")

@@ -12,18 +12,18 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.mixers.base import Memory
-from cat.mixers.gla.config import GatedLinear
+from cat.mixers.base import Cache
+from cat.mixers.gla.config import GLAConfig
 from cat.mixers.gla.op import gated_linear_attend, gated_linear_attend_next
-from cat.mixers.qkv import Mixed, Projected, Streams
-from cat.ops.position import take
-from cat.types import Asked, Heads, Values
+from cat.mixers.qkv import Attended, Projection, QKVMixer
+from cat.ops.position import gather_positions
+from cat.types import Heads, Positions, Values
 
 
-class GatedLinearAttention(Streams):
+class GatedLinearAttention(QKVMixer):
     """Gated linear attention over (B, L, D) with a filter on the streams that its configuration names."""
 
-    def __init__(self, config: GatedLinear, length: int):
+    def __init__(self, config: GLAConfig, length: int):
         super().__init__(config, length)
         self.decay = nn.Sequential(
             nn.Linear(config.width, config.gate_rank, bias=False), nn.Linear(config.gate_rank, config.width)
@@ -34,18 +34,20 @@ class GatedLinearAttention(Streams):
         gates = [self.decay(x)] if self.gate is None else [self.decay(x), self.gate(x)]
         return torch.cat([self.projection(x), *gates], dim=-1)
 
-    def mix(self, q: Heads, k: Heads, v: Values, *gates: Heads, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+    def attend(
+        self, q: Heads, k: Heads, v: Values, *gates: Heads, positions: Positions | None = None
+    ) -> Float[Tensor, "B H _ E"]:
         log_decay, *output_gate = gates
         heads = gated_linear_attend(q, k, v, log_decay, scale=self.scale)
-        return self._gated(take(heads, at), *(take(gate, at) for gate in output_gate))
+        return self._gated(gather_positions(heads, positions), *(gather_positions(gate, positions) for gate in output_gate))
 
-    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+    def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
         """Keeps the state."""
-        q, k, v, log_decay, *output_gate = streams
-        heads, state = gated_linear_attend_next(q, k, v, log_decay, state=memory.kept.get("state"), scale=self.scale)
+        q, k, v, log_decay, *output_gate = qkv
+        heads, state = gated_linear_attend_next(q, k, v, log_decay, state=cache.state.get("state"), scale=self.scale)
         return self._gated(heads, *output_gate), {"state": state}
 
-    def apart(self, projected: Projected) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
+    def split_projection(self, projected: Projection) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
         """What queries, keys and values are made of; log alpha, and what the gate on the output is made of where there is one."""
         width = self.config.width
         gates = (x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for x in projected[..., 3 * width :].split(width, -1))

@@ -8,21 +8,21 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.mixers.base import Memory, Mixer, tail
+from cat.mixers.base import Cache, Mixer, last_tokens
 from cat.mixers.filters import ExplicitFilter, Layout, NetworkFilter
-from cat.mixers.hyena.config import Hyena
-from cat.ops.position import take
-from cat.types import Asked
+from cat.mixers.hyena.config import HyenaConfig
+from cat.ops.position import gather_positions
+from cat.types import Positions
 
 
-class GatedConvolution(Mixer):
+class Hyena(Mixer):
     """Maps (B, L, D) to (B, L, D) causally, with no positions, heads or attention; `length` is the training length."""
 
-    def __init__(self, config: Hyena, length: int):
+    def __init__(self, config: HyenaConfig, length: int):
         super().__init__()
         width = config.width
         self.projection = nn.Linear(width, 3 * width, bias=False)
-        self.short = ExplicitFilter(Layout(heads=1, channels=3 * width, sharing="channel"), config.conv, init="identity")
+        self.short = ExplicitFilter(Layout(heads=1, channels=3 * width, sharing="channel"), config.conv_size, init="identity")
         layout = Layout(heads=1, channels=width, sharing="channel")
         self.long = NetworkFilter(layout, config.filter_size, init="random", length=length)
         self.output = nn.Linear(width, width, bias=False)
@@ -30,18 +30,18 @@ class GatedConvolution(Mixer):
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         return self.projection(x)
 
-    def combine(self, projected: Float[Tensor, "B L P"], at: Asked | None = None) -> Float[Tensor, "B _ D"]:
+    def mix(self, projected: Float[Tensor, "B L P"], positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
         q, k, v = self.short(projected[:, None])[:, 0].chunk(3, dim=-1)
-        return self.output(take(q * self.long((k * v)[:, None])[:, 0], at))
+        return self.output(gather_positions(q * self.long((k * v)[:, None])[:, 0], positions))
 
-    def read(
-        self, projected: Float[Tensor, "B L P"], memory: Memory, *, last: bool = False
-    ) -> tuple[Float[Tensor, "B _ D"], Memory]:
+    def step(
+        self, projected: Float[Tensor, "B L P"], cache: Cache, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B _ D"], Cache]:
         """Keeps the rows that the short filter sees next, and every product of key and value, all of which the long one sees."""
         x = projected[:, None]
-        x, rows = self.short.read(x, memory.kept.get("rows", x[:, :, :0]))
+        x, rows = self.short.step(x, cache.state.get("rows", x[:, :, :0]))
         q, k, v = x.chunk(3, dim=-1)
-        x, products = self.long.read(k * v, memory.kept.get("products", k[:, :, :0]))
+        x, products = self.long.step(k * v, cache.state.get("products", k[:, :, :0]))
         x = (q * x)[:, 0]
         kept = {"rows": rows, "products": products}
-        return self.output(tail(x, 1) if last else x), Memory(memory.length + projected.shape[1], kept)
+        return self.output(last_tokens(x, 1) if last else x), Cache(cache.length + projected.shape[1], kept)

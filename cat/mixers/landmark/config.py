@@ -6,19 +6,20 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from cat.config import AttentionModel, Count, Taps
+from cat.config import Count, KernelSize, QKVConfig
 
 
-class Landmark(AttentionModel):
+class LandmarkConfig(QKVConfig):
     """Softmax attention over the query's own block of tokens and the earlier blocks whose landmarks match it best."""
 
-    streams: ClassVar[tuple[str, ...]] = ("q", "k", "v", "summary")
+    projections: ClassVar[tuple[str, ...]] = ("q", "k", "v", "summary")
+    renamed_keys: ClassVar = {**QKVConfig.renamed_keys, "summary": "conv_summary"}
     mixer: Literal["landmark"]
     block: Count
     """Tokens of a block."""
     top: Count
     """Blocks that a query retrieves."""
-    summary: Taps | None = None
+    conv_summary: KernelSize | None = None
     """The filter that sums up the filtered keys of a block, at its last token; without it, that token's key is the landmark."""
 
     @model_validator(mode="after")

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from cat.ops.attention import attend
 from cat.ops.common import Operation
-from cat.types import Asked, Heads, Queries, Values
+from cat.types import Heads, Positions, Queries, Values
 
 Landmarks = Float[Tensor, "B H N C"]
 Chosen = Int[Tensor, "B H A T"]
@@ -48,7 +48,7 @@ def landmark_attend(
     block: int,
     top: int,
     reach: int,
-    at: Asked | None = None,
+    positions: Positions | None = None,
 ) -> Float[Tensor, "B H _ E"]:
     """Landmark attention at a cost of A (L / block + (top + 1) block) C a head.
 
@@ -58,21 +58,21 @@ def landmark_attend(
     """
     length = k.shape[2]
     if length <= block:
-        return attend(q, k, v, scale=scale, at=at)
+        return attend(q, k, v, scale=scale, positions=positions)
     earlier = (length - 1) // block
     k_blocks, v_blocks = (in_blocks(x, block) for x in (k, v))
-    q = scale * (in_blocks(q, block).flatten(2, 3) if at is None else q)
-    place = torch.arange(q.shape[2], device=q.device)[None] if at is None else at
+    q = scale * (in_blocks(q, block).flatten(2, 3) if positions is None else q)
+    place = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
     own = place // block
     chosen, matches = choose(q, s[:, :, :earlier], own, top=top)
 
     near_seen = (place % block + 1)[:, None, :, None]
-    far_seen = block + reach * reads_on(chosen, own)
+    far_seen = block + reach * continues(chosen, own)
     own = own[:, None, :, None]
 
     # A block and what is read on behind it: (B, H, N, block + reach, C).
     k_windows, v_windows = (torch.cat([x, F.pad(x[:, :, 1:, :reach], (0, 0, 0, 0, 0, 1))], dim=3) for x in (k_blocks, v_blocks))
-    if at is None:  # the queries of a block are all there and in order
+    if positions is None:  # the queries of a block are all there and in order
         near, its_log, *_ = _AttendFirst.apply(q.unflatten(2, (-1, block)), k_blocks, v_blocks, near_seen.view(-1, block), 1)
         near, its_log = near.flatten(2, 3), its_log.flatten(2, 3)[..., None]
         far, logs = attend_windows(q, k_windows, v_windows, chosen, seen=far_seen, always=block, many=MANY["all"])
@@ -99,12 +99,12 @@ def naive_landmark_attend(
     block: int,
     top: int,
     reach: int,
-    at: Asked | None = None,
+    positions: Positions | None = None,
 ) -> Float[Tensor, "B H _ E"]:
     """The definition, one query at a time; the twin that `landmark_attend` is tested against."""
     out = v.new_empty(*q.shape[:3], v.shape[3])
     for b, h, a in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        i = a if at is None else int(at[b, a])
+        i = a if positions is None else int(positions[b, a])
         start = i // block * block
         scores = torch.exp(scale * k[b, h] @ q[b, h, a])
         matches = torch.exp(scale * s[b, h, : i // block] @ q[b, h, a])
@@ -120,7 +120,7 @@ def naive_landmark_attend(
     return out
 
 
-def ends(x: Heads, block: int) -> Landmarks:
+def block_ends(x: Heads, block: int) -> Landmarks:
     """The last tokens of whole blocks."""
     return x[:, :, block - 1 :: block]
 
@@ -142,7 +142,7 @@ def choose(q: Float[Tensor, "B H A C"], landmarks: Landmarks, own: Own, *, top: 
     return chosen, matches.gather(3, chosen).masked_fill(chosen >= own[:, None, :, None], float("-inf"))
 
 
-def reads_on(chosen: Chosen, own: Own) -> Bool[Tensor, "B H A T"]:
+def continues(chosen: Chosen, own: Own) -> Bool[Tensor, "B H A T"]:
     """Whether a query reads on behind a chosen block: not into one that it reads anyway."""
     after = chosen + 1
     return ~((after >= own[:, None, :, None]) | (after[..., None] == chosen[..., None, :]).any(-1))
@@ -207,8 +207,8 @@ def attend_windows(
         k, v = (F.embedding(owner, x.flatten(1)).unflatten(1, x.shape[1:]) for x in (k, v))
     # What no query asked for, it reads whole.
     first = seen.new_full((rows.shape[:2].numel(),), k.shape[1]).index_copy(0, place, seen.flatten()).view(rows.shape[:2])
-    read = _AttendFirst.apply(rows, k, v, first, always)[:2]
-    out, log = (x.flatten(0, 1).index_select(0, place).unflatten(0, chosen.shape) for x in read)
+    step = _AttendFirst.apply(rows, k, v, first, always)[:2]
+    out, log = (x.flatten(0, 1).index_select(0, place).unflatten(0, chosen.shape) for x in step)
     return out, log
 
 

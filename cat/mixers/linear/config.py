@@ -6,16 +6,16 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from cat.config import AttentionModel
+from cat.config import QKVConfig
 
 
-class Linear(AttentionModel):
+class LinearConfig(QKVConfig):
     """Linear attention, elu + 1: with filters it is LinCAT."""
 
     mixer: Literal["linear"]
 
     @property
-    def attends(self) -> bool:
+    def has_attention(self) -> bool:
         return self.position != "rotary"  # features that are turned multiply to weights of either sign
 
     @model_validator(mode="after")

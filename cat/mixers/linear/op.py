@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.ops.common import wide, without_autocast
+from cat.ops.common import to_float32, without_autocast
 from cat.ops.position import rotate
 from cat.types import Heads, State, Values
 
@@ -24,11 +24,11 @@ CHUNK = 64
 def linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:
     """Linear attention at a cost of L (chunk + C) C a head, in float32 at least, under autocast too."""
     with without_autocast(q):
-        q, k = features(wide(q)), features(wide(k))
+        q, k = features(to_float32(q)), features(to_float32(k))
         total = (q * k.cumsum(2)).sum(-1, keepdim=True)
         if rotary:
             q, k = rotate(q), rotate(k)
-        return (causal_sum(q, k, wide(v)) / total).to(v.dtype)
+        return (causal_sum(q, k, to_float32(v)) / total).to(v.dtype)
 
 
 class Sums(NamedTuple):
@@ -48,15 +48,15 @@ def linear_attend_next(
     `state` is None before the first token.
     """
     with without_autocast(q):
-        q, k, values = features(wide(q)), features(wide(k)), wide(v)
+        q, k, values = features(to_float32(q)), features(to_float32(k)), to_float32(v)
         keys = k.cumsum(2) if state is None else state.keys + k.cumsum(2)
         total = (q * keys).sum(-1, keepdim=True)
         if rotary:
             q, k = rotate(q, start=start), rotate(k, start=start)
-        products, read = k.mT @ values, causal_sum(q, k, values)
+        products, step = k.mT @ values, causal_sum(q, k, values)
         if state is not None:
-            products, read = state.products + products, read + q @ state.products
-        return (read / total).to(v.dtype), Sums(keys[:, :, -1:], products)
+            products, step = state.products + products, step + q @ state.products
+        return (step / total).to(v.dtype), Sums(keys[:, :, -1:], products)
 
 
 def naive_linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cat.ops.common import Operation, fold
+from cat.ops.common import Operation, merge_vmap_dim
 
 NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
 """In the states of a chunk of tokens: on a CPU, so few that they stay in the cache of a core."""
@@ -116,7 +116,7 @@ class _Scan(Operation):
 
     @staticmethod
     def vmap(info: Any, mapped: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
-        batches = [fold(x, axis, info.batch_size, into=0) for x, axis in zip(inputs[:-1], mapped, strict=False)]
+        batches = [merge_vmap_dim(x, axis, info.batch_size, into=0) for x, axis in zip(inputs[:-1], mapped, strict=False)]
         y, end, states = _Scan.apply(*batches, inputs[-1])
         y, end, states = (t.unflatten(axis, (info.batch_size, -1)) for t, axis in zip((y, end, states), (0, 0, 1), strict=True))
         return (y, end, states), (0, 0, 1)
@@ -165,7 +165,7 @@ class _ScanGradients(Operation):
     @staticmethod
     def vmap(info: Any, mapped: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
         into = (0, 0, 0, 0, 0, 1, 0, 0)
-        folded = (fold(x, axis, info.batch_size, into=to) for x, axis, to in zip(inputs, mapped, into, strict=True))
+        folded = (merge_vmap_dim(x, axis, info.batch_size, into=to) for x, axis, to in zip(inputs, mapped, into, strict=True))
         gradients = _ScanGradients.apply(*folded)
         return tuple(gradient.unflatten(0, (info.batch_size, -1)) for gradient in gradients), (0,) * len(gradients)
 

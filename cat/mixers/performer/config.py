@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from cat.config import AttentionModel, Count
+from cat.config import Count, QKVConfig
 
 
-class Performer(AttentionModel):
+class PerformerConfig(QKVConfig):
     """Linear attention with positive random features of exp, drawn once with the weights."""
 
     mixer: Literal["performer"]

@@ -6,33 +6,33 @@ FAVOR+ of arXiv 2009.14794; the formula is in cat/mixers/performer/op.py.
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.mixers.base import Memory
-from cat.mixers.performer.config import Performer
+from cat.mixers.base import Cache
+from cat.mixers.performer.config import PerformerConfig
 from cat.mixers.performer.op import Sums, orthogonal_directions, performer_attend, performer_attend_next
-from cat.mixers.qkv import Mixed, Streams
-from cat.ops.position import rotate, take
-from cat.types import Asked, Heads, Values
+from cat.mixers.qkv import Attended, QKVMixer
+from cat.ops.position import gather_positions, rotate
+from cat.types import Heads, Positions, Values
 
 
-class RandomFeatureAttention(Streams):
+class Performer(QKVMixer):
     """Causal linear attention over (B, L, D) with random features, and a filter on the streams that its configuration names."""
 
     directions: Tensor
 
-    def __init__(self, config: Performer, length: int):
+    def __init__(self, config: PerformerConfig, length: int):
         super().__init__(config, length)
         self.register_buffer("directions", orthogonal_directions(config.heads, config.features, config.width // config.heads))
 
-    def mix(self, q: Heads, k: Heads, v: Values, *, at: Asked | None = None) -> Float[Tensor, "B H _ E"]:
+    def attend(self, q: Heads, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
         if self.config.position == "rotary":
             q, k = rotate(q), rotate(k)
-        return take(performer_attend(q, k, v, scale=self.scale, directions=self.directions), at)
+        return gather_positions(performer_attend(q, k, v, scale=self.scale, directions=self.directions), positions)
 
-    def mix_next(self, streams: tuple[Tensor, ...], memory: Memory) -> Mixed:
+    def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
         """Keeps a sum over all tokens, and by how much it is divided."""
-        q, k, v = streams
+        q, k, v = qkv
         if self.config.position == "rotary":
-            q, k = rotate(q, start=memory.length), rotate(k, start=memory.length)
-        before = Sums(memory.kept["highest"], memory.kept["products"]) if memory.length else None
+            q, k = rotate(q, start=cache.length), rotate(k, start=cache.length)
+        before = Sums(cache.state["highest"], cache.state["products"]) if cache.length else None
         heads, sums = performer_attend_next(q, k, v, state=before, scale=self.scale, directions=self.directions)
         return heads, sums._asdict()

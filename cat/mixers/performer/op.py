@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.ops.common import wide, without_autocast
+from cat.ops.common import to_float32, without_autocast
 from cat.types import Heads, Values
 
 CHUNK = 64
@@ -52,13 +52,13 @@ def performer_attend_next(
     """The outputs of tokens that follow upon those of `state`, None before the first one; and the sums of all of them."""
     with without_autocast(q):
         # A last channel of ones adds up the weights.
-        q, k, ones, directions = map(wide, (q, k, F.pad(v, (0, 1), value=1), directions))
+        q, k, ones, directions = map(to_float32, (q, k, F.pad(v, (0, 1), value=1), directions))
         q_logs, k_logs = (math.sqrt(scale) * x @ directions.mT for x in (q, k))
         k_logs = k_logs - scale * k.square().sum(-1, keepdim=True) / 2
         peak = k_logs.detach().amax(-1, keepdim=True)
         q_features = torch.exp(q_logs - q_logs.detach().amax(-1, keepdim=True))
-        read, sums = _causal_sum(q_features, torch.exp(k_logs - peak), ones, peak, state)
-    return (read[..., :-1] / read[..., -1:].clamp(min=SMALLEST)).to(v.dtype), sums
+        step, sums = _causal_sum(q_features, torch.exp(k_logs - peak), ones, peak, state)
+    return (step[..., :-1] / step[..., -1:].clamp(min=SMALLEST)).to(v.dtype), sums
 
 
 def _causal_sum(q: Features, k: Features, v: Values, peak: Logs, sums: Sums | None) -> tuple[Values, Sums]:
@@ -81,8 +81,8 @@ def _causal_sum(q: Features, k: Features, v: Values, peak: Logs, sums: Sums | No
     for kept, added in zip((start - end).exp().unbind(2), ((k * (peak - end).exp()).mT @ v).unbind(2), strict=True):
         states.append(state)
         state = kept * state + added
-    read = (q @ k.mT * factor) @ v + (start - highest).exp() * (q @ torch.stack(states, dim=2))
-    return read.flatten(2, 3)[:, :, :length], Sums(end[:, :, -1], state)
+    step = (q @ k.mT * factor) @ v + (start - highest).exp() * (q @ torch.stack(states, dim=2))
+    return step.flatten(2, 3)[:, :, :length], Sums(end[:, :, -1], state)
 
 
 def naive_performer_attend(q: Heads, k: Heads, v: Values, *, scale: float, directions: Directions) -> Values:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.types import Replicated, StackedFilter, StackedHeads
+from cat.types import Replicated, StackedHeads, StackedKernel
 
 TOKENS = 512
 """Of a part, which one thread computes: of one sequence, or of several that are shorter."""
@@ -28,30 +28,32 @@ Rows = Float[Tensor, "R B L N"]
 """The N = G H C numbers of each token."""
 
 
-def filter_stacks(x: StackedHeads, taps: StackedFilter, dilation: int) -> StackedHeads:
+def filter_stacks(x: StackedHeads, kernel: StackedKernel, dilation: int) -> StackedHeads:
     """y_i = sum_{j < W} taps_j x_{i - j dilation}, with zeros before the first token."""
-    kind = torch.promote_types(x.dtype, taps.dtype)
+    kind = torch.promote_types(x.dtype, kernel.dtype)
     rows = _rows(x, _wide(kind))
     y = torch.empty(rows.shape, dtype=rows.dtype)
-    _in_threads(_filter, _Parts.of(rows), _flat(rows), rows.stride(), _numbers(taps, rows.dtype), dilation, x.shape[5], y.numpy())
+    _in_threads(
+        _filter, _Parts.of(rows), _flat(rows), rows.stride(), _numbers(kernel, rows.dtype), dilation, x.shape[5], y.numpy()
+    )
     return _heads(y.to(kind), x)
 
 
 def filter_gradients(
-    x: StackedHeads, taps: StackedFilter, gradients: Sequence[Replicated], dilation: int
-) -> tuple[StackedHeads, StackedFilter]:
+    x: StackedHeads, kernel: StackedKernel, gradients: Sequence[Replicated], dilation: int
+) -> tuple[StackedHeads, StackedKernel]:
     """Those of x and of the taps, given one of the outcome of each group; the same bits on every number of threads."""
-    kind = _wide(torch.promote_types(gradients[0].dtype, taps.dtype))
+    kind = _wide(torch.promote_types(gradients[0].dtype, kernel.dtype))
     rows = _rows(x, kind)
     of_y = [gradient.to(kind) if gradient.stride(-1) == 1 else gradient.to(kind).contiguous() for gradient in gradients]
-    of_x, of_taps, parts = torch.empty(rows.shape, dtype=kind), torch.empty(taps.shape, dtype=kind), _Parts.of(rows)
-    sums = np.empty((parts.in_all, taps.shape[4], rows.shape[3]), of_x.numpy().dtype)
+    of_x, of_taps, parts = torch.empty(rows.shape, dtype=kind), torch.empty(kernel.shape, dtype=kind), _Parts.of(rows)
+    sums = np.empty((parts.in_all, kernel.shape[4], rows.shape[3]), of_x.numpy().dtype)
     _in_threads(
-        _gradients, parts, _flat(rows), rows.stride(), _numbers(taps, kind), dilation, x.shape[5], tuple(map(_flat, of_y)),
+        _gradients, parts, _flat(rows), rows.stride(), _numbers(kernel, kind), dilation, x.shape[5], tuple(map(_flat, of_y)),
         tuple(gradient.stride()[:-1] for gradient in of_y), of_x.numpy(), sums,
     )  # fmt: skip
     _add(sums, of_taps.numpy())
-    return _heads(of_x.to(x.dtype), x), of_taps.to(taps.dtype)
+    return _heads(of_x.to(x.dtype), x), of_taps.to(kernel.dtype)
 
 
 class _Parts(NamedTuple):
@@ -88,8 +90,8 @@ def _heads(rows: Rows, x: StackedHeads) -> StackedHeads:
     return rows.unflatten(3, (x.shape[1], x.shape[3], x.shape[5])).permute(0, 3, 1, 4, 2, 5)
 
 
-def _numbers(taps: StackedFilter, kind: torch.dtype) -> np.ndarray:
-    return taps.detach().to(kind).contiguous().numpy()
+def _numbers(kernel: StackedKernel, kind: torch.dtype) -> np.ndarray:
+    return kernel.detach().to(kind).contiguous().numpy()
 
 
 def _flat(x: Tensor) -> np.ndarray:
@@ -137,25 +139,25 @@ def _bounds(part, parts, batch, length):
 
 
 @compiled
-def _spread(taps, channels, own):
+def _spread(kernel, channels, own):
     """By tap what it multiplies each number of a token by."""
-    _, heads, _, width = taps.shape
+    _, heads, _, width = kernel.shape
     for n in range(own.shape[1]):
         g, h, c = n // (heads * channels), n // channels % heads, n % channels
         for j in range(width):
-            own[j, n] = taps[g, h, min(c, taps.shape[2] - 1), j]
+            own[j, n] = kernel[g, h, min(c, kernel.shape[2] - 1), j]
 
 
 @compiled
-def _filter(begin, end, parts, x, strides, taps, dilation, channels, y):
+def _filter(begin, end, parts, x, strides, kernel, dilation, channels, y):
     _, batch, length, width = y.shape
     x_r, x_b, x_l, _ = strides
-    reach, spread = taps.shape[4], -1
-    weights = np.empty((reach, width), taps.dtype)
+    reach, spread = kernel.shape[4], -1
+    weights = np.empty((reach, width), kernel.dtype)
     for part in range(begin, end):
         r, first, last, start, stop = _bounds(part, parts, batch, length)
         if r != spread:
-            _spread(taps[r], channels, weights)
+            _spread(kernel[r], channels, weights)
             spread = r
         for b in range(first, last):
             for i in range(start, stop):
@@ -171,25 +173,25 @@ def _filter(begin, end, parts, x, strides, taps, dilation, channels, y):
 
 
 @compiled
-def _gradients(begin, end, parts, x, strides, taps, dilation, channels, of_y, strides_of_y, of_x, sums):
+def _gradients(begin, end, parts, x, strides, kernel, dilation, channels, of_y, strides_of_y, of_x, sums):
     _, batch, length, width = of_x.shape
     x_r, x_b, x_l, _ = strides
-    reach, spread = taps.shape[4], -1
-    weights = np.empty((reach, width), taps.dtype)
+    reach, spread = kernel.shape[4], -1
+    weights = np.empty((reach, width), kernel.dtype)
     span = (reach - 1) * dilation
     some = max(SOME, span)
-    later = np.empty((min(some + span, length), width), taps.dtype)
+    later = np.empty((min(some + span, length), width), kernel.dtype)
     for part in range(begin, end):
         r, first, last, start, stop = _bounds(part, parts, batch, length)
         if r != spread:
-            _spread(taps[r], channels, weights)
+            _spread(kernel[r], channels, weights)
             spread = r
         sums[part] = 0
         for b in range(first, last):
             for low in range(start, stop, some):
                 high = min(low + some, stop)
                 # Of these tokens, and of the later ones that read them.
-                _gather(of_y, strides_of_y, taps.shape[2], channels, r, b, low, min(high + span, length), later)
+                _gather(of_y, strides_of_y, kernel.shape[2], channels, r, b, low, min(high + span, length), later)
                 for i in range(low, high):
                     out, own, row = of_x[r, b, i], weights[0], later[i - low]
                     for n in range(width):

@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.types import Replicated, StackedFilter, StackedHeads
+from cat.types import Replicated, StackedHeads, StackedKernel
 
 
-def filter_stacks(x: StackedHeads, taps: StackedFilter, dilation: int) -> StackedHeads:
+def filter_stacks(x: StackedHeads, kernel: StackedKernel, dilation: int) -> StackedHeads:
     """y_i = sum_{j < W} taps_j x_{i - j dilation}, with zeros before the first token."""
-    first, *others = _rows(taps)
+    first, *others = _rows(kernel)
     y = x * first
     for j, row in enumerate(others, 1):
         y[..., j * dilation :, :].addcmul_(_before(x, j * dilation), row)
@@ -22,22 +22,22 @@ def filter_stacks(x: StackedHeads, taps: StackedFilter, dilation: int) -> Stacke
 
 
 def filter_gradients(
-    x: StackedHeads, taps: StackedFilter, gradients: Sequence[Replicated], dilation: int
-) -> tuple[StackedHeads, StackedFilter]:
+    x: StackedHeads, kernel: StackedKernel, gradients: Sequence[Replicated], dilation: int
+) -> tuple[StackedHeads, StackedKernel]:
     """Those of x and of the taps, given one of the outcome of each group."""
     of_y = torch.stack(list(gradients), dim=1)
-    first, *others = _rows(taps)
-    of_x, of_taps = of_y * first, [_sum(of_y * x, taps)]
+    first, *others = _rows(kernel)
+    of_x, of_taps = of_y * first, [_sum(of_y * x, kernel)]
     for j, row in enumerate(others, 1):
         later = of_y[..., j * dilation :, :]
         _before(of_x, j * dilation).addcmul_(later, row)
-        of_taps.append(_sum(later * _before(x, j * dilation), taps))
-    return of_x.to(x.dtype), torch.stack(of_taps, dim=-1).to(taps.dtype)
+        of_taps.append(_sum(later * _before(x, j * dilation), kernel))
+    return of_x.to(x.dtype), torch.stack(of_taps, dim=-1).to(kernel.dtype)
 
 
-def _rows(taps: StackedFilter) -> list[Tensor]:
+def _rows(kernel: StackedKernel) -> list[Tensor]:
     """What each tap multiplies the channels by, (R, G, 1, H, 1, C)."""
-    return [row[:, :, None, :, None] for row in taps.unbind(-1)]
+    return [row[:, :, None, :, None] for row in kernel.unbind(-1)]
 
 
 def _before(x: StackedHeads, shift: int) -> Float[Tensor, "R G B H _ C"]:
@@ -45,6 +45,6 @@ def _before(x: StackedHeads, shift: int) -> Float[Tensor, "R G B H _ C"]:
     return x[..., : max(0, x.shape[4] - shift), :]
 
 
-def _sum(products: Float[Tensor, "R G B H _ C"], taps: StackedFilter) -> Tensor:
+def _sum(products: Float[Tensor, "R G B H _ C"], kernel: StackedKernel) -> Tensor:
     """Over sequences and tokens, and over channels that share their taps."""
-    return products.sum((2, 4), dtype=torch.promote_types(taps.dtype, torch.float32)).sum_to_size(taps.shape[:-1])
+    return products.sum((2, 4), dtype=torch.promote_types(kernel.dtype, torch.float32)).sum_to_size(kernel.shape[:-1])

@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 import cat.evaluation.scores
 from cat.evaluation.by_position import TOKENS, bins, loss_by_position, loss_by_recall, sample
-from cat.evaluation.scores import Split, Tally, outcomes, tally
-from cat.mixers.registry import ModelConfiguration
+from cat.evaluation.scores import SequenceTotals, Split, sequence_totals, token_scores
+from cat.mixers.registry import AnyModel
 from cat.model import SequenceModel
 from cat.tasks.ngrams import occurs, pack, stood_before
 from cat.tasks.registry import IGNORE, Text, generator, ngrams
@@ -24,7 +24,7 @@ VOCABULARY = 11
 def model(length, **changes):
     torch.manual_seed(0)
     line = {"mixer": "attention", "width": 8, "layers": 2, "heads": 2, "position": "none", "k": 3, **changes}
-    config = TypeAdapter(ModelConfiguration).validate_python(line)
+    config = TypeAdapter(AnyModel).validate_python(line)
     return SequenceModel(config, vocabulary=VOCABULARY, length=length).double().eval()
 
 
@@ -37,12 +37,12 @@ def test_a_tally_is_the_sums_of_the_outcomes(monkeypatch):
     inputs = windows(7, 13)
     targets = inputs[:, 1:].masked_fill(torch.rand(7, 13, generator=torch.Generator().manual_seed(2)) < 0.6, IGNORE)
     split = Split.of(inputs[:, :-1], targets)
-    parts = list(outcomes(model(13), split))
+    parts = list(token_scores(model(13), split))
     assert [len(part.loss) for part in parts] == [3, 3, 1]
-    assert all(torch.equal(a, b) for a, b in zip(Tally.of(parts), tally(model(13), split), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(SequenceTotals.of(parts), sequence_totals(model(13), split), strict=True))
     loss, right, asked = map(torch.cat, zip(*parts, strict=True))
     logits = model(13)(inputs[:, :-1]).detach()
-    for i, (row, places) in enumerate(zip(split.answers, split.at, strict=True)):
+    for i, (row, places) in enumerate(zip(split.answers, split.positions, strict=True)):
         for a, (answer, at) in enumerate(zip(row, places, strict=True)):
             assert asked[i, a] == (answer != IGNORE)
             assert right[i, a] == (logits[i, at].argmax() == answer)
@@ -135,9 +135,9 @@ def test_answers_are_recalled_where_the_definition_says_so(n, tokens, tmp_path, 
         **size,
         length=12,
         multiples=(0.5, 1, 1.5),
-        train=5,
-        valid=5,
-        test=19,
+        train_examples=5,
+        valid_examples=5,
+        test_examples=19,
         ngram=n,
     )
     generate("text", task, 0)

@@ -10,12 +10,12 @@ from cat import theory
 from cat.evaluation.diagnostics import (
     attention_statistics,
     attention_weights,
-    filter_taps,
+    filter_kernels,
     head_entropies,
     key_filter_solves_every_length,
-    largest_logit,
+    max_logit,
 )
-from cat.mixers.registry import ModelConfiguration
+from cat.mixers.registry import AnyModel
 from cat.tasks.registry import Copying, Recall, generator
 from cat.training.fit import build_model
 from tests.helpers.reference import normal
@@ -26,14 +26,14 @@ SIZES = {"length": 40, "multiples": [1, 2], "train": 1, "valid": 1, "test": 1}
 
 
 def build(**parameters):
-    config = TypeAdapter(ModelConfiguration).validate_python({**STREAMS, **parameters})
+    config = TypeAdapter(AnyModel).validate_python({**STREAMS, **parameters})
     return build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=0)
 
 
 def recall_task(ngram, questions):
     pairs = 4 if ngram < 4 else 2
     return Recall(
-        kind="recall", ngram=ngram, keys=4, values=5, filler=2, pairs=pairs, questions=questions, gaps="uniform", **SIZES
+        kind="recall", ngram=ngram, keys=4, values=5, filler=2, pairs=pairs, queries=questions, query_gap="uniform", **SIZES
     )
 
 
@@ -55,7 +55,7 @@ TASKS = {
 def test_an_answer_stands_where_its_question_was_answered_before(name):
     task = TASKS[name]
     examples = task.examples("test", 80, 16, generator(0, "sources", "test"))
-    sources = task.sources(examples)
+    sources = task.answer_positions(examples)
     assert ((sources >= 0) == (examples.targets >= 0)).all()
     for tokens, targets, where in zip(*examples, sources, strict=True):
         asked = [i for i in range(80) if targets[i] >= 0]
@@ -78,7 +78,7 @@ def test_the_theorem_attends_to_the_answer_alone(ngram):
     task = recall_task(ngram, "all")
     examples = task.examples("test", 80, 8, generator(0, "attention", "test"))
     model = theory.recall(vocabulary=task.vocabulary, ngram=ngram, length=80)
-    inputs, asked, sources = (torch.tensor(x) for x in (examples.inputs, examples.targets >= 0, task.sources(examples)))
+    inputs, asked, sources = (torch.tensor(x) for x in (examples.inputs, examples.targets >= 0, task.answer_positions(examples)))
     (seen,) = attention_statistics(model, inputs, asked, sources)
     assert seen.on_answer == pytest.approx(1, abs=1e-3)
     assert seen.entropy == pytest.approx(0, abs=1e-2)
@@ -133,12 +133,12 @@ def test_weights_are_causal_shares_and_what_the_mixer_reads_with(parameters):
     ],
 )
 def test_what_attends_to_nothing_has_no_statistics(parameters):
-    config = TypeAdapter(ModelConfiguration).validate_python({"width": 12, "layers": 2, **{**parameters, "layers": 2}})
+    config = TypeAdapter(AnyModel).validate_python({"width": 12, "layers": 2, **{**parameters, "layers": 2}})
     model = build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=0)
     asked = torch.ones(2, LENGTH, dtype=torch.bool)
     assert attention_statistics(model, torch.zeros(2, LENGTH, dtype=torch.long), asked) == [None, None]
     assert attention_weights(model.blocks[0].mixer, normal(2, LENGTH, 12).float()) is None
-    assert not config.attends
+    assert not config.has_attention
 
 
 def test_weights_that_are_negative_have_no_statistics():
@@ -150,7 +150,7 @@ def test_weights_that_are_negative_have_no_statistics():
         block.mixer.projection.weight[0] = block.mixer.projection.weight[12] = x[0, 0]
     q, k, v = block.mixer.streams(block.mixer.project(x))
     assert block.mixer.mix(q, k, torch.eye(LENGTH).expand(*v.shape[:2], -1, -1)).min() < 0
-    assert not model.config.attends
+    assert not model.config.has_attention
     assert attention_weights(block.mixer, x) is None
     assert attention_statistics(model, inputs, torch.ones(1, LENGTH, dtype=torch.bool)) == [None]
 
@@ -193,19 +193,19 @@ def test_every_layer_is_looked_at_with_what_its_mixer_is_given():
 )
 def test_filters_are_read_off_as_they_are_applied(parameters, rows):
     model = build(mixer="attention", layers=2, filter_norm=True, **parameters)
-    found = filter_taps(model)
-    assert [(f.layer, f.stream, f.row) for f in found] == [(n, s, r) for n in (1, 2) for s in rows for r in rows[s]]
+    found = filter_kernels(model)
+    assert [(f.layer, f.projection, f.head) for f in found] == [(n, s, r) for n in (1, 2) for s in rows for r in rows[s]]
     for one in found:
-        taps = model.blocks[one.layer - 1].mixer.filters[one.stream].response(LENGTH)
-        g, _, h = one.row.partition(">")
+        taps = model.blocks[one.layer - 1].mixer.filters[one.projection].response(LENGTH)
+        g, _, h = one.head.partition(">")
         expected = taps[int(h), int(g)] if h else taps[int(g)]
-        torch.testing.assert_close(torch.tensor(one.taps), expected.mean(0) if expected.ndim == 2 else expected)
-        assert len(one.taps) == (parameters[one.stream] if isinstance(parameters[one.stream], int) else LENGTH)
-        assert one.dilation == (parameters.get("dilation", 1) if isinstance(parameters[one.stream], int) else 1)
+        torch.testing.assert_close(torch.tensor(one.kernel), expected.mean(0) if expected.ndim == 2 else expected)
+        assert len(one.kernel) == (parameters[one.projection] if isinstance(parameters[one.projection], int) else LENGTH)
+        assert one.dilation == (parameters.get("dilation", 1) if isinstance(parameters[one.projection], int) else 1)
 
 
 def test_mixers_without_filters_of_their_own_streams_have_no_taps():
-    assert filter_taps(build(mixer="attention")) == []
+    assert filter_kernels(build(mixer="attention")) == []
 
 
 # Whether a trained key filter solves every length.
@@ -264,8 +264,8 @@ def test_the_condition_is_about_one_kind_of_model_alone(changes):
     it, other = build(mixer="attention", k=3), build(**{"mixer": "attention", "k": 3, **changes})
     assert key_filter_solves_every_length(it) is not None
     assert key_filter_solves_every_length(other) is None
-    assert it.config.keys_decide
-    assert not other.config.keys_decide
+    assert it.config.only_keys_convolved
+    assert not other.config.only_keys_convolved
     assert key_filter_solves_every_length(build(mixer="linear", k=3)) is None
 
 
@@ -287,17 +287,17 @@ def test_the_logits_are_what_the_softmax_is_taken_of(kind, position):
         torch.testing.assert_close(logits.softmax(-1), attention_weights(mixer, normed))
         largest.append(logits.max().item())
         x = block(x)
-    assert largest_logit(model, inputs) == pytest.approx(max(largest))
+    assert max_logit(model, inputs) == pytest.approx(max(largest))
 
 
 def test_what_has_no_softmax_has_no_logits_and_keys_that_grow_have_large_ones():
     inputs = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))
-    assert largest_logit(build(mixer="linear"), inputs) is None
+    assert max_logit(build(mixer="linear"), inputs) is None
     model = build(mixer="attention")
-    before = largest_logit(model, inputs)
+    before = max_logit(model, inputs)
     with torch.no_grad():
         model.layers()[0].mixer.projection.weight[:12] *= 10  # of the queries
-    assert largest_logit(model, inputs) == pytest.approx(10 * before, rel=1e-4)
+    assert max_logit(model, inputs) == pytest.approx(10 * before, rel=1e-4)
 
 
 def test_the_entropy_of_each_head_is_that_of_its_attention():

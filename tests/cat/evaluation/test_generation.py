@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from cat.evaluation.generation import choose, generate
-from cat.mixers.base import Memory, Mixer
+from cat.mixers.base import Cache, Mixer
 from cat.model import SequenceModel
 from cat.ops.attention import attend_last, naive_attend
-from cat.ops.position import take
+from cat.ops.position import gather_positions
 from tests.cat.mixers.test_mixers import BATTERY, STREAMS, build, configure, hidden
 from tests.helpers.reference import close, naive_continuation, normal
 
@@ -57,7 +57,7 @@ def stepwise(model: SequenceModel, read: Tensor, parts: list[int]) -> Tensor:
     """The logits after each of the parts in which a sequence is read."""
     logits, memories = [], ()
     for part in read.split(parts, dim=1):
-        last, memories = model.read(part, memories)
+        last, memories = model.step(part, memories)
         logits.append(last)
     return torch.stack(logits, dim=1)
 
@@ -87,7 +87,7 @@ def test_it_goes_on_beyond_the_training_length(name):
 def test_what_is_read_is_looked_up_where_tokens_are_many(name):
     model = model_of(MODELS[name])
     read = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
-    assert model.looked_up(read[:, :35]) is not None
+    assert model.project_embeddings(read[:, :35]) is not None
     parts = [35, 1, 4]
     torch.testing.assert_close(stepwise(model, read, parts), whole(model, read, list(accumulate(parts))), rtol=1e-10, atol=1e-10)
 
@@ -101,7 +101,7 @@ def test_the_logits_of_a_sequence_are_those_of_a_longer_one_that_begins_with_it(
 @pytest.mark.parametrize("name", ["attention", "attention_q", "attention_all", "attention_mixing", "cat_dilated"])
 def test_attention_keeps_a_key_and_a_value_a_token_and_what_its_filters_see_next(name):
     mixer = build(MODELS[name], LENGTH)
-    x, memory = mixer.project(hidden(LENGTH + 3)), Memory()
+    x, memory = mixer.project(hidden(LENGTH + 3)), Cache()
     reach = {stream: (taps.taps.shape[-1] - 1) * taps.dilation for stream, taps in mixer.filters.items()}
     for length, row in enumerate(x.split(1, dim=1), start=1):
         out, memory = mixer.read(row, memory)
@@ -126,16 +126,16 @@ def test_a_recurrence_keeps_a_state_however_long_the_sequence(config, sizes):
     filters = {} if config["mixer"] == "mamba" else {"k": 3}
     mixer, rows = build({**config, **filters}, LENGTH), dict.fromkeys(filters, (3, 2, 6))
     for parts in ([5], [1] * 5, [50], [4, 46]):
-        memory = Memory()
+        memory = Cache()
         for part in mixer.project(hidden(sum(parts))).split(parts, dim=1):
             _, memory = mixer.read(part, memory)
-        assert {name: tuple(kept.shape[1:]) for name, kept in memory.kept.items()} == {**sizes, **rows}
+        assert {name: tuple(kept.shape[1:]) for name, kept in memory.state.items()} == {**sizes, **rows}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_last_output_alone_is_the_last_of_all(name):
     mixer = build(MODELS[name], LENGTH)
-    x, memory = mixer.project(hidden(LENGTH)), Memory()
+    x, memory = mixer.project(hidden(LENGTH)), Cache()
     for part in x.split([7, 4, 2], dim=1):
         last, kept = mixer.read(part, memory, last=True)
         out, memory = mixer.read(part, memory)
@@ -155,10 +155,10 @@ def test_what_is_read_in_parts_under_autocast_is_roughly_what_it_is_in_float32(n
 def test_a_memory_stays_what_it_was_when_it_is_gone_on_from_twice():
     for name in ("attention_all", "linear_all", "mamba"):
         model, read = model_of(MODELS[name]), tokens(LENGTH)
-        _, memories = model.read(read[:, :9])
-        first, _ = model.read(read[:, 9:12], memories)
-        model.read(read[:, 12:], memories)
-        close(model.read(read[:, 9:12], memories)[0], first)
+        _, memories = model.step(read[:, :9])
+        first, _ = model.step(read[:, 9:12], memories)
+        model.step(read[:, 12:], memories)
+        close(model.step(read[:, 9:12], memories)[0], first)
 
 
 def test_a_mixer_that_says_nothing_of_what_it_keeps_keeps_projections():
@@ -168,17 +168,17 @@ def test_a_mixer_that_says_nothing_of_what_it_keeps_keeps_projections():
 
         def combine(self, projected, at=None):
             count = torch.arange(1, projected.shape[1] + 1)[:, None]
-            return take(projected.cumsum(1) / count, at)
+            return gather_positions(projected.cumsum(1) / count, at)
 
-    mixer, x, memory = Means(), hidden(9), Memory()
+    mixer, x, memory = Means(), hidden(9), Cache()
     outputs = []
     for part in x.split([1, 5, 3], dim=1):
-        last, _ = mixer.read(mixer.project(part), memory, last=True)
-        out, memory = mixer.read(mixer.project(part), memory)
+        last, _ = mixer.step(mixer.project(part), memory, last=True)
+        out, memory = mixer.step(mixer.project(part), memory)
         close(last, out[:, -1:])
         outputs.append(out)
     close(torch.cat(outputs, dim=1), mixer(x))
-    close(memory.kept["projected"], 2 * x)
+    close(memory.state["projected"], 2 * x)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 13])
@@ -192,10 +192,10 @@ def test_attention_of_the_last_tokens_is_the_last_rows_of_the_definition(rows, a
 def test_learned_positions_refuse_to_go_past_their_end():
     model, read = model_of(MODELS["attention_v"]), tokens(LENGTH + 1)
     words = f"learned positions reach {LENGTH} tokens, not {LENGTH + 1}"
-    _, memories = model.read(read[:, :-1])
+    _, memories = model.step(read[:, :-1])
     for call in (
-        lambda: model.read(read[:, -1:], memories),
-        lambda: model.read(read),
+        lambda: model.step(read[:, -1:], memories),
+        lambda: model.step(read),
         lambda: generate(model, read[:, :9], LENGTH - 7),
     ):
         with pytest.raises(ValueError, match=words):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from cat.mixers.build import build_mixer
 from cat.mixers.delta.op import CHUNK, delta_rule, delta_rule_next, naive_delta_rule
-from cat.mixers.registry import ModelConfiguration
+from cat.mixers.registry import AnyModel
 from tests.helpers.reference import assert_twins, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, WIDTH = 2, 3, 5, 18
@@ -30,7 +30,7 @@ def build(**parameters: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = {"mixer": "delta", "width": WIDTH, "layers": 1, "heads": HEADS, "position": "none", **parameters}
-        return build_mixer(TypeAdapter(ModelConfiguration).validate_python(config), 13).double()
+        return build_mixer(TypeAdapter(AnyModel).validate_python(config), 13).double()
 
 
 @gated

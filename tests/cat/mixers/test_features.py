@@ -21,7 +21,7 @@ from cat.mixers.based.op import (
 from cat.mixers.build import build_mixer
 from cat.mixers.linear.op import linear_attend, linear_attend_next
 from cat.mixers.performer.op import naive_performer_attend, orthogonal_directions, performer_attend, performer_attend_next
-from cat.mixers.registry import ModelConfiguration
+from cat.mixers.registry import AnyModel
 from cat.ops.attention import naive_attend
 from cat.ops.position import rotate
 from tests.helpers.reference import assert_twins, close, in_parts, normal
@@ -45,7 +45,7 @@ def directions(heads: int, features: int, channels: int) -> Tensor:
 def build(**parameters: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = TypeAdapter(ModelConfiguration).validate_python({"width": 18, "layers": 1, **parameters})
+        config = TypeAdapter(AnyModel).validate_python({"width": 18, "layers": 1, **parameters})
         return build_mixer(config, 13).double()
 
 

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.build import build_mixer
 from cat.mixers.filters import DecayFilter, ExplicitFilter, Layout, NetworkFilter, build_filter, time_scales
-from cat.ops.position import take
+from cat.ops.position import gather_positions
 from tests.helpers.reference import assert_twins, close, normal
 
 HEADS, CHANNELS, LENGTH = 3, 5, 19
@@ -71,7 +71,7 @@ def test_the_outputs_at_some_positions_are_those_among_all(sharing, dilation, lo
     with torch.no_grad():
         made.bias.copy_(normal(HEADS, 1, CHANNELS, seed=1))
     for at in (torch.tensor([[0, 3, 18], [2, 2, 5]]), torch.arange(LENGTH - 2).expand(2, -1)):
-        assert_twins(lambda x, at=at: made(x, at), lambda x, at=at: take(made(x), at), x)
+        assert_twins(lambda x, at=at: made(x, at), lambda x, at=at: gather_positions(made(x), at), x)
 
 
 def test_decays_add_up_as_written():
@@ -156,7 +156,7 @@ def test_dilation_is_for_taps_that_are_counted():
 
 def test_what_a_configuration_names_is_what_is_built():
     def filters(**keys):
-        config = Attention(mixer="attention", width=12, layers=1, heads=2, position="none", **keys)
+        config = AttentionConfig(mixer="attention", width=12, layers=1, heads=2, position="none", **keys)
         return build_mixer(config, LENGTH).filters
 
     assert filters().keys() == set()
@@ -187,7 +187,7 @@ def test_at_the_ends_of_blocks_a_filter_is_what_it_is_there(taps, sharing, lengt
 
     def run_at_ends(x, *weights):
         with monkeypatch.context() as patch:
-            patch.setattr(made, "forward", partial(made.at_ends, block=block))
+            patch.setattr(made, "forward", partial(made.at_block_ends, block=block))
             return run(x, *weights)
 
     x = normal(2, HEADS, length, CHANNELS)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cat.mixers.build import build_mixer
 from cat.mixers.gla.op import CHUNK, gated_linear_attend, gated_linear_attend_next, naive_gated_linear_attend
 from cat.mixers.linear.op import causal_sum
-from cat.mixers.registry import ModelConfiguration
+from cat.mixers.registry import AnyModel
 from tests.helpers.reference import assert_twins, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, VALUES, WIDTH, RANK = 2, 3, 5, 7, 18, 4
@@ -31,7 +31,7 @@ def build(**parameters: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = {"mixer": "gla", "width": WIDTH, "layers": 1, "heads": HEADS, "position": "none", **parameters}
-        return build_mixer(TypeAdapter(ModelConfiguration).validate_python(config), 13).double()
+        return build_mixer(TypeAdapter(AnyModel).validate_python(config), 13).double()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 131])

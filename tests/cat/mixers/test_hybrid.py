@@ -4,20 +4,20 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from cat.config import Schedule
+from cat.config import TrainingConfig
 from cat.evaluation.diagnostics import (
     attention_statistics,
-    filter_taps,
+    filter_kernels,
     head_entropies,
     key_filter_solves_every_length,
-    largest_logit,
+    max_logit,
 )
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.attention.layer import CausalAttention
-from cat.mixers.mamba.config import Mamba
-from cat.mixers.mamba.layer import SelectiveStateSpace
-from cat.mixers.registry import Hybrid, ModelConfiguration
-from cat.training.ensemble import fit_together
+from cat.mixers.mamba.config import MambaConfig
+from cat.mixers.mamba.layer import Mamba
+from cat.mixers.registry import AnyModel, HybridConfig
+from cat.training.ensemble import fit_ensemble
 from cat.training.fit import build_model, fit
 from pipeline.config.code_digest import modules_reached
 from pipeline.config.errors import ParamsError
@@ -33,7 +33,7 @@ MODEL = {"mixer": "hybrid", "width": 12, "layers": 4, "mlp": 2, "blocks": [MAMBA
 
 
 def configure(**changes):
-    return TypeAdapter(ModelConfiguration).validate_python({**MODEL, **changes})
+    return TypeAdapter(AnyModel).validate_python({**MODEL, **changes})
 
 
 def build(seed=0, **changes):
@@ -42,17 +42,17 @@ def build(seed=0, **changes):
 
 def test_the_blocks_are_repeated_up_to_the_layers():
     model = build()
-    assert [type(block.mixer) for block in model.layers()] == 2 * [SelectiveStateSpace, CausalAttention]
+    assert [type(block.mixer) for block in model.layers()] == 2 * [Mamba, CausalAttention]
     assert all(block.mlp is not None for block in model.layers())
     assert model.config.blocks == (
-        Mamba(width=12, layers=1, **MAMBA),
-        Attention(width=12, layers=1, **ATTENTION),
+        MambaConfig(width=12, layers=1, **MAMBA),
+        AttentionConfig(width=12, layers=1, **ATTENTION),
     )
 
 
 def test_equal_blocks_are_the_model_with_that_mixer():
     one = {key: value for key, value in {**MODEL, "layers": 2}.items() if key != "blocks"} | ATTENTION
-    other = build_model(TypeAdapter(ModelConfiguration).validate_python(one), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    other = build_model(TypeAdapter(AnyModel).validate_python(one), vocabulary=VOCABULARY, length=LENGTH, seed=0)
     model = build(layers=2, blocks=[ATTENTION, ATTENTION])
     for (name, weight), (its_name, its_weight) in zip(model.state_dict().items(), other.state_dict().items(), strict=True):
         assert name == its_name
@@ -70,16 +70,16 @@ def test_it_is_causal_and_goes_on_from_what_it_has_read(changes):
     changed[:, 5:] = (changed[:, 5:] + 1) % VOCABULARY
     close(model(changed)[:, :5], logits[:, :5])
     assert not torch.allclose(model(changed)[:, 5:], logits[:, 5:])
-    _, memories = model.read(tokens[:, :4])
-    close(model.read(tokens[:, 4:], memories)[0], logits[:, -1])
+    _, memories = model.step(tokens[:, :4])
+    close(model.step(tokens[:, 4:], memories)[0], logits[:, -1])
     at = torch.tensor([[1, 4]]).expand(3, -1)
-    close(model.answers(tokens, at), logits[:, [1, 4]])
+    close(model.logits_at(tokens, at), logits[:, [1, 4]])
 
 
 def test_learned_positions_are_those_of_the_whole_model():
     model = build(position="learned")
     assert model.embedding.position.shape == (LENGTH, 12)
-    assert model.longest == LENGTH
+    assert model.max_length == LENGTH
     with pytest.raises(ValueError, match=f"learned positions reach {LENGTH} tokens"):
         model(torch.zeros(1, LENGTH + 1, dtype=torch.long))
 
@@ -88,7 +88,7 @@ def test_what_is_saved_of_it_makes_it_again():
     config = configure()
     saved = config.model_dump(mode="json")
     assert all("width" not in block and "layers" not in block for block in saved["blocks"])
-    assert TypeAdapter(ModelConfiguration).validate_python(saved) == config
+    assert TypeAdapter(AnyModel).validate_python(saved) == config
 
 
 def test_each_layer_is_looked_at_for_what_it_is():
@@ -99,9 +99,9 @@ def test_each_layer_is_looked_at_for_what_it_is():
         False,
     ]
     assert [heads and len(heads) for heads in head_entropies(model, tokens)] == 2 * [None, 2]
-    assert largest_logit(model, tokens) == pytest.approx(8, rel=0.1)  # of equal tokens, at the first temperature
-    assert largest_logit(build(blocks=[MAMBA, {**MAMBA, "state": 2}]), tokens) is None
-    assert [(one.layer, one.stream) for one in filter_taps(model)] == [(2, "k"), (2, "k"), (4, "k"), (4, "k")]
+    assert max_logit(model, tokens) == pytest.approx(8, rel=0.1)  # of equal tokens, at the first temperature
+    assert max_logit(build(blocks=[MAMBA, {**MAMBA, "state": 2}]), tokens) is None
+    assert [(one.layer, one.projection) for one in filter_kernels(model)] == [(2, "k"), (2, "k"), (4, "k"), (4, "k")]
     assert key_filter_solves_every_length(model) is None
 
 
@@ -109,11 +109,11 @@ def test_replicas_are_what_each_is_alone():
     seeds, rates = zip(*GRID[:3], strict=True)
     options = {
         "protocol": PROTOCOL,
-        "schedule": Schedule(steps=5, batch=4, learning_rates=[0.1]),
+        "schedule": TrainingConfig(steps=5, batch=4, learning_rates=[0.1]),
         "stop_early": False,
     }
     data = successor(18), successor(7, seed=1)
-    together = fit_together([build(seed) for seed in seeds], *data, learning_rates=rates, seeds=seeds, **options)
+    together = fit_ensemble([build(seed) for seed in seeds], *data, learning_rates=rates, seeds=seeds, **options)
     for run, seed, rate in zip(together, seeds, rates, strict=True):
         alone = fit(build(seed), *data, learning_rate=rate, seed=seed, **options)
         for name, weight in alone.model.state_dict().items():
@@ -176,7 +176,7 @@ def test_a_study_says_in_one_line_what_is_wrong_with_a_block(line, words, tmp_pa
 
 def test_a_hybrid_depends_on_the_code_and_the_defaults_of_all_its_mixers(tmp_path, monkeypatch):
     study = load_study(ROOT / "presets/smoke.yaml")
-    assert isinstance(study.variants["mamba_qk"], Hybrid)
+    assert isinstance(study.variants["mamba_qk"], HybridConfig)
     monkeypatch.chdir(tmp_path)
     write(study)
     listed = (tmp_path / "plan/train/mamba_qk.txt").read_text(encoding="utf-8")

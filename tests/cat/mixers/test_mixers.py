@@ -12,25 +12,25 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from cat.config import AttentionModel, Model
-from cat.mixers.attention.config import Attention
+from cat.config import ModelConfig, QKVConfig
+from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.based.op import naive_taylor_attend
 from cat.mixers.build import build_mixer
-from cat.mixers.delta.config import Delta
+from cat.mixers.delta.config import DeltaConfig
 from cat.mixers.delta.op import naive_delta_rule
-from cat.mixers.gla.config import GatedLinear
+from cat.mixers.gla.config import GLAConfig
 from cat.mixers.gla.op import naive_gated_linear_attend
-from cat.mixers.landmark.op import ends, in_tiles, landmark_attend, naive_landmark_attend
+from cat.mixers.landmark.op import block_ends, in_tiles, landmark_attend, naive_landmark_attend
 from cat.mixers.linear.op import features, linear_attend, naive_linear_attend
 from cat.mixers.mamba.op import NUMBERS_AT_ONCE, fused_scan, naive_selective_scan, selective_scan, selective_scan_next
 from cat.mixers.performer.op import naive_performer_attend
-from cat.mixers.qkv import side_by_side
-from cat.mixers.registry import ModelConfiguration, SingleMixer
+from cat.mixers.qkv import group_adjacent
+from cat.mixers.registry import AnyModel, SingleMixer
 from cat.model import SequenceModel
 from cat.ops.attention import naive_attend
-from cat.ops.conv.causal import OF_HEADS
+from cat.ops.conv.causal import HEAD_LIMITS
 from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads, naive_mix_heads
-from cat.ops.position import rotate, take
+from cat.ops.position import gather_positions, rotate
 from cat.training.fit import build_model
 from tests.helpers.reference import assert_twins, close, in_parts, normal
 
@@ -120,8 +120,8 @@ BATTERY = {
 every_mixer = pytest.mark.parametrize("name", BATTERY)
 
 
-def configure(**parameters: object) -> Model:
-    return TypeAdapter(ModelConfiguration).validate_python({"width": WIDTH, "layers": 1, **parameters})
+def configure(**parameters: object) -> ModelConfig:
+    return TypeAdapter(AnyModel).validate_python({"width": WIDTH, "layers": 1, **parameters})
 
 
 def build(parameters: dict[str, object], length: int) -> nn.Module:
@@ -150,13 +150,15 @@ def test_the_battery_covers_every_mixer_and_every_switch():
     members = get_args(SingleMixer)
     assert {type(c) for c in configurations} == set(members)
     for member in members:
-        for name in set(member.model_fields) - set(Model.model_fields) - {"mixer", "heads"}:
+        for name in set(member.model_fields) - set(ModelConfig.model_fields) - {"mixer", "heads"}:
             values = {getattr(c, name) for c in configurations if type(c) is member}
-            if member in (Delta, GatedLinear) and name in ("qk_norm", "temperature"):
+            if member in (DeltaConfig, GLAConfig) and name in ("qk_norm", "temperature"):
                 continue  # refused: rows of the one have unit length always, and so has what the other reads
             assert len(values) > 1, f"{member.__name__}.{name} has one value only"
-        if issubclass(member, AttentionModel):
-            refused = {Attention: set(), Delta: {"alibi", "rotary"}, GatedLinear: {"alibi", "rotary"}}.get(member, {"alibi"})
+        if issubclass(member, QKVConfig):
+            refused = {AttentionConfig: set(), DeltaConfig: {"alibi", "rotary"}, GLAConfig: {"alibi", "rotary"}}.get(
+                member, {"alibi"}
+            )
             positions = {c.position for c in configurations if type(c) is member}
             assert positions == {"none", "rotary", "alibi", "learned", "sinusoidal"} - refused
 
@@ -209,14 +211,14 @@ def test_a_model_looks_projections_up_where_tokens_are_many(name, layers):
     for model in (small, large):
         first, project = model.blocks[0], model.blocks[0].project
         first.project = lambda x, project=project: projected.append(x.shape[:-1]) or project(x)
-    logits = small.answers(tokens, at)
+    logits = small.logits_at(tokens, at)
     close(logits, small(tokens)[torch.arange(2)[:, None], at])
-    close(logits, large.answers(tokens, at)[..., :5])
+    close(logits, large.logits_at(tokens, at)[..., :5])
     added = small.embedding.scheme != "none"  # what is added to a token depends on its place
     assert projected == [(2, 29) if added else (5,)] * 2 + [(2, 29)]
     cotangent = normal(2, 2, 5, seed=1)
     gradients = [
-        torch.autograd.grad(model.answers(tokens, at)[..., :5], [*model.parameters()], cotangent, materialize_grads=True)
+        torch.autograd.grad(model.logits_at(tokens, at)[..., :5], [*model.parameters()], cotangent, materialize_grads=True)
         for model in (small, large)
     ]
     close(gradients[0], tuple(g[: len(s)] if s.dim() else g for s, g in zip(*gradients, strict=True)))
@@ -514,7 +516,7 @@ def test_landmarks_are_turned_by_the_positions_of_the_last_tokens_of_their_block
     q, k, v = (normal(1, HEADS, 23, WIDTH // HEADS, seed=s) for s in range(3))
     turned = rotate(k)
     sizes = {"scale": mixer.scale, "block": mixer.block, "top": 1, "reach": 0}
-    close(mixer.mix(q, k, v), naive_landmark_attend(rotate(q), turned, v, ends(turned, mixer.block), **sizes))
+    close(mixer.mix(q, k, v), naive_landmark_attend(rotate(q), turned, v, block_ends(turned, mixer.block), **sizes))
 
 
 def test_a_landmark_that_matches_better_gets_its_block_more_attention():
@@ -523,7 +525,7 @@ def test_a_landmark_that_matches_better_gets_its_block_more_attention():
     shares = []
     for match in (1.0, 2.0):
         k[..., 1, 0] = match
-        shares.append(landmark_attend(q, k, v, ends(k, 2), scale=1.0, block=2, top=1, reach=0)[0, 0, 6, 0].item())
+        shares.append(landmark_attend(q, k, v, block_ends(k, 2), scale=1.0, block=2, top=1, reach=0)[0, 0, 6, 0].item())
     assert shares == pytest.approx([math.e / (math.e + 1), math.e**2 / (math.e**2 + 1)])
 
 
@@ -780,14 +782,14 @@ def test_shapes_are_found_without_numbers(name):
     ],
 )
 def test_streams_filtered_at_once_are_those_filtered_one_by_one(changes, parts, monkeypatch):
-    of_many_sequences = OF_HEADS.loops._replace(work=0)
-    monkeypatch.setattr("cat.ops.conv.causal.OF_HEADS", OF_HEADS._replace(loops=of_many_sequences))
+    of_many_sequences = HEAD_LIMITS.numba._replace(work=0)
+    monkeypatch.setattr("cat.ops.conv.causal.OF_HEADS", HEAD_LIMITS._replace(loops=of_many_sequences))
     mixer = build_mixer(configure(mixer="attention", **{**STREAMS, **changes}), 97).double()
     with torch.no_grad():
         for weight in mixer.filters.parameters():
             weight += torch.linspace(-1, 1, weight.numel()).view_as(weight)
     projected = torch.randn(2, 97, mixer.projection.out_features, generator=torch.Generator().manual_seed(0)).double()
-    assert side_by_side(mixer.filters, "qkv", projected) == parts
+    assert group_adjacent(mixer.filters, "qkv", projected) == parts
     alone = {
         name: mixer.filters[name](x) if name in mixer.filters else x
         for name, x in zip("qkv", mixer.heads(projected), strict=True)
@@ -795,5 +797,7 @@ def test_streams_filtered_at_once_are_those_filtered_one_by_one(changes, parts, 
     for ours, theirs in zip(mixer.filtered(projected), alone.values(), strict=True):
         torch.testing.assert_close(ours, theirs)
     at = torch.tensor([[0, 3, 96], [1, 2, 7]])
-    for ours, theirs in zip(mixer.filtered(projected, at), (take(alone["q"], at), alone["k"], alone["v"]), strict=True):
+    for ours, theirs in zip(
+        mixer.filtered(projected, at), (gather_positions(alone["q"], at), alone["k"], alone["v"]), strict=True
+    ):
         torch.testing.assert_close(ours, theirs)

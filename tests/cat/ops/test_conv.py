@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from cat.ops.conv import causal, direct, numba_backend, torch_backend
-from cat.ops.conv.causal import OF_HEADS, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads
+from cat.ops.conv.causal import HEAD_LIMITS, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads
 from cat.ops.conv.fft import _fast_size
 from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads, naive_mix_heads
 from cat.ops.conv.toeplitz import toeplitz
-from cat.ops.position import take
+from cat.ops.position import gather_positions
 from tests.helpers.reference import assert_twins, close, normal
 
 BATCH, HEADS, CHANNELS = 2, 3, 5
@@ -101,7 +101,7 @@ def test_a_cpu_has_loops_for_more_taps(kind, length, width, dilation, algorithm,
 
 
 def test_a_filter_a_head_is_by_loops_where_sequences_are_many(called):
-    work = OF_HEADS.loops.work
+    work = HEAD_LIMITS.numba.work
     batch = -(-work // (HEADS * CHANNELS * 19**2))
     x, taps = normal(batch, HEADS, 19, CHANNELS), normal(HEADS, 3, seed=1)
     close(filter_heads(x, taps)[:2], filter_heads(x[:2], taps))
@@ -113,7 +113,7 @@ def test_a_filter_at_some_positions_is_the_definition_there(length, width, dilat
     at = torch.tensor([[0, length // 2, length - 1], [length // 3, length // 3, length - 1]])
     assert_twins(
         lambda x, taps: filter_heads_at(x, taps, at, dilation=dilation),
-        lambda x, taps: take(naive_filter_heads(x, taps, dilation=dilation), at),
+        lambda x, taps: gather_positions(naive_filter_heads(x, taps, dilation=dilation), at),
         normal(BATCH, HEADS, length, CHANNELS),
         normal(HEADS, width, seed=1),
     )

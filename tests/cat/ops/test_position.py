@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cat.ops.position import alibi_bias, rotate, sinusoidal, take
+from cat.ops.position import alibi_bias, gather_positions, rotate, sinusoidal
 from tests.helpers.reference import close, normal
 
 
@@ -30,11 +30,11 @@ def test_rotary_turns_each_pair_of_channels_by_its_angle():
 
 def test_rotary_turns_what_stands_at_a_position_as_it_does_among_all():
     x, at = normal(2, 3, 7, 10), torch.tensor([[0, 3, 6], [2, 2, 5]])
-    close(rotate(take(x, at), at=at), take(rotate(x), at))
+    close(rotate(gather_positions(x, at), positions=at), gather_positions(rotate(x), at))
 
 
 def test_nothing_is_taken_of_no_sequences():
-    assert take(normal(0, 3, 7, 10), torch.zeros(0, 2, dtype=torch.long)).shape == (0, 3, 2, 10)
+    assert gather_positions(normal(0, 3, 7, 10), torch.zeros(0, 2, dtype=torch.long)).shape == (0, 3, 2, 10)
 
 
 @pytest.mark.parametrize("queries", [[0, 1, 2, 3, 4], [3], [[0, 4], [2, 2]]])

@@ -147,7 +147,7 @@ def test_a_spoilt_split_is_refused_in_one_line_and_nothing_is_written(spoil, fol
     monkeypatch.chdir(folder)
     words = spoil(folder / "wiki.valid.tokens")
     task = Text(
-        kind="text", source="wikitext-103", folder=str(folder), length=8, multiples=(1,), train=3, valid=3, test=3,
+        kind="text", source="wikitext-103", folder=str(folder), length=8, multiples=(1,), train_examples=3, valid_examples=3, test_examples=3,
         tokens="words",
     )  # fmt: skip
     assert fault(generate, "wiki", task, 0).startswith(words)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from cat.evaluation.scores import Scores, Tally
+from cat.evaluation.scores import Scores, SequenceTotals
 from cat.tasks.base import Extents
 from cat.tasks.registry import IGNORE, Text, generator
 from cat.tasks.tokenizer import BPE, Bytes, Words, load
@@ -246,7 +246,7 @@ def tally(seed, rows=5, tokens=7):
     rng = torch.Generator().manual_seed(seed)
     asked = torch.full((rows,), tokens, dtype=torch.float64)
     loss = torch.rand(rows, generator=rng, dtype=torch.float64) * 3 * tokens
-    return Tally(loss, torch.ones(rows, dtype=torch.float64), asked)
+    return SequenceTotals(loss, torch.ones(rows, dtype=torch.float64), asked)
 
 
 def test_of_bytes_the_metrics_are_to_the_bit_those_of_the_tokens():
@@ -261,7 +261,7 @@ def test_of_other_tokens_bits_are_shared_by_bytes_and_nats_by_words():
     """Two tokenizers that give a text the same probability have the same bits per byte and perplexity per word."""
     loss = tally(0).loss
     extents = Extents(np.array([20, 31, 17, 25, 22]), np.array([4, 5, 3, 6, 4]), np.zeros(5, int))
-    many, few = (Tally(loss, loss, torch.full((5,), float(n), dtype=torch.float64)) for n in (11, 6))
+    many, few = (SequenceTotals(loss, loss, torch.full((5,), float(n), dtype=torch.float64)) for n in (11, 6))
     a, b = (metrics(answered, extents, autoregressive=False) for answered in (many, few))
     assert a["perplexity"] < b["perplexity"]
     for metric, value in (("bits_per_byte", loss.sum() / math.log(2) / 115), ("word_perplexity", math.exp(loss.sum() / 22))):

@@ -8,11 +8,11 @@ import psutil
 import pytest
 import torch
 
-from cat.config import Protocol, Schedule
+from cat.config import OptimizerConfig, TrainingConfig
 from cat.evaluation.scores import Split, TextSplit
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from cat.tasks.registry import Text, Windows, generator
-from cat.training.ensemble import fit_together
+from cat.training.ensemble import fit_ensemble
 from cat.training.fit import build_model, fit
 from pipeline.stages.generate import generate
 from pipeline.storage import runs
@@ -42,7 +42,7 @@ def text(tmp_path, monkeypatch):
     """A task whose data are in the working folder."""
     monkeypatch.chdir(tmp_path)
     Path("prose.txt").write_bytes(np.random.default_rng(0).integers(97, 123, 3001, dtype=np.uint8).tobytes())
-    task = Text(kind="text", source="prose.txt", length=13, multiples=(1,), train=29, valid=3, test=5)
+    task = Text(kind="text", source="prose.txt", length=13, multiples=(1,), train_examples=29, valid_examples=3, test_examples=5)
     generate("prose", task, 0)
     return task
 
@@ -64,15 +64,17 @@ def test_the_last_window_ends_with_the_last_token():
 
 def test_training_on_windows_is_training_on_examples_to_the_bit():
     kept, valid = windows(), split_of(windows(count=5))
-    schedule = Schedule(steps=5, batch=4, learning_rates=(0.01,))
-    protocol = Protocol(weight_decay=0.1, clip=1, warmup=0.2, validate_every=3, stop_at=1, stop_after=1)
+    schedule = TrainingConfig(steps=5, batch=4, learning_rates=(0.01,))
+    protocol = OptimizerConfig(
+        weight_decay=0.1, grad_clip=1, warmup=0.2, eval_every=3, early_stop_accuracy=1, early_stop_patience=1
+    )
 
     def trained(together, train):
-        config = Attention(mixer="attention", width=8, layers=1, heads=2, position="none", k=3)
+        config = AttentionConfig(mixer="attention", width=8, layers=1, heads=2, position="none", conv_k=3)
         models = [build_model(config, vocabulary=256, length=7, seed=seed) for seed in (0, 1)]
         about = {"protocol": protocol, "schedule": schedule, "stop_early": False}
         if together:
-            return fit_together(models, train, valid, learning_rates=[0.01] * 2, seeds=[0, 1], **about)
+            return fit_ensemble(models, train, valid, learning_rates=[0.01] * 2, seeds=[0, 1], **about)
         return [fit(models[0], train, valid, learning_rate=0.01, seed=0, **about)]
 
     for together in (False, True):

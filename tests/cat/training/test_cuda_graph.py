@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from cat.training.cuda_graph import WARM, Replay
+from cat.training.cuda_graph import WARM, GraphedFunction
 
 
 class Doubling:
@@ -42,7 +42,7 @@ def doubling(monkeypatch):
 
 
 def test_it_is_called_until_it_is_warm_and_replayed_from_then_on(doubling):
-    replay = Replay(doubling)
+    replay = GraphedFunction(doubling)
     outcomes = [replay(torch.full((2,), float(i))).tolist() for i in range(WARM + 4)]
     assert outcomes == [[2.0 * i] * 2 for i in range(WARM + 4)]
     assert doubling.calls == WARM + 1  # the last of them to record it
@@ -50,7 +50,7 @@ def test_it_is_called_until_it_is_warm_and_replayed_from_then_on(doubling):
 
 def test_what_is_given_later_is_not_what_was_recorded(doubling):
     """The recording reads copies of its own: a batch that is dropped may be written over."""
-    replay = Replay(doubling)
+    replay = GraphedFunction(doubling)
     inputs = [torch.full((2,), float(i)) for i in range(WARM + 2)]
     for x in inputs:
         replay(x)
@@ -60,7 +60,7 @@ def test_what_is_given_later_is_not_what_was_recorded(doubling):
 
 
 def test_what_is_forgotten_is_recorded_anew(doubling):
-    replay = Replay(doubling)
+    replay = GraphedFunction(doubling)
     for size in (2, 3):
         for i in range(WARM + 3):
             assert replay(torch.full((size,), float(i))).tolist() == [2.0 * i] * size
@@ -69,7 +69,7 @@ def test_what_is_forgotten_is_recorded_anew(doubling):
 
 
 def test_garbage_is_not_collected_while_it_is_recorded(doubling):
-    replay = Replay(doubling)
+    replay = GraphedFunction(doubling)
     for _ in range(WARM + 2):
         replay(torch.ones(2))
     assert doubling.collecting == [True] * WARM + [False]
@@ -84,7 +84,7 @@ def test_what_cannot_be_recorded_is_called_as_it_is_and_said_once(doubling, monk
         raise error
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    replay = Replay(doubling)
+    replay = GraphedFunction(doubling)
     for i in range(WARM):
         replay(torch.full((2,), float(i)))
     with pytest.warns(UserWarning, match=f"not recorded, and slower for it: {error}"):

@@ -14,7 +14,7 @@ import torch
 
 import cat.training.fit
 from cat.model import SequenceModel
-from cat.training.distributed import ALONE, Group, process_group
+from cat.training.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from cat.training.fit import backward, fit
 from pipeline.config.errors import ParamsError
 from pipeline.config.load import load_study
@@ -23,7 +23,7 @@ from pipeline.runtime.devices import describe, own_device
 from pipeline.stages import train as training
 from pipeline.storage.files import read_json
 from tests.helpers.study import stage, tiny_study
-from tests.pipeline.runtime.test_checkpoints import CPU, PROTOCOL, Schedule, build, digests, successor
+from tests.pipeline.runtime.test_checkpoints import CPU, PROTOCOL, TrainingConfig, build, digests, successor
 
 
 def together(count, function):
@@ -50,18 +50,18 @@ def together(count, function):
     return [ended[rank] for rank in range(count)]
 
 
-def run(group=ALONE, *, batch=16, **options):
+def run(group=SINGLE_PROCESS, *, batch=16, **options):
     """What became of a run: its weights as a digest."""
-    schedule = Schedule(steps=400, batch=batch, learning_rates=[0.03])
+    schedule = TrainingConfig(steps=400, batch=batch, learning_rates=[0.03])
     options = {"protocol": PROTOCOL, "learning_rate": 0.03, "seed": 2, "stop_early": True, **options}
-    run = fit(build(), successor(50, 0), successor(17, 1), schedule=schedule, group=group, **options)
+    run = fit(build(), successor(50, 0), successor(17, 1), training_config=schedule, group=group, **options)
     weights = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in run.model.state_dict().values()))
     return weights.hexdigest(), run.steps, run.stop, run.micro_batch, [vars(row) for row in run.history]
 
 
 def in_a_group(rank):
     with process_group(CPU) as group:
-        assert (group.rank, group.first(lambda: rank)) == (rank, 0)
+        assert (group.rank, group.broadcast(lambda: rank)) == (rank, 0)
         return run(group, batch=17)
 
 
@@ -81,7 +81,7 @@ def test_processes_come_to_the_run_of_one(count):
     assert_close(first[4], curve)
 
 
-class Part(Group):
+class Part(ProcessGroup):
     """One of several processes, which hears nothing of the others."""
 
     def add(self, tensor):
@@ -110,13 +110,13 @@ def test_the_gradients_of_the_shares_add_up_to_that_of_the_batch(size, micro_bat
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_shares_are_all_rows_and_nearly_alike(size):
     rows = list(range(17))
-    shares = [rows[Part(rank, size).share(17)] for rank in range(size)]
+    shares = [rows[Part(rank, size).local_slice(17)] for rank in range(size)]
     assert list(chain(*shares)) == rows
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_memory_that_one_process_lacks_is_spared_by_all():
-    answers = SequenceModel.answers
+    answers = SequenceModel.logits_at
 
     def short_of_memory(rank):
         def limited(self, tokens, at):
@@ -124,7 +124,7 @@ def test_memory_that_one_process_lacks_is_spared_by_all():
                 raise torch.OutOfMemoryError
             return answers(self, tokens, at)
 
-        SequenceModel.answers = limited  # of this process, which ends with it
+        SequenceModel.logits_at = limited  # of this process, which ends with it
         return in_a_group(rank)
 
     first, second = together(2, short_of_memory)
@@ -142,14 +142,14 @@ def test_more_processes_than_examples_are_refused_in_one_line(batch, size):
 
 def test_the_end_of_one_is_the_end_of_the_other():
     def killed(rank):
-        rate = cat.training.fit.rate
+        rate = cat.training.fit.lr_scale
 
         def at_the_seventh(step, *about):
             if (rank, step) == (1, 7):
                 os.kill(os.getpid(), signal.SIGKILL)
             return rate(step, *about)
 
-        cat.training.fit.rate = at_the_seventh
+        cat.training.fit.lr_scale = at_the_seventh
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the traceback
         return in_a_group(rank)
 
@@ -162,11 +162,11 @@ def test_a_cell_goes_on_to_the_same_bits_where_one_process_was_interrupted(tmp_p
     stage("plan")
     stage("generate", "copying")
     about = load_study()
-    schedule = about.tasks["copying"].train.model_copy(update={"steps": 20})
-    setting = training.Setting(about.variants["k"], about.train, schedule, about.seeds, about.precision)
+    schedule = about.tasks["copying"].training.model_copy(update={"steps": 20})
+    setting = training.CellSetting(about.variants["k"], about.optimizer, schedule, about.seeds, about.precision)
 
     def train(rank, until=None):
-        rate, steps = cat.training.fit.rate, []
+        rate, steps = cat.training.fit.lr_scale, []
 
         def interrupted(*about):
             steps.append(None)
@@ -174,9 +174,9 @@ def test_a_cell_goes_on_to_the_same_bits_where_one_process_was_interrupted(tmp_p
                 workers._stop()
             return rate(*about)
 
-        cat.training.fit.rate = interrupted
+        cat.training.fit.lr_scale = interrupted
         try:
-            training.train("copying", "k", setting, device="cpu", threads=2)
+            training.train("copying", "k", setting, device="cpu", parallel_runs=2)
         except workers.Stopped:
             return "stopped"
         return len(steps)

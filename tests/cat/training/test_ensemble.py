@@ -7,17 +7,19 @@ import torch
 import torch.nn.functional as F
 
 import cat.training.ensemble
-from cat.config import Protocol, Schedule
+from cat.config import OptimizerConfig, TrainingConfig
 from cat.evaluation.scores import Split
 from cat.mixers.mamba.op import selective_scan
 from cat.ops.conv.causal import filter_heads
-from cat.training.ensemble import Stack, _project, _tokens_a_sum, can_be_stacked, fit_together
-from cat.training.fit import _batches, build_model, fit
+from cat.training.ensemble import Ensemble, _project, _tokens_a_sum, can_ensemble, fit_ensemble
+from cat.training.fit import batch_indices, build_model, fit
 from tests.cat.mixers.test_mixers import BATTERY, configure
 from tests.helpers.reference import assert_twins, normal
 
 VOCABULARY, LENGTH = 11, 67  # longer than the chunks of every mixer
-PROTOCOL = Protocol(weight_decay=0.5, clip=0.2, warmup=0.3, validate_every=2, stop_at=1.0, stop_after=2)
+PROTOCOL = OptimizerConfig(
+    weight_decay=0.5, grad_clip=0.2, warmup=0.3, eval_every=2, early_stop_accuracy=1.0, early_stop_patience=2
+)
 GRID = [(1, 0.01), (0, 0.003)]
 """Seed and learning rate of each replica."""
 CAT = {"mixer": "attention", "width": 12, "heads": 2, "position": "learned", "k": 3}
@@ -42,7 +44,7 @@ def train_both(parameters, *, grid=GRID, steps=3, length=LENGTH, train=None, spo
     train = successor(18, length=length) if train is None else train
     valid = successor(7, length=length, seed=1, tokens=VOCABULARY - 1)
     options = {"protocol": PROTOCOL, "stop_early": False, **options}
-    options["schedule"] = Schedule(steps=steps, batch=batch, learning_rates=[0.1])
+    options["schedule"] = TrainingConfig(steps=steps, batch=batch, learning_rates=[0.1])
 
     def build():
         models = [build_model(configure(**parameters), vocabulary=VOCABULARY, length=length, seed=seed) for seed, _ in grid]
@@ -52,7 +54,7 @@ def train_both(parameters, *, grid=GRID, steps=3, length=LENGTH, train=None, spo
     told = [[[], []] for _ in grid]
     seeds, rates = zip(*grid, strict=True)
     models = build()
-    together = fit_together(
+    together = fit_ensemble(
         models,
         train,
         valid,
@@ -84,7 +86,7 @@ def assert_same(together, alone, told, *, rtol=1e-4, atol=1e-4):
 
 @pytest.mark.parametrize("name", BATTERY)
 def test_every_mixer_that_can_be_stacked_trains_as_it_does_alone(name):
-    assert can_be_stacked(configure(**BATTERY[name]))
+    assert can_ensemble(configure(**BATTERY[name]))
     assert_same(*train_both({**BATTERY[name], "mlp": 2}, steps=2))
 
 
@@ -125,7 +127,7 @@ def test_mamba_ssm_s_kernel_cannot_be_stacked(monkeypatch):
             return x.clone()
 
     monkeypatch.setattr("cat.mixers.mamba.op.fused_scan", lambda *about: Kernel.apply)
-    refused = {name for name in BATTERY if not can_be_stacked(configure(**BATTERY[name]))}
+    refused = {name for name in BATTERY if not can_ensemble(configure(**BATTERY[name]))}
     assert refused == {"mamba", "mamba_small", "mamba_single"}
     with pytest.raises(RuntimeError, match="vmap"):
         train_both(BATTERY["mamba"], length=5)
@@ -153,13 +155,13 @@ def test_scores_of_a_few_sequences_at_a_time_are_those_of_all(monkeypatch):
 @pytest.fixture
 def sizes(monkeypatch):
     """How many models each step had."""
-    sizes, step = [], Stack.step
+    sizes, step = [], Ensemble.step
 
     def record(stack, *arguments):
         sizes.append(len(stack.weights))
         return step(stack, *arguments)
 
-    monkeypatch.setattr(Stack, "step", record)
+    monkeypatch.setattr(Ensemble, "step", record)
     return sizes
 
 
@@ -192,7 +194,7 @@ def test_a_replica_that_diverges_leaves_the_others_as_they_are_alone(sizes):
 def test_divergence_is_found_at_a_look_and_recorded_with_its_step(sizes):
     """One model has no vector for a token that stands in one example, of its third batch: no finite loss from there."""
     train = successor(18, tokens=VOCABULARY - 1)
-    batches = _batches(18, 4, seed=1)
+    batches = batch_indices(18, 4, seed=1)
     third = [next(batches) for _ in range(3)][-1]
     train.inputs[third[0], 3] = VOCABULARY - 1
 

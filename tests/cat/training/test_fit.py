@@ -9,19 +9,21 @@ import pytest
 import torch
 
 import cat.training.fit
-from cat.config import Protocol, Schedule
+from cat.config import OptimizerConfig, TrainingConfig
 from cat.evaluation.scores import Scores, Split, score
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from cat.model import SequenceModel
-from cat.training.fit import _batches, build_model, decayed_or_not, fit, rate
+from cat.training.fit import batch_indices, build_model, fit, lr_scale, split_by_weight_decay
 from cat.training.optimizer import AdamW
 
 VOCABULARY, LENGTH = 11, 7
-PROTOCOL = Protocol(weight_decay=0.0, clip=1.0, warmup=0.1, validate_every=5, stop_at=1.0, stop_after=2)
+PROTOCOL = OptimizerConfig(
+    weight_decay=0.0, grad_clip=1.0, warmup=0.1, eval_every=5, early_stop_accuracy=1.0, early_stop_patience=2
+)
 
 
 def config(**changes):
-    return Attention(**{"mixer": "attention", "width": 12, "layers": 1, "heads": 2, "position": "none", "k": 3, **changes})
+    return AttentionConfig(**{"mixer": "attention", "width": 12, "layers": 1, "heads": 2, "position": "none", "k": 3, **changes})
 
 
 def successor(count=96, seed=0):
@@ -38,10 +40,17 @@ def examples(count=96, seed=0):
 
 def run(*, seed=0, steps=30, rate=0.03, batch=16, protocol=PROTOCOL, stop_early=True, how=None, **changes):
     model = build_model(config(**changes), vocabulary=VOCABULARY, length=LENGTH, seed=seed)
-    schedule = Schedule(steps=steps, batch=batch, learning_rates=[rate], **(how or {}))
+    schedule = TrainingConfig(steps=steps, batch=batch, learning_rates=[rate], **(how or {}))
     valid = successor(32, seed=1)
     return fit(
-        model, successor(), valid, protocol=protocol, schedule=schedule, learning_rate=rate, seed=seed, stop_early=stop_early
+        model,
+        successor(),
+        valid,
+        optimizer_config=protocol,
+        training_config=schedule,
+        learning_rate=rate,
+        seed=seed,
+        stop_early=stop_early,
     )
 
 
@@ -66,8 +75,8 @@ def test_learns_and_stops_early_after_looks_in_a_row():
     trained = run(steps=400)
     assert trained.stop == "accuracy"
     assert trained.steps < 400
-    reached = [row.valid_accuracy >= PROTOCOL.stop_at for row in trained.history]
-    assert list(itertools.pairwise(reached)).index((True, True)) == len(reached) - PROTOCOL.stop_after
+    reached = [row.valid_accuracy >= PROTOCOL.early_stop_accuracy for row in trained.history]
+    assert list(itertools.pairwise(reached)).index((True, True)) == len(reached) - PROTOCOL.early_stop_patience
     assert trained.history[-1].step == trained.steps
 
 
@@ -98,7 +107,7 @@ def test_divergence_is_recorded_with_its_step(monkeypatch):
 
 def test_bfloat16_trains_float32_weights():
     model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
-    schedule = Schedule(steps=5, batch=8, learning_rates=[0.01])
+    schedule = TrainingConfig(steps=5, batch=8, learning_rates=[0.01])
     options = {"protocol": PROTOCOL, "schedule": schedule, "learning_rate": 0.01, "seed": 0, "stop_early": False}
     half = fit(model, successor(), successor(16), precision="bfloat16", **options)
     assert all(weight.dtype == torch.float32 for weight in half.model.state_dict().values())
@@ -108,28 +117,28 @@ def test_bfloat16_trains_float32_weights():
 
 
 def test_rate_rises_in_a_line_and_falls_in_a_cosine():
-    rates = [rate(step, 100, 0.1) for step in range(1, 101)]
+    rates = [lr_scale(step, 100, 0.1) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert rates[54] == pytest.approx(0.5)
     assert rates[-1] == 0
     assert all(a > b for a, b in itertools.pairwise(rates[9:]))
-    assert rate(1, 100, 0.0) == pytest.approx(1, abs=1e-3)
+    assert lr_scale(1, 100, 0.0) == pytest.approx(1, abs=1e-3)
 
 
 def test_an_epoch_has_every_example_once_in_a_new_order():
-    batches = _batches(20, 6, seed=3)
+    batches = batch_indices(20, 6, seed=3)
     epochs = [torch.cat([next(batches) for _ in range(3)]) for _ in range(2)]
     for epoch in epochs:
         assert len(set(epoch.tolist())) == 18
     assert epochs[0].tolist() != epochs[1].tolist()
-    assert next(_batches(20, 6, seed=3)).tolist() == epochs[0][:6].tolist()
-    assert next(_batches(20, 6, seed=4)).tolist() != epochs[0][:6].tolist()
+    assert next(batch_indices(20, 6, seed=3)).tolist() == epochs[0][:6].tolist()
+    assert next(batch_indices(20, 6, seed=4)).tolist() != epochs[0][:6].tolist()
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weight_decay_is_on_linear_maps_alone(tied):
     model = build_model(config(tied=tied, mlp=2, position="learned", qk_norm=True), vocabulary=VOCABULARY, length=LENGTH, seed=0)
-    decayed, others = decayed_or_not(model)
+    decayed, others = split_by_weight_decay(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)] for p in decayed} == {
         "blocks.0.mixer.projection.weight", "blocks.0.mixer.output.weight", "blocks.0.mlp.1.weight", "blocks.0.mlp.3.weight",
@@ -143,11 +152,11 @@ def test_answers_are_the_logits_at_the_asked_positions():
     inputs, targets = examples(5)
     targets[2, 4] = -100  # one question less than the others have
     split = Split.of(inputs, targets)
-    assert split.at.tolist() == [[2, 4, 6]] * 2 + [[0, 2, 6]] + [[2, 4, 6]] * 2
-    assert split.answers.tolist() == targets.gather(1, split.at.long()).tolist()
+    assert split.positions.tolist() == [[2, 4, 6]] * 2 + [[0, 2, 6]] + [[2, 4, 6]] * 2
+    assert split.answers.tolist() == targets.gather(1, split.positions.long()).tolist()
     logits = model(inputs)
-    expected = torch.stack([logits[row, at] for row, at in enumerate(split.at)])
-    torch.testing.assert_close(model.answers(inputs, split.at.long()), expected)
+    expected = torch.stack([logits[row, at] for row, at in enumerate(split.positions)])
+    torch.testing.assert_close(model.logits_at(inputs, split.positions.long()), expected)
 
 
 def test_scores_are_those_counted_by_hand(monkeypatch):
@@ -206,10 +215,10 @@ def test_autoregressive_scores_read_the_model_s_own_answers():
 
 def test_learned_positions_say_how_far_they_reach():
     model = build_model(config(position="learned"), vocabulary=VOCABULARY, length=LENGTH, seed=0)
-    assert model.longest == LENGTH
+    assert model.max_length == LENGTH
     with pytest.raises(ValueError, match=f"reach {LENGTH} tokens, not {LENGTH + 1}"):
         model(torch.zeros(2, LENGTH + 1, dtype=torch.long))
-    assert build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0).longest is None
+    assert build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0).max_length is None
 
 
 def test_a_filter_longer_than_the_training_sequence_is_refused():
@@ -246,7 +255,7 @@ def test_a_step_is_that_of_torch(clip):
 
 
 def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(monkeypatch):
-    sizes, answers = [], SequenceModel.answers
+    sizes, answers = [], SequenceModel.logits_at
 
     def counted(model, tokens, at):
         sizes.append(len(tokens))
@@ -259,7 +268,7 @@ def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(monkeypatch):
     assert parts.micro_batch == 6
     for mine, theirs in zip(parts.history, whole.history, strict=True):
         assert mine.train_loss == pytest.approx(theirs.train_loss, rel=1e-4)
-        assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-3)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
 
 
 COMPILED = """
@@ -297,5 +306,5 @@ def test_a_look_tells_what_became_of_the_steps_before_it(monkeypatch):
     for look, row in enumerate(run(steps=10, protocol=PROTOCOL.model_copy(update={"clip": 1e-3})).history):
         here = slice(5 * look, 5 * look + 5)
         assert row.train_loss == pytest.approx(sum(losses[here]) / 5)
-        assert row.peak_loss == max(losses[here])
-        assert row.gradient_norm == pytest.approx(max(norms[here]), rel=1e-5)  # of all of it, before it is clipped
+        assert row.max_loss == max(losses[here])
+        assert row.grad_norm == pytest.approx(max(norms[here]), rel=1e-5)  # of all of it, before it is clipped

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from cat.mixers.attention.config import Attention
+from cat.mixers.attention.config import AttentionConfig
 from pipeline.cli import main
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
@@ -186,7 +186,7 @@ def test_a_key_is_taken_out(study, value):
             [
                 "params.yaml: variants.new.q = -5: must be greater than or equal to 1,"
                 " and is not full or network or decay or state",
-                "params.yaml: variants.new.taps = 5: unknown key; known are " + ", ".join(Attention.model_fields),
+                "params.yaml: variants.new.taps = 5: unknown key; known are " + ", ".join(AttentionConfig.model_fields),
             ],
         ),
         (("new", "--from", "k", "--set", "q"), ["--set 'q': is not key=value"]),

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.commands.sample import Drawing, _tokenizer, generate_text
+from pipeline.commands.sample import SamplingOptions, _tokenizer, sample
 from pipeline.config.grid import variants_on
 from pipeline.config.load import load_study
 from pipeline.stages import train
@@ -75,9 +75,9 @@ def test_draws_are_those_of_the_seed(study):
 
 
 def test_text_comes_token_by_token(study):
-    drawing = Drawing(tokens=7, temperature=1.0, top_k=None, seed=0)
+    drawing = SamplingOptions(tokens=7, temperature=1.0, top_k=None, seed=0)
     read = []
-    for part in generate_text(load_study(), "text", "k", PROMPT.encode(), drawing, model_seed=4, device="cpu"):
+    for part in sample(load_study(), "text", "k", PROMPT.encode(), drawing, model_seed=4, device="cpu"):
         read.append(part)
     assert len(read) == 7 + 1
     if study == "words":

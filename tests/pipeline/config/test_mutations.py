@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.claims import Claim
-from pipeline.config.errors import LONGEST, ParamsError, checked
+from pipeline.config.errors import LONGEST, ParamsError, parse_config
 from pipeline.config.load import load_study, study_of
 from pipeline.config.names import Name
 from pipeline.config.yaml_file import read_yaml
@@ -60,7 +60,7 @@ def edited(raw: Any, path: tuple, value: Any) -> Iterator[tuple]:
 def read_as(raw: Any, file: str | Path) -> Any:
     """What is read of a file, in the terms of the file. Raises ParamsError."""
     if Path(file).name == "claims.yaml":
-        read = checked(dict[Name, Claim], raw, file)
+        read = parse_config(dict[Name, Claim], raw, file)
         return {name: claim.model_dump(mode="json", exclude_unset=True) for name, claim in read.items()}
     return study_of(raw, file).model_dump(mode="json", exclude_unset=True)
 

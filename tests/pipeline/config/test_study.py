@@ -18,8 +18,8 @@ from dvc.utils.serialize import load_yaml, modify_yaml
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from cat.config import Configuration
-from cat.mixers.registry import Theory, VariantConfiguration
+from cat.config import Config
+from cat.mixers.registry import AnyVariant, ConstructionConfig
 from pipeline.cli import main
 from pipeline.config.errors import ParamsError, find_entry
 from pipeline.config.grid import cells, variants_on
@@ -37,7 +37,7 @@ for inside in ("example", "filters", "positions"):  # would object to much that 
 SMOKE["ablations"]["stability"] |= {"across": [], "beside": [], "figure": "heatmap"}
 RECALL = SMOKE["ablations"].pop("recall")
 SMOKE_JSON = json.dumps(SMOKE)
-MIXERS = " or ".join(get_args(mixer.model_fields["mixer"].annotation)[0] for mixer in get_args(get_args(VariantConfiguration)[0]))
+MIXERS = " or ".join(get_args(mixer.model_fields["mixer"].annotation)[0] for mixer in get_args(get_args(AnyVariant)[0]))
 
 ALL = pytest.mark.parametrize("file", STUDIES, ids=lambda file: file.stem)
 MISSING = Enum("Edit", ["MISSING"]).MISSING  # unlike an object's, its name is the same in every process of the tests
@@ -132,7 +132,7 @@ def test_validating_prints_the_grid_and_imports_nothing_heavy(file):
     assert [line.split()[0] for line in lines[2 : 2 + len(study.variants)]] == list(study.variants)
     assert lines[-1].startswith(f"{len(cells(study))} cells, ")
     # The seeds, learning rates and steps of every cell, and of no other place in the table.
-    known = [cell for cell in cells(study) if isinstance(study.variants[cell.variant], Theory)]
+    known = [cell for cell in cells(study) if isinstance(study.variants[cell.variant], ConstructionConfig)]
     assert result.stdout.count("theorem") == len(known)
     assert result.stdout.count(" x ") == 2 * (len(cells(study)) - len(known)) + lines[-1].count(" x ")
 
@@ -984,7 +984,7 @@ def test_a_study_cannot_be_changed(file):
 
 
 def test_every_configuration_is_strict():
-    found = [Configuration]
+    found = [Config]
     for kind in found:
         found += kind.__subclasses__()
         assert (kind.model_config["frozen"], kind.model_config["extra"], kind.model_config["strict"]) == (True, "forbid", True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cat.evaluation.by_position import bins, loss_by_position, sample
-from cat.evaluation.scores import Split, outcomes
+from cat.evaluation.scores import Split, token_scores
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
 from pipeline.config.study import Ablation
@@ -19,7 +19,7 @@ from pipeline.figures.positions import positions, positions_table
 from pipeline.figures.recall import gains, gains_table, recall
 from pipeline.figures.style import save
 from pipeline.figures.training import training
-from pipeline.stages.evaluate import Found, Job, _found
+from pipeline.stages.evaluate import Job, ModelResults, _evaluate_model
 from pipeline.stages.generate import generate
 from pipeline.storage import runs
 from pipeline.storage.results import read_positions
@@ -27,8 +27,12 @@ from pipeline.storage.task_data import read_split, read_task
 from tests.helpers.study import edit, stage, tiny_study
 
 LENGTHS, TRAINED = (16, 32, 64), 32
-POSITIONS = Ablation(question="?", tasks=[], variants=[], across=["text"], beside=["none", "qk", "mamba"], figure="positions")
-RECALL = Ablation(question="?", tasks=[], variants=[], across=["text"], beside=["none", "k", "mamba"], figure="recall")
+POSITIONS = Ablation(
+    question="?", tasks=[], variants=[], reference_tasks=["text"], reference_variants=["none", "qk", "mamba"], plot="positions"
+)
+RECALL = Ablation(
+    question="?", tasks=[], variants=[], reference_tasks=["text"], reference_variants=["none", "k", "mamba"], plot="recall"
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def test_recalled_answers_are_scored_apart_at_every_length(study):
     results = read_results().pivot_table(index=["variant", "seed", "length"], columns="metric", values="value")
     model = runs.load_model(runs.weights_path("text", "k", 0))
     for length in LENGTHS:
-        parts = outcomes(model, Split.of(*map(torch.tensor, read_split("text", f"test_{length}"))))
+        parts = token_scores(model, Split.of(*map(torch.tensor, read_split("text", f"test_{length}"))))
         loss = torch.cat([part.loss for part in parts]).double().numpy()
         with np.load("heldout/text/recalled.npz") as masks:
             recalled, rare = masks[f"recalled_{length}"], masks[f"rare_{length}"]
@@ -100,9 +104,9 @@ def test_a_seed_that_diverged_has_empty_losses_and_no_bits(study):
         run["stop"] = "diverged" if run["seed"] == 1 else run["stop"]
     path.write_text(json.dumps(summary))
     runs.weights_path("text", "k", 1).unlink()
-    found = _found("text", read_task("text"), "float32", Job("k", 1), torch.device("cpu"), lambda done: None)
-    whole = _found("text", read_task("text"), "float32", Job("k", 0), torch.device("cpu"), lambda done: None)
-    assert isinstance(found, Found)
+    found = _evaluate_model("text", read_task("text"), "float32", Job("k", 1), torch.device("cpu"), lambda done: None)
+    whole = _evaluate_model("text", read_task("text"), "float32", Job("k", 0), torch.device("cpu"), lambda done: None)
+    assert isinstance(found, ModelResults)
     assert found.positions == []
     assert all(math.isnan(row["value"]) for row in found.scores)
     names = [row["metric"] for row in whole.scores if not row["metric"].startswith("attention_")]

@@ -22,12 +22,12 @@ from dvc.stage.exceptions import StageCmdFailedError
 from filelock import FileLock
 
 import cat.training.fit
-from cat.config import Protocol, Schedule
-from cat.evaluation.scores import Split, tally
-from cat.mixers.attention.config import Attention
-from cat.mixers.mamba.config import Mamba
-from cat.mixers.performer.config import Performer
-from cat.training.ensemble import Stack, fit_together
+from cat.config import OptimizerConfig, TrainingConfig
+from cat.evaluation.scores import Split, sequence_totals
+from cat.mixers.attention.config import AttentionConfig
+from cat.mixers.mamba.config import MambaConfig
+from cat.mixers.performer.config import PerformerConfig
+from cat.training.ensemble import Ensemble, fit_ensemble
 from cat.training.fit import backward, build_model, fit
 from pipeline.cli import _end_with_dvc
 from pipeline.config.load import load_study
@@ -35,20 +35,22 @@ from pipeline.runtime import checkpoints, workers
 from pipeline.runtime.checkpoints import Checkpoint
 from pipeline.runtime.determinism import MARK
 from pipeline.scheduling import scheduler
-from pipeline.scheduling.dvc_internals import RWLOCK, _readable_errors
+from pipeline.scheduling.dvc_internals import RWLOCK, readable_dvc_errors
 from pipeline.stages import train as training
 from pipeline.storage import runs
-from pipeline.storage.files import read_json, whole
+from pipeline.storage.files import atomic_write, read_json
 from pipeline.storage.task_data import read_meta, read_split, read_task
 from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study, write_params
 
 CPU = torch.device("cpu")
 VOCABULARY, LENGTH = 11, 7
-PROTOCOL = Protocol(weight_decay=0.1, clip=1.0, warmup=0.1, validate_every=5, stop_at=0.9, stop_after=2)
+PROTOCOL = OptimizerConfig(
+    weight_decay=0.1, grad_clip=1.0, warmup=0.1, eval_every=5, early_stop_accuracy=0.9, early_stop_patience=2
+)
 MODELS = {
-    "filters": Attention(mixer="attention", width=12, layers=2, heads=2, position="none", q=3, k=3, tied=True),
-    "mamba": Mamba(mixer="mamba", width=12, layers=1),
-    "features": Performer(mixer="performer", width=12, layers=1, heads=2, position="none", features=4),
+    "filters": AttentionConfig(mixer="attention", width=12, layers=2, heads=2, position="none", conv_q=3, conv_k=3, tied=True),
+    "mamba": MambaConfig(mixer="mamba", width=12, layers=1),
+    "features": PerformerConfig(mixer="performer", width=12, layers=1, heads=2, position="none", features=4),
 }
 
 
@@ -67,9 +69,9 @@ def build(name="filters", seed=3):
 
 def run(name="filters", *, steps=23, rate=0.03, **options):
     """A run of epochs of three steps and a look every five."""
-    schedule = Schedule(steps=steps, batch=16, learning_rates=[rate])
+    schedule = TrainingConfig(steps=steps, batch=16, learning_rates=[rate])
     options = {"protocol": PROTOCOL, "seed": 2, "stop_early": True, **options}
-    return fit(build(name), successor(50, 0), successor(17, 1), schedule=schedule, learning_rate=rate, **options)
+    return fit(build(name), successor(50, 0), successor(17, 1), training_config=schedule, learning_rate=rate, **options)
 
 
 def kept_by(train):
@@ -106,7 +108,7 @@ def test_a_run_that_has_stopped_early_is_not_gone_on_with(monkeypatch):
 
 @pytest.mark.parametrize("stood", [3, 5, 6, -1])
 def test_a_run_that_goes_on_diverges_where_it_would_have(monkeypatch, stood):
-    rate = cat.training.fit.rate
+    rate = cat.training.fit.lr_scale
     monkeypatch.setattr(cat.training.fit, "rate", lambda step, *about: math.nan if step == 6 else rate(step, *about))
     diverged, states = kept_by(run)
     assert (diverged.stop, diverged.steps) == ("diverged", 7)
@@ -114,10 +116,10 @@ def test_a_run_that_goes_on_diverges_where_it_would_have(monkeypatch, stood):
 
 
 def together(name="filters", **options):
-    schedule = Schedule(steps=13, batch=16, learning_rates=[0.1])
+    schedule = TrainingConfig(steps=13, batch=16, learning_rates=[0.1])
     models = [build(name, seed=seed) for seed in (0, 1, 2)]
     options = {"protocol": PROTOCOL, "schedule": schedule, "learning_rates": (0.01, 0.2, 0.03), **options}
-    return fit_together(models, successor(50, 0), successor(17, 1), seeds=(4, 5, 6), stop_early=False, **options)
+    return fit_ensemble(models, successor(50, 0), successor(17, 1), seeds=(4, 5, 6), stop_early=False, **options)
 
 
 @pytest.mark.parametrize("step", [3, 5])
@@ -129,7 +131,7 @@ def test_replicas_go_on_from_where_they_stood(step):
     for mine, theirs in zip(together(resume=list(stood.values())), expected, strict=True):
         assert_same(mine, theirs)
     # And one of them alone, which is another way to add up.
-    schedule = Schedule(steps=13, batch=16, learning_rates=[0.1])
+    schedule = TrainingConfig(steps=13, batch=16, learning_rates=[0.1])
     options = {"protocol": PROTOCOL, "schedule": schedule, "learning_rate": 0.2, "stop_early": False}
     alone = fit(build(seed=1), successor(50, 0), successor(17, 1), seed=5, resume=stood[1], **options)
     assert [row.step for row in alone.history] == [5, 10, 13]
@@ -210,7 +212,7 @@ def test_a_run_goes_on_with_the_slices_that_had_room(monkeypatch):
 
 def test_replicas_without_room_are_trained_fewer_at_a_time(monkeypatch):
     expected = together("features")  # whose features differ from replica to replica
-    each, tried = Stack._each, []
+    each, tried = Ensemble._each, []
 
     def limited(self, function, weights, *arguments, **options):
         if weights.requires_grad:
@@ -219,16 +221,16 @@ def test_replicas_without_room_are_trained_fewer_at_a_time(monkeypatch):
                 raise torch.OutOfMemoryError
         return each(self, function, weights, *arguments, **options)
 
-    monkeypatch.setattr(Stack, "_each", limited)
+    monkeypatch.setattr(Ensemble, "_each", limited)
     for mine, theirs in zip(together("features"), expected, strict=True):
         torch.testing.assert_close(mine.model.state_dict(), theirs.model.state_dict())
     assert tried[:5] == [3, 2, 1, 2, 1]
 
 
 def test_scoring_without_room_takes_fewer_sequences_at_a_time(monkeypatch):
-    valid, expected, sizes = successor(17, 1), tally(build(), successor(17, 1)), []
-    answers, each = cat.model.SequenceModel.answers, Stack._each
-    stack = Stack([build(), build()], [0.1, 0.1], protocol=PROTOCOL, precision="float32")
+    valid, expected, sizes = successor(17, 1), sequence_totals(build(), successor(17, 1)), []
+    answers, each = cat.model.SequenceModel.answers, Ensemble._each
+    stack = Ensemble([build(), build()], [0.1, 0.1], optimizer_config=PROTOCOL, precision="float32")
     scores = stack.score(valid)
 
     def limited(self, tokens, at):
@@ -246,9 +248,9 @@ def test_scoring_without_room_takes_fewer_sequences_at_a_time(monkeypatch):
     room = 5
     with monkeypatch.context() as patch:
         patch.setattr(cat.model.SequenceModel, "answers", limited)
-        for mine, theirs in zip(tally(build(), valid), expected, strict=True):
+        for mine, theirs in zip(sequence_totals(build(), valid), expected, strict=True):
             torch.testing.assert_close(mine, theirs)
-    monkeypatch.setattr(Stack, "_each", limited_each)
+    monkeypatch.setattr(Ensemble, "_each", limited_each)
     assert stack.score(valid) == [pytest.approx(pair) for pair in scores]
     assert [size for size in sizes if size > room] == [17, 9, 17, 9]
     assert sum(size for size in sizes if size <= room) == 2 * 17
@@ -379,7 +381,7 @@ def test_what_is_written_is_on_the_disk_before_it_takes_its_place(tmp_path, monk
     done, fsync, replace = [], os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(Path(f"/proc/self/fd/{fd}").readlink()), fsync(fd)))
     monkeypatch.setattr(Path, "replace", lambda path, to: (done.append(to), replace(path, to)))
-    with whole(tmp_path / "cell") as folder:
+    with atomic_write(tmp_path / "cell") as folder:
         folder.mkdir()
         (folder / "summary.json").touch()
     part = tmp_path / ".cell.part"
@@ -447,7 +449,9 @@ def test_a_checkpoint_of_something_else_is_passed_over(study, monkeypatch, chang
 
 def test_a_checkpoint_of_other_bits_is_another(study, monkeypatch):
     study = load_study()
-    setting = training.Setting(study.variants["k"], study.train, study.tasks["copying"].train, study.seeds, study.precision)
+    setting = training.CellSetting(
+        study.variants["k"], study.optimizer, study.tasks["copying"].training, study.seeds, study.precision
+    )
     cell = training.Cell.of("copying", "k", setting)
     usual = training._checkpoint(cell, cell.jobs[0], "a GPU")
     monkeypatch.setenv(MARK, "1")  # deterministic: true, of which the name of a GPU says nothing
@@ -535,7 +539,7 @@ def test_cells_in_training_come_to_a_stop_and_no_other_is_begun(tmp_path):
     jobs = [tmp_path / str(number) for number in range(4)]
     outcomes = []
     with pytest.raises(workers.Stopped), workers.stoppable():
-        outcomes += workers.work(until_stopped, jobs, devices=[CPU, CPU], method="fork", report=interrupt)
+        outcomes += workers.run_jobs(until_stopped, jobs, devices=[CPU, CPU], method="fork", report=interrupt)
     assert outcomes == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.kept", "1.kept"]
     assert not workers.stopping()
@@ -580,9 +584,9 @@ def alive(pid):
 
 
 def test_ctrl_c_in_a_stage_that_dvc_runs_is_one_here():
-    with pytest.raises(KeyboardInterrupt), _readable_errors():
+    with pytest.raises(KeyboardInterrupt), readable_dvc_errors():
         raise ReproductionError("plan") from StageCmdFailedError("python -m pipeline plan", 130)
-    with pytest.raises(ValueError, match="exited with 2"), _readable_errors():
+    with pytest.raises(ValueError, match="exited with 2"), readable_dvc_errors():
         raise ReproductionError("plan") from StageCmdFailedError("python -m pipeline plan", 2)
 
 
@@ -631,7 +635,7 @@ def test_a_file_that_cannot_be_written_is_named_and_nothing_is_half_written(stud
 
 
 def test_a_full_disk_is_told_with_the_file(tmp_path):
-    with pytest.raises(OSError, match="No space left") as raised, whole(tmp_path / "out") as part:  # noqa: PT012
+    with pytest.raises(OSError, match="No space left") as raised, atomic_write(tmp_path / "out") as part:  # noqa: PT012
         part.symlink_to("/dev/full")
         part.write_bytes(bytes(1 << 16))
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "out"))
@@ -662,7 +666,9 @@ def test_a_clock_that_is_put_back_changes_nothing(study, planned, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 3600.0 * next(hours))
     monkeypatch.setattr(workers, "work", lambda function, jobs, **_: ((i, function(j, CPU, print)) for i, j in enumerate(jobs)))
     study = load_study()
-    setting = training.Setting(study.variants["k"], study.train, study.tasks["copying"].train, study.seeds, study.precision)
+    setting = training.CellSetting(
+        study.variants["k"], study.optimizer, study.tasks["copying"].training, study.seeds, study.precision
+    )
     stale = scheduler.StageCell("train", training.Cell.of("copying", "k", setting), {})
     assert [failure for _, failure in scheduler.train([stale], [CPU])] == [None]
     assert digests(Path("runs")) == planned[1]
@@ -674,7 +680,7 @@ READERS = {
     "data/copying/train.npz": (lambda: read_split("copying", "train"),),
     "heldout/copying/meta.json": (lambda: read_task("copying"),),
     "heldout/copying/test_32.npz": (lambda: read_split("copying", "test_32"),),
-    "runs/copying/k/summary.json": (lambda: runs.read_summary("copying", "k"), lambda: runs.longest("copying", "k")),
+    "runs/copying/k/summary.json": (lambda: runs.read_summary("copying", "k"), lambda: runs.max_length("copying", "k")),
     "runs/copying/k/seed_0.safetensors": (lambda: runs.load_model("runs/copying/k/seed_0.safetensors"),),
 }
 

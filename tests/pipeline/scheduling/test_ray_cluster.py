@@ -285,8 +285,8 @@ def test_a_cell_trained_on_different_machines_names_them_all():
         return scheduler.Trained(None, [], 0, "", 0, None, None, {}, {}, device, 0.0)
 
     cells = [trained(name) for name in ("CPU (AVX512)", "CPU (AVX2)", "CPU (AVX512)")]
-    assert [run.device for run in scheduler._alike(cells)] == ["CPU (AVX2) and CPU (AVX512)"] * 3
-    assert scheduler._alike(cells[:1]) == cells[:1]
+    assert [run.device for run in scheduler.name_devices(cells)] == ["CPU (AVX2) and CPU (AVX512)"] * 3
+    assert scheduler.name_devices(cells[:1]) == cells[:1]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from click.testing import CliRunner
 from rich.console import Console
 
-from cat.training.fit import look
+from cat.training.fit import validation_record
 from pipeline.cli import main
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
@@ -24,7 +24,7 @@ from pipeline.runtime import workers
 from pipeline.runtime.devices import made_on
 from pipeline.runtime.processes import available
 from pipeline.scheduling import scheduler
-from pipeline.scheduling.dvc_internals import _alone, reproduce
+from pipeline.scheduling.dvc_internals import exclusive_run, reproduce
 from pipeline.scheduling.progress import Progress
 from pipeline.storage.files import read_json
 from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study, write_params
@@ -269,13 +269,13 @@ def test_parameters_that_change_while_they_are_read_are_refused(study, monkeypat
 
 
 def test_two_at_once_are_refused_in_words(study):
-    with _alone(), pytest.raises(ValueError, match="another `python -m pipeline run` is at work in this folder"):
+    with exclusive_run(), pytest.raises(ValueError, match="another `python -m pipeline run` is at work in this folder"):
         scheduler.run()
 
 
 def test_a_job_that_raises_or_is_killed_fails_alone():
     told = []
-    outcomes = dict(workers.work(unlucky, range(1, 10), devices=[CPU, CPU], method="fork", report=lambda *a: told.append(a)))
+    outcomes = dict(workers.run_jobs(unlucky, range(1, 10), devices=[CPU, CPU], method="fork", report=lambda *a: told.append(a)))
     assert isinstance(outcomes.pop(1).error, ValueError)
     assert str(outcomes.pop(3).error) == "its process ended by signal SIGKILL, as when memory runs out"
     assert outcomes == {job: (job + 1) ** 2 for job in (0, 2, 4, 5, 6, 7, 8)}
@@ -334,12 +334,14 @@ def test_progress_shows_what_is_in_work_and_says_what_has_ended(study):
     (none, k) = (stage.cell for stage in scheduler.stale_cells())
     said = io.StringIO()
     with Progress([none, k], 2, Console(file=said, width=100)) as progress:
-        progress.advance(none, 2, look(2, [2.5], [1.0], 3.5, 0.25, None))
+        progress.advance(none, 2, validation_record(2, [2.5], [1.0], 3.5, 0.25, None))
         shown = io.StringIO()
         Console(file=shown, width=100).print(progress.table())
         assert re.search(r"copying none +2 of 10 +2.500 +0.250 +0:00 *\n0 of 2 cells, 10% of the steps", shown.getvalue())
         assert "copying k" not in shown.getvalue()
-        progress.end(none, 1.25, [look(2, [loss], [1.0], 3.5, accuracy, None) for loss, accuracy in ((2.0, 0.5), (1.0, 1.0))])
+        progress.end(
+            none, 1.25, [validation_record(2, [loss], [1.0], 3.5, accuracy, None) for loss, accuracy in ((2.0, 0.5), (1.0, 1.0))]
+        )
         progress.end(none, 9.0, [])  # once is enough
         progress.fail(k)
         progress.fail(k)

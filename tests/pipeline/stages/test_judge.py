@@ -245,7 +245,7 @@ def test_a_study_whose_variants_are_shuffled_decides_nothing():
     Only of claims that set variants against each other: that a name reaches a number is false of exchanged names, not undecided.
     """
     results = pd.concat([pd.read_csv(ROOT / "results" / f"{task}.csv") for task in STUDY.tasks], ignore_index=True)
-    between = {name: one for name, one in claims.load(ROOT / "claims.yaml").items() if isinstance(one.than, tuple)}
+    between = {name: one for name, one in claims.load(ROOT / "claims.yaml").items() if isinstance(one.baseline, tuple)}
     verdicts = []
     for draw in range(8):
         rng = np.random.default_rng(draw)
@@ -314,12 +314,12 @@ def test_a_file_that_is_not_yaml_is_one_line(tmp_path):
 def test_every_claim_of_the_repository_is_about_cells_of_its_study():
     """A misspelt name would be undecided for ever."""
     for name, one in claims.load(ROOT / "claims.yaml").items():
-        assert one.figure in STUDY.ablations, name
-        rivals = one.than if isinstance(one.than, tuple) else ()
+        assert one.ablation in STUDY.ablations, name
+        rivals = one.baseline if isinstance(one.baseline, tuple) else ()
         for task, variant in itertools.product(one.tasks, (*one.variants, *rivals)):
             assert variant in variants_on(STUDY, task), (name, task, variant)
         for task in one.tasks:
-            assert {*one.multiples, *filter(None, [one.than_multiple])} <= set(STUDY.tasks[task].data.multiples), (name, task)
+            assert {*one.multiples, *filter(None, [one.baseline_multiple])} <= set(STUDY.tasks[task].data.multiples), (name, task)
 
 
 def test_claims_that_are_left_out_are_named_where_they_are_few():

@@ -49,7 +49,7 @@ def test_every_question_has_a_section_and_every_link_a_target(study):
     text = Path("reports/report.md").read_text()
     anchors = re.findall(r'^<a id="(\w+)"></a>$', text, flags=re.MULTILINE)
     assert anchors == ["claims", *(n for n, a in study.ablations.items() if a.variants or a.beside), "cost"]
-    assert set(re.findall(r"\]\(#(\w+)\)", text)) <= {*anchors, *(claim.figure for claim in load_claims().values())}
+    assert set(re.findall(r"\]\(#(\w+)\)", text)) <= {*anchors, *(claim.ablation for claim in load_claims().values())}
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert {path for path in images if not (Path("reports") / path).exists()} == set()
     assert {f"figures/{path.name}" for path in Path("reports/figures").iterdir()} | {"cost.png"} == set(images)
@@ -205,7 +205,7 @@ def test_a_theorem_reads_the_answers_and_the_frames_are_on_them(study):
     weights = attention_on("ar", "theory", study.seeds, one)
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(weights[np.arange(len(weights)), one.sources], 1, atol=1e-3)
-    ablation = Ablation(question="?", tasks=["ar"], variants=["theory"], figure="example")
+    ablation = Ablation(question="?", tasks=["ar"], variants=["theory"], plot="example")
     axes = example(study, ablation, read_results(study)).axes[0]
     assert [tuple(map(int, frame.get_xy())) for frame in axes.patches] == list(zip(one.sources, range(len(weights)), strict=True))
     labels = [label.get_text() for label in axes.get_xticklabels()]
@@ -223,7 +223,7 @@ def test_of_seeds_that_diverged_none_is_looked_at(study):
 
 
 def test_filters_are_drawn_beside_the_theorem_s(study):
-    ablation = Ablation(question="?", tasks=["ar"], variants=["qk"], beside=["theory"], figure="filters")
+    ablation = Ablation(question="?", tasks=["ar"], variants=["qk"], reference_variants=["theory"], plot="filters")
     _, keys, values = filters(study, ablation, primary(study, read_results(study))).axes
     table = pd.read_csv("results/filters/ar.csv")
     prescribed, *trained = [line for line in keys.lines if line.get_marker() not in ("None", "", None)]
@@ -237,7 +237,7 @@ def test_filters_are_drawn_beside_the_theorem_s(study):
 
 def test_filters_of_which_no_run_is_left_are_an_empty_figure(study):
     pd.read_csv("results/filters/ar.csv").head(0).to_csv("results/filters/ar.csv", index=False)
-    ablation = Ablation(question="?", tasks=["ar"], variants=["qk"], beside=["theory"], figure="filters")
+    ablation = Ablation(question="?", tasks=["ar"], variants=["qk"], reference_variants=["theory"], plot="filters")
     axes = filters(study, ablation, primary(study, read_results(study))).axes
     assert [a.get_title() for a in axes] == ["no seed of any variant has ended with a filter", "", ""]
 

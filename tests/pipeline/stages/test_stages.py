@@ -21,10 +21,10 @@ from pipeline.config.study import Ablation
 from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.stages.plan import stage_modules
-from pipeline.stages.train import Job, Trained, choose
+from pipeline.stages.train import Job, Trained, choose_learning_rate
 from pipeline.storage import runs
-from pipeline.storage.files import whole, write_csv
-from pipeline.storage.results import primary, read_results, strays
+from pipeline.storage.files import atomic_write, write_csv
+from pipeline.storage.results import orphans, primary, read_results
 from pipeline.storage.task_data import read_meta, read_split, read_task
 from tests.helpers.study import ROOT, edit, finished_study, read_params, stage, write_params
 
@@ -176,9 +176,9 @@ def test_weights_of_a_seed_that_is_not_there_name_those_that_are(study):
 
 
 def trained(rate, seed, *, accuracy=0.5, loss=1.0, stop="steps"):
-    from cat.training.fit import look
+    from cat.training.fit import validation_record
 
-    row = look(1, [loss], [1.0], loss, accuracy, None)
+    row = validation_record(1, [loss], [1.0], loss, accuracy, None)
     return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, None, None, {}, {}, "CPU", 1.0)
 
 
@@ -189,15 +189,15 @@ def test_the_validation_split_chooses_the_learning_rate():
         trained(0.1, 1, accuracy=0.6),
         trained(0.2, 1, accuracy=0.4),
     ]
-    assert choose(better, "accuracy") == 0.1
+    assert choose_learning_rate(better, "accuracy") == 0.1
     losses = [trained(0.1, 0, accuracy=0.6, loss=2.0), trained(0.2, 0, accuracy=0.5, loss=1.0)]
-    assert choose(losses, "accuracy") == 0.1
-    assert choose(losses, "loss") == 0.2
+    assert choose_learning_rate(losses, "accuracy") == 0.1
+    assert choose_learning_rate(losses, "loss") == 0.2
     equal = [trained(0.1, 0, loss=2.0), trained(0.2, 0, loss=1.0)]
-    assert choose(equal, "accuracy") == 0.2
+    assert choose_learning_rate(equal, "accuracy") == 0.2
     unstable = [trained(0.1, 0, accuracy=0.9), trained(0.1, 1, stop="diverged"), trained(0.2, 0), trained(0.2, 1)]
-    assert choose(unstable, "accuracy") == 0.2
-    assert choose([trained(0.1, 0, stop="diverged")], "accuracy") == 0.1
+    assert choose_learning_rate(unstable, "accuracy") == 0.2
+    assert choose_learning_rate([trained(0.1, 0, stop="diverged")], "accuracy") == 0.1
 
 
 def test_a_diverged_seed_is_recorded_and_the_study_goes_on(study, monkeypatch):
@@ -272,7 +272,7 @@ def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
     assert capsys.readouterr().err == "render: results/ar.csv: variant 'k' lacks seed 1 at length 10; run `dvc repro`\n"
 
     shutil.copytree("runs/ar/k", "runs/ar/old")
-    assert list(strays(load_study())) == [Path("runs/ar/old")]
+    assert list(orphans(load_study())) == [Path("runs/ar/old")]
     stage("evaluate", "ar")
     stage("render")
     assert capsys.readouterr().out == (
@@ -289,7 +289,7 @@ def test_files_of_tasks_that_left_the_study_are_told_of(study, capsys):
     for path in old:
         shutil.copy(path.with_stem("ar"), path)
     Path("results/.old.csv.part").touch()
-    assert list(strays(load_study())) == old
+    assert list(orphans(load_study())) == old
     stage("render")
     assert capsys.readouterr().out.splitlines() == [
         f"{path}: is of no task of the study any more and was left out; `rm -r {path}` removes it" for path in old
@@ -354,7 +354,7 @@ def test_found_are_the_runs_whose_key_filter_meets_the_condition(study):
         assert run["solves_every_length"] in (True, False)
         run["solves_every_length"] = (run["seed"], run["learning_rate"]) == (1, 0.01)
     path.write_text(json.dumps(summary))
-    ablation = Ablation(question="?", tasks=["ar"], variants=["none", "k", "qk"], figure="rates")
+    ablation = Ablation(question="?", tasks=["ar"], variants=["none", "k", "qk"], plot="rates")
     table = found(load_study(), ablation)
     assert table[["variant", "learning rate", "runs", "found"]].to_numpy().tolist() == [["k", 0.005, 2, 0], ["k", 0.01, 2, 1]]
     assert runs.read_summary("ar", "qk")["runs"][0]["solves_every_length"] is None
@@ -377,11 +377,11 @@ def test_weights_that_are_gone_are_not_taken_for_a_run_that_diverged(study, caps
 
 def test_an_output_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "out"
-    with whole(target) as part:
+    with atomic_write(target) as part:
         part.mkdir()
         (part / "a").write_text("old")
         assert not target.exists()
-    with pytest.raises(FileNotFoundError), whole(target) as part:  # noqa: PT012  the block is what is tested
+    with pytest.raises(FileNotFoundError), atomic_write(target) as part:  # noqa: PT012  the block is what is tested
         part.mkdir()
         (part / "missing" / "a").write_text("new")
     assert (target / "a").read_text() == "old"
@@ -415,9 +415,9 @@ def _failing(kind, device, report):
 
 def test_an_error_comes_from_another_process_as_it_is_or_in_its_words():
     with pytest.raises(RuntimeError, match=r"^OfTwoWordsError: such words$"):
-        workers.spread(_failing, ["two", "two"], device=torch.device("cpu"), threads=2)
+        workers.parallel_map(_failing, ["two", "two"], device=torch.device("cpu"), parallel_runs=2)
     with pytest.raises(ParamsError) as raised:
-        workers.spread(_failing, ["params", "params"], device=torch.device("cpu"), threads=2)
+        workers.parallel_map(_failing, ["params", "params"], device=torch.device("cpu"), parallel_runs=2)
     assert raised.value.lines == ["a: 1", "b: 2"]
 
 
@@ -425,7 +425,7 @@ def test_what_a_link_leads_to_is_written_whole(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "old").touch()
     (tmp_path / "out").symlink_to(tmp_path / "big")
-    with whole(tmp_path / "out") as part:
+    with atomic_write(tmp_path / "out") as part:
         part.mkdir()
         (part / "new").touch()
     assert (tmp_path / "out").is_symlink()
@@ -440,7 +440,7 @@ def test_what_a_kill_leaves_of_a_folder_is_ignored(tmp_path, monkeypatch, file):
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda path, to: (names.update({path.name, Path(to).name}), replace(path, to)))
     for _ in range(2):
-        with whole(tmp_path / "out") as part:
+        with atomic_write(tmp_path / "out") as part:
             part.mkdir()
     patterns = (ROOT / file).read_text().splitlines()
     assert len(names) == 3
@@ -458,14 +458,14 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(PermissionError), whole(tmp_path / "out") as part:
+    with pytest.raises(PermissionError), atomic_write(tmp_path / "out") as part:
         part.mkdir()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 
 
 def test_jobs_keep_their_order_and_pass_on_what_they_report():
     heard = []
-    results = workers.spread(_squared, [3, 1, 2], device=torch.device("cpu"), threads=2, report=heard.append)
+    results = workers.parallel_map(_squared, [3, 1, 2], device=torch.device("cpu"), parallel_runs=2, report=heard.append)
     assert results == [9, 1, 4]
     assert sorted(heard) == [1, 2, 3]
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.ablations import shown_variants
-from pipeline.config.grid import cells
+from pipeline.config.grid import cells, shown_variants
 from pipeline.config.load import load_study
 from pipeline.storage.runs import load_model
 from pipeline.tracking.store import STAMP, load_run

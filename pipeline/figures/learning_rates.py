@@ -5,13 +5,13 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pipeline.config.ablations import shown_tasks
+from pipeline.config.grid import shown_tasks
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.style import add_legend, panels_of, set_ticks, style
 from pipeline.reporting.tables import found
 
 
-def rates(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
+def learning_rates(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """By learning rate, the share of seeds whose key filter solves every length, and the mean accuracy on validation, dotted."""
     table = found(study, ablation)
     figure, panels = panels_of(shown_tasks(study, ablation))
@@ -21,7 +21,7 @@ def rates(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
             axes.plot(here["learning rate"], here["found"] / here["runs"], label=variant, lw=1.8, **looks)
             axes.plot(here["learning rate"], here["validation accuracy"], color=looks["color"], ls=":", lw=1.2)
         axes.set_xscale("log")
-        set_ticks(axes, study.tasks[task].train.learning_rates, "{:g}")
+        set_ticks(axes, study.tasks[task].training.learning_rates, "{:g}")
         axes.set(
             title=task,
             xlabel="learning rate",
