@@ -1,9 +1,9 @@
-# make repro   rebuild the study, JOBS runs at a time      make ui     browse the runs in MLflow, on this machine alone
-# make test    lint, types and tests                      make bench  measure speed and memory on this machine
-# make docs    the API reference, into docs/api           make audit  look for known vulnerabilities
+# make repro   run the study, JOBS runs at once           make ui     browse the runs in MLflow, on this machine only
+# make test    lint, type check and tests                 make bench  measure speed and memory on this machine
+# make docs    write the API reference to docs/api        make audit  check for known vulnerabilities
 # make clean   remove the environment
 #
-# Each sets up .venv from requirements.lock where that is missing or older. PYTHON names the interpreter, 3.11 or newer.
+# Each target creates .venv from requirements.lock if it is missing or older. PYTHON names the interpreter, 3.11 or newer.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,7 +24,7 @@ test: .venv/test
 
 ui: .venv/study
 	python -m pipeline track
-	@echo 'Runs: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C ends)'
+	@echo 'Runs: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C stops the server)'
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1 --host 127.0.0.1 --port 5000
 
 bench: .venv/study
@@ -34,9 +34,9 @@ docs: .venv/docs
 	python -m docs.reference
 	@echo 'API reference: docs/api/index.html'
 
-# An environment of its own, since the tool is no part of the study. Strict, or what the service does not know would pass. One exception:
-# DVC's diskcache unpickles the files that it keeps (CVE-2025-69872), and no release mends that. Nothing from outside gets there, but
-# DVC keeps them where every user of a machine can put others (README.md says how to have them elsewhere).
+# pip-audit has its own environment, because the study does not need it. --strict makes the audit fail if the service does not
+# answer. One exception: DVC's diskcache unpickles its cache files (CVE-2025-69872), and no release fixes that. The files do not come
+# from outside, but DVC keeps them where other users of the machine can write (docs/guide.md says how to move them).
 audit: .venv/audit/bin/pip-audit
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --ignore-vuln CVE-2025-69872 --requirement requirements.lock
 
@@ -45,7 +45,7 @@ audit: .venv/audit/bin/pip-audit
 	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 
 .venv/study: requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is required, not " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[study]'
 	touch $@

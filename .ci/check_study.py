@@ -1,4 +1,4 @@
-"""What must hold of a finished study in this folder: complete, also in MLflow, at rest, and exact about what a change reruns."""
+"""Check a finished study in this folder: complete, also in MLflow; nothing stale; a change reruns only what it must."""
 
 import re
 import shutil
@@ -20,26 +20,26 @@ from pipeline.storage.results import read_results
 
 
 def repro() -> list[str]:
-    """Runs `dvc repro`; the stages that it ran."""
+    """Run `dvc repro` and return the stages that it ran."""
     done = subprocess.run(["dvc", "repro"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return re.findall(r"^Running stage '(.+)':", done.stdout, flags=re.MULTILINE)
 
 
 def mlflow_runs() -> dict[str, list[str]]:
-    """Names of the runs by experiment."""
+    """Return the names of the current runs per MLflow experiment."""
     client = MlflowClient("sqlite:///mlflow.db")
     experiments = client.search_experiments()
-    assert "Default" not in {e.name for e in experiments}, "the empty experiment that MLflow creates is in the way"
-    page = {e.name: client.search_runs([e.experiment_id], "tags.current = 'yes'", max_results=9999) for e in experiments}
-    return {name: sorted(run.info.run_name for run in runs) for name, runs in page.items()}
+    assert "Default" not in {e.name for e in experiments}, "the empty default experiment of MLflow was not removed"
+    runs_of = {e.name: client.search_runs([e.experiment_id], "tags.current = 'yes'", max_results=9999) for e in experiments}
+    return {name: sorted(run.info.run_name for run in runs) for name, runs in runs_of.items()}
 
 
-def origins() -> dict[str, str]:
-    """What the runs say of dvc.lock: stage and digest of its output."""
+def recorded_outputs() -> dict[str, str]:
+    """Return the DVC stage and output digest that the MLflow runs record."""
     client = MlflowClient("sqlite:///mlflow.db")
-    found = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.current = 'yes'", max_results=9999)
-    return {run.data.tags["dvc.stage"]: run.data.tags["dvc.md5"] for run in found if "dvc.md5" in run.data.tags}
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.current = 'yes'", max_results=9999)
+    return {run.data.tags["dvc.stage"]: run.data.tags["dvc.md5"] for run in runs if "dvc.md5" in run.data.tags}
 
 
 study = load_study()
@@ -53,37 +53,35 @@ expected["study"] = ["report"]
 
 results = read_results(study)
 for cell in cells(study):
-    here = results[(results["task"] == cell.task) & (results["variant"] == cell.variant) & (results["metric"] == "accuracy")]
-    longest = study.variants[cell.variant].max_length(study.tasks[cell.task].data.length)
-    lengths = {n for n in study.tasks[cell.task].data.lengths if longest is None or n <= longest}
-    assert {*zip(here["seed"], here["length"], strict=True)} == {(s, n) for s in study.seeds for n in lengths}, cell
-    assert here["value"].between(0, 1).all(), cell
+    rows = results[(results["task"] == cell.task) & (results["variant"] == cell.variant) & (results["metric"] == "accuracy")]
+    limit = study.variants[cell.variant].max_length(study.tasks[cell.task].data.length)
+    lengths = {n for n in study.tasks[cell.task].data.lengths if limit is None or n <= limit}
+    assert {*zip(rows["seed"], rows["length"], strict=True)} == {(s, n) for s in study.seeds for n in lengths}, cell
+    assert rows["value"].between(0, 1).all(), cell
 for name, ablation in study.ablations.items():
-    switched_on = shown_tasks(study, ablation) and shown_variants(ablation)
-    for file in figures_of(name, ablation) if switched_on else ():
-        for folder, suffix in (("figures", "png"), ("svg", "svg")):
-            assert Path(f"reports/{folder}/{file}.{suffix}").stat().st_size > 5000, (file, suffix)
+    enabled = shown_tasks(study, ablation) and shown_variants(ablation)
+    for file in figures_of(name, ablation) if enabled else ():
+        assert Path(f"reports/figures/{file}.svg").stat().st_size > 5000, file
 for task in study.tasks:
     filters = pd.read_csv(f"results/filters/{task}.csv")
-    filtered = {c.variant for c in cells(study) if c.task == task and study.variants[c.variant].has_convolution}
-    assert filtered <= set(filters["variant"]), (task, filtered)
+    convolved = {c.variant for c in cells(study) if c.task == task and study.variants[c.variant].has_convolution}
+    assert convolved <= set(filters["variant"]), (task, convolved)
 assert pd.read_csv("verdicts/claims.csv")["claim"].tolist() == list(load_claims())
-assert Path("reports/report.html").read_text().count("<svg ") == len(list(Path("reports/svg").iterdir())) + 1, (
-    "the figures, and that of cost"
-)
+figures = len(list(Path("reports/figures").iterdir()))
+assert Path("reports/report.html").read_text().count("<svg ") == figures + 1, "all figures, and the cost by training time"
 assert mlflow_runs() == expected
 stages = YAML(typ="safe").load(Path("dvc.lock"))["stages"]
 trained = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
-assert origins() == {name: stages[name]["outs"][0]["md5"] for name in trained}
+assert recorded_outputs() == {name: stages[name]["outs"][0]["md5"] for name in trained}
 print("complete: grid, figures, filters, verdicts, report, MLflow")
 
 assert repro() == [], "a second `dvc repro` ran something"
 assert mlflow_runs() == expected
-print("at rest: nothing ran again")
+print("up to date: nothing ran again")
 
 lock = Path("dvc.lock").read_text()
 raw = YAML(typ="safe").load(Path("params.yaml"))
-raw["variants"]["qk"]["k"] = 2
+raw["variants"]["qk"]["conv_k"] = 2
 with Path("params.yaml").open("w") as file:
     YAML().dump(raw, file)
 ran = repro()
@@ -95,25 +93,25 @@ print("exact: only the cells of the edited variant were trained again")
 shutil.copy("presets/smoke.yaml", "params.yaml")
 repro()
 raw = YAML(typ="safe").load(Path("params.yaml"))
-raw["tasks"]["copying"]["data"]["test"] += 1
+raw["tasks"]["copying"]["data"]["test_examples"] += 1
 with Path("params.yaml").open("w") as file:
     YAML().dump(raw, file)
 ran = repro()
 assert sorted(ran) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"], ran
 assert mlflow_runs() == expected
-print("exact: other test sequences trained nothing again")
+print("exact: other test sequences retrained nothing")
 
 shutil.copy("presets/smoke.yaml", "params.yaml")
 ran = repro()
 assert Path("dvc.lock").read_text() == lock
-print("reverted: dvc.lock is what it was")
+print("reverted: dvc.lock is the same as before")
 
 source = Path("cat/ops/attention.py")
 text = source.read_text()
-source.write_text(text + "\n# A remark.\n")
-assert repro() == ["plan"], "a comment ran more than the plan"
+source.write_text(text + "\n# A comment.\n")
+assert repro() == ["plan"], "a comment reran more than the plan"
 source.write_text(text)
-assert set(repro()) <= {"plan"}, "the comment taken out again ran more than the plan"
+assert set(repro()) <= {"plan"}, "removing the comment reran more than the plan"
 print("exact: a comment reruns nothing")
 
 Path("mlflow.db").unlink()

@@ -1,4 +1,4 @@
-"""python -m benchmarks: measures the rows that are named, or all of them."""
+"""`python -m benchmarks`: measure the named rows, or all rows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from pipeline.storage.files import read_json
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", nargs=-1)
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of a CPU.")
-@click.option("--list", "listed", is_flag=True, help="Say what the rows are, and measure nothing.")
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="CPU threads.")
+@click.option("--list", "listed", is_flag=True, help="List the rows; measure nothing.")
 def main(names: tuple[str, ...], device: str, threads: int, listed: bool) -> None:
-    """Measure the rows NAMES, all without a name: benchmarks/results/<device>.json and .md, and the table here."""
+    """Measure the rows NAMES, or all rows; print the table.
+
+    The results are also in benchmarks/results/<device>.json and .md.
+    """
     if listed:
         click.echo(tabulate([[name, row.what, row.target] for name, row in suite.SUITE.items()], ["row", "what", "target"]))
         return
     if unknown := [name for name in names if name not in suite.SUITE]:
-        raise click.UsageError(f"no row is called {unknown[0]}; --list says which there are")
+        raise click.UsageError(f"no row is called {unknown[0]}. Fix: --list shows the rows")
     try:
         place = Place(resolve_device(device).type, threads)
     except ParamsError:
-        raise click.UsageError("there is no GPU here") from None
+        raise click.UsageError("this machine has no GPU") from None
     chosen = [name for name in suite.SUITE if not names or name in names]
     path = suite.measure(suite.SUITE, chosen, place, lambda name: click.echo(f"{name} ..", err=True))
     click.echo(suite.table(read_json(path)))

@@ -1,4 +1,4 @@
-"""Landmark attention against dense attention, by length."""
+"""Landmark attention against dense attention, at several lengths."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from cat.ops.attention import attend
 
 CHANNELS, TOP = 64, 2
 TARGET = {"cpu": (5, 16384), "cuda": (3, 65536)}
-"""How many times as fast at which length."""
+"""Target speedup and the length at which it must be reached, per device."""
 
 
 def landmark(*, shortest: int = 1024, longest: int | None = None) -> Benchmark:
-    """One sequence, one head; in blocks of about the square root of its length, two of them read by each query."""
+    """Measure one sequence with one head, in blocks of about the square root of its length; each query selects two blocks."""
 
     def cases(device: str) -> list[Case]:
-        times, at = TARGET[device]
-        scale, end = CHANNELS**-0.5, longest or {"cpu": 32768, "cuda": 65536}[device]
-        lengths = [shortest << n for n in range((end // shortest).bit_length())]
+        speedup, target_length = TARGET[device]
+        scale, maximum = CHANNELS**-0.5, longest or {"cpu": 32768, "cuda": 65536}[device]
+        lengths = [shortest << n for n in range((maximum // shortest).bit_length())]
         return [
             Case(
                 name=f"{length:,} tokens in blocks of {block_of(length)}",
-                ours=partial(passes, partial(landmarks, scale=scale, block=block_of(length)), partial(streams, length)),
-                other=partial(passes, partial(attend, scale=scale), partial(streams, length)),
+                ours=partial(passes, partial(landmarks, scale=scale, block=block_of(length)), partial(inputs, length)),
+                other=partial(passes, partial(attend, scale=scale), partial(inputs, length)),
                 sides=("landmark", "dense"),
-                target=times if length == at else None,
-                agree=same_shapes,  # a query reads three blocks of many
+                target=speedup if length == target_length else None,
+                agree=same_shapes,  # a query attends to only three blocks
                 count=(length, "tokens"),
             )
             for length in lengths
@@ -38,19 +38,19 @@ def landmark(*, shortest: int = 1024, longest: int | None = None) -> Benchmark:
     return Benchmark(
         what="Landmark attention, forward and backward, against dense attention",
         target=", ".join(
-            f"{times} times as fast at {at:,} tokens on {name}"
-            for (times, at), name in zip(TARGET.values(), ("a CPU", "a GPU"), strict=True)
+            f"{speedup} times as fast at {length:,} tokens on {name}"
+            for (speedup, length), name in zip(TARGET.values(), ("a CPU", "a GPU"), strict=True)
         ),
         figures=compared(cases),
     )
 
 
 def block_of(length: int) -> int:
-    """Tokens of a block: the power of two at or below the square root, where landmarks and blocks cost alike."""
+    """Block size: the largest power of two up to the square root of `length`, where landmarks and blocks cost the same."""
     return 1 << (length.bit_length() - 1) // 2
 
 
-def streams(length: int) -> list[Tensor]:
+def inputs(length: int) -> list[Tensor]:
     return normal(*[(1, 1, length, CHANNELS)] * 3)
 
 

@@ -1,8 +1,8 @@
-"""python -m benchmarks.cells: what a cell costs besides its training, by the number of cells, and what 10,000 would.
+"""python -m benchmarks.cells: the overhead per cell besides training, by number of cells, extrapolated to 10,000 cells.
 
-The cells are trivial: each is given what one run was trained to. A number of cells is measured in a project and a process of its
-own, with a Ray cluster on this machine. What 10,000 take is read off the last two numbers: on the power law through them, or on
-the line where that is more.
+The cells are trivial: each gets the result of one trained run. Each number of cells is measured in its own project and process,
+with a Ray cluster on this machine. The extrapolation uses the last two numbers: the power law through them, or the line if that
+gives more.
 """
 
 from __future__ import annotations
@@ -45,24 +45,27 @@ TASK, VARIANT = "ar", "k"
 SEEDS = (0, 1, 2)
 CPU = torch.device("cpu")
 PARTS = {
-    "stale": "DVC: which cells are stale, where all are",
-    "ray": "Ray: a job a seed sent, its outcome back",
+    "stale": "DVC: find stale cells when all are",
+    "ray": "Ray: send a job per seed and return its result",
     "write": "files: weights, history and summary of each cell",
-    "record": "DVC: cells recorded, the lock written once",
-    "rest": "DVC: which cells are stale, where none is",
+    "record": "DVC: record the cells, write the lock file once",
+    "rest": "DVC: find stale cells when none is",
     "evaluate": "the smallest evaluation, of every seed",
-    "mlflow": "MLflow: a run a seed",
-    "look": "MLflow: is everything there",
+    "mlflow": "MLflow: log a run per seed",
+    "look": "MLflow: check that all runs are logged",
 }
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("sizes", nargs=-1, type=click.IntRange(min=1))
 def main(sizes: tuple[int, ...]) -> None:
-    """Measure studies of SIZES cells, two or more, 10, 100 and 500 by default: benchmarks/results/cells_<device>.json and .md."""
+    """Measure studies of SIZES cells, at least two sizes, by default 10, 100 and 500.
+
+    Writes benchmarks/results/cells_<device>.json and .md.
+    """
     chosen = sorted(set(sizes)) or list(SIZES)
     if len(chosen) < 2:
-        raise click.UsageError("what more cells take is read off two sizes at least")
+        raise click.UsageError("the extrapolation needs at least two sizes")
     device = describe(CPU)
     results: dict[str, Any] = {"device": device, "torch": torch.__version__, "seeds": len(SEEDS), "sizes": {}}
     path = RESULTS / f"cells_{slug(device)}.json"
@@ -77,14 +80,14 @@ def main(sizes: tuple[int, ...]) -> None:
 
 
 def in_project(size: int) -> dict[str, float]:
-    """Seconds of each part, and bytes at the peak, in a temporary project. Raises RuntimeError with what is said if it fails."""
+    """Measure the seconds of each part and the peak memory in a temporary project. Raises RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "study")
         begin_study(folder, lambda smoke: trivial(smoke, size))
-        here = Path(sys.executable).parent
+        scripts = Path(sys.executable).parent
         environment = {
             **os.environ,
-            "PATH": f"{here}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "MLFLOW_DISABLE_TELEMETRY": "true",
         }
@@ -97,7 +100,7 @@ def in_project(size: int) -> dict[str, float]:
 
 
 def trivial(study: dict[str, Any], cells: int) -> dict[str, Any]:
-    """One task of the study with copies of one variant: as many cells, of one step a run."""
+    """Reduce the study to one task and copies of one variant, with one step per run."""
     names = [VARIANT, *(f"copy_{n}" for n in range(1, cells))]
     study |= {"seeds": list(SEEDS), "device": "cpu", "tasks": {TASK: study["tasks"][TASK]}}
     study["tasks"][TASK]["training"] |= {"steps": 1, "learning_rates": [0.01]}
@@ -109,7 +112,7 @@ def trivial(study: dict[str, Any], cells: int) -> dict[str, Any]:
 
 
 def measure(path: str) -> None:
-    """Every part in turn, in the project of the working folder; the figures are written to `path`."""
+    """Measure every part in turn in the working folder and write the figures to `path`."""
     figures: dict[str, float] = {}
 
     def timed(name: str, work: Callable[[], Any]) -> Any:
@@ -128,19 +131,19 @@ def measure(path: str) -> None:
 
         def send(jobs: list[tuple[Cell, tuple[Job, ...]]]) -> dict[int, list[Trained]]:
             tasks = [TASK] * len(jobs)
-            return dict(joined.work(partial(given, trained), jobs, tasks=tasks, report=lambda index, message: None))
+            return dict(joined.run_jobs(partial(given, trained), jobs, tasks=tasks, report=lambda index, message: None))
 
-        send(jobs[: 4 * joined.size])  # processes start, and import torch
+        send(jobs[: 4 * joined.size])  # warm-up: processes start and import torch
         outcomes = timed("ray", lambda: send(jobs))
     timed("write", lambda: write_all(cells, [run for index in range(len(jobs)) for run in outcomes[index]]))
     declared = {stage.stage: stage.declared for stage in stale}
     timed("record", lambda: reproduce(declared, declared))
     if timed("rest", scheduler.stale_cells):
-        raise RuntimeError("cells are stale that were recorded")
+        raise RuntimeError("recorded cells are stale")
     timed(
         "evaluate", lambda: evaluate(TASK, variants_on(study, TASK), SEEDS, study.precision, device="cpu", parallel_runs="auto")
     )
-    judge(study, {})  # the runs of a study are logged with its verdicts
+    judge(study, {})  # MLflow logs the verdicts too
     timed("mlflow", lambda: track(study))
     timed("look", lambda: track(study))
     figures["bytes"] = peak_memory()
@@ -148,37 +151,38 @@ def measure(path: str) -> None:
 
 
 def given(trained: Trained, cell_and_jobs: tuple[Cell, tuple[Job, ...]], device: torch.device, report: Report) -> list[Trained]:
-    """What a job of a trivial cell comes to."""
+    """Return the given result for each run of a trivial cell."""
     return [trained._replace(job=job) for job in cell_and_jobs[1]]
 
 
 def write_all(cells: list[Cell], runs: list[Trained]) -> None:
     origin = provenance()
-    for place, cell in enumerate(cells):
-        write(cell, runs[place * len(SEEDS) : (place + 1) * len(SEEDS)], began=time.time(), origin=origin)
+    for index, cell in enumerate(cells):
+        write(cell, runs[index * len(SEEDS) : (index + 1) * len(SEEDS)], began=time.time(), origin=origin)
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line a part: its seconds at each number of cells, the power of that number that they grow with, and at 10,000."""
+    """Format one row per part: seconds per number of cells, power of the growth, and the extrapolation."""
     sizes = {int(size): figures for size, figures in results["sizes"].items()}
     rows = []
-    for part, what in PARTS.items():
+    for part, description in PARTS.items():
         seconds = [figures[part] for figures in sizes.values()]
         power, far = extrapolate(list(sizes), seconds)
-        rows.append([what, *map(number, seconds), f"{power:.2f}", duration(far)])
+        rows.append([description, *map(number, seconds), f"{power:.2f}", duration(far)])
     memory = [figures["bytes"] for figures in sizes.values()]
     power, far = extrapolate(list(sizes), memory)
-    rows.append(["memory at the peak, MB", *(number(size / 1e6) for size in memory), f"{power:.2f}", f"{number(far / 1e6)} MB"])
+    rows.append(["peak memory, MB", *(number(size / 1e6) for size in memory), f"{power:.2f}", f"{number(far / 1e6)} MB"])
     head = ["seconds of", *(f"{size:,} cells" for size in sizes), "power", f"{FAR:,} cells"]
-    return f"# {results['device']}, {results['seeds']} seeds a cell, torch {results['torch']}\n\n" + tabulate(
+    return f"# {results['device']}, {results['seeds']} seeds per cell, torch {results['torch']}\n\n" + tabulate(
         rows, head, tablefmt="github", disable_numparse=True
     )
 
 
 def extrapolate(sizes: list[int], amounts: list[float]) -> tuple[float, float]:
-    """The power p of amount ~ size^p through the last two sizes, and the amount at 10,000: on it, or on the line if that is more.
+    """Fit amount ~ size^p through the last two sizes; return p and the amount at 10,000 cells.
 
-    What begins with something constant grows slower than its size, and would not for long.
+    The amount is that of the power law, or of the line through the two sizes if that is more: a constant part makes an amount
+    grow slower than its size only at small sizes.
     """
     (a, b), (x, y) = sizes[-2:], amounts[-2:]
     power = math.log(y / x) / math.log(b / a)

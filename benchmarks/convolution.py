@@ -1,4 +1,4 @@
-"""Filters: what they add to a layer, and the convolution itself beside PyTorch's, short and as long as the sequence."""
+"""The cost of convolutions in a layer, and the causal convolution against PyTorch's, with short and long kernels."""
 
 from __future__ import annotations
 
@@ -18,25 +18,30 @@ from cat.ops.conv.causal import filter_channels, filter_heads
 from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads
 from cat.types import Heads
 
-TAPS = 4
+KERNEL_SIZE = 4
 COST_TARGET = {"cpu": 1.2, "cuda": 1.1}
 POWER_TARGET = 1.25
-"""L log L itself is L to the power of 1.1 at these lengths."""
+"""At these lengths L log L itself grows as L^1.1."""
 
 Operation = Callable[[Heads, Tensor], Heads]
 
 
 def filters(length: int, *, tokens: int = 8192, sizes: Sequence[tuple[int, int]] = ((64, 1), (256, 4))) -> Benchmark:
-    """A layer of CAT against the same layer without filters; the filters are the identity, so that both compute the same."""
+    """Compare a CAT layer with the same layer without convolutions.
+
+    The kernels are the identity, so that both layers compute the same.
+    """
 
     def cases(device: str) -> list[Case]:
         batch = max(1, tokens // length)
         return [
             Case(
                 name=f"batch {batch}, width {width}, {heads} {'head' if heads == 1 else 'heads'}",
-                ours=partial(layer, width, heads, length, batch, {"q": TAPS, "k": TAPS, "v": TAPS}),
+                ours=partial(
+                    layer, width, heads, length, batch, {"conv_q": KERNEL_SIZE, "conv_k": KERNEL_SIZE, "conv_v": KERNEL_SIZE}
+                ),
                 other=partial(layer, width, heads, length, batch, {}),
-                sides=("filters on q, k, v", "no filters"),
+                sides=("convolved q, k, v", "no convolution"),
                 unit=COST,
                 target=COST_TARGET[device],
                 replay=True,
@@ -46,15 +51,15 @@ def filters(length: int, *, tokens: int = 8192, sizes: Sequence[tuple[int, int]]
         ]
 
     return Benchmark(
-        what=f"A layer of attention with {TAPS} taps on q, k and v, {length:,} tokens, against the layer without",
-        target=f"{COST_TARGET['cpu']:g} times the time, {COST_TARGET['cuda']:g} on a GPU",
+        what=f"An attention layer with convolved q, k, v (kernel size {KERNEL_SIZE}) against one without, {length:,} tokens",
+        target=f"at most {COST_TARGET['cpu']:g} times the time, {COST_TARGET['cuda']:g} on a GPU",
         figures=compared(cases),
     )
 
 
-def layer(width: int, heads: int, length: int, batch: int, taps: dict[str, Any], device: str) -> Work:
-    """A forward and backward pass of the layer: its output, and the gradients of the input and of both projections."""
-    config = AttentionConfig(mixer="attention", width=width, layers=1, heads=heads, position="none", **taps)
+def layer(width: int, heads: int, length: int, batch: int, convolutions: dict[str, Any], device: str) -> Work:
+    """Run the forward and backward pass: the output, and the gradients of the input and of both projections."""
+    config = AttentionConfig(mixer="attention", width=width, layers=1, heads=heads, position="none", **convolutions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         mixer = CausalAttention(config, length)
@@ -73,11 +78,11 @@ def layer(width: int, heads: int, length: int, batch: int, taps: dict[str, Any],
 
 
 def short_convolution(*, batch: int = 8, length: int = 1024, naive_length: int = 32, channels: int = 64) -> Benchmark:
-    """One filter a head and one a channel, over four heads as a projection leaves them: a view of (B, L, D)."""
+    """Measure one kernel per head and one per channel. The four heads are a view of (B, L, D), as after a projection."""
     heads = 4
-    kinds: dict[str, tuple[Operation, Operation, tuple[int, ...]]] = {
-        "a head": (filter_heads, naive_filter_heads, (heads, TAPS)),
-        "a channel": (filter_channels, naive_filter_channels, (heads, channels, TAPS)),
+    operations: dict[str, tuple[Operation, Operation, tuple[int, ...]]] = {
+        "head": (filter_heads, naive_filter_heads, (heads, KERNEL_SIZE)),
+        "channel": (filter_channels, naive_filter_channels, (heads, channels, KERNEL_SIZE)),
     }
 
     def cases(device: str) -> list[Case]:
@@ -86,42 +91,42 @@ def short_convolution(*, batch: int = 8, length: int = 1024, naive_length: int =
             others.append(("causal-conv1d", fused, length))
         return [
             Case(
-                name=f"a filter {kind}, batch {batch}, {size:,} tokens, width {heads * channels}",
-                ours=partial(passes, ours, partial(stream, batch, size, heads, channels, rows)),
-                other=partial(passes, other, partial(stream, batch, size, heads, channels, rows)),
+                name=f"one kernel per {sharing}, batch {batch}, {size:,} tokens, width {heads * channels}",
+                ours=partial(passes, ours, partial(inputs, batch, size, heads, channels, shape)),
+                other=partial(passes, other, partial(inputs, batch, size, heads, channels, shape)),
                 sides=("this project", name),
                 target=1,
                 replay=True,
             )
-            for kind, (ours, naive, rows) in kinds.items()
-            for name, other, size in [("naive twin", naive, naive_length), *others]
+            for sharing, (ours, naive, shape) in operations.items()
+            for name, other, size in [("reference implementation", naive, naive_length), *others]
         ]
 
     return Benchmark(
-        what=f"A causal filter of {TAPS} taps, forward and backward, against its naive twin and PyTorch's depthwise convolution",
-        target="ahead of all",
+        what=f"Causal convolution (kernel size {KERNEL_SIZE}), forward and backward, against its reference and PyTorch's conv1d",
+        target="faster than all",
         figures=compared(cases),
     )
 
 
-def stream(batch: int, length: int, heads: int, channels: int, rows: tuple[int, ...]) -> list[Tensor]:
-    x, taps = normal((batch, length, heads, channels), rows)
-    return [x.transpose(1, 2), taps]
+def inputs(batch: int, length: int, heads: int, channels: int, kernel_shape: tuple[int, ...]) -> list[Tensor]:
+    x, kernel = normal((batch, length, heads, channels), kernel_shape)
+    return [x.transpose(1, 2), kernel]
 
 
-def depthwise(x: Heads, taps: Tensor) -> Heads:
-    """The filter by PyTorch's convolution, one group a channel."""
-    rows, weight = _channels_first(x, taps)
-    y = F.conv1d(F.pad(rows, (weight.shape[-1] - 1, 0)), weight[:, None], groups=len(weight))
+def depthwise(x: Heads, kernel: Tensor) -> Heads:
+    """Convolve with PyTorch's conv1d, one group per channel."""
+    flat, weight = _channels_first(x, kernel)
+    y = F.conv1d(F.pad(flat, (weight.shape[-1] - 1, 0)), weight[:, None], groups=len(weight))
     return y.unflatten(1, x.shape[1::2]).transpose(2, 3)
 
 
-def fused(x: Heads, taps: Tensor) -> Heads:
-    """The filter by the package causal-conv1d."""
+def fused(x: Heads, kernel: Tensor) -> Heads:
+    """Convolve with the package causal-conv1d."""
     operation = causal_conv1d()
     assert operation is not None
-    rows, weight = _channels_first(x, taps)
-    return operation(rows, weight).unflatten(1, x.shape[1::2]).transpose(2, 3)
+    flat, weight = _channels_first(x, kernel)
+    return operation(flat, weight).unflatten(1, x.shape[1::2]).transpose(2, 3)
 
 
 def causal_conv1d() -> Callable[..., Tensor] | None:
@@ -131,23 +136,23 @@ def causal_conv1d() -> Callable[..., Tensor] | None:
         return None
 
 
-def _channels_first(x: Heads, taps: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, D, L) as views and weights (D, W), the last tap first."""
-    taps = taps if taps.dim() == 3 else taps[:, None].expand(-1, x.shape[3], -1)
-    return x.transpose(2, 3).flatten(1, 2), taps.flatten(0, 1).flip(-1)
+def _channels_first(x: Heads, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x as (B, D, L), and the kernel as (D, W) with its last value first, as conv1d expects it."""
+    kernel = kernel if kernel.dim() == 3 else kernel[:, None].expand(-1, x.shape[3], -1)
+    return x.transpose(2, 3).flatten(1, 2), kernel.flatten(0, 1).flip(-1)
 
 
 def long_convolution(*, direct: int = 16384, shortest: int = 4096, longest: int = 65536, channels: int = 16) -> Benchmark:
-    """As many taps as tokens, a filter a channel: against the direct sum, then against itself at half the length."""
+    """Measure one kernel per channel, as long as the sequence: against the direct sum, then against half the length."""
 
-    def at(length: int, operation: Operation) -> Callable[[str], Work]:
-        return partial(passes, operation, partial(stream, 1, length, 1, channels, (1, channels, length)))
+    def setup(length: int, operation: Operation) -> Callable[[str], Work]:
+        return partial(passes, operation, partial(inputs, 1, length, 1, channels, (1, channels, length)))
 
     def cases(device: str) -> list[Case]:
-        ahead = Case(
-            name=f"{direct:,} tokens, {channels} channels; direct sums cost too much beyond",
-            ours=at(direct, filter_channels),
-            other=at(direct, depthwise),
+        against_direct = Case(
+            name=f"{direct:,} tokens, {channels} channels; direct sums are too slow for more",
+            ours=setup(direct, filter_channels),
+            other=setup(direct, depthwise),
             sides=("this project", "conv1d"),
             target=1,
         )
@@ -155,23 +160,23 @@ def long_convolution(*, direct: int = 16384, shortest: int = 4096, longest: int 
         growth = [
             Case(
                 name=f"from {length:,} to {2 * length:,} tokens",
-                ours=at(2 * length, filter_channels),
-                other=at(length, filter_channels),
+                ours=setup(2 * length, filter_channels),
+                other=setup(length, filter_channels),
                 sides=(f"{2 * length:,} tokens", f"{length:,} tokens"),
                 unit=POWER,
                 target=POWER_TARGET,
-                agree=no_relation,
+                agree=no_comparison,
             )
             for length in lengths[:-1]
         ]
-        return [ahead, *growth]
+        return [against_direct, *growth]
 
     return Benchmark(
-        what="A causal filter with as many taps as tokens, forward and backward: against the direct sum, and how it grows",
-        target=f"ahead, and time ~ L^p with p at most {POWER_TARGET:g}",
+        what="Causal convolution as long as the sequence, forward and backward, against the direct sum, and its growth",
+        target=f"faster, and time ~ L^p with p at most {POWER_TARGET:g}",
         figures=compared(cases),
     )
 
 
-def no_relation(ours: Any, other: Any) -> None:
-    """Two lengths have no outcome in common."""
+def no_comparison(ours: Any, other: Any) -> None:
+    """Results of two lengths cannot be compared."""

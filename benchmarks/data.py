@@ -1,4 +1,4 @@
-"""Generating recall with many questions at the sizes of Zoology (arXiv 2312.04927)."""
+"""Generation of multi-query associative recall at the sizes of Zoology (arXiv 2312.04927)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TARGET = 100
 
 
 def mqar(vocabulary: int) -> Recall:
-    """Four pairs in 64 tokens, half of the vocabulary keys and half of it values."""
+    """Return a task with four pairs in 64 tokens; half of the vocabulary are keys and half values."""
     half = vocabulary // 2 - 1
     return Recall(
         kind="recall",
@@ -35,18 +35,18 @@ def mqar(vocabulary: int) -> Recall:
 
 
 def data(vocabulary: int = 8192, count: int = 8192) -> Benchmark:
-    """`Recall.examples` against a loop over examples."""
+    """Compare `Recall.examples` with a loop over examples."""
     case = Case(
         name=f"{count:,} examples of 4 pairs in 64 tokens",
         ours=partial(all_at_once, vocabulary, count),
         other=partial(one_by_one, vocabulary, count),
         sides=("this project", "loop over examples"),
         target=TARGET,
-        agree=same_shapes,  # other random numbers; the tests hold both to the oracle
+        agree=same_shapes,  # the random numbers differ; tests check both against the oracle
         count=(count, "examples"),
     )
     return Benchmark(
-        what=f"Examples of recall, vocabulary {vocabulary:,}, against drawing one after the other",
+        what=f"Examples of recall, vocabulary {vocabulary:,}, against a loop over examples",
         target=f"{TARGET} times as fast",
         figures=compared(lambda device: [case]),
     )
@@ -58,7 +58,7 @@ def all_at_once(vocabulary: int, count: int, device: str) -> Work:
 
 
 def one_by_one(vocabulary: int, count: int, device: str) -> Work:
-    """Keys without replacement, the places of the questions by the power law, an example at a time, as Zoology draws them."""
+    """Generate one example at a time as Zoology does: keys without replacement, query positions by a power law."""
     task, random = mqar(vocabulary), np.random.RandomState(0)
     keys, values = np.arange(1, 1 + task.keys), np.arange(1 + task.keys, 1 + task.keys + task.values)
     pairs, blank = task.pairs, 1 + task.keys + task.values
@@ -67,12 +67,12 @@ def one_by_one(vocabulary: int, count: int, device: str) -> Work:
 
     def example() -> tuple[np.ndarray, np.ndarray]:
         inputs, targets = np.full(task.length, blank), np.full(task.length, IGNORE)
-        asked = random.choice(keys, size=pairs, replace=False)
+        queries = random.choice(keys, size=pairs, replace=False)
         answers = random.choice(values, size=pairs)
-        places = 1 + 2 * (pairs + random.choice(slots, size=pairs, replace=False, p=weight / weight.sum()))
+        positions = 1 + 2 * (pairs + random.choice(slots, size=pairs, replace=False, p=weight / weight.sum()))
         inputs[0] = BOS
-        inputs[1 : 1 + 2 * pairs : 2], inputs[2 : 2 + 2 * pairs : 2] = asked, answers
-        inputs[places], targets[places] = asked, answers
+        inputs[1 : 1 + 2 * pairs : 2], inputs[2 : 2 + 2 * pairs : 2] = queries, answers
+        inputs[positions], targets[positions] = queries, answers
         return inputs, targets
 
     return lambda: Examples(*map(np.stack, zip(*(example() for _ in range(count)), strict=True)))

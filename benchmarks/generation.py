@@ -1,4 +1,4 @@
-"""The next token from what is remembered of those before, against the full forward pass over all of them."""
+"""Benchmark generation: a step with a cache compared with a full forward pass."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ VOCABULARY, TARGET = 256, 10
 
 
 def generation(*, length: int = 1024, width: int = 256) -> Benchmark:
-    """One sequence, four layers; filters of four taps on queries, keys and values, where there are such."""
+    """One sequence, four layers; kernel size 4 on q, k and v of mixers with them."""
     sizes = {"width": width, "layers": 4, "mlp": 4}
-    streams = {**sizes, "heads": 4, "position": "none", "q": 4, "k": 4, "v": 4}
+    qkv = {**sizes, "heads": 4, "position": "none", "conv_q": 4, "conv_k": 4, "conv_v": 4}
     configs = {
-        "CAT": AttentionConfig(mixer="attention", **streams),
-        "LinCAT": LinearConfig(mixer="linear", **streams),
-        "Gated DeltaNet": DeltaConfig(mixer="delta", gate=True, **streams),
+        "CAT": AttentionConfig(mixer="attention", **qkv),
+        "LinCAT": LinearConfig(mixer="linear", **qkv),
+        "Gated DeltaNet": DeltaConfig(mixer="delta", gate=True, **qkv),
         "Mamba": MambaConfig(mixer="mamba", **sizes),
     }
     cases = [
@@ -42,26 +42,26 @@ def generation(*, length: int = 1024, width: int = 256) -> Benchmark:
         for name, config in configs.items()
     ]
     return Benchmark(
-        what="Generation: a cached step against the full forward pass a token",
+        what="Generation: a cached step compared with a full forward pass per token",
         target=f"{TARGET} times as fast after {length:,} tokens",
         figures=compared(lambda device: cases),
     )
 
 
 def step(config: AnyModel, length: int, device: str) -> Work:
-    model, tokens = ready(config, length, device)
+    model, tokens = build(config, length, device)
     with torch.no_grad():
-        _, memories = model.step(tokens[:, :-1])
-    return partial(_step, model, tokens[:, -1:], memories)
+        _, caches = model.step(tokens[:, :-1])
+    return partial(_step, model, tokens[:, -1:], caches)
 
 
 @torch.no_grad()
-def _step(model: SequenceModel, token: Tensor, memories: Sequence[Cache]) -> Tensor:
-    return model.step(token, memories)[0]
+def _step(model: SequenceModel, token: Tensor, caches: Sequence[Cache]) -> Tensor:
+    return model.step(token, caches)[0]
 
 
 def forward(config: AnyModel, length: int, device: str) -> Work:
-    return partial(_forward, *ready(config, length, device))
+    return partial(_forward, *build(config, length, device))
 
 
 @torch.no_grad()
@@ -69,8 +69,8 @@ def _forward(model: SequenceModel, tokens: Tensor) -> Tensor:
     return model(tokens)[:, -1]
 
 
-def ready(config: AnyModel, length: int, device: str) -> tuple[SequenceModel, Tensor]:
-    """A model with the same weights at every call, and the tokens before and the last one."""
+def build(config: AnyModel, length: int, device: str) -> tuple[SequenceModel, Tensor]:
+    """Return a model with the same weights at every call, and `length` + 1 tokens."""
     torch.manual_seed(0)
     model = SequenceModel(config, vocabulary=VOCABULARY, length=length).to(device)
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,6 @@
-"""Two ways of doing the same, measured in turn in one process; the memory of each in a process of its own.
+"""Measure two implementations of the same work: time in turn in one process, memory in a process each.
 
-A case names its two ways by functions that make them ready: they are called again in the processes that measure memory.
+A case holds two setup functions. They are called again in the processes that measure memory.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ from cat.training.cuda_graph import GraphedFunction
 from pipeline.runtime.processes import MAP, TRIM, keep_memory
 
 REPEATS = 5
-"""Measurements of each way, the two in turn."""
-SHORTEST = 0.1
-"""Seconds of one measurement at least: what is faster is called several times in it."""
-USUAL = 1 << 25
-"""Bytes: the most that glibc comes to keep by itself."""
+"""Measurements of each implementation, in turn."""
+MIN_SECONDS = 0.1
+"""Shortest measurement. Faster work is called several times per measurement."""
+DEFAULT_MAX_THRESHOLD = 1 << 25
+"""Bytes: the most that glibc keeps by default."""
 TOLERANCE = 1e-3
-"""How far two outcomes may differ, as a share of the largest number in them."""
+"""Largest difference of two results, relative to their largest absolute value."""
 
 Work = Callable[[], Any]
 Setup = Callable[[str], Work]
-"""Makes ready on a device, cpu or cuda, what is then measured. Top-level functions and partials of them: they are pickled."""
+"""Prepares the work on a device (cpu or cuda). Must be a top-level function or a partial of one, because it is pickled."""
 Agree = Callable[[Any, Any], None]
 
 
 class Place(NamedTuple):
-    """Where a figure is measured."""
+    """Device and number of threads of a measurement."""
 
     device: str
     threads: int
 
 
 class Unit(NamedTuple):
-    """What a figure says of the seconds of ours and the other's."""
+    """How a figure is computed from the seconds of both sides."""
 
     name: str
     of: Callable[[float, float], float]
@@ -57,13 +57,13 @@ class Unit(NamedTuple):
 SPEEDUP = Unit("times as fast", lambda ours, other: other / ours, more_is_better=True)
 COST = Unit("times the time", lambda ours, other: ours / other)
 POWER = Unit("power of the length", lambda ours, other: math.log2(ours / other))
-"""p of time ~ L^p, where ours is twice as long as the other."""
+"""The exponent p of time ~ L^p; ours has twice the length of the other."""
 SECONDS = Unit("seconds", lambda ours, other: ours)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of the two: seconds a call, as the median and the range of the repeats, and bytes at the peak above those at rest."""
+    """One implementation: seconds per call (median and range over the repeats), and peak bytes above those at rest."""
 
     name: str
     seconds: float
@@ -74,7 +74,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """What came of a case. `low` and `high` are the range of the figure over the repeats, each repeat a figure of its own."""
+    """The result of a case. `low` and `high` are the range over the repeats."""
 
     case: str
     value: float
@@ -83,45 +83,45 @@ class Figure:
     unit: str
     target: float | None
     met: bool | None
-    """None where nothing is asked of the figure."""
+    """None if there is no target."""
     ours: Side
     other: Side
     rate: str | None = None
-    """What ours gets through in a second."""
+    """Throughput of ours per second."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
-    """What is asked of two ways of doing the same."""
+class Comparison:
+    """What is compared, in which unit, and the target."""
 
     name: str
     sides: tuple[str, str]
-    """What ours and the other are called."""
+    """Names of ours and the other."""
     unit: Unit = SPEEDUP
     target: float | None = None
     count: tuple[int, str] | None = None
-    """What a call gets through: how many of what."""
+    """Work per call: number and unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case(Question):
-    """A question, and the two ways."""
+class Case(Comparison):
+    """A comparison and the two implementations."""
 
     ours: Setup
     other: Setup
     agree: Agree | None = None
-    """Raises AssertionError where two outcomes are not the same; None: `same_numbers`."""
+    """Raises AssertionError if two results differ; None: `same_numbers`."""
     replay: bool = False
-    """Whether both are replayed on a GPU, as a step of training is (cuda_graph.py): without what a launch takes of the CPU."""
+    """Whether both are replayed as CUDA graphs on a GPU, like training steps (cuda_graph.py): without launch time on the CPU."""
 
 
-class NotRun(Exception):  # noqa: N818  it is no error
-    """Says why a benchmark cannot be run here."""
+class NotRun(Exception):  # noqa: N818  not an error
+    """Says why a benchmark cannot run here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A row of the suite: what is measured and what is asked of it, in words, and the figures, measured as they are drawn."""
+    """A row of the suite: what is measured and the target in words, and the figures, measured lazily."""
 
     what: str
     target: str
@@ -130,36 +130,36 @@ class Benchmark:
 
 
 def compared(cases: Callable[[str], Sequence[Case]]) -> Callable[[Place], Iterator[Figure]]:
-    """The figures of the cases that there are on a device."""
+    """Return a function that measures the cases of a device."""
     return lambda place: (compare(case, place) for case in cases(place.device))
 
 
 def compare(case: Case, place: Place) -> Figure:
-    """Both ways of `case` checked against each other, then measured."""
+    """Check that both implementations agree, then measure them."""
     torch.set_num_threads(place.threads)
-    keep_memory()  # as a run does
-    ours, other = (_made(way, case.replay, place.device) for way in (case.ours, case.other))
+    keep_memory()  # as in training
+    ours, other = (_prepare(setup, case.replay, place.device) for setup in (case.ours, case.other))
     times = in_turn(ours, other, agree=case.agree or same_numbers, device=place.device)
     del ours, other
-    return answer(case, *times, memory=(peak(case.ours, place), peak(case.other, place)))
+    return make_figure(case, *times, memory=(peak(case.ours, place), peak(case.other, place)))
 
 
-def _made(way: Setup, replay: bool, device: str) -> Work:
-    work = way(device)
+def _prepare(setup: Setup, replay: bool, device: str) -> Work:
+    work = setup(device)
     return GraphedFunction(work) if replay and device == "cuda" else work
 
 
-def answer(question: Question, ours: Sequence[float], other: Sequence[float], *, memory: Sequence[int]) -> Figure:
-    """The figure of the seconds that the two took, repeat by repeat."""
-    unit, target = question.unit, question.target
+def make_figure(comparison: Comparison, ours: Sequence[float], other: Sequence[float], *, memory: Sequence[int]) -> Figure:
+    """Compute the figure from the seconds of each repeat and the peak memory of both sides."""
+    unit, target = comparison.unit, comparison.target
     values = [unit.of(a, b) for a, b in zip(ours, other, strict=True)]
     value = median(values)
     first, second = (
         Side(name=name, seconds=median(times), fastest=min(times), slowest=max(times), bytes=size)
-        for name, times, size in zip(question.sides, (ours, other), memory, strict=True)
+        for name, times, size in zip(comparison.sides, (ours, other), memory, strict=True)
     )
     return Figure(
-        case=question.name,
+        case=comparison.name,
         value=value,
         low=min(values),
         high=max(values),
@@ -168,28 +168,28 @@ def answer(question: Question, ours: Sequence[float], other: Sequence[float], *,
         met=None if target is None else value >= target if unit.more_is_better else value <= target,
         ours=first,
         other=second,
-        rate=f"{question.count[0] / first.seconds:,.0f} {question.count[1]}" if question.count else None,
+        rate=f"{comparison.count[0] / first.seconds:,.0f} {comparison.count[1]}" if comparison.count else None,
     )
 
 
 def in_turn(ours: Work, other: Work, *, agree: Agree, device: str) -> tuple[list[float], list[float]]:
-    """Seconds a call of both, repeat by repeat. Three calls of each warm up, and what comes of them must be the same."""
+    """Return the seconds per call of both, per repeat. Three calls of each warm up; their results must agree."""
     calls: list[int] = []
     for _ in range(3):
-        outcomes, calls = [], []
+        results, calls = [], []
         for work in (ours, other):
             start = time.perf_counter()
-            outcomes.append(work())
+            results.append(work())
             synchronize(device)
-            calls.append(max(1, math.ceil(SHORTEST / (time.perf_counter() - start))))
-        agree(*outcomes)
-    del outcomes
-    rows = [[seconds(work, n, device) for work, n in zip((ours, other), calls, strict=True)] for _ in range(REPEATS)]
-    return [row[0] for row in rows], [row[1] for row in rows]
+            calls.append(max(1, math.ceil(MIN_SECONDS / (time.perf_counter() - start))))
+        agree(*results)
+    del results
+    repeats = [[seconds(work, n, device) for work, n in zip((ours, other), calls, strict=True)] for _ in range(REPEATS)]
+    return [times[0] for times in repeats], [times[1] for times in repeats]
 
 
 def seconds(work: Work, calls: int, device: str) -> float:
-    """Seconds a call, the mean of `calls`; without the pauses of garbage collection."""
+    """Return the seconds per call, the mean over `calls`, with garbage collection off."""
     gc.disable()
     start = time.perf_counter()
     for _ in range(calls):
@@ -206,13 +206,16 @@ def synchronize(device: str) -> None:
 
 
 def normal(*shapes: Sequence[int]) -> list[Tensor]:
-    """Standard normal numbers, the same at every call."""
+    """Standard normal tensors, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(*shape, generator=generator) for shape in shapes]
 
 
 def passes(operation: Callable[..., Tensor], inputs: Callable[[], Sequence[Tensor]], device: str) -> Work:
-    """A forward and a backward pass at `inputs()`, the first of which has the output's shape: the output, every gradient."""
+    """Prepare a forward and backward pass that returns the output and the gradient of every input.
+
+    The first input must have the shape of the output.
+    """
     leaves = [x.to(device).requires_grad_() for x in inputs()]
     (gradient,) = (x.to(device) for x in normal(leaves[0].shape))
 
@@ -224,19 +227,19 @@ def passes(operation: Callable[..., Tensor], inputs: Callable[[], Sequence[Tenso
 
 
 def same_numbers(ours: Any, other: Any) -> None:
-    """Raises AssertionError unless the two agree up to rounding: a tensor, or several."""
+    """Raise AssertionError unless two tensors, or sequences of tensors, agree up to TOLERANCE."""
     pairs = [(ours, other)] if isinstance(ours, Tensor) else zip(ours, other, strict=True)
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE * b.abs().max().item())
 
 
 def same_shapes(ours: Any, other: Any) -> None:
-    """Raises AssertionError unless the two have the same shapes: for ways that differ in their numbers by design."""
+    """Raise AssertionError unless the shapes agree: for implementations whose values differ by design."""
     assert [a.shape for a in ours] == [b.shape for b in other]
 
 
 def peak(setup: Setup, place: Place) -> int:
-    """Bytes at the peak of a call above those at rest, after a call that warms up; on a CPU in a process of its own."""
+    """Return the peak bytes of a call above those at rest, after one warm-up call. On a CPU in a process of its own."""
     if place.device == "cuda":
         return _peak(setup, place)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -261,7 +264,7 @@ def _peak(setup: Setup, place: Place) -> int:
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had at most. On Linux from /proc: what getrusage says begins at the parent's."""
+    """Return the peak bytes of this process. On Linux from /proc, because getrusage starts at the peak of the parent."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
@@ -269,15 +272,15 @@ def peak_memory() -> int:
 
 
 def give_back_memory() -> None:
-    """Has the process give freed memory back to the system as most processes do: the opposite of `keep_memory`."""
+    """Return freed memory to the system, as most processes do: the opposite of `keep_memory`."""
     with contextlib.suppress(AttributeError, OSError, TypeError):
         c = ctypes.CDLL(None)
-        c.mallopt(TRIM, USUAL)
-        c.mallopt(MAP, USUAL)
+        c.mallopt(TRIM, DEFAULT_MAX_THRESHOLD)
+        c.mallopt(MAP, DEFAULT_MAX_THRESHOLD)
 
 
 def _forget_peak() -> bool:
-    """Gives back what is free and begins the peak anew, if that can be done here: on Linux."""
+    """Return free memory to the system and reset the peak. Returns False if the system does not support it (only Linux does)."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)

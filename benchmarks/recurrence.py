@@ -1,4 +1,4 @@
-"""Recurrences against the loops over tokens that define them."""
+"""Benchmark recurrences against reference implementations that loop over tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ Operation = Callable[..., Tensor]
 
 
 def scan(*, length: int = 1024, batch: int = 1) -> Benchmark:
-    """Each at width 64: one head for the delta rule and the linear attentions, 128 channels of 16 numbers for the state space."""
+    """Compare at width 64.
+
+    The delta rule and linear attention have one head; the state space model has 128 channels of state size 16.
+    """
     operations: dict[str, tuple[Operation, Operation, Callable[[int, int], list[Tensor]]]] = {
         "selective state space": (selective_scan, naive_selective_scan, state_space),
         "gated delta rule": (delta_rule, naive_delta_rule, gated),
@@ -44,7 +47,7 @@ def scan(*, length: int = 1024, batch: int = 1) -> Benchmark:
         for name, (ours, naive, inputs) in operations.items()
     ]
     return Benchmark(
-        what="Recurrences, forward and backward, against their definitions token by token",
+        what="Recurrences, forward and backward, compared with their definitions token by token",
         target=f"{TARGET} times as fast",
         figures=compared(lambda device: cases),
     )

@@ -1,6 +1,6 @@
-"""What DVC and Python cost around the work: before a cell is trained, and where there is nothing to do.
+"""Overhead of DVC and Python: seconds before a cell is trained, and seconds if there is nothing to do.
 
-Measured in a temporary project with this code and a study like presets/smoke.yaml, of one step a run and as many cells as asked.
+Measured in a temporary project with this code and a study like presets/smoke.yaml with one step per run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
-from benchmarks.measure import REPEATS, SECONDS, Benchmark, Figure, Place, Question, answer
+from benchmarks.measure import REPEATS, SECONDS, Benchmark, Comparison, Figure, Place, make_figure
 from pipeline.storage.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -32,11 +32,11 @@ unit = 1 if sys.platform == "darwin" else 1024
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit, done.stdout)
 sys.exit(done.stdout if done.returncode else 0)
 """
-"""Runs a command from a small process: seconds, bytes of the largest process in it, and what it says."""
+"""Runs a command from a small process; prints its seconds, the bytes of its largest process and its output."""
 
 
 class Run(NamedTuple):
-    """One run of a command."""
+    """One run of a command, with the peak memory of its largest process."""
 
     seconds: float
     bytes: int
@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 
 def startup(*, cells: int = 100) -> Benchmark:
-    """The command of a cell with and without DVC, less what its training took, and both ways of reproducing a finished study."""
+    """Compare the overhead of one cell with and without DVC, and two ways to reproduce a finished study."""
 
     def figures(place: Place) -> Iterator[Figure]:
         task, variant = CELL
@@ -52,17 +52,17 @@ def startup(*, cells: int = 100) -> Benchmark:
             study, empty = finished_study(Path(scratch, "study"), cells, place), empty_study(Path(scratch, "empty"))
             force = ("repro", "--force", "--single-item")
             yield in_turn(
-                Question(
+                Comparison(
                     name="before a cell is trained by DVC",
                     sides=("dvc repro of a cell, less its training", "dvc repro of an empty stage"),
                     unit=SECONDS,
                     target=CELL_TARGET,
                 ),
-                lambda: less_training(study, dvc(study, *force, f"train_streams@{task}-{variant}")),
+                lambda: less_training(study, dvc(study, *force, f"train_qkv_subsets@{task}-{variant}")),
                 lambda: dvc(empty, *force, "empty"),
             )
             yield in_turn(
-                Question(
+                Comparison(
                     name="the same without DVC",
                     sides=("python -m pipeline train, less its training", "python -c pass"),
                     unit=SECONDS,
@@ -71,7 +71,7 @@ def startup(*, cells: int = 100) -> Benchmark:
                 lambda: python(empty, "-c", "pass"),
             )
             yield in_turn(
-                Question(
+                Comparison(
                     name="nothing to do",
                     sides=(f"dvc repro, {cells} cells", "dvc repro, one stage"),
                     unit=SECONDS,
@@ -81,7 +81,7 @@ def startup(*, cells: int = 100) -> Benchmark:
                 lambda: dvc(empty, "repro"),
             )
             yield in_turn(
-                Question(
+                Comparison(
                     name="the same by `python -m pipeline run`",
                     sides=(f"python -m pipeline run, {cells} cells", "dvc repro, one stage"),
                     unit=SECONDS,
@@ -97,23 +97,23 @@ def startup(*, cells: int = 100) -> Benchmark:
     )
 
 
-def in_turn(question: Question, ours: Callable[[], Run], other: Callable[[], Run]) -> Figure:
-    """Both commands in turn, after once for warming up."""
+def in_turn(comparison: Comparison, ours: Callable[[], Run], other: Callable[[], Run]) -> Figure:
+    """Run both commands in turn, once for warm-up and then REPEATS times."""
     first, second = zip(*[(ours(), other()) for _ in range(REPEATS + 1)][1:], strict=True)
     times = ([run.seconds for run in runs] for runs in (first, second))
-    return answer(question, *times, memory=[max(run.bytes for run in runs) for runs in (first, second)])
+    return make_figure(comparison, *times, memory=[max(run.bytes for run in runs) for runs in (first, second)])
 
 
 def less_training(study: Path, run: Run) -> Run:
-    """What is left of the seconds without those that the cell wrote into its log."""
+    """Subtract the training time, which the log of the cell records."""
     task, variant = CELL
     return run._replace(seconds=run.seconds - read_json(study / "logs" / task / f"{variant}.json")["seconds"])
 
 
 def at_rest(run: Run) -> Run:
-    """Raises RuntimeError where a stage ran that had nothing to do."""
-    if ran := set(re.findall(r"Running stage '([^']+)'", run.output)):
-        raise RuntimeError(f"{', '.join(sorted(ran))} ran where there was nothing to do")
+    """Return `run`. Raises RuntimeError if a stage ran, since there was nothing to do."""
+    if stages := set(re.findall(r"Running stage '([^']+)'", run.output)):
+        raise RuntimeError(f"{', '.join(sorted(stages))} ran although there was nothing to do")
     return run
 
 
@@ -125,14 +125,14 @@ def empty_study(folder: Path) -> Path:
 
 
 def finished_study(folder: Path, cells: int, place: Place) -> Path:
-    """A study of `cells` cells in which everything is done."""
+    """Create a study of `cells` cells and run it."""
     begin_study(folder, lambda smoke: enlarged(smoke, cells, place))
     python(folder, "-m", "pipeline", "run")
     return folder
 
 
 def begin_study(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """A project with the code, the stages and what `change` makes of the smoke study, nothing run."""
+    """Create a project with the code, the stages and the smoke study after `change`; run nothing."""
     begin(folder)
     for name in ("cat", "pipeline"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -143,20 +143,20 @@ def begin_study(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def enlarged(study: dict[str, Any], cells: int, place: Place) -> dict[str, Any]:
-    """The study with one step a run, and with copies of a variant that bring it to as many cells."""
-    study |= {"device": place.device, "threads": place.threads}
+    """Set one step per run and copy a variant until the study has `cells` cells."""
+    study |= {"device": place.device, "parallel_runs": place.threads}
     for task in study["tasks"].values():
-        task["train"]["steps"] = 1
-    streams = study["ablations"]["streams"]
+        task["training"]["steps"] = 1
+    ablation = study["ablations"]["qkv_subsets"]
     missing = cells - sum(len(a["tasks"]) * len(a["variants"]) for a in study["ablations"].values())
-    copies = [f"copy_{n}" for n in range(max(0, -(-missing // len(streams["tasks"]))))]
+    copies = [f"copy_{n}" for n in range(max(0, -(-missing // len(ablation["tasks"]))))]
     study["variants"] |= {name: dict(study["variants"][CELL[1]]) for name in copies}
-    streams["variants"] += copies
+    ablation["variants"] += copies
     return study
 
 
 def begin(folder: Path) -> None:
-    """A new project of Git and DVC, with what this repository tells DVC."""
+    """Create a Git and DVC project with the DVC configuration of this repository."""
     folder.mkdir()
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
     dvc(folder, "init", "--quiet")
@@ -168,9 +168,9 @@ def dvc(folder: Path, *arguments: str) -> Run:
 
 
 def python(folder: Path, *arguments: str) -> Run:
-    """Runs Python with `arguments` in `folder`. Raises RuntimeError with its output where it fails."""
-    here = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{here}{os.pathsep}{os.environ['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    """Run Python with `arguments` in `folder`. Raises RuntimeError with its output if it fails."""
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "MLFLOW_DISABLE_TELEMETRY": "true"}
     command = [sys.executable, "-c", CLOCK, sys.executable, *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:

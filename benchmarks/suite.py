@@ -1,4 +1,4 @@
-"""The rows, and what came of them: results/<device>.json, and the same as a table in results/<device>.md."""
+"""The rows of the suite; results/<device>.json has their results, results/<device>.md the same as tables."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.storage.files import atomic_write, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 CONDITIONS = ("threads", "torch", "repeats")
-"""What else a figure depends on, besides the device."""
+"""What a figure depends on, besides the device."""
 
 SUITE: dict[str, Benchmark] = {
     "step_8192": step(8192, target=20),
@@ -45,15 +45,15 @@ SUITE: dict[str, Benchmark] = {
 }
 
 
-def measure(suite: Mapping[str, Benchmark], names: list[str], place: Place, tell: Callable[[str], None]) -> Path:
-    """Runs the rows of `suite` that are named and writes them, each as it is done, beside what is there of the others."""
+def measure(suite: Mapping[str, Benchmark], names: list[str], place: Place, progress: Callable[[str], None]) -> Path:
+    """Run the named rows and write each when it is done; results of other rows stay in the files."""
     device = describe(torch.device(place.device))
     path = RESULTS / f"{slug(device)}.json"
     for name in names:
-        tell(name)
+        progress(name)
         row = run(suite[name], place)
-        before = read_json(path)["rows"] if path.exists() else {}
-        rows = {key: row if key == name else before[key] for key in suite if key == name or key in before}
+        old = read_json(path)["rows"] if path.exists() else {}
+        rows = {key: row if key == name else old[key] for key in suite if key == name or key in old}
         results = {"device": device, "rows": rows}
         with atomic_write(path) as part:
             write_json(part, results)
@@ -63,15 +63,15 @@ def measure(suite: Mapping[str, Benchmark], names: list[str], place: Place, tell
 
 
 def run(benchmark: Benchmark, place: Place) -> dict[str, Any]:
-    """A row: what was measured with what, and the figures, or why there are none."""
+    """Measure a row: its description, conditions and figures, or the reason for not running it."""
     conditions = dict(zip(CONDITIONS, (place.threads, torch.__version__, REPEATS), strict=True))
-    about = {"what": benchmark.what, "target": benchmark.target, **conditions}
+    row = {"what": benchmark.what, "target": benchmark.target, **conditions}
     try:
         figures = [asdict(figure) for figure in benchmark.figures(place)]
     except NotRun as reason:
-        return {**about, "met": None, "not_run": str(reason), "figures": []}
+        return {**row, "met": None, "not_run": str(reason), "figures": []}
     return {
-        **about,
+        **row,
         "met": all(figure["met"] for figure in figures if figure["met"] is not None),
         "not_run": None,
         "figures": figures,
@@ -83,7 +83,7 @@ def slug(device: str) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What was asked and whether it is met, a line a row; then every figure, its range, and what both sides took."""
+    """Format the results: the verdict of each row, then each figure with its range and both sides."""
     rows = results["rows"]
     verdicts = [[name, row["what"], row["target"], verdict(row["met"], row["not_run"])] for name, row in rows.items()]
     parts = [f"# {results['device']}", tabulate(verdicts, ["row", "what", "target", "verdict"], tablefmt="github")]
@@ -91,8 +91,8 @@ def table(results: dict[str, Any]) -> str:
         lines = [line(name, figure) for name, row in group for figure in row["figures"]]
         if lines:
             threaded = f"{threads} {'thread' if threads == 1 else 'threads'}"
-            parts.append(f"{threaded}, torch {version}; of {repeats} repeats in turn the median (lowest to highest):")
-            head = ["row", "case", "figure", "target", "ours", "ms", "peak MB", "other", "ms", "peak MB", "ours a second"]
+            parts.append(f"{threaded}, torch {version}; median of {repeats} repeats in turn (lowest to highest):")
+            head = ["row", "case", "figure", "target", "ours", "ms", "peak MB", "other", "ms", "peak MB", "ours per second"]
             parts.append(tabulate(lines, head, tablefmt="github", disable_numparse=True))
     return "\n\n".join(parts)
 
@@ -115,5 +115,5 @@ def verdict(met: bool | None, not_run: str | None = None) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all of those before the point."""
+    """Three significant digits, or all digits before the decimal point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

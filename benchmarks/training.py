@@ -1,4 +1,4 @@
-"""A training step of recall, and all runs of a cell at once."""
+"""Benchmarks of a training step, and of an ensemble of all runs of a cell."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pipeline.runtime.processes import keep_memory
 
 MODEL = AttentionConfig(mixer="attention", width=64, layers=1, heads=1, position="none", conv_q=4, conv_k=4, conv_v=4)
 RATE, CLIP, REPLICAS_TARGET = 1e-3, 1.0, 6
-PROTOCOL = OptimizerConfig(
+OPTIMIZER = OptimizerConfig(
     weight_decay=0.0, grad_clip=CLIP, warmup=0.0, eval_every=1, early_stop_accuracy=1.0, early_stop_patience=1
 )
 
 
 def step(vocabulary: int, *, target: float, batch: int = 64) -> Benchmark:
-    """Forward, loss, backward, clip and AdamW, as `fit` does them and as a plain loop does."""
+    """Forward, loss, backward, clipping and AdamW: as in `fit`, against a plain training loop."""
     case = Case(
         name=f"batch {batch}, 4 pairs in 64 tokens, width 64, 1 layer",
         ours=partial(project_step, vocabulary, batch),
@@ -41,21 +41,21 @@ def step(vocabulary: int, *, target: float, batch: int = 64) -> Benchmark:
     )
     return Benchmark(
         what=f"A training step of recall, vocabulary {vocabulary:,}, against one that computes logits at every position"
-        " and gives freed memory back",
+        " and returns freed memory to the system",
         target=f"{target:g} times as fast",
         figures=compared(lambda device: [case]),
     )
 
 
 def project_step(vocabulary: int, size: int, device: str, seed: int = 0) -> Work:
-    """The step of `cat.training.fit`; on a GPU that of `fit_together`, by which one model is trained there, too."""
+    """Prepare the step of `fit`. On a GPU, the step of `fit_ensemble`, which trains single models there too."""
     if device == "cuda":
-        step = together(1, size, device, vocabulary=vocabulary, first=seed)
+        step = ensemble_step(1, size, device, vocabulary=vocabulary, first=seed)
         return lambda: step()[0]
-    model, inputs, targets = ready(vocabulary, size, device, seed)
+    model, inputs, targets = prepare(vocabulary, size, device, seed)
     batch = Split.of(inputs, targets).rows(slice(None))
     decayed, others = split_by_weight_decay(model)
-    optimizer = AdamW(decayed, others, weight_decay=0.0, clip=CLIP)
+    optimizer = AdamW(decayed, others, weight_decay=0.0, grad_clip=CLIP)
 
     def work() -> Tensor:
         keep_memory()
@@ -68,8 +68,8 @@ def project_step(vocabulary: int, size: int, device: str, seed: int = 0) -> Work
 
 
 def plain_step(vocabulary: int, size: int, device: str) -> Work:
-    """The same in the way of most training loops, Zoology's among them; and in a process that gives memory back as most do."""
-    model, inputs, targets = ready(vocabulary, size, device)
+    """Prepare the step of most training loops, such as Zoology's, in a process that returns freed memory as most do."""
+    model, inputs, targets = prepare(vocabulary, size, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
 
     def work() -> Tensor:
@@ -85,15 +85,15 @@ def plain_step(vocabulary: int, size: int, device: str) -> Work:
 
 
 def plain_logits(model: SequenceModel, tokens: Tensor) -> Tensor:
-    """Every layer at every position, nothing looked up."""
+    """Compute every layer at every position, without projection look-up."""
     x = model.embedding(tokens)
     for block in model.layers():
         x = x + block.mixer(block.mixer_norm(x))
     return model.head(model.norm(x))
 
 
-def ready(vocabulary: int, size: int, device: str, seed: int = 0) -> tuple[SequenceModel, Tensor, Tensor]:
-    """The same weights, inputs and targets whenever it is called with the same."""
+def prepare(vocabulary: int, size: int, device: str, seed: int = 0) -> tuple[SequenceModel, Tensor, Tensor]:
+    """Build the model, inputs and targets; the same for the same arguments."""
     task = mqar(vocabulary)
     examples = task.examples("train", task.length, size, generator(seed, "benchmark", "train"))
     inputs, targets = (torch.tensor(array, device=device) for array in examples)
@@ -101,39 +101,39 @@ def ready(vocabulary: int, size: int, device: str, seed: int = 0) -> tuple[Seque
 
 
 def replicas(*, count: int = 12, batch: int = 32, devices: Sequence[str] = ("cuda",)) -> Benchmark:
-    """A step of as many runs of a cell at once, against a step of one after the other."""
+    """A step of `count` runs of a cell as an ensemble, against one after the other."""
 
     def cases(device: str) -> list[Case]:
         if device not in devices:
             raise NotRun("needs a GPU")
         return [
             Case(
-                name=f"{count} replicas, batch {batch}, 4 pairs in 64 tokens, vocabulary 256, width 64, 1 layer",
-                ours=partial(together, count, batch),
+                name=f"{count} members, batch {batch}, 4 pairs in 64 tokens, vocabulary 256, width 64, 1 layer",
+                ours=partial(ensemble_step, count, batch),
                 other=partial(one_by_one, count, batch),
-                sides=("together", "one after the other"),
+                sides=("ensemble", "one after the other"),
                 target=REPLICAS_TARGET,
                 count=(64 * batch * count, "tokens"),
             )
         ]
 
     return Benchmark(
-        what="The seeds and learning rates of a cell trained together on a GPU, against one after the other",
+        what="The seeds and learning rates of a cell trained as an ensemble on a GPU, against one after the other",
         target=f"{REPLICAS_TARGET} times as fast",
         figures=compared(cases),
     )
 
 
-def together(count: int, size: int, device: str, *, vocabulary: int = 256, first: int = 0) -> Work:
-    """The step of `fit_together`: the losses of all replicas."""
-    models, inputs, targets = zip(*(ready(vocabulary, size, device, first + place) for place in range(count)), strict=True)
-    stack = Ensemble(models, [RATE] * count, optimizer_config=PROTOCOL, precision="float32")
-    alone = [Split.of(*examples).rows(slice(None)) for examples in zip(inputs, targets, strict=True)]
-    batches = Split(*(torch.stack(tensors) for tensors in zip(*alone, strict=True)))
-    return lambda: stack.step(batches, 1.0)[:, 0]
+def ensemble_step(count: int, size: int, device: str, *, vocabulary: int = 256, first: int = 0) -> Work:
+    """Prepare the step of `fit_ensemble`, which returns the losses of all members."""
+    models, inputs, targets = zip(*(prepare(vocabulary, size, device, first + index) for index in range(count)), strict=True)
+    ensemble = Ensemble(models, [RATE] * count, optimizer_config=OPTIMIZER, precision="float32")
+    splits = [Split.of(*examples).rows(slice(None)) for examples in zip(inputs, targets, strict=True)]
+    batches = Split(*(torch.stack(tensors) for tensors in zip(*splits, strict=True)))
+    return lambda: ensemble.step(batches, 1.0)[:, 0]
 
 
 def one_by_one(count: int, size: int, device: str) -> Work:
-    """The step of each, as `project_step` has it."""
+    """Prepare the `project_step` of each run, called one after the other."""
     steps = [project_step(256, size, device, seed) for seed in range(count)]
     return lambda: torch.stack([step() for step in steps])

@@ -1,11 +1,11 @@
-"""The Convolution-Augmented Transformer as a library: layers, tasks, training, evaluation (arXiv 2407.05591).
+"""The Convolution-Augmented Transformer as a library (arXiv 2407.05591).
 
     from cat import ConvolutionAugmentedAttention
-    layer = ConvolutionAugmentedAttention(width=256, heads=4, q=4, k=4, v=4)
+    layer = ConvolutionAugmentedAttention(width=256, heads=4, conv_q=4, conv_k=4, conv_v=4)
     y = layer(x)  # (batch, length, width), causal
 
-Knows no files, no YAML and no tracking; `pipeline` makes a study of it. A name is imported when it is first asked for, so that
-whoever wants the configuration alone does not wait for torch.
+The library uses no files, no YAML and no tracking; `pipeline` runs the study with it. Names are imported on first use, so
+importing only a configuration does not import torch.
 """
 
 from importlib import import_module
@@ -52,7 +52,7 @@ __all__ = [
     "generate",
 ]
 
-_HOMES = {
+_MODULES = {
     "AnyModel": "cat.mixers.registry",
     "AnyVariant": "cat.mixers.registry",
     "AttentionConfig": "cat.mixers.attention.config",
@@ -75,12 +75,12 @@ _HOMES = {
     "generate": "cat.evaluation.generation",
 }
 
-if not TYPE_CHECKING:  # a type checker reads the imports above, and would take every other name for one of these
+if not TYPE_CHECKING:  # with __getattr__ visible, a type checker would accept any name
 
     def __getattr__(name: str) -> object:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

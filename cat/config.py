@@ -1,7 +1,8 @@
-"""What can be said about a model and its training: frozen, keyword-only classes, their rules in words.
+"""Configuration of models and training.
 
-No torch here, so that a study is validated in an instant. No stage of the study depends on this file: a key left out means
-that the feature is off, and what it means otherwise is written into plan/, on which they depend.
+Classes are frozen and keyword-only and check their own rules. This module does not import torch, so validating a study is fast.
+No stage of the study depends on this file. A key that is left out turns its feature off. Every other default is written into
+plan/, and the stages depend on plan/.
 """
 
 from __future__ import annotations
@@ -15,70 +16,73 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 KernelGenerator = Literal["network", "decay", "state"]
 KernelSize = Count | Literal["full", KernelGenerator]
-"""Taps of a filter, `full` for as many as the training sequence is long, or what generates them for a sequence of any length."""
+"""Number of kernel values, `full` for the training length, or the generator of a kernel of any length."""
 Position = Literal["none", "rotary", "alibi", "learned", "sinusoidal"]
 
 
 class Config(BaseModel):
-    """Frozen, keyword-only, and strict: unknown keys and values of a neighbouring type are refused."""
+    """Refuse unknown keys and values of another type, even if they could be converted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
     renamed_keys: ClassVar[Mapping[str, str]] = {}
-    """Old key -> new key, for the error message."""
+    """New name of each renamed key, for the error message."""
 
 
 class VariantConfig(Config):
-    """What every variant answers for itself."""
+    """Properties of a variant that rules and figures use."""
 
     mixer: str
 
     @property
     def has_convolution(self) -> bool:
-        """Whether a causal filter that an ablation can take away is in front of the mixer."""
+        """Whether the mixer has a causal convolution that an ablation can remove."""
         return False
 
     @property
     def has_attention(self) -> bool:
-        """Whether weighted means of the values are read, none of whose weights is negative."""
+        """Whether each output is a weighted mean of the values with non-negative weights."""
         return False
 
     def check_length(self, length: int) -> None:
-        """Raises ValueError, in words, where the model cannot be trained on sequences of `length` tokens."""
+        """Raise ValueError if the model cannot be trained on sequences of `length` tokens."""
 
     def max_length(self, length: int) -> int | None:
-        """The longest sequence that a model trained at `length` can read; None where there is no limit."""
+        """Return the maximum input length after training at `length`; None: no limit."""
         return None
 
 
 class ModelConfig(VariantConfig):
-    """What every trained model has: `layers` pre-norm residual blocks of a mixer, each followed by an MLP if there is one."""
+    """Settings of every trained model: pre-norm residual blocks.
+
+    Each of the `layers` blocks has a mixer and, if configured, an MLP.
+    """
 
     width: Count
-    """Channels d of the residual stream."""
+    """Channels D of the residual stream."""
     layers: Count
     mlp: Count | None = None
-    """Hidden width of the MLP as a multiple of `width`; without it, a block is its mixer alone."""
+    """Hidden width of the MLP as a multiple of `width`; None: blocks have no MLP."""
     activation: Literal["gelu", "swiglu"] = "gelu"
-    """Of the MLP: GELU as in Pythia, or a gate times a linear map as in LLaMA (2002.05202)."""
+    """Activation of the MLP: GELU as in Pythia, or SwiGLU as in LLaMA (arXiv 2002.05202)."""
     norm: Literal["layer", "rms"] = "layer"
-    """Before every mixer, MLP and the head: LayerNorm, or RMSNorm (1910.07467)."""
+    """Norm before every mixer, every MLP and the head: LayerNorm, or RMSNorm (arXiv 1910.07467)."""
     tied: bool = False
-    """Read the answers off with the embedding's own vectors."""
+    """Use the token embedding as the weight of the head."""
 
     @model_validator(mode="after")
-    def _an_activation_is_of_something(self) -> Self:
+    def _activation_needs_mlp(self) -> Self:
         if self.mlp is None and self.activation != "gelu":
-            raise ValueError(f"activation = {self.activation} needs mlp, the width of what it is in")
+            raise ValueError(f"activation = {self.activation} needs an MLP. Fix: set mlp")
         return self
 
     @property
     def mixers(self) -> tuple[ModelConfig, ...]:
-        """What the mixer of each layer is built from, first to last."""
+        """Return the mixer configuration of each layer, first to last."""
         return (self,) * self.layers
 
     @property
     def additive_position(self) -> Literal["none", "learned", "sinusoidal"]:
-        """The vectors of positions that are added to those of tokens."""
+        """Return the kind of position vectors that are added to the token embedding."""
         return "none"
 
     def max_length(self, length: int) -> int | None:
@@ -86,63 +90,70 @@ class ModelConfig(VariantConfig):
 
 
 class QKVConfig(ModelConfig):
-    """A model whose mixer has queries, keys and values: heads, a position scheme, and a causal filter on any stream."""
+    """A model with queries, keys and values.
+
+    It has heads, positions, and an optional causal convolution on each projection.
+    """
 
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
-    """What a filter can be on."""
+    """Projections that can have a convolution."""
     renamed_keys: ClassVar = {"q": "conv_q", "k": "conv_k", "v": "conv_v"}
     heads: Count
     position: Position
     conv_q: KernelSize | None = None
-    """The causal filter on the queries: its taps, `full` for as many as the training sequence is long, or what generates its taps
-    for a sequence of any length: a `network`, a basis of fixed `decay`, a `state` space of learned decays. k and v alike."""
+    """Kernel size of the causal convolution on the queries; None: no convolution. `conv_k` and `conv_v` work alike.
+
+    `full` is the training length. Other names generate a kernel of any length: from a small `network`, from a sum of fixed
+    exponentials (`decay`), or from a `state` space, whose decays are learned.
+    """
     conv_k: KernelSize | None = None
     conv_v: KernelSize | None = None
     sharing: Literal["head", "channel", "mixing"] = "head"
-    """Who shares the taps of a filter: one filter a head, one a channel, or one from every head to every head."""
+    """One kernel per head, one per channel, or one per pair of input and output heads (mixing)."""
     dilation: Count = 1
-    """How many tokens a tap is from the next; 1: none is skipped."""
+    """Tokens between consecutive kernel values; 1: no token is skipped."""
     filter_size: Count | None = None
-    """Hidden units of a `network`, decays of a `decay` or `state` filter."""
+    """Hidden units of a `network` kernel, number of decays of a `decay` or `state` kernel."""
     filter_init: Literal["identity", "random"] = "identity"
-    """Filters begin as the identity with a little noise, or at random."""
+    """Initialize kernels as the identity with a little noise, or at random."""
     filter_bias: bool = False
-    """Add a learned vector to what is filtered."""
+    """Add a learned bias to the convolution output."""
     filter_norm: bool = False
-    """Divide every filter by the sum of its absolute taps, a generated one by that of as many as a training sequence has."""
+    """Divide every kernel by the sum of its absolute values; for a generated kernel, the sum over the training length."""
     qk_norm: bool = False
-    """Scale queries and keys to unit length after the filter; the temperature is then learned, one a head."""
+    """Scale queries and keys to unit length after the convolution, and learn one temperature per head."""
     temperature: bool = False
-    """Learn the temperature, one a head, without scaling queries and keys."""
+    """Learn one temperature per head without scaling queries and keys."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
         if self.position == "rotary" and (self.width // self.heads) % 2:
-            raise ValueError(f"rotary position needs an even head width, not {self.width // self.heads}")
+            raise ValueError(f"position = rotary needs an even head width, not {self.width // self.heads}")
         return self
 
     @model_validator(mode="after")
-    def _filters_are_there(self) -> Self:
+    def _convolution_settings_apply(self) -> Self:
         if not self.kernel_sizes:
             for key in ("sharing", "dilation", "filter_init", "filter_bias", "filter_norm"):
                 if getattr(self, key) != type(self).model_fields[key].default:
-                    where = f"{', '.join(self.projections[:-1])} or {self.projections[-1]}"
-                    raise ValueError(f"{key} = {json.dumps(getattr(self, key))} without a filter on {where}")
-        generated = [projection for projection, size in self.kernel_sizes.items() if size in get_args(KernelGenerator)]
+                    *others, last = (f"conv_{projection}" for projection in self.projections)
+                    value = json.dumps(getattr(self, key))
+                    raise ValueError(f"{key} = {value} needs a convolution. Fix: set {', '.join(others)} or {last}")
+        generators = get_args(KernelGenerator)
+        generated = [projection for projection, size in self.kernel_sizes.items() if size in generators]
         if generated and self.filter_size is None:
-            raise ValueError(f"{generated[0]} = {self.kernel_sizes[generated[0]]} needs filter_size, its hidden units or decays")
+            key = f"conv_{generated[0]}"
+            raise ValueError(f"{key} = {getattr(self, key)} needs filter_size, its hidden units or decays")
         if generated == [] and self.filter_size is not None:
-            raise ValueError(
-                f"filter_size = {self.filter_size} is for filters whose taps are generated: {', '.join(get_args(KernelGenerator))}"
-            )
+            raise ValueError(f"filter_size = {self.filter_size} needs a generated kernel: {', '.join(generators)}")
         if self.dilation > 1 and not any(isinstance(size, int) and size > 1 for size in self.kernel_sizes.values()):
-            raise ValueError(f"dilation = {self.dilation} spaces the taps of a filter that counts two or more, and there is none")
+            raise ValueError(f"dilation = {self.dilation} needs a convolution with an explicit kernel size of 2 or more")
         if self.sharing == "mixing" and self.heads == 1:
-            raise ValueError("sharing = mixing needs more than one head to mix")
+            raise ValueError("sharing = mixing needs more than one head")
         if self.temperature and self.qk_norm:
-            raise ValueError("temperature = true with qk_norm = true, which learns the temperature already")
+            raise ValueError("temperature = true: qk_norm = true already learns a temperature. Fix: remove it")
         return self
 
     @property
@@ -164,15 +175,14 @@ class QKVConfig(ModelConfig):
             if not isinstance(size, int):
                 continue
             if size > length:
-                raise ValueError(f"{projection} = {size} taps is longer than the training length of {length}")
+                raise ValueError(f"conv_{projection} = {size} is longer than the training length of {length}")
             if (size - 1) * self.dilation >= length:
-                raise ValueError(
-                    f"{projection} = {size} taps {self.dilation} tokens apart reach past the training length of {length}"
-                )
+                dilated = f"conv_{projection} = {size} with dilation = {self.dilation}"
+                raise ValueError(f"{dilated} is longer than the training length of {length}")
 
     def _refuse_alibi(self, reason: str) -> Self:
         if self.position == "alibi":
-            raise ValueError(f"alibi position {reason}")
+            raise ValueError(f"position = alibi {reason}")
         return self
 
     @property
@@ -181,46 +191,49 @@ class QKVConfig(ModelConfig):
 
 
 class OptimizerConfig(Config):
-    """How every model is trained: AdamW, linear warm-up, cosine decay to zero, clipped gradients."""
+    """Settings of AdamW, linear warm-up, cosine decay to zero and clipping."""
 
     renamed_keys: ClassVar = {
-        "clip": "grad_clip", "validate_every": "eval_every", "stop_at": "early_stop_accuracy", "stop_after": "early_stop_patience",
-    }  # fmt: skip
+        "clip": "grad_clip",
+        "validate_every": "eval_every",
+        "stop_at": "early_stop_accuracy",
+        "stop_after": "early_stop_patience",
+    }
     weight_decay: Annotated[float, Field(ge=0)]
-    """On the matrices of linear maps; never on filters, norms or embeddings."""
+    """Weight decay of linear-layer matrices; kernels, norms and embeddings have none."""
     grad_clip: Annotated[float, Field(gt=0)]
-    """Largest norm of the gradient."""
+    """Maximum norm of the gradient."""
     warmup: Annotated[float, Field(ge=0, lt=1)]
-    """Share of the steps in which the learning rate rises."""
+    """Fraction of the steps with a rising learning rate."""
     eval_every: Count
-    """Steps between two looks at the validation split."""
+    """Steps between validations."""
     early_stop_accuracy: Annotated[float, Field(gt=0, le=1)]
-    """Validation accuracy at which training ends early, on tasks that are scored by accuracy."""
+    """Validation accuracy that ends training early, on tasks that are scored by accuracy."""
     early_stop_patience: Count
-    """Looks in a row that must see `stop_at`."""
+    """Consecutive validations that must reach `early_stop_accuracy`."""
 
 
 class TrainingConfig(Config):
-    """How long one task is trained."""
+    """Training length, batch and learning rates of one task."""
 
     steps: Count
     batch: Count
-    """Sequences a step."""
+    """Sequences per step."""
     micro_batch: Count | None = None
-    """Sequences at a time, where there is no memory for a whole batch: their gradients are added up before the step."""
+    """Sequences per forward pass, if a whole batch does not fit into memory; gradients are accumulated over the batch."""
     compile: bool = False
-    """Let torch.compile fuse the operations of a step: worth it for long training of large models; other last bits."""
+    """Train with torch.compile: pays off for long training of large models; changes the last bits of the results."""
     learning_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1, strict=False)]
-    """Peaks to try; the validation split chooses one for all seeds of a variant."""
+    """Peak learning rates to try; the validation split chooses one for all seeds of a variant."""
 
     @model_validator(mode="after")
-    def _rates_differ(self) -> Self:
+    def _learning_rates_differ(self) -> Self:
         if len(set(self.learning_rates)) < len(self.learning_rates):
             raise ValueError(f"learning_rates = {list(self.learning_rates)} has a value twice")
         return self
 
     @model_validator(mode="after")
-    def _a_micro_batch_is_part_of_a_batch(self) -> Self:
+    def _micro_batch_is_smaller(self) -> Self:
         if self.micro_batch is not None and self.micro_batch >= self.batch:
-            raise ValueError(f"micro_batch = {self.micro_batch} is no part of batch = {self.batch}; it must be smaller")
+            raise ValueError(f"micro_batch = {self.micro_batch} must be smaller than batch = {self.batch}")
         return self

@@ -1,4 +1,7 @@
-"""CAT as one layer for somebody's own model: the study's mixer, built from plain arguments (arXiv 2407.05591, equation 2)."""
+"""CAT attention as a layer for your own model (arXiv 2407.05591, equation 2).
+
+The layer is the study's mixer with plain arguments.
+"""
 
 from __future__ import annotations
 
@@ -18,30 +21,31 @@ from cat.types import Hidden
 
 
 class ConvolutionAugmentedAttention(nn.Module):
-    """Causal softmax attention whose queries, keys and values pass through short causal filters first.
+    """Causal softmax attention with short convolutions on q, k and v.
 
-    Maps `x` (batch, length, width) to the same shape, for any length; what stands at a position depends on nothing after it,
-    but for rounding where long filters are applied by FFT. So tokens that pad a sequence on its right change nothing.
-    Each of `q`, `k` and `v` is the number of taps of the filter on that stream, `full` for as many as `length`, or what
-    generates them: a `network` or a basis of fixed `decay` or a `state` space of learned ones, of size `filter_size`. None is
-    no filter, and without any the layer is the transformer's attention. The filters begin close to the identity.
+    Maps `x` (batch, length, width) to the same shape, for any length. An output depends only on its own and earlier positions,
+    except for rounding if long kernels are applied by FFT. Padding on the right therefore does not change other positions. This
+    holds for finite numbers only: a NaN or an infinity at one position can reach earlier outputs, since 0 times NaN is NaN.
 
-        width         channels of x
-        heads         heads, which divide width
-        position      none, or rotary or alibi positions, which are the layer's own; the filters do without
-        sharing       one filter a head, one a channel, or one from every head to every head (mixing)
-        dilation      how many tokens a tap is from the next; 1: none is skipped
-        filter_size   hidden units of a network, or decays
-        filter_init   begin close to the identity, or at random
-        filter_bias   add a learned vector to what is filtered
-        filter_norm   divide every filter by the sum of its absolute taps, a generated one by that of `length` taps
-        qk_norm       queries and keys of unit length, with a learned temperature a head
-        temperature   a learned temperature a head without that
-        length        tokens of a training sequence; only full and generated taps need it
-        device, dtype of the weights, as in the modules of torch
+        width                    channels of x
+        heads                    attention heads; must divide width
+        conv_q, conv_k, conv_v   kernel size of the convolution on queries, keys and values; `full` for `length`; or the generator
+                                 of a kernel of any length: a `network`, fixed exponentials (`decay`) or a `state` space of
+                                 learned ones; None: no convolution. Without any, the layer is the transformer's attention
+        position                 none, rotary or alibi; the convolutions need no positions
+        sharing                  one kernel per head, one per channel, or one per pair of input and output heads (mixing)
+        dilation                 tokens between consecutive kernel values; 1: no token is skipped
+        filter_size              hidden units of a `network` kernel, or number of decays
+        filter_init              initialize kernels close to the identity, or at random
+        filter_bias              add a learned bias to the convolution output
+        filter_norm              divide every kernel by the sum of its absolute values; if generated, the sum over `length`
+        qk_norm                  scale queries and keys to unit length, and learn one temperature per head
+        temperature              learn one temperature per head without qk_norm
+        length                   training length in tokens; required only for `full` and generated kernels
+        device, dtype            of the weights, as for torch modules
 
-    Raises ValueError, in one line that names the argument, where one is wrong or two contradict each other, and where `x` has
-    another shape or type. Source: arXiv 2407.05591.
+    Raises ValueError with one line that names the argument if an argument is invalid, if two arguments contradict each other, or
+    if `x` has the wrong shape or dtype. Source: arXiv 2407.05591.
     """
 
     def __init__(
@@ -87,10 +91,10 @@ class ConvolutionAugmentedAttention(nn.Module):
                 length=length,
             )
         except ValidationError as error:
-            raise ValueError(_in_words(error)) from None
-        for stream, taps in config.kernel_sizes.items():
-            if isinstance(taps, str) and length is None:
-                raise ValueError(f"{stream} = {taps} needs length, the tokens of a training sequence")
+            raise ValueError(_first_problem(error)) from None
+        for projection, kernel_size in config.kernel_sizes.items():
+            if isinstance(kernel_size, str) and length is None:
+                raise ValueError(f"conv_{projection} = {kernel_size} needs length, the training length in tokens")
         if length is not None:
             config.check_length(length)
         self.width = width
@@ -101,10 +105,11 @@ class ConvolutionAugmentedAttention(nn.Module):
         return self.mixer(x)
 
     def step(self, x: Hidden, cache: Cache | None = None) -> tuple[Hidden, Cache]:
-        """What `forward` makes of tokens that follow upon those of `memory`, and the memory of all of them.
+        """Return the outputs for the tokens after those in `cache`, and the new cache.
 
-        For generation, where a sequence comes token by token or part by part; None before the first one. Keys, values and what
-        the filters see next are kept, so that no token is read twice. Raises ValueError where `x` has another shape or type.
+        The outputs equal those of `forward` on the whole sequence. For generation, one token or several at a time; `cache` is
+        None before the first token. The cache has the keys, the values and the inputs that the convolutions need next. Raises
+        ValueError if `x` has the wrong shape or dtype.
         """
         self._check(x)
         return self.mixer.step(self.mixer.project(x), cache or Cache())
@@ -112,25 +117,28 @@ class ConvolutionAugmentedAttention(nn.Module):
     def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, length, {self.width}) with at least one token")
-        own = self.mixer.projection.weight.dtype
-        if x.dtype != own and not (autocast_enabled(x) and x.is_floating_point() and torch.float64 not in (own, x.dtype)):
-            raise ValueError(f"x is of {x.dtype}, the layer of {own}: x.to({own}), or the layer to that of x")
+        dtype = self.mixer.projection.weight.dtype
+        if x.dtype != dtype and not (autocast_enabled(x) and x.is_floating_point() and torch.float64 not in (dtype, x.dtype)):
+            raise ValueError(f"x has dtype {x.dtype}, the layer {dtype}. Fix: x.to({dtype}) or layer.to({x.dtype})")
 
 
 class _Arguments(AttentionConfig):
-    """What a layer can be told: learned and sinusoidal positions are added to an embedding, which a layer has not."""
+    """Arguments of the layer.
+
+    A layer has no embedding, so learned and sinusoidal positions are refused.
+    """
 
     position: Literal["none", "rotary", "alibi"]
     length: Count | None = None
 
 
-def _in_words(error: ValidationError) -> str:
-    """What is wrong first, in one line."""
+def _first_problem(error: ValidationError) -> str:
+    """Return the first problem in one line."""
     first, *others = error.errors()
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")
-    # A value that can be of several types is told of each of them.
-    about_it = [first, *(other for other in others if other["loc"][0] == first["loc"][0])]
-    wanted = " or ".join(part["msg"].removeprefix("Input should be ") for part in about_it)
-    shown = " ".join(repr(first["input"]).split())
-    return f"{first['loc'][0]} = {shown} should be {wanted}"
+    # pydantic reports one error for each type that a value could have.
+    same_argument = [first, *(other for other in others if other["loc"][0] == first["loc"][0])]
+    expected = " or ".join(part["msg"].removeprefix("Input should be ") for part in same_argument)
+    value = " ".join(repr(first["input"]).split())
+    return f"{first['loc'][0]} = {value} should be {expected}"

@@ -1,8 +1,8 @@
-"""A sequence model: embedding, `layers` blocks of a mixer, norm, head.
+"""A sequence model: embedding, `layers` pre-norm residual blocks, final norm, output head.
 
     x = E[tokens] (+ position)    x = x + mixer(norm(x))    x = x + mlp(norm(x))    logits = norm(x) W
 
-A block without an MLP is its mixer alone.
+A block without an MLP has only the mixer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cat.types import Hidden, Positions, Tokens
 class SequenceModel(nn.Module):
     """A causal model over `vocabulary` tokens, trained on sequences of `length` tokens.
 
-    Raises ValueError, in words, where `config` cannot be trained at `length`.
+    Raises ValueError if `config` cannot be trained at `length`.
     """
 
     def __init__(self, config: AnyModel, *, vocabulary: int, length: int):
@@ -43,65 +43,71 @@ class SequenceModel(nn.Module):
             self.head.weight = self.embedding.token.weight
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "B L V"]:
-        """Logits of the next token at every position."""
+        """Return the logits of the next token at every position."""
         return self.head(self.hidden(tokens))
 
     def logits_at(self, tokens: Tokens, positions: Positions) -> Float[Tensor, "B A V"]:
-        """Logits at positions `at` alone, none of which is there twice: most positions of a recall task ask nothing.
+        """Return the logits at `positions` only.
 
-        Of the last block, only what they read is computed.
+        Positions of one sequence must differ. The last block is computed only at `positions`: in a recall task most positions
+        have no target.
         """
         return self.head(self.hidden(tokens, None if positions.shape == tokens.shape else positions))
 
     def hidden(self, tokens: Tokens, positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
-        """What the head reads at positions `at`. Raises ValueError where the sequence is longer than learned positions reach."""
+        """Return the input of the head at `positions`, or at every position.
+
+        Raises ValueError if the sequence is longer than the learned positions.
+        """
         self.check_length(tokens.shape[1])
         first, *others = self.layers()
-        asked = None if others else positions
+        first_positions = None if others else positions
         projected = self.project_embeddings(tokens)
-        x = self.embedding(tokens if projected is None or asked is None else tokens.gather(1, asked))
-        x = first(x, asked, projected)
+        x = self.embedding(tokens if projected is None or first_positions is None else tokens.gather(1, first_positions))
+        x = first(x, first_positions, projected)
         for block in others:
             x = block(x, positions if block is others[-1] else None)
         return self.norm(x)
 
     def project_embeddings(self, tokens: Tokens) -> Float[Tensor, "B L P"] | None:
-        """What the first block projects the tokens to, computed once for all places where one stands; None where that is more.
+        """Return the first block's projection of each token, computed once per vocabulary entry.
 
-        It depends on nothing but the token, if no position is added to it.
+        None if positions are added to the embedding, because the projection then depends on more than the token. None also if
+        the batch has no more tokens than the vocabulary, because the look-up then costs more.
         """
         if self.embedding.scheme != "none" or tokens.numel() <= len(self.embedding.token.weight):
             return None
         return F.embedding(tokens, self.layers()[0].project(self.embedding.token.weight))
 
     def step(self, tokens: Tokens, caches: Sequence[Cache] = ()) -> tuple[Float[Tensor, "B V"], list[Cache]]:
-        """Logits of the token after `tokens`, which follow upon those of `memories`; and the memories of all of them.
+        """Return the logits of the token after `tokens`, and the updated caches.
 
-        The logits are what `forward` has at the last position of the whole sequence. There is a memory a block, none before the
-        first token. Raises ValueError as `hidden`.
+        `tokens` continue the sequence of `caches`: one cache per block, or none at the start of a sequence. The logits are those
+        of `forward` at the last position of the whole sequence.
+
+        Raises ValueError if the sequence is longer than the learned positions.
         """
         caches = caches or [Cache()] * len(self.blocks)
         start = caches[0].length
         self.check_length(start + tokens.shape[1])
-        projected, blocks, read = self.project_embeddings(tokens), self.layers(), list[Cache]()
+        projected, blocks, new_caches = self.project_embeddings(tokens), self.layers(), list[Cache]()
         x = self.embedding(tokens if projected is None or len(blocks) > 1 else tokens[:, -1:], start)
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.step(x, cache, projected if block is blocks[0] else None, last=block is blocks[-1])
-            read.append(cache)
-        return self.head(self.norm(x[:, 0])), read
+            new_caches.append(cache)
+        return self.head(self.norm(x[:, 0])), new_caches
 
     def check_length(self, length: int) -> None:
-        """Raises ValueError where a sequence is longer than learned positions reach."""
+        """Raise ValueError if a sequence of `length` tokens is longer than the learned positions."""
         if self.max_length is not None and length > self.max_length:
             raise ValueError(f"learned positions reach {self.max_length} tokens, not {length}")
 
     def layers(self) -> list[Block]:
-        """The blocks, first to last."""
         return [cast(Block, block) for block in self.blocks]
 
 
 class Embedding(nn.Module):
-    """One vector a token, and one a position for the schemes that add one."""
+    """One vector per token, plus one per position for learned and sinusoidal positions."""
 
     def __init__(self, config: AnyModel, vocabulary: int, length: int):
         super().__init__()
@@ -112,18 +118,18 @@ class Embedding(nn.Module):
             self.position = nn.Parameter(torch.randn(length, config.width) * config.width**-0.5)
 
     def forward(self, tokens: Tokens, start: int = 0) -> Hidden:
-        """Of tokens whose first one is at position `start`."""
+        """Embed tokens; the first one is at position `start`."""
         x, length = self.token(tokens), tokens.shape[1]
         if self.scheme == "learned":
             x = x + self.position[start : start + length]
         elif self.scheme == "sinusoidal":
-            # Scaled to the size of a token's vector: unit sines would drown it.
+            # Scaled to the norm of a token's vector: sines of amplitude 1 would dominate it.
             x = x + sinusoidal(length, x.shape[-1], x, start=start) * (2 / x.shape[-1]) ** 0.5
         return x
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + mlp(norm(x)) where there is an MLP."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)) if the model has an MLP."""
 
     def __init__(self, config: AnyModel, mixer: ModelConfig, length: int):
         super().__init__()
@@ -139,9 +145,10 @@ class Block(nn.Module):
     def forward(
         self, x: Float[Tensor, "B _ D"], positions: Positions | None = None, projected: Float[Tensor, "B L P"] | None = None
     ) -> Float[Tensor, "B _ D"]:
-        """The block's output at positions `at`.
+        """Return the output at `positions`, or at every position.
 
-        `projected` is what `project` makes of every position, where that is known already: `x` is then what stands at `at` alone.
+        `projected` is the result of `project` at every position, if already computed. `x` then holds only the tokens at
+        `positions`.
         """
         if projected is None:
             x, projected = gather_positions(x, positions), self.project(x)
@@ -150,24 +157,25 @@ class Block(nn.Module):
     def step(
         self, x: Float[Tensor, "B _ D"], cache: Cache, projected: Float[Tensor, "B L P"] | None = None, *, last: bool = False
     ) -> tuple[Float[Tensor, "B _ D"], Cache]:
-        """The block's output of tokens that follow upon those of `memory`, or of the `last` alone; and the memory of all.
+        """Return the output for tokens that continue `cache`, and the updated cache.
 
-        `projected` is what `project` makes of every token, where that is known already: of `x`, the last row may then do.
+        With `last`, only the output of the last token is computed. `projected` is the result of `project` for every token, if
+        already computed. With both, `x` may hold only the last token.
         """
         mixed, cache = self.mixer.step(self.project(x) if projected is None else projected, cache, last=last)
         return self.refine((last_tokens(x, 1) if last else x) + mixed), cache
 
     def refine(self, x: Float[Tensor, "B _ D"]) -> Float[Tensor, "B _ D"]:
-        """The second half, of each token alone."""
+        """Apply the MLP half of the block, per token."""
         return x if self.mlp is None else x + self.mlp(x)
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
-        """What the mixer makes of each token alone."""
+        """Apply the norm and the per-token part of the mixer."""
         return self.mixer.project(self.mixer_norm(x))
 
 
 class SwiGLU(nn.Module):
-    """swish(x G) * (x U): `hidden` units, each of which another opens (arXiv 2002.05202)."""
+    """swish(x G) * (x U) with `hidden` gated units (arXiv 2002.05202)."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -179,5 +187,5 @@ class SwiGLU(nn.Module):
 
 
 def build_norm(config: AnyModel) -> nn.LayerNorm | nn.RMSNorm:
-    """Over the channels of a token, with learned scales."""
+    """Build the model's norm: LayerNorm, or RMSNorm with epsilon 1e-6."""
     return nn.RMSNorm(config.width, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.width)

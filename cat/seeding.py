@@ -1,4 +1,4 @@
-"""Seeds and NumPy generators, each derived from what it is for."""
+"""Seeds and NumPy generators, derived from their purpose."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def derive_seed(seed: int, name: str, use: str) -> int:
-    """A 63-bit seed for one use of one seed of one task, independent of every other."""
+    """Derive a 63-bit seed from a seed, the name of a task and a use; seeds of different uses are independent."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{use}".encode()).digest()[:8], "little") >> 1
 
 
 def generator(seed: int, name: str, split: str) -> np.random.Generator:
-    """The stream of (seed, name, split): the same whatever else is drawn."""
+    """Create the generator of (seed, name, split). It does not depend on any other random draw."""
     return np.random.Generator(np.random.PCG64(derive_seed(seed, name, split)))

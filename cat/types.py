@@ -1,7 +1,13 @@
-"""Axis letters and the tensors made of them.
+"""Axis letters, and names for the tensor shapes that use them.
 
-B batch, L sequence length, A positions asked of a sequence, H heads, C channels of a head, E of its values, D channels of the
-residual stream, W filter taps, V vocabulary, G groups of heads, each with taps of its own.
+    B  sequences of a batch           H  heads
+    L  tokens of a sequence           C  channels per head
+    A  target positions per sequence  E  channels per head of the values
+    D  width of the residual stream   W  kernel size
+    V  vocabulary size                G  input heads of a mixing convolution; or groups, each with its own kernel
+    R  members of an ensemble that is trained as one model
+
+In a shape, `#C` is C or 1, and `_` is any size.
 """
 
 from jaxtyping import Float, Int
@@ -9,25 +15,26 @@ from torch import Tensor
 
 Tokens = Int[Tensor, "B L"]
 Positions = Int[Tensor, "B A"]
-"""The positions of each sequence whose output is wanted, in rising order."""
+"""Target positions of each sequence, in ascending order. Outputs are computed only there."""
 Hidden = Float[Tensor, "B L D"]
 Heads = Float[Tensor, "B H L C"]
 Queries = Float[Tensor, "B H _ C"]
-"""Of every position, or of those that are asked for."""
-Sources = Float[Tensor, "B G L C"]
-"""The heads that are mixed."""
+"""Queries at every position, or only at the target positions."""
+InputHeads = Float[Tensor, "B G L C"]
+"""Inputs of a convolution that mixes heads. As a rule G = H."""
 Values = Float[Tensor, "B H L E"]
-"""E is C in a model: only its diagnostics hand a mixer values of another width."""
+"""E = C in a model. Only the diagnostics pass values of another width."""
 State = Float[Tensor, "B H C E"]
-"""What a head keeps of the tokens so far, however many they are: a sum over them of key times value."""
+"""State of a recurrence: a sum over the tokens so far of key times value. Its size does not depend on their number."""
 HeadKernel = Float[Tensor, "H W"]
 ChannelKernel = Float[Tensor, "H #C W"]
-"""C is 1 where the channels of a head share their taps."""
+"""One kernel per channel. The axis C has size 1 if the channels of a head share a kernel."""
 HeadMixingKernel = Float[Tensor, "H G W"]
-"""From each of G heads, as a rule the same ones, to each of H."""
+"""One kernel for each pair of output head and input head."""
 GroupedHeads = Float[Tensor, "G B H L C"]
 GroupedKernel = Float[Tensor, "G H #C W"]
-Replicated = Float[Tensor, "R B H L C"]
+MemberHeads = Float[Tensor, "R B H L C"]
+"""Heads of one group, for each ensemble member."""
 StackedHeads = Float[Tensor, "R G B H L C"]
+"""Heads of all groups, for each ensemble member."""
 StackedKernel = Float[Tensor, "R G H #C W"]
-"""Those of R replicas."""

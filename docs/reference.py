@@ -1,4 +1,4 @@
-"""The API reference: `python -m docs.reference` writes docs/api/ from the docstrings. What pdoc warns of is an error."""
+"""Write the API reference: `python -m docs.reference` turns the docstrings into docs/api/. Warnings of pdoc are errors."""
 
 from __future__ import annotations
 
@@ -27,43 +27,44 @@ FOLDER = Path(__file__).parent / "api"
 
 
 def write(folder: Path = FOLDER, packages: tuple[str, ...] = PACKAGES) -> None:
-    """A page a module, an index and a search over both, in `folder`. Raises what pdoc warns of."""
-    _fewer_words()
+    """Write a page per module, an index and a search into `folder`."""
+    _configure_pdoc()
     for package in packages:
         _prepare(import_module(package))
     with warnings.catch_warnings(action="error"), atomic_write(folder) as pages:
-        pdoc.pdoc(*packages, *(f"!{name}" for name in _left_out()), output_directory=pages)
+        for name in _excluded_modules():
+            warnings.filterwarnings("ignore", f"Couldn't import {name}")
+        pdoc.pdoc(*packages, *(f"!{name}" for name in _excluded_modules()), output_directory=pages)
         for page in pages.rglob("*.html"):
-            page.write_text(_tidied(page.read_text(encoding="utf-8")), encoding="utf-8")
+            page.write_text(_clean(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
-def _prepare(module: ModuleType) -> None:
-    """Tells pdoc what it does not see: what a package has from its modules, and the types of a NamedTuple's fields."""
-    names = getattr(module, "__all__", [])
-    vars(module).update({name: getattr(module, name) for name in names})  # some are imported when they are asked for
+def _prepare(module: ModuleType) -> dict[str, str]:
+    """Show pdoc the names that a package exports and the types of NamedTuple fields; return the docstrings of variables."""
+    names, docstrings = getattr(module, "__all__", []), {}
+    vars(module).update({name: getattr(module, name) for name in names})  # some are imported lazily
     for kind in vars(module).values():
         if isinstance(kind, type) and hasattr(kind, "_fields") and kind.__module__ == module.__name__:
             kind.__new__.__annotations__ = typing.get_type_hints(kind, include_extras=True)
             for part in (kind.__new__, *(vars(kind)[field] for field in kind._fields)):
-                part.__doc__ = None  # it says which field of a tuple it is
+                part.__doc__ = None  # Python's own text, such as "Alias for field number 0"
     for found in pkgutil.iter_modules(getattr(module, "__path__", ())):
-        if found.name == "__main__" or f"{module.__name__}.{found.name}" in _left_out():
+        if found.name == "__main__" or f"{module.__name__}.{found.name}" in _excluded_modules():
             continue
-        below = import_module(f"{module.__name__}.{found.name}")
-        _prepare(below)
+        docstrings |= _prepare(import_module(f"{module.__name__}.{found.name}"))
         if names:
-            docstrings = walk_tree(below).var_docstrings
-            walk_tree(module).var_docstrings.update({name: docstrings[name] for name in names if name in docstrings})
             names.append(found.name)
+    own = walk_tree(module).var_docstrings
+    own.update({name: docstrings[name] for name in names if name in docstrings})
+    return docstrings | own
 
 
-def _left_out() -> list[str]:
-    """What cannot be imported here."""
+def _excluded_modules() -> list[str]:
     return [] if find_spec("triton") else [NEEDS_TRITON]
 
 
-def _fewer_words() -> None:
-    """Docstrings have no HTML, but formulas that look like it; what torch says of every module is no description of ours."""
+def _configure_pdoc() -> None:
+    """Escape HTML in docstrings, because formulas look like it, and omit the docstrings that torch gives to every module."""
     pdoc.render.env.filters["to_html"] = functools.partial(
         markdown, safe_mode="escape", extras=markdown_extensions, link_patterns=markdown_link_patterns
     )
@@ -72,8 +73,8 @@ def _fewer_words() -> None:
     FieldInfo.__repr__ = lambda field: ", ".join(map(repr, field.metadata)) or f"discriminator={field.discriminator!r}"
 
 
-def _tidied(page: str) -> str:
-    """Without the defaults of fields that have none; a shape as it is written."""
+def _clean(page: str) -> str:
+    """Remove the defaults of fields that have none, and write shapes as in the code."""
     page = re.sub(r'=\s*<span class="default_value">PydanticUndefined</span>', "", page)
     return re.sub(r"&lt;class &#39;(jaxtyping\..*?)&#39;&gt;", r"\1", page)
 

@@ -1,11 +1,11 @@
-"""A small transformer that trains on associative recall: with torch's attention, and with CAT in its place.
+"""Train a small transformer on associative recall with torch attention and CAT.
 
     python examples/transformer.py
 
-Eight keys and their values, then every key again: the answer is the value that followed it. The models differ in the argument
-`attention` alone, and see the same data in the same order. CAT without its filters is trained as well, so that nothing but the
-filters can be what makes the difference. Two blocks of plain attention can express recall, the first reading each key from the
-token before; what is shown is how far they get in so short a training.
+A sequence has eight keys with their values, then every key again; the target is the value that followed the key. The models
+differ only in the argument `attention` and see the same data in the same order. CAT without convolutions is also trained, so the
+convolutions are the only possible cause of a difference. Two blocks of plain attention can express recall: the first one copies
+each key to the next token. This example shows how much they learn in a short training.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ TASK = Recall(
     length=36, multiples=(1,), train_examples=1, valid_examples=1, test_examples=1,
 )  # fmt: skip
 Attend = Callable[[int, int], nn.Module]
-"""Makes the attention of one block from its width and heads."""
+"""Build the attention of one block from its width and heads."""
 
 
 class TorchAttention(nn.Module):
-    """torch's own causal attention."""
+    """Causal attention of torch."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -57,7 +57,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embeddings of tokens and positions, blocks, norm, head; `attention(width, heads)` makes the attention of a block."""
+    """Token and position embeddings, blocks, norm and head.
+
+    `attention(width, heads)` builds the attention of one block.
+    """
 
     def __init__(self, attention: Attend, *, vocabulary: int, length: int, width: int, heads: int, layers: int):
         super().__init__()
@@ -73,13 +76,13 @@ class Transformer(nn.Module):
 
 
 def draw(split: str, count: int, generator: np.random.Generator) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
-    """Sequences and, where a key is asked again, its value."""
+    """Draw sequences and targets: the value at each repeated key, IGNORE elsewhere."""
     examples = TASK.examples(split, TASK.length, count, generator)
     return torch.from_numpy(examples.inputs), torch.from_numpy(examples.targets)
 
 
 def train(attention: Attend, *, steps: int, batch: int = 32, seed: int = 0) -> Transformer:
-    """A model after `steps` steps, each on sequences never seen before."""
+    """Train a model for `steps` steps, each on new sequences."""
     torch.manual_seed(seed)
     model = Transformer(attention, vocabulary=TASK.vocabulary, length=TASK.length, width=64, heads=2, layers=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -98,20 +101,20 @@ def train(attention: Attend, *, steps: int, batch: int = 32, seed: int = 0) -> T
 
 @torch.no_grad()
 def accuracy(model: nn.Module, *, count: int = 1000, seed: int = 1) -> float:
-    """The share of the questions of `count` new sequences that are answered with the right value."""
+    """Return the accuracy at the target positions of `count` new sequences."""
     tokens, targets = draw("test", count, np.random.default_rng(seed))
-    asked = targets != IGNORE
-    return (model(tokens).argmax(-1) == targets)[asked].double().mean().item()
+    is_target = targets != IGNORE
+    return (model(tokens).argmax(-1) == targets)[is_target].double().mean().item()
 
 
 def main(steps: int = 300) -> None:
     torch.set_num_threads(1)
     attentions: dict[str, Attend] = {
         "torch's attention": TorchAttention,
-        "CAT, no filters": ConvolutionAugmentedAttention,
-        "CAT, q = k = v = 4 taps": partial(ConvolutionAugmentedAttention, conv_q=4, conv_k=4, conv_v=4),
+        "CAT, no convolutions": ConvolutionAugmentedAttention,
+        "CAT, kernel size 4": partial(ConvolutionAugmentedAttention, conv_q=4, conv_k=4, conv_v=4),
     }
-    print(f"associative recall, {steps} steps; guessing one of the {TASK.pairs} values shown: {1 / TASK.pairs:.3f}")
+    print(f"associative recall, {steps} steps; chance ({TASK.pairs} values in the sequence): {1 / TASK.pairs:.3f}")
     for name, attention in attentions.items():
         began = time.perf_counter()
         model = train(attention, steps=steps)

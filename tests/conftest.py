@@ -1,4 +1,4 @@
-"""Shapes and types of everything that computes with tensors are checked while the tests run."""
+"""Check shapes and types of all code that computes with tensors while the tests run."""
 
 import pkgutil
 import re
@@ -11,30 +11,30 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# pydantic checks its own classes, in which beartype cannot read `Self`; Triton and Numba compile what stands in the file.
+# pydantic checks its own classes, in which beartype cannot read `Self`. Triton and Numba compile the source as it is.
 NOT_CHECKED = re.compile(r"cat\.tasks\.|.*\.(config|registry|triton_backend|numba_backend)$")
 LIBRARY = Path(__file__).parent.parent / "cat"
 
-# What a shell starts in the background ignores interrupts, and so does all that it starts; some tests send them.
+# Some tests send interrupts. A shell makes its background processes, and all their children, ignore them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-torch.set_num_threads(1)  # tests run side by side; more threads than cores would slow them many times
+torch.set_num_threads(1)  # several test processes run at once; more threads than cores would slow them many times
 
 modules = [module.name for module in pkgutil.walk_packages([str(LIBRARY)], "cat.") if not module.ispkg]
 install_import_hook([name for name in modules if not NOT_CHECKED.match(name)], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _data_of_this_module():
-    """A process that trains knows the splits of a task by its name: those of another module's folder are none of this one's."""
+def _clear_cached_splits():
+    """Training caches the splits of a task by its name. Another test module's task of that name has other splits."""
     if (train := sys.modules.get("pipeline.stages.train")) is not None:
         train._splits.cache_clear()
 
 
 @pytest.fixture
 def study(finished, tmp_path, monkeypatch):
-    """A copy of the folder `finished`, which the module of a test makes, is the working folder; what its params.yaml says."""
+    """Copy the module's folder `finished`, make the copy the working directory, and load its params.yaml."""
     from pipeline.config.load import load_study
 
     shutil.copytree(finished, tmp_path / "study")
@@ -43,7 +43,7 @@ def study(finished, tmp_path, monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="run the tests that take minutes, too")
+    parser.addoption("--long", action="store_true", help="also run the tests that take minutes")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,4 +1,4 @@
-"""What a language model does along its context: its loss by position, and on the answers that stand in the context already."""
+"""Losses of a language model by position in the context, and on answers that the context already contains."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from cat.evaluation.scores import Split, token_scores
 from cat.model import SequenceModel
 
 TOKENS = 1 << 15
-"""Of the windows in which every position is scored: what that costs does not grow with the test split."""
+"""Tokens in the windows that are scored at every position. The cost does not grow with the test split."""
 
 
 class ByPosition(NamedTuple):
-    """The loss of each of L predictions in nats, the first made after one token; both the same up to the training length T."""
+    """The loss in nats of each of L predictions; the first one is made after one token.
+
+    The two fields are equal up to the training length T.
+    """
 
     full: Float[Tensor, "N R"]
-    """After all tokens before it, for the R <= L predictions whose context learned positions reach."""
+    """Given all tokens before it. R <= L: with learned positions, only the predictions within their length."""
     sliding: Float[Tensor, "N L"]
-    """After at most T tokens, as a model is evaluated that reads no further: in windows of T, moved by T // 2."""
+    """Given at most T tokens: windows of T tokens with stride T // 2."""
 
 
 class ByRecall(NamedTuple):
-    """Shares of all answers, and mean losses in nats an answer, nan where there is none.
+    """Shares of all answers, and mean losses in nats per answer; nan for a class without answers.
 
-    Telling the rare ones apart is how Zoology (arXiv 2312.04927) controls for n-grams that a model has memorised.
+    Separating the rare ones controls for n-grams that the model has memorised, as in Zoology (arXiv 2312.04927).
     """
 
     recalled_share: float
@@ -40,39 +43,48 @@ class ByRecall(NamedTuple):
 
 
 def loss_by_position(model: SequenceModel, windows: Int[Tensor, "N M"], *, precision: str = "float32") -> ByPosition:
-    """The loss of `model` on every token but the first of windows of M = L + 1 > T tokens; in float64, on the CPU."""
+    """Return the loss on every token but the first, in float64 on the CPU.
+
+    Windows have M = L + 1 tokens, more than the training length T.
+    """
     trained, length = model.length, windows.shape[1] - 1
-    reach = length if model.max_length is None else min(length, model.max_length)
-    full = _losses(model, windows[:, : reach + 1], reach, precision)
-    pieces, step = [full[:, :trained]], trained // 2
-    for begin in range(trained, length, step):
-        end = min(begin + step, length)
+    full_length = length if model.max_length is None else min(length, model.max_length)
+    full = _losses(model, windows[:, : full_length + 1], full_length, precision)
+    pieces, stride = [full[:, :trained]], trained // 2
+    for begin in range(trained, length, stride):
+        end = min(begin + stride, length)
         pieces.append(_losses(model, windows[:, end - trained : end + 1], end - begin, precision))
     return ByPosition(full, torch.cat(pieces, dim=1))
 
 
 def _losses(model: SequenceModel, windows: Int[Tensor, "N M"], count: int, precision: str) -> Float[Tensor, "N _"]:
-    """Of the last `count` tokens of each window."""
+    """Return the losses on the last `count` tokens of each window."""
     length = windows.shape[1] - 1
-    at = torch.arange(length - count, length, device=windows.device).expand(len(windows), -1)
-    split = Split(windows[:, :-1], at, windows[:, -count:])
-    return torch.cat([part.loss.double().cpu() for part in token_scores(model, split, precision=precision)])
+    positions = torch.arange(length - count, length, device=windows.device).expand(len(windows), -1)
+    split = Split(windows[:, :-1], positions, windows[:, -count:])
+    return torch.cat([chunk.loss.double().cpu() for chunk in token_scores(model, split, precision=precision)])
 
 
-def sample(count: int, length: int) -> Int[np.ndarray, " n"]:
-    """Which of `count` windows of `length` tokens are scored at every position: as many as make TOKENS, evenly spread."""
-    most = min(count, max(1, TOKENS // length))
-    return np.arange(most) * count // most
+def scored_windows(count: int, length: int) -> Int[np.ndarray, " n"]:
+    """Return the indices of the windows to score at every position: evenly spaced, TOKENS tokens in all.
+
+    At least one and at most `count` windows of `length` tokens.
+    """
+    scored = min(count, max(1, TOKENS // length))
+    return np.arange(scored) * count // scored
 
 
-def bins(trained: int, length: int) -> list[int]:
-    """The last position of each bin, from 1: a quarter of the training length each, one of them ending at that length."""
+def bin_ends(trained: int, length: int) -> list[int]:
+    """Return the last position of each bin, counted from 1.
+
+    A bin is a quarter of the training length; one bin ends at the training length.
+    """
     quarters = range(1, math.ceil(4 * length / trained))
     return [*(trained * quarter // 4 for quarter in quarters), length]
 
 
 def loss_by_recall(loss: Float[np.ndarray, "N A"], recalled: Bool[np.ndarray, "N A"], rare: Bool[np.ndarray, "N A"]) -> ByRecall:
-    """The losses of N x A answers by whether they are `recalled`, and those `rare`, as cat/tasks/base.py has it."""
+    """Average the losses of N x A answers per class. `Recalled` in cat/tasks/base.py defines `recalled` and `rare`."""
     return ByRecall(
         recalled_share=float(recalled.mean()),
         recalled_rare_share=float(rare.mean()),

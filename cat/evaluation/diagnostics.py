@@ -1,4 +1,4 @@
-"""What a trained model does: where its attention is, and whether its key filter solves associative recall at every length."""
+"""Diagnostics of a trained model: attention statistics, filter kernels, and the length condition on key filters."""
 
 from __future__ import annotations
 
@@ -20,49 +20,53 @@ from cat.ops.conv.causal import dilate
 from cat.types import Hidden, Tokens
 
 MAX_TOKENS = 4096
-"""Tokens, whole sequences of them and one at least, in which attention is looked at while a model is trained."""
+"""Tokens per diagnostic during training: as many whole sequences as fit, at least one."""
 
 
 class AttentionStatistics(NamedTuple):
-    """Of one layer, over the positions that ask for an answer."""
+    """Statistics of one layer over the target positions."""
 
     entropy: float
-    """Nats, the mean over heads: the logarithm of how many tokens share a query's attention."""
+    """Nats, the mean over heads. Uniform attention over n tokens has entropy log n."""
     on_answer: float | None
-    """Share of the attention that is on the token that holds the answer, in the head where that is largest."""
+    """Attention weight on the token that holds the answer, in the head where it is largest."""
 
 
 @torch.no_grad()
 def attention_statistics(
     model: SequenceModel, inputs: Tokens, is_target: Bool[Tensor, "B L"], answer_positions: Int[Tensor, "B L"] | None = None
 ) -> list[AttentionStatistics | None]:
-    """What each layer attends to at the `asked` positions, whose answers stand at `sources`; None for layers without attention.
+    """Return the statistics of each layer at the target positions; None for layers without attention.
 
-    A filter on the values is left out of account: it changes what is read off, not where.
+    `answer_positions` is where the context holds the answer of each target position. A value filter is ignored: it does not
+    change the attention weights.
     """
     statistics: list[AttentionStatistics | None] = []
     for weights in attention_maps(model, inputs):
         if weights is None:
             statistics.append(None)
             continue
-        rows = weights.transpose(1, 2)[is_target]
-        entropy = torch.special.entr(rows).sum(-1).mean().item()
+        target_weights = weights.transpose(1, 2)[is_target]
+        entropy = torch.special.entr(target_weights).sum(-1).mean().item()
         on_answer = None
         if answer_positions is not None:
-            at = answer_positions[is_target][:, None, None].expand(-1, rows.shape[1], 1)
-            on_answer = rows.gather(2, at)[..., 0].mean(0).max().item()
+            positions = answer_positions[is_target][:, None, None].expand(-1, target_weights.shape[1], 1)
+            on_answer = target_weights.gather(2, positions)[..., 0].mean(0).max().item()
         statistics.append(AttentionStatistics(entropy, on_answer))
     return statistics
 
 
 def attention_maps(model: SequenceModel, inputs: Tokens) -> Iterator[Float[Tensor, "B H L L"] | None]:
-    """The attention weights of one layer after the other; None for layers without attention."""
+    """Yield the attention weights of each layer; None for layers without attention."""
     for mixer, projected in _projections(model, inputs):
         yield _weights(mixer, projected)
 
 
 def attention_weights(mixer: Mixer, x: Hidden) -> Float[Tensor, "B H L L"] | None:
-    """How much each token reads of each: what the mixer makes of values that are axes. None where these are no shares."""
+    """Return the attention weights: the output of the mixer for one-hot values.
+
+    None if the mixer has no non-negative weights that sum to one.
+    """
     return _weights(mixer, mixer.project(x))
 
 
@@ -70,12 +74,12 @@ def _weights(mixer: Mixer, projected: Projection) -> Float[Tensor, "B H L L"] | 
     if not isinstance(mixer, QKVMixer) or not mixer.config.has_attention:
         return None
     q, k, v, *others = mixer.prepare(projected)
-    axes = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
-    return mixer.attend(q, k, axes, *others)
+    one_hot = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
+    return mixer.attend(q, k, one_hot, *others)
 
 
 def _projections(model: SequenceModel, inputs: Tokens) -> Iterator[tuple[Mixer, Projection]]:
-    """The mixer of one layer after the other, and what it has made of each token; the last layer is not computed further."""
+    """Yield the mixer and its projection for each layer. The rest of the last layer is not computed."""
     x = model.embedding(inputs)
     *others, last = model.layers()
     for block in others:
@@ -87,12 +91,12 @@ def _projections(model: SequenceModel, inputs: Tokens) -> Iterator[tuple[Mixer, 
 
 @torch.no_grad()
 def max_logit(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> float | None:
-    """Before the softmax, of all layers that have one and their heads, on the first sequences; None where no layer has.
+    """Return the largest attention logit over all layers and heads, on the first sequences.
 
-    Attention that grows without a limit is what precedes divergence (arXiv 2302.05442, 2309.14322).
+    None if no layer has a softmax. Attention logits that grow without bound precede divergence (arXiv 2302.05442, 2309.14322).
     """
     largest = -math.inf
-    for mixer, projected in _projections(model, _first(inputs)):
+    for mixer, projected in _projections(model, _first_sequences(inputs)):
         if isinstance(mixer, QKVMixer):
             q, k, *_ = mixer.prepare(projected)
             if (logits := mixer.logits(q, k)) is not None:
@@ -102,36 +106,36 @@ def max_logit(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> float | N
 
 @torch.no_grad()
 def head_entropies(model: SequenceModel, inputs: Integer[Tensor, "N L"]) -> list[list[float] | None]:
-    """Of attention in nats, a list a layer with the mean of each head over all tokens of the first sequences.
+    """Return the attention entropy in nats per layer and head, the mean over all tokens of the first sequences.
 
     None for a layer without attention.
     """
     return [
         None if weights is None else torch.special.entr(weights).sum(-1).mean((0, 2)).tolist()
-        for weights in attention_maps(model, _first(inputs))
+        for weights in attention_maps(model, _first_sequences(inputs))
     ]
 
 
-def _first(inputs: Integer[Tensor, "N L"]) -> Int[Tensor, "n L"]:
+def _first_sequences(inputs: Integer[Tensor, "N L"]) -> Int[Tensor, "n L"]:
     return inputs[: max(1, MAX_TOKENS // inputs.shape[1])].long()
 
 
 class FilterKernel(NamedTuple):
-    """A trained filter as it is applied at the training length."""
+    """The kernel of a trained filter at the training length."""
 
     layer: int
     projection: str
     head: str
-    """The head; `g>h` from head g to head h where heads are mixed. Where each channel has a filter, the head's mean."""
+    """The head, or `g>h` for a filter from head g to head h. A filter per channel is averaged over the channels of its head."""
     kernel: list[float]
     dilation: int
-    """Tokens from one tap to the next."""
+    """Tokens between neighbouring kernel values."""
 
 
 @torch.no_grad()
 def filter_kernels(model: SequenceModel) -> list[FilterKernel]:
-    """Every filter on a stream of every layer."""
-    found: list[FilterKernel] = []
+    """Return the kernel of every filter on a projection, in every layer."""
+    kernels: list[FilterKernel] = []
     for layer, block in enumerate(model.layers(), 1):
         if not isinstance(block.mixer, QKVMixer):
             continue
@@ -140,23 +144,25 @@ def filter_kernels(model: SequenceModel) -> list[FilterKernel]:
             kernel = causal_filter.response(model.length)
             match causal_filter.layout.sharing:
                 case "mixing":
-                    rows = {f"{g}>{h}": kernel[h, g] for h in range(len(kernel)) for g in range(len(kernel))}
+                    by_head = {f"{g}>{h}": kernel[h, g] for h in range(len(kernel)) for g in range(len(kernel))}
                 case "channel":
-                    rows = {str(h): kernel[h].mean(0) for h in range(len(kernel))}
+                    by_head = {str(h): kernel[h].mean(0) for h in range(len(kernel))}
                 case _:
-                    rows = {str(h): kernel[h] for h in range(len(kernel))}
-            found += [
-                FilterKernel(layer, projection, row, numbers.tolist(), causal_filter.dilation) for row, numbers in rows.items()
+                    by_head = {str(h): kernel[h] for h in range(len(kernel))}
+            kernels += [
+                FilterKernel(layer, projection, head, values.tolist(), causal_filter.dilation) for head, values in by_head.items()
             ]
-    return found
+    return kernels
 
 
 @torch.no_grad()
 def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
-    """Whether a trained key filter meets the condition of `solves_every_length` in any head, with the sign of its scores.
+    """Return whether a trained key filter meets the condition of `solves_every_length` in any head.
 
-    None unless the model is what the condition is about: one layer of attention without positions, its rows not normalised, whose
-    only filters are on the keys, one a head. The condition takes tokens for orthonormal, which trained ones are in part.
+    The kernel is multiplied by the sign of the head's scores: the mean score of a token with itself minus that of any two tokens.
+
+    None unless the condition applies: one attention layer without positions and without QK normalisation, whose only filters
+    are on the keys, one per head. The condition assumes orthonormal tokens; trained tokens are orthonormal only approximately.
     """
     config = model.config
     if not isinstance(config, AttentionConfig) or not config.only_keys_convolved:
@@ -166,19 +172,22 @@ def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
     tokens = block.mixer_norm(model.embedding.token.weight)
     q, k = mixer.project(tokens).unflatten(-1, (3, config.heads, -1)).permute(1, 2, 0, 3)[:2]
     same = (q * k).sum(-1).mean(-1)
-    any_two = (q.mean(-2) * k.mean(-2)).sum(-1)
-    on_keys = cast(Filter, mixer.filters["k"])
-    kernel = F.pad(dilate(on_keys.response(model.length), on_keys.dilation), (0, 1))
-    return bool(solves_every_length(kernel * (same - any_two).sign()[:, None]).any())
+    any_pair = (q.mean(-2) * k.mean(-2)).sum(-1)
+    key_filter = cast(Filter, mixer.filters["k"])
+    kernel = F.pad(dilate(key_filter.response(model.length), key_filter.dilation), (0, 1))
+    return bool(solves_every_length(kernel * (same - any_pair).sign()[:, None]).any())
 
 
 def solves_every_length(kernel: Float[Tensor, "*filters W"]) -> Bool[Tensor, "*filters"]:
-    """Whether a causal filter of two taps or more on the keys solves associative recall (N = 1) at every length.
+    """Return whether a causal key filter of kernel size 2 or more solves associative recall (N = 1) at every length.
 
-    Exact at zero temperature for orthonormal tokens, queries without a filter and rows that are not normalised: the token after
-    the first occurrence must win over the question's own place, over every later trace of the token, and over places where two
-    traces add up:   F_1 > max(0, F_0, F_j, F_0 + F_j for every j >= 2)   and   F_0 + F_1 > 0.
+    Exact at zero temperature for orthonormal tokens, unfiltered queries and no QK normalisation:
+
+        F_1 > max(0, F_0, F_j, F_0 + F_j for every j >= 2)   and   F_0 + F_1 > 0
+
+    The token after the first occurrence must score higher than the query's own position, than every later position that the
+    filter spreads the key to, and than positions where two such contributions add up.
     """
     first, second, rest = kernel[..., 0], kernel[..., 1], F.pad(kernel[..., 2:], (0, 1))
-    rival = torch.maximum(rest, first[..., None] + rest).amax(-1)
-    return (second > rival.clamp(min=0)) & (first + second > 0)
+    highest_other = torch.maximum(rest, first[..., None] + rest).amax(-1)
+    return (second > highest_other.clamp(min=0)) & (first + second > 0)

@@ -1,4 +1,4 @@
-"""Scores of a model on a split: with the true tokens as inputs, or on its own continuation."""
+"""Scores of a model on a split: teacher-forced, or autoregressive on its own continuation."""
 
 from __future__ import annotations
 
@@ -17,42 +17,42 @@ from cat.tasks.base import IGNORE
 from cat.types import Tokens
 
 TOKENS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 17}
-"""Bounds the memory of an evaluation, on a CPU to what a core's cache holds; sequences longer than this are taken one by one."""
-Part = TypeVar("Part")
+"""Tokens per chunk of an evaluation. It bounds the memory, on a CPU to a core's cache. Longer sequences run one by one."""
+Result = TypeVar("Result")
 
 
 @runtime_checkable
 class TrainingSplit(Protocol):
-    """Examples on a device, of which batches are made."""
+    """Examples on a device, from which batches are drawn."""
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of examples."""
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """Device of the examples."""
 
     def rows(self, index: Int[Tensor, " B"]) -> Split:
-        """Some of the examples, as 64-bit numbers."""
+        """Return the examples at `index`, in int64."""
 
 
 class Split(NamedTuple):
-    """Examples as tensors on a device: what is read, where an answer is asked, and which."""
+    """Examples as tensors on a device: inputs, target positions and answers."""
 
     inputs: Integer[Tensor, "N L"]
     positions: Integer[Tensor, "N A"]
-    """Positions in rising order, as many for every example as the one with most questions has."""
+    """Rising. A is the largest number of targets in an example; examples with fewer are padded with other positions."""
     answers: Integer[Tensor, "N A"]
-    """IGNORE where an example has fewer questions."""
+    """The targets at `positions`; IGNORE at padding."""
 
     @classmethod
     def of(cls, inputs: Integer[Tensor, "N L"], targets: Integer[Tensor, "N L"]) -> Split:
-        """A split of examples whose targets are below zero where nothing is asked."""
-        asked = targets >= 0
-        most = int(asked.sum(1).max())
-        at = asked.int().argsort(dim=1, descending=True, stable=True)[:, :most].sort(dim=1).values
-        return cls(inputs, at.int(), targets.masked_fill(~asked, IGNORE).gather(1, at))
+        """Build a split. Positions with negative targets are not scored."""
+        is_target = targets >= 0
+        count = int(is_target.sum(1).max())
+        positions = is_target.int().argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
+        return cls(inputs, positions.int(), targets.masked_fill(~is_target, IGNORE).gather(1, positions))
 
     @property
     def size(self) -> int:
@@ -63,12 +63,12 @@ class Split(NamedTuple):
         return self.inputs.device
 
     def rows(self, index: Int[Tensor, " B"] | slice) -> Split:
-        """Some of the examples, as 64-bit numbers."""
+        """Return the examples at `index`, in int64."""
         return Split(*(tensor[index].long() for tensor in self))
 
 
 class TextSplit(NamedTuple):
-    """Windows of one text (cat/tasks/base.py): each is cut when its turn comes, and asks for the next token everywhere."""
+    """Windows of one text (cat/tasks/base.py), cut on demand. Every position has the next token as its target."""
 
     tokens: Integer[Tensor, " T"]
     starts: Int[Tensor, " N"]
@@ -83,23 +83,23 @@ class TextSplit(NamedTuple):
         return self.tokens.device
 
     def rows(self, index: Int[Tensor, " B"]) -> Split:
-        """Some of the examples, as 64-bit numbers."""
-        places = torch.arange(self.length, device=self.device).repeat(len(index), 1)
-        at = self.starts[index, None] + places
-        return Split(self.tokens[at].long(), places, self.tokens[at + 1].long())
+        """Return the windows at `index`, in int64."""
+        positions = torch.arange(self.length, device=self.device).repeat(len(index), 1)
+        token_index = self.starts[index, None] + positions
+        return Split(self.tokens[token_index].long(), positions, self.tokens[token_index + 1].long())
 
 
 class TokenScores(NamedTuple):
-    """What a model answered in N sequences, answer by answer."""
+    """Scores of each answer in N sequences."""
 
     loss: Float[Tensor, "N A"]
-    """Nats; 0 where nothing is asked."""
+    """Nats; 0 at padding."""
     correct: Bool[Tensor, "N A"]
     is_target: Bool[Tensor, "N A"]
 
 
 class SequenceTotals(NamedTuple):
-    """What a model answered, sequence by sequence: the sums that scores are quotients of."""
+    """Sums over the answers of each sequence. Scores are quotients of these sums."""
 
     loss: Float[Tensor, " N"]
     """Nats."""
@@ -107,9 +107,9 @@ class SequenceTotals(NamedTuple):
     targets: Float[Tensor, " N"]
 
     @classmethod
-    def of(cls, parts: Iterable[TokenScores]) -> SequenceTotals:
-        """The sums over the answers of each sequence, in float64, on the CPU."""
-        sums = ([column.sum(1).double().cpu() for column in part] for part in parts)
+    def of(cls, chunks: Iterable[TokenScores]) -> SequenceTotals:
+        """Sum over the answers of each sequence, in float64 on the CPU."""
+        sums = ([column.sum(1).double().cpu() for column in chunk] for chunk in chunks)
         return cls(*map(torch.cat, zip(*sums, strict=True)))
 
 
@@ -117,16 +117,16 @@ class Scores(NamedTuple):
     """Means over a split."""
 
     loss: float
-    """Nats an answer."""
+    """Nats per answer."""
     accuracy: float
-    """Share of the answers that are right."""
+    """Share of correct answers."""
     sequence_accuracy: float
-    """Share of the sequences in which every answer is right."""
+    """Share of sequences with every answer correct."""
 
     @classmethod
-    def of(cls, tally: SequenceTotals) -> Scores:
-        loss, right, asked = (column.sum().item() for column in tally)
-        return cls(loss / asked, right / asked, (tally.correct == tally.targets).double().mean().item())
+    def of(cls, totals: SequenceTotals) -> Scores:
+        loss, correct, targets = (column.sum().item() for column in totals)
+        return cls(loss / targets, correct / targets, (totals.correct == totals.targets).double().mean().item())
 
     @property
     def perplexity(self) -> float:
@@ -134,77 +134,76 @@ class Scores(NamedTuple):
 
     @property
     def bits(self) -> float:
-        """Bits an answer; for text in bytes, bits per byte."""
+        """Bits per answer; for text in bytes, bits per byte."""
         return self.loss / math.log(2)
 
 
 def score(model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False) -> Scores:
-    """The scores of `model` on `split`: those of its `tally`."""
+    """Return the mean scores of `model` on `split`."""
     return Scores.of(sequence_totals(model, split, precision=precision, autoregressive=autoregressive))
 
 
 def sequence_totals(
     model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False
 ) -> SequenceTotals:
-    """What `model` answers in each sequence of `split`: the sums of its `outcomes`."""
+    """Return the scores of `model`, summed over each sequence of `split`."""
     return SequenceTotals.of(token_scores(model, split, precision=precision, autoregressive=autoregressive))
 
 
 def token_scores(
     model: SequenceModel, split: Split, *, precision: str = "float32", autoregressive: bool = False
 ) -> Iterator[TokenScores]:
-    """What `model` answers in `split`, a bounded number of tokens at a time, in the order of its sequences.
+    """Score every answer of `split`, in chunks of TOKENS_AT_ONCE tokens, in the order of its sequences.
 
-    Autoregressive: after the first asked position the model reads what it answers itself; the asked positions must then be the
-    same in every sequence, and the last ones of it. The loss stays that of the true answers.
+    With `autoregressive`, the model's own answers replace the inputs after the first target position. The target positions must
+    then be the last ones of the sequence, and the same in every sequence. The loss is still that of the true answers.
     """
     size = TOKENS_AT_ONCE[split.inputs.device.type] // split.inputs.shape[1]
-    return in_parts(lambda part: _token_scores(model, part, precision, autoregressive), split, size)
+    return map_chunks(lambda chunk: _token_scores(model, chunk, precision, autoregressive), split, size)
 
 
-def in_parts(function: Callable[[Split], Part], split: Split, size: int) -> Iterator[Part]:
-    """`function` of `size` sequences of `split` at a time, one at least, or of half as many where there is no memory for them.
+def map_chunks(function: Callable[[Split], Result], split: Split, size: int) -> Iterator[Result]:
+    """Apply `function` to chunks of `size` sequences, at least one. Halve the size when memory runs out.
 
-    Raises torch.OutOfMemoryError where there is none for one.
+    Raises torch.OutOfMemoryError if one sequence does not fit.
     """
     start, size = 0, max(1, min(size, split.size))
     while start < split.size:
         try:
-            part = function(split.rows(slice(start, start + size)))
+            result = function(split.rows(slice(start, start + size)))
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
             size = -(-size // 2)
         else:
-            yield part
+            yield result
             start += size
             continue
-        torch.cuda.empty_cache()  # here the error is gone, and with it the tensors that its traceback held
+        torch.cuda.empty_cache()  # outside `except`: the traceback would keep the tensors alive
 
 
 @torch.no_grad()
-def _token_scores(model: SequenceModel, split: Split, precision: str, autoregressive: bool) -> TokenScores:
-    """Of all sequences at once."""
-    inputs, at, answers = split
+def _token_scores(model: SequenceModel, chunk: Split, precision: str, autoregressive: bool) -> TokenScores:
+    inputs, positions, answers = chunk
     with autocast(inputs.device, precision):
         if autoregressive:
-            logits = greedy_logits(model, inputs[:, : int(at[0, 0]) + 1], at.shape[1]).float()
+            logits = greedy_logits(model, inputs[:, : int(positions[0, 0]) + 1], positions.shape[1]).float()
         else:
-            logits = model.logits_at(inputs, at).float()
+            logits = model.logits_at(inputs, positions).float()
     loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten(), ignore_index=IGNORE, reduction="none")
     return TokenScores(loss.view_as(answers), logits.argmax(-1) == answers, answers != IGNORE)
 
 
 def greedy_logits(model: SequenceModel, prompt: Tokens, count: int) -> Float[Tensor, "B A V"]:
-    """The logits of the `count` tokens after each prompt, of which the model reads those that it holds most likely itself."""
+    """Return the logits of the `count` tokens after each prompt. The most likely token becomes the next input."""
     logits, caches = model.step(prompt)
-    every = [logits]
-    while len(every) < count:
+    steps = [logits]
+    while len(steps) < count:
         logits, caches = model.step(logits.argmax(-1)[:, None], caches)
-        every.append(logits)
-    return torch.stack(every, dim=1)
+        steps.append(logits)
+    return torch.stack(steps, dim=1)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Matrix products in bfloat16 where `precision` says so; weights, norms and the loss stay in float32."""
+    """Compute matrix products in bfloat16 if `precision` is "bfloat16". Weights, norms and the loss stay in float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")

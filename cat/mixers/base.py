@@ -1,4 +1,4 @@
-"""What every mixer is: a map of each token alone, then what makes the tokens of a sequence see each other, causally."""
+"""Interface of every mixer: project each token, then mix tokens causally."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -13,18 +13,19 @@ from cat.types import Hidden, Positions
 
 @dataclass(frozen=True)
 class Cache:
-    """What is needed of the tokens read so far to go on with those that follow."""
+    """State of a mixer after the tokens so far, such as a KV cache."""
 
     length: int = 0
-    """Tokens read so far."""
+    """Tokens so far."""
     state: Mapping[str, Tensor] = field(default_factory=dict)
-    """By name; nothing before the first token."""
+    """Tensors by name; empty before the first token."""
 
 
 class Mixer(nn.Module, ABC):
-    """Maps (B, L, D) to (B, L, D) causally; with `at`, only those positions of it are computed: (B, A, D).
+    """Map (B, L, D) to (B, L, D) causally.
 
-    The two halves are apart because a model calls them apart: a token's projection may be looked up instead of computed.
+    With `positions`, compute only the outputs there: (B, A, D). `project` and `mix` are separate because a model may look up a
+    token's projection instead of computing it.
     """
 
     def forward(self, x: Hidden, positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
@@ -32,32 +33,32 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
-        """All that is computed of one token without a look at the others."""
+        """Compute everything that depends on one token only."""
 
     @abstractmethod
     def mix(self, projected: Float[Tensor, "B L P"], positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
-        """The output at every position, or at positions `at`, of projected tokens."""
+        """Return the outputs for projected tokens, at every position or at `positions`."""
 
     def step(
         self, projected: Float[Tensor, "B L P"], cache: Cache, *, last: bool = False
     ) -> tuple[Float[Tensor, "B _ D"], Cache]:
-        """The outputs of projected tokens that follow upon those of `memory`, and the memory of all of them.
+        """Return the outputs of the tokens after those in `cache`, and the new cache.
 
-        The outputs, of the last token alone where `last` says so, are what `combine` makes of the whole sequence. What is kept
-        is right for every mixer, and more than most need: the projections of all tokens.
+        The outputs equal those of `mix` on the whole sequence; `last`: only the last token's output. This default works for
+        every mixer. It caches the projections of all tokens, which is more than most mixers need.
         """
         whole = append_to_cache(cache, "projected", projected, dim=1)
         length = whole.shape[1]
         first = length - 1 if last else cache.length
-        later = torch.arange(first, length, device=whole.device).expand(len(whole), -1)
-        return self.mix(whole, later if first else None), Cache(length, {"projected": whole})
+        new = torch.arange(first, length, device=whole.device).expand(len(whole), -1)
+        return self.mix(whole, new if first else None), Cache(length, {"projected": whole})
 
 
 def last_tokens(x: Float[Tensor, "*batch L C"], count: int) -> Float[Tensor, "*batch _ C"]:
-    """The last `count` rows, or all where there are fewer."""
+    """Return the last `count` tokens, or all tokens if there are fewer."""
     return x[..., max(0, x.shape[-2] - count) :, :]
 
 
 def append_to_cache(cache: Cache, name: str, x: Float[Tensor, "*shape"], *, dim: int) -> Float[Tensor, "*longer"]:
-    """`x` behind what is kept under `name`."""
+    """Concatenate the cached tensor `name`, if there is one, and `x` along `dim`."""
     return torch.cat([cache.state[name], x], dim=dim) if name in cache.state else x

@@ -1,4 +1,4 @@
-"""The layer of a mixer, chosen by the name of its folder."""
+"""Build a mixer from its configuration; its name is the name of its folder."""
 
 from importlib import import_module
 
@@ -7,15 +7,15 @@ from cat.mixers.base import Mixer
 
 
 def build_mixer(config: ModelConfig, length: int) -> Mixer:
-    """Build the mixer of one block of a model that is trained on `length` tokens.
+    """Build the mixer of one block; `length` is the training length in tokens.
 
-    Only the folder of this mixer is imported, so a run depends on the code of its own mixer only. Raises ValueError unless the
-    folder's layer.py defines exactly one mixer.
+    Imports only this mixer's folder, so a run depends only on the code of its own mixer. Raises ValueError if the folder's
+    layer.py does not define exactly one mixer.
     """
     module = import_module(f"cat.mixers.{config.mixer}.layer")
-    own = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
-    layers = [kind for kind in own if issubclass(kind, Mixer)]
+    own_classes = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    layers = [value for value in own_classes if issubclass(value, Mixer)]
     if len(layers) != 1:
-        raise ValueError(f"{module.__name__} must define exactly one mixer, not {len(layers)}")
+        raise ValueError(f"{module.__name__} must define exactly one mixer, found {len(layers)}")
     layer: type[Mixer] = layers[0]
     return layer(config, length)

@@ -1,11 +1,11 @@
-"""A causal filter on one stream: where its taps come from, and who shares them.
+"""Causal filters: convolution kernels, explicit or generated, and their sharing.
 
     explicit   F_j is a weight, for j < W
     decay      F_j = sum_n c_n a_n^j + d [j = 0]          a fixed: time constants (to 1/e) from 1 token to a training length
     state      the same with a = exp(-exp(r)) learned     a diagonal state space, h_t = a h_{t-1} + x_t, y_t = <c, h_t> + d x_t
     network    F_j = e^{-w j} <c, sin(U f(j) + b)> + d [j = 0]     f(j)_m = exp(-j / s_m): an implicit filter (arXiv 2302.10866)
 
-All but the first generate taps for a sequence of any length. State-space filters are open question 2 of arXiv 2407.05591.
+All but the first generate a kernel of any length. State-space filters are open question 2 of arXiv 2407.05591.
 """
 
 import math
@@ -36,36 +36,41 @@ from cat.ops.position import gather_positions
 from cat.types import GroupedHeads, Heads, Positions, Queries
 
 FEATURES = 8
-"""Time scales in which the network of an implicit filter sees how far back a tap is."""
-
+"""Number of time scales that encode the lag j for the network of an implicit filter."""
 
 Init = Literal["identity", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a filter is applied to, and how."""
+    """Shape of a filter's input, and how its kernel is shared and normalized."""
 
     heads: int
     channels: int
-    """Channels of a head."""
+    """Channels per head."""
     sharing: Literal["head", "channel", "mixing"] = "head"
     norm: bool = False
-    """Divide the taps by the sum of their absolute values, of generated ones by that of as many as a training sequence has."""
+    """Divide the kernel by the sum of its absolute values; for a generated kernel, the sum over the training length."""
     bias: bool = False
 
     @property
-    def rows(self) -> tuple[int, ...]:
-        """(H,) where a head's channels share their taps, (H, C) where each has its own, (H, H) from every head to every head."""
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of the kernel without its length.
+
+        (H,) per head, (H, C) per channel, (H, H) from every head to every head.
+        """
         return {"head": (self.heads,), "channel": (self.heads, self.channels), "mixing": (self.heads, self.heads)}[self.sharing]
 
 
 class Filter(nn.Module, ABC):
-    """Maps (B, H, L, C) to (B, H, L, C): the taps (*rows, W) of the subclass applied, a bias added where there is one."""
+    """Map (B, H, L, C) to (B, H, L, C): convolve, and add the bias if there is one.
+
+    A subclass defines the kernel.
+    """
 
     dilation = 1
     train_length: int | None = None
-    """Tokens of a training sequence, where taps are generated."""
+    """Training length, for generated kernels."""
 
     def __init__(self, layout: Layout):
         super().__init__()
@@ -74,25 +79,25 @@ class Filter(nn.Module, ABC):
 
     @abstractmethod
     def generate(self, length: int) -> Tensor:
-        """The taps (*rows, W) for a sequence of `length` tokens."""
+        """Return the kernel (*kernel_shape, W) for a sequence of `length` tokens."""
 
     @property
     def reach(self) -> int | None:
-        """How many tokens before the present one are seen; None for all of them."""
+        """Number of earlier tokens that an output depends on; None for all."""
         return None
 
     def response(self, length: int) -> Tensor:
-        """The taps that are applied to a sequence of `length` tokens, normalised where that is asked for."""
+        """Return the kernel for `length` tokens, normalized if configured."""
         kernel = self.generate(length)
         if not self.layout.norm:
             return kernel
-        # The sum of a training sequence's taps whatever the length: or what is read would change with what comes after it.
-        summed = kernel if self.train_length in (None, length) else self.generate(self.train_length)
-        total = summed.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
+        # The norm is taken at the training length: at the sequence length, outputs would depend on the number of later tokens.
+        train_kernel = kernel if self.train_length in (None, length) else self.generate(self.train_length)
+        total = train_kernel.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
         return kernel / total.clamp(min=min_norm(kernel.dtype))
 
     def forward(self, x: Heads, positions: Positions | None = None) -> Queries:
-        """The outputs at every position, or at positions `at`."""
+        """Return the outputs at every position, or at `positions`."""
         kernel = self.response(x.shape[2])
         match self.layout.sharing:
             case "head" if positions is not None and is_sparse(x, positions):
@@ -106,18 +111,20 @@ class Filter(nn.Module, ABC):
         return self.add_bias(gather_positions(y, positions))
 
     def extra_repr(self) -> str:
-        said = [f"{name}={w.shape[-1]}" for name, w in self.named_parameters() if name in ("taps", "coefficients")]
+        labels = {"kernel": "kernel_size", "coefficients": "coefficients"}
+        settings = [f"{labels[name]}={w.shape[-1]}" for name, w in self.named_parameters() if name in labels]
         if self.dilation > 1:
-            said.append(f"dilation={self.dilation}")
-        return ", ".join([*said, f"sharing={self.layout.sharing}"])
+            settings.append(f"dilation={self.dilation}")
+        return ", ".join([*settings, f"sharing={self.layout.sharing}"])
 
     def add_bias(self, y: Queries) -> Queries:
         return y if self.bias is None else y + self.bias
 
     def at_block_ends(self, x: Heads, block: int) -> Float[Tensor, "B H N C"]:
-        """The outputs at the last tokens of the N whole blocks alone.
+        """Return the outputs only at the last tokens of the N whole blocks.
 
-        The first tokens of all blocks are a sequence of N, the second ones another: an output is a sum over `block` sequences.
+        The first tokens of all blocks form one sequence of length N, the second tokens another. Each output is a sum of
+        convolutions over these `block` sequences.
         """
         blocks = x.shape[2] // block
         if blocks == 0:
@@ -134,56 +141,62 @@ class Filter(nn.Module, ABC):
                 y = mix_heads(tokens, kernel.flatten(1, 2))
         return self.add_bias(y)
 
-    def step(self, x: Heads, before: Float[Tensor, "B H R C"]) -> tuple[Heads, Float[Tensor, "B H S C"]]:
-        """The outputs of tokens that follow upon those `before`, and the last rows, as many as those that come next will see.
+    def step(self, x: Heads, previous: Float[Tensor, "B H R C"]) -> tuple[Heads, Float[Tensor, "B H S C"]]:
+        """Return the outputs of `x` after the inputs `previous`, and the inputs to cache.
 
-        A filter that reaches back to the first token keeps all rows, whatever generates its taps, and is applied to all of them.
+        A filter with unlimited reach caches all inputs and is applied to all of them, whatever generates its kernel.
         """
-        whole = torch.cat([before, x], dim=2)
+        whole = torch.cat([previous, x], dim=2)
         length = whole.shape[2]
-        kept = length if self.reach is None else min(self.reach, length)
+        cached = length if self.reach is None else min(self.reach, length)
         y = self.last_output(whole) if x.shape[2] == 1 else self(whole)[:, :, length - x.shape[2] :]
-        return y, whole[:, :, length - kept :]
+        return y, whole[:, :, length - cached :]
 
     def last_output(self, x: Heads) -> Float[Tensor, "B H 1 C"]:
-        """The output of the last token alone: one product of the taps with the tokens that they reach."""
+        """Return only the last output: the product of the kernel with its inputs."""
         length = x.shape[2]
         kernel = self.response(length)[..., : -(-length // self.dilation)].flip(-1)
-        reached = x[:, :, length - 1 - (kernel.shape[-1] - 1) * self.dilation :: self.dilation]
+        inputs = x[:, :, length - 1 - (kernel.shape[-1] - 1) * self.dilation :: self.dilation]
         match self.layout.sharing:
             case "head":
-                y = kernel[:, None] @ reached
+                y = kernel[:, None] @ inputs
             case "channel":
-                y = (autocast_to_compute_dtype(kernel).mT * autocast_to_compute_dtype(reached)).sum(2, keepdim=True)
+                y = (autocast_to_compute_dtype(kernel).mT * autocast_to_compute_dtype(inputs)).sum(2, keepdim=True)
             case _:
-                y = (kernel.flatten(1) @ reached.flatten(1, 2))[:, :, None]
+                y = (kernel.flatten(1) @ inputs.flatten(1, 2))[:, :, None]
         return self.add_bias(y)
 
     def _initial(self, size: int, init: Init) -> tuple[Tensor, Tensor]:
-        """`size` random numbers a row, and what tap 0 has besides them: little beside the identity, or all there is."""
-        rows = self.layout.rows
-        numbers = torch.randn(*rows, size) / math.sqrt(size)
-        return (numbers, torch.zeros(rows)) if init == "random" else (0.1 * numbers, self._identity())
+        """Draw random coefficients (*kernel_shape, size) and the addition at lag 0.
+
+        For the identity, the coefficients are small noise; for "random", they are the whole kernel.
+        """
+        shape = self.layout.kernel_shape
+        noise = torch.randn(*shape, size) / math.sqrt(size)
+        return (noise, torch.zeros(shape)) if init == "random" else (0.1 * noise, self._identity())
 
     def _identity(self) -> Tensor:
-        """Tap 0 of the filter that changes nothing."""
-        rows = self.layout.rows
-        return torch.eye(*rows) if self.layout.sharing == "mixing" else torch.ones(rows)
+        """Return the kernel value at lag 0 of the identity filter."""
+        shape = self.layout.kernel_shape
+        return torch.eye(*shape) if self.layout.sharing == "mixing" else torch.ones(shape)
 
 
 class ExplicitFilter(Filter):
-    """`width` taps that are weights, `dilation` tokens apart."""
+    """A learned kernel of `kernel_size` values, `dilation` tokens apart."""
 
-    def __init__(self, layout: Layout, width: int, *, init: Init, dilation: int = 1):
+    def __init__(self, layout: Layout, kernel_size: int, *, init: Init, dilation: int = 1):
         super().__init__(layout)
         self.dilation = dilation
-        kernel, direct = self._initial(width, init)
+        kernel, direct = self._initial(kernel_size, init)
         kernel[..., 0] += direct
         self.kernel = nn.Parameter(kernel)
 
     @torch.no_grad()
     def init_moving_sum(self, tokens: int) -> None:
-        """Begins as the sum of what taps there are on the last `tokens`, and a little noise, where it began as the identity."""
+        """Turn an identity kernel with its noise into a moving sum over `tokens` tokens.
+
+        With dilation, the sum has the tokens that the kernel covers.
+        """
         self.kernel[..., 1 : -(-tokens // self.dilation)] += self._identity()[..., None]
 
     def generate(self, length: int) -> Tensor:
@@ -195,7 +208,10 @@ class ExplicitFilter(Filter):
 
 
 class DecayFilter(Filter):
-    """Exponential decays: `size` coefficients a row, over fixed decays or over learned ones, which make it a state space."""
+    """A kernel that is a sum of `size` exponential decays, fixed or learned.
+
+    With learned decays, it is a diagonal state space.
+    """
 
     log_rate: Tensor
 
@@ -206,19 +222,22 @@ class DecayFilter(Filter):
         self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
         log_rate = -time_scales(size, length).log()
         if learned:
-            self.log_rate = nn.Parameter(log_rate.repeat(*self.layout.rows, 1))
+            self.log_rate = nn.Parameter(log_rate.repeat(*self.layout.kernel_shape, 1))
         else:
             self.register_buffer("log_rate", log_rate)
 
     def generate(self, length: int) -> Tensor:
-        ages = torch.arange(length, device=self.coefficients.device)
-        decays = torch.exp(-ages * self.log_rate.exp()[..., None])
+        lags = torch.arange(length, device=self.coefficients.device)
+        decays = torch.exp(-lags * self.log_rate.exp()[..., None])
         kernel = (self.coefficients[..., None] * decays).sum(-2)
         return kernel + F.pad(self.direct[..., None], (0, length - 1))
 
 
 class NetworkFilter(Filter):
-    """Taps that a small network with `size` hidden units computes from how far back they are; they fade at a learned rate."""
+    """A kernel that a network with `size` hidden units computes from the lag.
+
+    It is multiplied by a learned exponential decay.
+    """
 
     scales: Tensor
 
@@ -229,51 +248,60 @@ class NetworkFilter(Filter):
         self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
         self.frequencies = nn.Parameter(math.pi * torch.randn(FEATURES, size))
         self.phases = nn.Parameter(math.pi * torch.rand(size))
-        self.log_fading = nn.Parameter(torch.full(self.layout.rows, -math.log(length)))
+        self.log_fading = nn.Parameter(torch.full(self.layout.kernel_shape, -math.log(length)))
         self.register_buffer("scales", time_scales(FEATURES, length))
 
     def generate(self, length: int) -> Tensor:
-        ages = torch.arange(length, device=self.scales.device)
-        features = torch.exp(-ages[:, None] / self.scales)
+        lags = torch.arange(length, device=self.scales.device)
+        features = torch.exp(-lags[:, None] / self.scales)
         hidden = torch.sin(features @ self.frequencies + self.phases)
-        kernel = self.coefficients @ hidden.mT * torch.exp(-ages * self.log_fading.exp()[..., None])
+        kernel = self.coefficients @ hidden.mT * torch.exp(-lags * self.log_fading.exp()[..., None])
         return kernel + F.pad(self.direct[..., None], (0, length - 1))
 
 
-def can_group(one: Filter, other: Filter, x: Float[Tensor, "B L _"]) -> bool:
-    """Whether both are for `apply_together` on tokens such as these: with as many taps, and few."""
-    if one.layout.sharing == "mixing" or not isinstance(one, ExplicitFilter) or not isinstance(other, ExplicitFilter):
+def can_group(first: Filter, second: Filter, x: Float[Tensor, "B L _"]) -> bool:
+    """Whether `apply_grouped` can apply both filters to an input like `x`.
+
+    Both need explicit kernels of the same, short shape.
+    """
+    if first.layout.sharing == "mixing" or not isinstance(first, ExplicitFilter) or not isinstance(second, ExplicitFilter):
         return False
-    channels = one.layout.heads * one.layout.channels
-    return one.kernel.shape == other.kernel.shape and is_short(x, one.kernel, channels, dilation=one.dilation)
+    channels = first.layout.heads * first.layout.channels
+    return first.kernel.shape == second.kernel.shape and is_short(x, first.kernel, channels, dilation=first.dilation)
 
 
 def apply_grouped(filters: Sequence[Filter], x: GroupedHeads, positions: Positions | None = None) -> list[Queries]:
-    """What filters that are alike make of their streams, one of which each has; of a single one, at positions `at` alone."""
+    """Apply each filter to its projection in one call.
+
+    `positions` are only used for a single filter. All filters satisfy `can_group` with each other.
+    """
     length, first = x.shape[3], filters[0]
     if len(filters) == 1:
         return [first(x.squeeze(0), positions)]
-    kernel = torch.stack([causal.response(length) for causal in filters])
+    kernel = torch.stack([filter_.response(length) for filter_ in filters])
     kernel = kernel[:, :, None] if first.layout.sharing == "head" else kernel
     outputs = filter_groups(x, kernel, dilation=first.dilation)
-    return [causal.add_bias(y) for causal, y in zip(filters, outputs, strict=True)]
+    return [filter_.add_bias(y) for filter_, y in zip(filters, outputs, strict=True)]
 
 
 def time_scales(count: int, length: int) -> Tensor:
-    """`count` times in tokens, from 1 to `length` in equal ratios."""
+    """Return `count` time constants in tokens, log-spaced from 1 to `length`."""
     return torch.logspace(0, math.log2(length), count, base=2)
 
 
 def build_filter(
-    layout: Layout, kernel: KernelSize, *, init: Init, length: int, dilation: int = 1, size: int | None = None
+    layout: Layout, kernel_size: KernelSize, *, init: Init, length: int, dilation: int = 1, size: int | None = None
 ) -> Filter:
-    """The filter that a configuration names by its `taps`, for a model that is trained on `length` tokens."""
-    match kernel:
+    """Build the filter of a configured kernel size or generator.
+
+    `length` is the training length. `size` is required for generated kernels: hidden units of a network, or number of decays.
+    """
+    match kernel_size:
         case int():
-            return ExplicitFilter(layout, kernel, init=init, dilation=dilation)
+            return ExplicitFilter(layout, kernel_size, init=init, dilation=dilation)
         case "full":
             return ExplicitFilter(layout, length, init=init)
     assert size is not None
-    if kernel == "network":
+    if kernel_size == "network":
         return NetworkFilter(layout, size, init=init, length=length)
-    return DecayFilter(layout, size, init=init, length=length, learned=kernel == "state")
+    return DecayFilter(layout, size, init=init, length=length, learned=kernel_size == "state")

@@ -1,9 +1,9 @@
-"""What every mixer with queries, keys and values shares: three filtered projections into heads, and the way back.
+"""Base class of mixers with queries, keys and values:
 
     Q = (X * F_q) W_q    K = (X * F_k) W_k    V = (X * F_v) W_v        (arXiv 2407.05591, equation 2)
 
-Any of the filters may be absent. They are applied after the projection, with which one filter a head commutes; filters a channel
-and from head to head do not, and are those of X W.
+Each convolution is optional. Convolutions are applied after the projection. One kernel per head commutes with the projection;
+kernels per channel and between heads do not, and act on X W.
 """
 
 import math
@@ -22,22 +22,22 @@ from cat.ops.position import gather_positions
 from cat.types import Heads, Hidden, Positions, Queries, Values
 
 Projection = Float[Tensor, "B L P"]
-"""Queries, keys and values of every token, side by side, as `project` makes them."""
+"""Output of `project`: queries, keys and values of every token, concatenated."""
 
 Attended = tuple[Float[Tensor, "B H _ E"], dict[str, Tensor]]
-"""What heads have read, and by name what is kept to go on."""
+"""Outputs of the heads, and the state to cache by name."""
 
 
 class QKVMixer(Mixer):
-    """Maps (B, L, D) to (B, L, D): queries, keys and values, mixed along L by the subclass, then projected back.
+    """Map (B, L, D) to (B, L, D): project to q, k and v, attend, project back.
 
-    A subclass says how: `mix` of a whole sequence, `mix_next` of what follows upon tokens that are remembered.
+    A subclass defines `attend` for a whole sequence and `attend_step` for the tokens after those in a cache.
 
-    `length` is the training length: what `full` stands for. `scale` is what a product of query and key is multiplied by.
+    `length` is the training length, the kernel size of `full`. `scale` multiplies the products of queries and keys.
     """
 
     supports_positions: ClassVar[bool] = False
-    """Whether `mix` can compute some queries alone: of q, it is then given those."""
+    """Whether `attend` can compute a subset of the queries; its q then has only those at `positions`."""
 
     def __init__(self, config: QKVConfig, length: int):
         super().__init__()
@@ -54,8 +54,8 @@ class QKVMixer(Mixer):
             self.log_temperature = nn.Parameter(torch.zeros(config.heads))
 
     def extra_repr(self) -> str:
-        said = self.config.model_dump(exclude_defaults=True, exclude={"mixer", "layers", "mlp"})
-        return ", ".join(f"{key}={value}" for key, value in said.items())
+        settings = self.config.model_dump(exclude_defaults=True, exclude={"mixer", "layers", "mlp"})
+        return ", ".join(f"{key}={value}" for key, value in settings.items())
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         return self.projection(x)
@@ -66,90 +66,100 @@ class QKVMixer(Mixer):
         )
 
     def step(self, projected: Projection, cache: Cache, *, last: bool = False) -> tuple[Float[Tensor, "B _ D"], Cache]:
-        qkv, rows = self.prepare_step(projected, cache, last=last)
-        heads, kept = self.attend_step(qkv, cache)
-        return self.merge_heads(last_tokens(heads, 1) if last else heads), Cache(
-            cache.length + projected.shape[1], {**kept, **rows}
-        )
+        qkv, inputs = self.prepare_step(projected, cache, last=last)
+        heads, state = self.attend_step(qkv, cache)
+        outputs = self.merge_heads(last_tokens(heads, 1) if last else heads)
+        return outputs, Cache(cache.length + projected.shape[1], {**state, **inputs})
 
     def merge_heads(self, heads: Values) -> Hidden:
-        """What the heads have read, projected back."""
+        """Concatenate the heads and apply the output projection."""
         return self.output(heads.transpose(1, 2).flatten(2))
 
     @abstractmethod
     def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
-        """What the heads read off the values, causally, at every position or at positions `at`."""
+        """Return the causal outputs of the heads, at every position or at `positions`."""
 
     @abstractmethod
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
-        """What `mix` makes of tokens that follow upon those of `memory`; and what is kept of all of them."""
+        """Return the outputs for the tokens after those in `cache`, and the new state."""
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"] | None:
-        """What the softmax of q and k is taken of, -inf where nothing is read; None where there is none."""
+        """Return the softmax inputs, -inf if masked; None if there is no softmax."""
         return None
 
     def prepare(self, projected: Projection, positions: Positions | None = None) -> tuple[Float[Tensor, "B H _ ..."], ...]:
-        """What is mixed: filtered q, k and v, q and k scaled, and what else there is; q at every position or at `at`."""
+        """Return the inputs of `attend`.
+
+        They are convolved q, k and v, q and k scaled, and further tensors of the subclass. q is at every position or at
+        `positions`.
+        """
         projected, others = self.split_projection(projected)
         q, k, v = self.convolve(projected, positions)
         return *self.scale_qk(q, k), v, *others
 
     def split_projection(self, projected: Projection) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
-        """What queries, keys and values are made of, and what else of each token is mixed with them."""
+        """Split into q, k and v (concatenated) and further inputs of `attend`."""
         return projected, []
 
     def convolve(self, projected: Projection, positions: Positions | None = None) -> tuple[Queries, Heads, Heads]:
-        """The filtered q, k and v; q at every position or at positions `at`."""
-        together = group_adjacent(self.filters, "qkv", projected)
-        if positions is None or together[0] != "q" or projected.is_cuda:  # a GPU takes longer to launch a kernel than to run it
-            q, k, v = self._convolve(projected, together)
+        """Return the convolved q, k and v; q at every position or at `positions`."""
+        groups = group_adjacent(self.filters, "qkv", projected)
+        # On a GPU, launching a kernel takes longer than running it, so q is computed at every position.
+        if positions is None or groups[0] != "q" or projected.is_cuda:
+            q, k, v = self._convolve(projected, groups)
             return gather_positions(q, positions), k, v
-        q, k, v = self._convolve(projected, together, positions)
+        q, k, v = self._convolve(projected, groups, positions)
         return q, k, v
 
-    def _convolve(self, projected: Projection, together: list[str], positions: Positions | None = None) -> list[Queries]:
-        """By parts, each of streams side by side whose filters are alike: these are one. `at` is of a part that is q alone."""
+    def _convolve(self, projected: Projection, groups: list[str], positions: Positions | None = None) -> list[Queries]:
+        """Convolve each group of adjacent projections in one call.
+
+        `positions` are used if a group is only q.
+        """
         qkv, parts = list[Queries](), [projected]
-        if len(together) > 1:  # else the gradient would be copied
-            parts = list(projected.split([len(names) * self.config.width for names in together], dim=-1))
-        for names, part in zip(together, parts, strict=True):
-            heads = part.unflatten(-1, (len(names), self.config.heads, -1)).permute(2, 0, 3, 1, 4)
-            filters = [cast(Filter, self.filters[name]) for name in names if name in self.filters]
-            asked = positions if names == "q" else None
-            qkv += apply_grouped(filters, heads, asked) if filters else [gather_positions(heads.squeeze(0), asked)]
+        if len(groups) > 1:  # splitting a single group would copy its gradient
+            parts = list(projected.split([len(group) * self.config.width for group in groups], dim=-1))
+        for group, part in zip(groups, parts, strict=True):
+            heads = part.unflatten(-1, (len(group), self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+            filters = [cast(Filter, self.filters[name]) for name in group if name in self.filters]
+            group_positions = positions if group == "q" else None
+            if filters:
+                qkv += apply_grouped(filters, heads, group_positions)
+            else:
+                qkv.append(gather_positions(heads.squeeze(0), group_positions))
         return qkv
 
     def split_heads(self, projected: Projection) -> tuple[Heads, Heads, Heads]:
-        """The q, k and v of every head before they are filtered."""
+        """Return q, k and v per head, before the convolutions."""
         q, k, v = (projection.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for projection in projected.chunk(3, dim=-1))
         return q, k, v
 
     def prepare_step(self, projected: Projection, cache: Cache, *, last: bool) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """The `streams` of tokens that follow upon those of `memory`, and by stream the rows that its filter sees next.
+        """Return the inputs of `attend_step` and the inputs to cache by projection.
 
-        Of q, only the `last` one where that is all that is to be mixed.
+        With `last`, q may have only the last token.
         """
         projected, others = self.split_projection(projected)
-        q, k, v, rows = self.convolve_step(projected, cache, last=last)
-        return (*self.scale_qk(q, k), v, *others), rows
+        q, k, v, inputs = self.convolve_step(projected, cache, last=last)
+        return (*self.scale_qk(q, k), v, *others), inputs
 
     def convolve_step(
         self, projected: Projection, cache: Cache, *, last: bool
     ) -> tuple[Queries, Heads, Heads, dict[str, Tensor]]:
-        """As `next_streams`, `filtered` and not scaled."""
-        rows, qkv = dict[str, Tensor](), dict(zip("qkv", self.split_heads(projected), strict=True))
+        """Return convolved, unscaled q, k and v, and the inputs to cache."""
+        inputs, qkv = dict[str, Tensor](), dict(zip("qkv", self.split_heads(projected), strict=True))
         for projection, x in qkv.items():
             if projection in self.filters:
-                qkv[projection], rows[projection] = self.filter_step(projection, x, cache)
+                qkv[projection], inputs[projection] = self.filter_step(projection, x, cache)
         q, k, v = qkv.values()
-        return last_tokens(q, 1) if last and self.supports_positions else q, k, v, rows
+        return last_tokens(q, 1) if last and self.supports_positions else q, k, v, inputs
 
     def filter_step(self, projection: str, x: Heads, cache: Cache) -> tuple[Heads, Float[Tensor, "B H S C"]]:
-        """What the filter of the stream makes of rows that follow upon those of `memory`, and the rows that it sees next."""
+        """Return the convolved tokens after those in `cache`, and the inputs to cache."""
         return cast(Filter, self.filters[projection]).step(x, cache.state.get(projection, x[:, :, :0]))
 
     def scale_qk(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
-        """Both of unit length where `qk_norm` says so, q times a learned temperature."""
+        """Apply qk_norm and the learned temperature, if configured."""
         if self.config.qk_norm:
             q, k = l2_normalize(q), l2_normalize(k)
         if self.log_temperature is not None:
@@ -158,7 +168,7 @@ class QKVMixer(Mixer):
 
 
 def build_filters(config: QKVConfig, length: int) -> nn.ModuleDict:
-    """The filters of `config` by stream."""
+    """Build the filters by projection, for projections with a convolution."""
     layout = Layout(
         heads=config.heads,
         channels=config.width // config.heads,
@@ -169,21 +179,21 @@ def build_filters(config: QKVConfig, length: int) -> nn.ModuleDict:
     return nn.ModuleDict(
         {
             projection: build_filter(
-                layout, taps, init=config.filter_init, length=length, dilation=config.dilation, size=config.filter_size
+                layout, kernel_size, init=config.filter_init, length=length, dilation=config.dilation, size=config.filter_size
             )
-            for projection, taps in config.kernel_sizes.items()
+            for projection, kernel_size in config.kernel_sizes.items()
         }
     )
 
 
-def group_adjacent(filters: nn.ModuleDict, prepare: str, projected: Projection) -> list[str]:
-    """The streams in parts: those that lie side by side and have filters that are alike are one, such as "qk" and "v"."""
-    parts = [prepare[0]]
-    for projection in prepare[1:]:
-        before = parts[-1][-1]
-        both = before in filters and projection in filters
-        if both and can_group(cast(Filter, filters[before]), cast(Filter, filters[projection]), projected):
-            parts[-1] += projection
+def group_adjacent(filters: nn.ModuleDict, projections: str, projected: Projection) -> list[str]:
+    """Group adjacent projections that one call can convolve, such as "qk" and "v"."""
+    groups = [projections[0]]
+    for projection in projections[1:]:
+        previous = groups[-1][-1]
+        both = previous in filters and projection in filters
+        if both and can_group(cast(Filter, filters[previous]), cast(Filter, filters[projection]), projected):
+            groups[-1] += projection
         else:
-            parts.append(projection)
-    return parts
+            groups.append(projection)
+    return groups

@@ -1,4 +1,4 @@
-"""Every kind of model: the union of the mixers' configurations."""
+"""Union of the mixer configurations: every kind of model."""
 
 from __future__ import annotations
 
@@ -37,42 +37,49 @@ SingleMixer = (
     | HyenaConfig
     | MambaConfig
 )
-"""What a block can have for a mixer."""
+"""Configuration of a model whose layers all have the same mixer."""
 MODEL_KEYS = tuple(key for key in ModelConfig.model_fields if key != "mixer")
+"""Keys that belong to a whole model and not to one block of a hybrid."""
 
 
 class HybridConfig(ModelConfig):
-    """Blocks with different mixers, each with what its mixer can be told and nothing of the model: `width` and the like."""
+    """A model whose blocks have different mixers.
+
+    A block has the keys of its mixer, but none of the model, such as `width`.
+    """
 
     mixer: Literal["hybrid"]
     position: Literal["none", "learned", "sinusoidal"] = "none"
-    """Vectors of positions that are added to those of tokens; rotary and alibi are said of a block."""
+    """Position vectors added to the token embedding; rotary and alibi are set per block."""
     blocks: Annotated[
         tuple[Annotated[SingleMixer, Field(discriminator="mixer")], ...],
         Field(strict=False),
         WithJsonSchema({"type": "array", "items": {"type": "object", "required": ["mixer"]}, "minItems": 2}),
     ]
-    """The mixers of the first layers; those of the next ones are the same again, until there are `layers`."""
+    """Mixers of the first layers, repeated until there are `layers`."""
 
     @field_validator("blocks", mode="wrap")
     @classmethod
-    def _in_the_width_of_the_model(cls, blocks: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    def _set_model_width(cls, blocks: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         if not isinstance(blocks, list | tuple):
             return handler(blocks)
-        for place, block in enumerate(blocks):
+        for index, block in enumerate(blocks):
             if not isinstance(block, dict):
                 continue
-            if of_the_model := [key for key in MODEL_KEYS if key in block]:
-                raise ValueError(f"block {place}: {of_the_model[0]} is said of the whole model, not of a block")
+            misplaced = [key for key in MODEL_KEYS if key in block]
             if block.get("position") in ("learned", "sinusoidal"):
-                raise ValueError(f"block {place}: {block['position']} positions are added to tokens: position of the whole model")
-        if "width" not in info.data:  # which is at fault itself
+                misplaced.append("position")
+            if misplaced:
+                key = misplaced[0]
+                problem = f"block {index}: {key} = {block[key]} is a key of the model, not of a block"
+                raise ValueError(f"{problem}. Fix: move {key} out of blocks")
+        if "width" not in info.data:  # the error about width is enough
             return ()
-        own = {"width": info.data["width"], "layers": 1}
-        return handler([{**block, **own} if isinstance(block, dict) else block for block in blocks])
+        model_keys = {"width": info.data["width"], "layers": 1}
+        return handler([{**block, **model_keys} if isinstance(block, dict) else block for block in blocks])
 
     @field_serializer("blocks")
-    def _without_what_is_the_models(self, blocks: tuple[SingleMixer, ...], info: SerializationInfo) -> list[dict[str, Any]]:
+    def _without_model_keys(self, blocks: tuple[SingleMixer, ...], info: SerializationInfo) -> list[dict[str, Any]]:
         unset, defaults = info.exclude_unset, info.exclude_defaults
         return [
             block.model_dump(mode=info.mode, exclude=set(MODEL_KEYS), exclude_unset=unset, exclude_defaults=defaults)
@@ -80,9 +87,11 @@ class HybridConfig(ModelConfig):
         ]
 
     @model_validator(mode="after")
-    def _blocks_make_layers(self) -> Self:
-        if len(self.blocks) < 2 or self.layers % len(self.blocks):
-            raise ValueError(f"layers = {self.layers} must be a multiple of the blocks, two or more, not of {len(self.blocks)}")
+    def _blocks_fill_layers(self) -> Self:
+        if len(self.blocks) < 2:
+            raise ValueError(f"blocks has {len(self.blocks)} mixer(s), a hybrid needs at least 2. Fix: add a block")
+        if self.layers % len(self.blocks):
+            raise ValueError(f"layers = {self.layers} must be a multiple of the number of blocks, {len(self.blocks)}")
         return self
 
     @property
@@ -102,15 +111,18 @@ class HybridConfig(ModelConfig):
         return all(block.has_attention for block in self.blocks)
 
     def check_length(self, length: int) -> None:
-        for place, block in enumerate(self.blocks):
+        for index, block in enumerate(self.blocks):
             try:
                 block.check_length(length)
             except ValueError as error:
-                raise ValueError(f"block {place}: {error}") from None
+                raise ValueError(f"block {index}: {error}") from None
 
 
 class ConstructionConfig(VariantConfig):
-    """One layer of attention with the weights that the theorem about its task prescribes, nothing trained (cat/theory.py)."""
+    """One untrained attention layer with the weights of a construction of the paper.
+
+    cat/theory.py computes the weights for a task.
+    """
 
     mixer: Literal["construction"]
 
@@ -120,6 +132,6 @@ class ConstructionConfig(VariantConfig):
 
 
 AnyModel = Annotated[SingleMixer | HybridConfig, Field(discriminator="mixer")]
-"""Every kind of model there is."""
+"""Configuration of any model."""
 AnyVariant = Annotated[SingleMixer | HybridConfig | ConstructionConfig, Field(discriminator="mixer")]
-"""What a line of a study's variants can be: a model to train, or one that is known."""
+"""Configuration of a variant in a study: a model to train, or a construction."""

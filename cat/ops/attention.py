@@ -1,4 +1,4 @@
-"""Causal attention: out_i = sum_{j <= i} softmax_j(scale <q_i, k_j> + bias_ij) v_j, the bias that of ALiBi or none."""
+"""Causal attention: out_i = sum_{j <= i} softmax_j(scale <q_i, k_j> + bias_ij) v_j. The bias is that of ALiBi, or zero."""
 
 import torch
 import torch.nn.functional as F
@@ -8,30 +8,32 @@ from torch import Tensor
 from cat.ops.position import alibi_bias
 from cat.types import Heads, Positions, Queries, Values
 
-ROWS = 256
-"""With a bias, so many queries at a time attend to the keys up to their last: a kernel that is given one skips no keys."""
+QUERY_CHUNK = 256
+"""Queries per call with a bias. A chunk attends to the keys up to its last query: with a bias, PyTorch's kernel skips no keys."""
 
 
 def attend(
     q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, positions: Positions | None = None
 ) -> Float[Tensor, "B H _ E"]:
-    """Dense causal attention, of all queries or of those at positions `at`, which are then all there are in `q`."""
+    """Compute dense causal attention. With `positions`, `q` holds only the queries at these positions."""
     length = k.shape[2]
     if positions is not None:
-        seen = torch.arange(length, device=k.device) <= positions[:, None, :, None]
-        mask = alibi_bias(q.shape[1], positions, length, q).transpose(0, 1) if alibi else seen
+        visible = torch.arange(length, device=k.device) <= positions[:, None, :, None]
+        mask = alibi_bias(q.shape[1], positions, length, q).transpose(0, 1) if alibi else visible
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if not alibi:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    ends = [min(start + ROWS, length) for start in range(0, length, ROWS)]
-    rows = zip(q.split(ROWS, dim=2), ends, strict=True)
-    return torch.cat([attend_last(some, k[:, :, :end], v[:, :, :end], scale=scale, alibi=True) for some, end in rows], dim=2)
+    ends = [min(start + QUERY_CHUNK, length) for start in range(0, length, QUERY_CHUNK)]
+    chunks = zip(q.split(QUERY_CHUNK, dim=2), ends, strict=True)
+    return torch.cat(
+        [attend_last(queries, k[:, :, :end], v[:, :, :end], scale=scale, alibi=True) for queries, end in chunks], dim=2
+    )
 
 
 def attend_last(
     q: Float[Tensor, "B H A C"], k: Heads, v: Values, *, scale: float, alibi: bool = False
 ) -> Float[Tensor, "B H A E"]:
-    """Dense causal attention of the last A tokens alone, by their queries."""
+    """Compute dense causal attention of the last A tokens, whose queries are `q`."""
     queries, length = q.shape[2], k.shape[2]
     mask = None
     if alibi:
@@ -42,7 +44,7 @@ def attend_last(
 
 
 def logits(q: Heads, k: Heads, *, scale: float, alibi: bool = False) -> Float[Tensor, "B H L L"]:
-    """What the softmax is taken of, -inf above the diagonal."""
+    """Return the input of the softmax, with -inf above the diagonal."""
     scores = scale * q @ k.mT
     if alibi:
         return scores + alibi_bias(q.shape[1], torch.arange(q.shape[2], device=q.device), q.shape[2], q)
@@ -52,10 +54,10 @@ def logits(q: Heads, k: Heads, *, scale: float, alibi: bool = False) -> Float[Te
 def naive_attend(
     q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, positions: Positions | None = None
 ) -> Float[Tensor, "B H _ E"]:
-    """The definition, one query at a time; the twin that `attend` is tested against."""
-    places = torch.arange(q.shape[2]).expand(len(q), -1) if positions is None else positions
+    """Reference implementation of `attend`: one query at a time."""
+    positions = torch.arange(q.shape[2]).expand(len(q), -1) if positions is None else positions
     outputs = []
-    for b, sequence in enumerate(places.tolist()):
+    for b, sequence in enumerate(positions.tolist()):
         for a, i in enumerate(sequence):
             scores = scale * (k[b, :, : i + 1] @ q[b, :, a, :, None])[..., 0]
             if alibi:
@@ -64,4 +66,4 @@ def naive_attend(
             weights = torch.exp(scores - scores.amax(-1, keepdim=True))
             weights = weights / weights.sum(-1, keepdim=True)
             outputs.append((weights[..., None] * v[b, :, : i + 1]).sum(1))
-    return torch.stack(outputs).unflatten(0, places.shape).transpose(1, 2)
+    return torch.stack(outputs).unflatten(0, positions.shape).transpose(1, 2)

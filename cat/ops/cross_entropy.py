@@ -1,7 +1,7 @@
-"""Nats from logits to answers, sum_n log sum_v exp(z_nv) - z_{n, answer_n}, whose gradient is made where it is needed anyway.
+"""Cross-entropy in nats, sum_n log sum_v exp(z_nv) - z_{n, target_n}, whose gradient reuses the memory of the log-softmax.
 
-The passes over all logits are most of a step where the vocabulary is large, and memory that is new to the process costs more
-than they do: the logarithms of the probabilities become the probabilities, and these become the gradient.
+With a large vocabulary, passes over all logits are most of a training step, and memory that is new to the process costs more
+than the passes. The log-probabilities are therefore overwritten by the probabilities, and these by the gradient.
 """
 
 from typing import Any
@@ -15,37 +15,40 @@ from torch.autograd.function import once_differentiable
 from cat.ops.common import Operation
 from cat.tasks.base import IGNORE
 
-FEW = 1 << 18
-"""Logits up to which PyTorch's own is faster, on a CPU by a tenth of a millisecond."""
+MAX_NAIVE_LOGITS = 1 << 18
+"""Up to this number of logits PyTorch's loss is faster, on a CPU by 0.1 ms."""
 
 Logits = Float[Tensor, "N V"]
-Answers = Int[Tensor, " N"]
+Targets = Int[Tensor, " N"]
 
 
-def cross_entropy(logits: Logits, answers: Answers) -> Float[Tensor, ""]:
-    """Summed over the answers that are not IGNORE. There is one backward pass, the same graph cannot be gone through again."""
-    if logits.numel() <= FEW:
-        return naive_cross_entropy(logits, answers)
-    return _CrossEntropy.apply(logits, answers)[0]
+def cross_entropy(logits: Logits, targets: Targets) -> Float[Tensor, ""]:
+    """Sum the cross-entropy over the targets that are not IGNORE.
+
+    The graph allows only one backward pass, which overwrites the saved tensors.
+    """
+    if logits.numel() <= MAX_NAIVE_LOGITS:
+        return naive_cross_entropy(logits, targets)
+    return _CrossEntropy.apply(logits, targets)[0]
 
 
-def naive_cross_entropy(logits: Logits, answers: Answers) -> Float[Tensor, ""]:
-    """PyTorch's; the twin that `cross_entropy` is tested against."""
-    return F.cross_entropy(logits, answers, ignore_index=IGNORE, reduction="sum")
+def naive_cross_entropy(logits: Logits, targets: Targets) -> Float[Tensor, ""]:
+    """Reference implementation of `cross_entropy`: PyTorch's loss."""
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
 class _CrossEntropy(Operation):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(logits: Logits, answers: Answers) -> tuple[Tensor, Logits, Tensor]:
-        """The loss, its gradient in the rows that are asked, and which they are."""
-        logarithms, asked = torch.log_softmax(logits, -1), (answers != IGNORE).to(logits.dtype)[:, None]
-        loss = F.nll_loss(logarithms, answers, ignore_index=IGNORE, reduction="sum")
-        return loss, logarithms.exp_().scatter_add_(1, answers.clamp(min=0)[:, None], -asked), asked
+    def forward(logits: Logits, targets: Targets) -> tuple[Tensor, Logits, Tensor]:
+        """Return the loss, its gradient (valid only in rows with a target), and 1 for rows with a target, else 0."""
+        log_probs, is_target = torch.log_softmax(logits, -1), (targets != IGNORE).to(logits.dtype)[:, None]
+        loss = F.nll_loss(log_probs, targets, ignore_index=IGNORE, reduction="sum")
+        return loss, log_probs.exp_().scatter_add_(1, targets.clamp(min=0)[:, None], -is_target), is_target
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Logits, Answers], output: tuple[Tensor, Logits, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Logits, Targets], output: tuple[Tensor, Logits, Tensor]) -> None:
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[1:])
@@ -53,5 +56,5 @@ class _CrossEntropy(Operation):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Logits, None]:
-        of_logits, asked = ctx.saved_tensors
-        return of_logits.mul_(asked * gradient), None
+        grad_logits, is_target = ctx.saved_tensors
+        return grad_logits.mul_(is_target * gradient), None

@@ -1,4 +1,4 @@
-"""Vectors of unit length, whose gradient takes half as many passes over memory as PyTorch's own."""
+"""L2 normalization, y = x / |x|, whose gradient takes half as many passes over memory as PyTorch's."""
 
 from typing import Any
 
@@ -9,33 +9,34 @@ from torch.autograd.function import once_differentiable
 
 from cat.ops.common import Operation
 
-LEAST = 1e-12
-"""What a shorter vector is divided by, but in half precision, which has no number as small."""
+EPSILON = 1e-12
+"""Smallest divisor in float32, float64 and bfloat16. float16 cannot represent it."""
 
 
 def l2_normalize(x: Float[Tensor, "*vectors C"]) -> Float[Tensor, "*vectors C"]:
-    """`x` divided by its length along the last axis: `torch.nn.functional.normalize`, which is its twin.
+    """Divide `x` by its L2 norm along the last axis.
 
-    But for half precision, in which that makes nan of zeros.
+    The reference implementation is `torch.nn.functional.normalize`. It differs in half precision, where it returns NaN for a
+    vector of zeros and this function returns zeros.
     """
-    return _Unit.apply(x)[0]
+    return _L2Normalize.apply(x)[0]
 
 
 def min_norm(dtype: torch.dtype) -> float:
-    """What is divided by at least."""
-    return max(LEAST, torch.finfo(dtype).tiny)
+    """Smallest divisor in `dtype`."""
+    return max(EPSILON, torch.finfo(dtype).tiny)
 
 
-class _Unit(Operation):
-    """y = x / |x| and its gradient (g - y <y, g>) / |x|."""
+class _L2Normalize(Operation):
+    """y = x / |x|, with the gradient (g - y <y, g>) / |x|."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors, and what they were divided by."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(min_norm(x.dtype))
-        return x / length, length
+        """Return the normalized vectors and their divisors."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(min_norm(x.dtype))
+        return x / norm, norm
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -46,6 +47,7 @@ class _Unit(Operation):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: None) -> Tensor:
-        y, length = ctx.saved_tensors
-        along = (gradient * y).sum(-1, keepdim=True) * (length > min_norm(y.dtype))  # a shorter vector is divided by a constant
-        return torch.addcmul(gradient, y, along, value=-1) / length
+        y, norm = ctx.saved_tensors
+        # A vector shorter than the smallest divisor is divided by a constant, so its gradient has no second term.
+        radial = (gradient * y).sum(-1, keepdim=True) * (norm > min_norm(y.dtype))
+        return torch.addcmul(gradient, y, radial, value=-1) / norm

@@ -1,4 +1,4 @@
-"""What a task is, and what it produces."""
+"""The interface of a task, and the data that it produces."""
 
 from __future__ import annotations
 
@@ -11,162 +11,159 @@ from pydantic import Field, model_validator
 from cat.config import Config, Count
 
 IGNORE = -100
-"""The target where nothing is asked."""
+"""The target at positions without an answer."""
 
-THEOREM_VOCABULARY = 1024
-"""Different tokens up to which the weights of a theorem are built: their number grows as its square."""
+MAX_CONSTRUCTION_VOCABULARY = 1024
+"""Largest vocabulary that a construction supports: its number of weights grows with the square of the vocabulary."""
 
 
 class Examples(NamedTuple):
-    """`inputs` and `targets`, both N x L: the answer at the position that asks for it, IGNORE elsewhere."""
+    """`inputs` and `targets`, both N x L: the answer at each target position, IGNORE elsewhere."""
 
     inputs: np.ndarray
     targets: np.ndarray
 
     def compact(self) -> Examples:
-        """The same in the smallest integer types that hold them."""
+        """Convert both to the smallest integer types that hold their values."""
         inputs = self.inputs.astype(np.min_scalar_type(int(self.inputs.max())))
         largest = int(self.targets.max())
-        signed = next(t for t in (np.int8, np.int16, np.int32) if largest <= np.iinfo(t).max)
-        return Examples(inputs, self.targets.astype(signed))
+        target_type = next(t for t in (np.int8, np.int16, np.int32) if largest <= np.iinfo(t).max)
+        return Examples(inputs, self.targets.astype(target_type))
 
 
 class Windows(NamedTuple):
-    """N examples of `length` tokens cut from one text of T tokens, in which the answer at each token is the next one.
+    """N examples of `length` tokens cut from one text of T tokens; the target at each position is the next token.
 
-    They are packed: none is padded, they run on across the ends of lines, and they may overlap.
+    Windows are packed: they have no padding, cross line ends and may overlap.
     """
 
     tokens: np.ndarray
-    """T, in the smallest unsigned type that holds them; may be a file that is mapped into memory."""
+    """Shape T, in the smallest unsigned type that holds them; may be a memory-mapped file."""
     starts: np.ndarray
-    """N: where each window begins, `length` tokens before the end of the text at the latest."""
+    """Shape N: the start of each window, at most T - 1 - length, so that the last token has a target."""
     length: int
 
     def rows(self, index: np.ndarray | slice = slice(None)) -> Examples:
-        """Some of the examples, or all."""
+        """Cut the windows at `index`."""
         window = np.lib.stride_tricks.sliding_window_view(self.tokens, self.length + 1)[self.starts[index]]
         return Examples(window[:, :-1], window[:, 1:].astype(np.int64))
 
 
 class Extents(NamedTuple):
-    """What the answers of each of N test sequences stand for in a text; the same at every length."""
+    """Size of the text that the answers of each of N test sequences stand for; the same at every length."""
 
     bytes: np.ndarray
     words: np.ndarray
     unknown: np.ndarray
-    """How many of the bytes the answers do not tell, since they are of words outside the vocabulary."""
+    """Bytes of words outside the vocabulary, which the answers do not determine."""
 
 
 class Spans(NamedTuple):
-    """What the token after each of the L positions of N test sequences of the longest length stands for in a text, N x L."""
+    """Size of the text that the token after each position stands for, N x L; L is the longest test length."""
 
     bytes: np.ndarray
     unknown: np.ndarray
 
 
 class Recalled(NamedTuple):
-    """Which of the A answers of N test sequences can be recalled, N x A."""
+    """Which of the A answers of N test sequences can be recalled from the context, N x A."""
 
     recalled: np.ndarray
-    """Whether the tokens right before the answer stood in the context before, with the answer after them."""
+    """Whether the n-gram before the answer occurs earlier in the context, followed by the same answer."""
     rare: np.ndarray
-    """Whether, besides, they never stand before it in the training split."""
+    """Whether, in addition, this n-gram with this answer never occurs in the training split."""
 
 
 class Task(Config):
-    """What every task has: the training length, the sizes of its splits, and the lengths of its test splits."""
+    """Settings shared by all tasks: the training length, the sizes of the splits, and the test lengths."""
 
     renamed_keys: ClassVar = {"train": "train_examples", "valid": "valid_examples", "test": "test_examples"}
     kind: str
     length: Annotated[int, Field(ge=4, lt=2**31)]
-    """Tokens of a training sequence."""
+    """Tokens per training sequence."""
     multiples: Annotated[tuple[Annotated[float, Field(gt=0, le=4096)], ...], Field(min_length=1, strict=False)]
-    """Lengths of the test splits, as multiples of the training length; 1 is among them."""
+    """Lengths of the test splits, as multiples of the training length, ascending; must contain 1."""
     train_examples: Count
     valid_examples: Count
     test_examples: Count
-    """Examples in the training, validation, and each test split."""
+    """Examples per test split; there is one split per multiple."""
 
     @model_validator(mode="after")
-    def _one_is_a_multiple(self) -> Self:
+    def _check_multiples(self) -> Self:
         if 1 not in self.multiples or list(self.multiples) != sorted(set(self.multiples)):
-            raise ValueError(f"multiples = {list(self.multiples)} must rise and have 1, the training length, among them")
+            raise ValueError(f"multiples = {list(self.multiples)} must be ascending and contain 1, the training length")
         if len(set(self.lengths)) < len(self.lengths):
-            raise ValueError(f"multiples = {list(self.multiples)} give the lengths {list(self.lengths)}, one of them twice")
+            raise ValueError(f"multiples = {list(self.multiples)} give lengths {list(self.lengths)}, which must differ")
         return self
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The evaluation lengths in tokens, shortest first."""
+        """The test lengths in tokens, shortest first."""
         return tuple(round(self.length * multiple) for multiple in self.multiples)
 
     @property
     @abstractmethod
     def vocabulary(self) -> int:
-        """How many different tokens there are."""
+        """Vocabulary size."""
 
     @property
     def autoregressive(self) -> bool:
-        """Whether a model is scored on its own continuation rather than with the true answers as inputs."""
+        """Whether a model is scored on its own continuation instead of with teacher forcing."""
         return False
 
     @property
     def goal(self) -> Literal["accuracy", "loss"]:
-        """What a model is chosen and drawn by."""
+        """The metric that selects models and that figures show."""
         return "accuracy"
 
-    def check_theorem(self) -> None:
-        """Raises ValueError, in words, where no theorem prescribes weights that solve the task (cat/theory.py)."""
-        raise ValueError(f"no theorem is about tasks of kind {self.kind}")
+    def check_construction(self) -> None:
+        """Raises ValueError if no construction of cat/theory.py solves the task."""
+        raise ValueError(f"no construction solves tasks of kind {self.kind}")
 
-    def _check_width(self) -> None:
-        if self.vocabulary > THEOREM_VOCABULARY:
-            raise ValueError(
-                f"the theorem's layer is twice as wide as the vocabulary; it is built up to {THEOREM_VOCABULARY} tokens,"
-                f" not {self.vocabulary}"
-            )
+    def _check_construction_vocabulary(self) -> None:
+        if self.vocabulary > MAX_CONSTRUCTION_VOCABULARY:
+            raise ValueError(f"the construction supports a vocabulary of {MAX_CONSTRUCTION_VOCABULARY}, not {self.vocabulary}")
 
     def answer_positions(self, examples: Examples) -> np.ndarray | None:
-        """Where each answer stands in its sequence, N x L: a position where something is asked, -1 elsewhere.
+        """The position in the context that holds each answer, N x L; -1 at positions without a target.
 
-        None for tasks whose answers stand nowhere.
+        None for tasks whose answers are not in the context.
         """
         return None
 
     def extents(self) -> Extents | None:
-        """The text that the answers of the test splits stand for; None where they are no text."""
+        """Size of the text that the answers of the test splits stand for; None if the task is not text."""
         return None
 
     def spans(self) -> Spans | None:
-        """The text that every token of the longest test sequences stands for; None where they are no text."""
+        """Size of the text behind every token of the longest test sequences; None if the task is not text."""
         return None
 
     def recalled(self) -> dict[int, Recalled] | None:
-        """Which answers of each test split can be recalled, by its length; None where that is not asked."""
+        """By test length: which answers can be recalled from the context; None if the task does not define this."""
         return None
 
     def tokenizer(self) -> str | None:
-        """What turned text into tokens, as JSON; None where nothing was learnt for that."""
+        """The trained tokenizer as JSON; None if there is none."""
         return None
 
     def origin(self) -> dict[str, str]:
-        """SHA-256 of every local file that the examples are taken from, by its name."""
+        """SHA-256 of each local source file, by name."""
         return {}
 
     def training(self, generator: np.random.Generator) -> Examples | Windows:
-        """The training split: `examples`, or what they are cut from."""
+        """The training split: compact examples, or the text and the windows to cut from it."""
         return self.examples("train", self.length, self.train_examples, generator).compact()
 
     @abstractmethod
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
-        """`count` examples of `length` tokens of the split `train`, `valid` or `test`."""
+        """Draw `count` examples of `length` tokens for the split `train`, `valid` or `test`."""
 
 
 def draw_distinct(generator: np.random.Generator, rows: int, count: int, population: int) -> np.ndarray:
-    """`rows` ordered draws of `count` different numbers below `population`, uniformly: Floyd's algorithm for all rows at once.
+    """Draw `count` distinct integers below `population` for each row, uniformly and in random order.
 
-    Costs rows * count^2 whatever the population, so that keys can come from a large alphabet.
+    Floyd's algorithm on all rows at once. The cost, rows * count^2, does not depend on the population, so alphabets can be large.
     """
     chosen = np.empty((rows, count), dtype=np.int64)
     for j, top in enumerate(range(population - count, population)):

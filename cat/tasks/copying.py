@@ -1,8 +1,8 @@
-"""Selective copying: signal tokens scattered among noise, a separator, then the signals again, in order (2407.05591, section 3).
+"""Selective copying (arXiv 2407.05591, section 3): signal tokens among noise, a separator, then the signals again in order.
 
-    BOS  . s . . t . u . .  SEP  s t         asks s t u, from the separator on
+    BOS  . s . . t . u . .  SEP  s t         targets s t u, from the separator on
 
-In the unique form each signal occurs once in a sequence. A model is scored on its own continuation of the separator.
+In the unique form each signal occurs at most once per sequence. A model is scored on its own continuation after the separator.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ BOS, SEPARATOR = 0, 1
 
 
 class Copying(Task):
-    """Sizes of a selective-copying task. Longer splits have more noise and as many signals."""
+    """Selective copying. Longer sequences have more noise and the same number of signals."""
 
     kind: Literal["copying"]
     signals: Count
-    """Signals to copy in each sequence."""
+    """Signals per sequence."""
     alphabet: Count
-    """Different signal tokens."""
+    """Number of distinct signal tokens."""
     noise: Count
-    """Different noise tokens."""
+    """Number of distinct noise tokens."""
     unique: bool
-    """Whether each signal occurs at most once in a sequence."""
+    """Whether each signal occurs at most once per sequence."""
 
     @model_validator(mode="after")
-    def _signals_fit(self) -> Self:
+    def _check_signals(self) -> Self:
         if self.unique and self.signals > self.alphabet:
-            raise ValueError(f"signals = {self.signals} unique signals need an alphabet of as many, not {self.alphabet}")
+            raise ValueError(f"signals = {self.signals} exceeds alphabet = {self.alphabet}, but unique = true")
         for length in self.lengths:
             if self.context_at(length) < self.signals:
-                raise ValueError(f"a sequence of {length} tokens cannot hold signals = {self.signals} twice and the separator")
+                raise ValueError(f"length {length} is too short for signals = {self.signals} before and after the separator")
         return self
 
     @property
@@ -49,25 +49,25 @@ class Copying(Task):
         return True
 
     def context_at(self, length: int) -> int:
-        """Tokens among which the signals are scattered: all but BOS, the separator, and the signals fed back."""
+        """Tokens between BOS and the separator: signals and noise."""
         return length - 1 - self.signals
 
     def answer_positions(self, examples: Examples) -> np.ndarray:
-        """The signal of the context that is to come next."""
+        """At each target position, the position of the next signal in the context."""
         inputs, targets = np.asarray(examples.inputs, dtype=np.int64), np.asarray(examples.targets)
         context = inputs.shape[1] - self.signals
-        signal = (inputs[:, :context] >= 2) & (inputs[:, :context] < 2 + self.alphabet)
-        sources = np.full_like(inputs, -1)
-        sources[targets >= 0] = np.nonzero(signal)[1]
-        return sources
+        is_signal = (inputs[:, :context] >= 2) & (inputs[:, :context] < 2 + self.alphabet)
+        positions = np.full_like(inputs, -1)
+        positions[targets >= 0] = np.nonzero(is_signal)[1]
+        return positions
 
-    def check_theorem(self) -> None:
+    def check_construction(self) -> None:
         if not self.unique:
-            raise ValueError("the theorem about copying is about signals that occur once: unique: true")
-        self._check_width()
+            raise ValueError("the construction for copying needs unique = true")
+        self._check_construction_vocabulary()
 
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
-        """The splits differ by their generator alone."""
+        """The splits differ only in their generator."""
         context = self.context_at(length)
         if self.unique:
             signals = draw_distinct(generator, count, self.signals, self.alphabet) + 2
@@ -76,8 +76,8 @@ class Copying(Task):
         inputs = np.empty((count, length), dtype=np.int64)
         inputs[:, 0] = BOS
         inputs[:, 1 : context + 1] = generator.integers(0, self.noise, size=(count, context)) + 2 + self.alphabet
-        where = np.sort(draw_distinct(generator, count, self.signals, context), axis=1) + 1
-        np.put_along_axis(inputs, where, signals, axis=1)
+        positions = np.sort(draw_distinct(generator, count, self.signals, context), axis=1) + 1
+        np.put_along_axis(inputs, positions, signals, axis=1)
         inputs[:, context + 1] = SEPARATOR
         inputs[:, context + 2 :] = signals[:, :-1]
         targets = np.full((count, length), IGNORE, dtype=np.int64)

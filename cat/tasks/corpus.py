@@ -1,7 +1,7 @@
-"""Where text comes from: a corpus by its name or its path, as the bytes of its splits, and where words end in it.
+"""Text corpora, by name or path: the bytes of each split, and the ends of words.
 
-`python-docs` needs no download: it is the English prose that every Python installation carries, the docstrings of the standard
-library and `pydoc_data.topics`. It is that of the interpreter in use, so its bytes depend on the Python version.
+`python-docs` needs no download. It is the English prose of the Python installation: the docstrings of the standard library and
+`pydoc_data.topics`. It comes from the running interpreter, so its bytes depend on the Python version.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import numpy as np
 
 PYTHON_DOCS, WIKITEXT = "python-docs", "wikitext-103"
 LIMIT = 4 << 30
-"""Bytes of the largest split or folder that is read, since it is read whole."""
+"""Largest split or folder in bytes: all of it is read into memory."""
 
 
 class Published(NamedTuple):
-    """What is known of a split of WikiText-103."""
+    """The published facts about a split of WikiText-103."""
 
     words: int
-    """One <eos> a line counted in."""
+    """Includes one <eos> per line."""
     sha256: str | None
-    """Of wiki.<split>.tokens; that of the training split is published nowhere."""
+    """Of wiki.<split>.tokens; none is published for the training split."""
     parquet: dict[str, int]
-    """Its files on the hub, and their sizes."""
+    """Its files on the hub and their sizes in bytes."""
 
 
 WIKITEXT_103 = {
@@ -49,9 +49,9 @@ WIKITEXT_103 = {
         {"test-00000-of-00001.parquet": 721_735},
     ),
 }
-REPOSITORY, REVISION, PLACE = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-103-v1"
+REPOSITORY, REVISION, FOLDER = "Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3", "wikitext-103-v1"
 
-# Distributions split these off or leave them out; without them the corpus is the same wherever the version is.
+# Distributions package these separately or omit them. Without them, one Python version gives one corpus everywhere.
 _OPTIONAL = {
     "test",
     "tests",
@@ -65,36 +65,36 @@ _OPTIONAL = {
     "dist-packages",
 }
 _TOPICS = "pydoc_data/topics.py"
-_SPOILT = "it is truncated or altered; get it again, or name a text of your own as the source"
+_DAMAGED = "it is truncated or altered. Fix: get it again, or set source to your own text"
 _SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
 
 @functools.cache
 def read(source: str, folder: str | None, split: str) -> np.ndarray:
-    """The bytes of the split `train`, `valid` or `test`, in UTF-8; WikiText-103 from `folder`, or from the hub without one.
+    """Read the UTF-8 bytes of the split `train`, `valid` or `test`; WikiText-103 comes from `folder` or, if None, from the hub.
 
-    Raises ValueError, in words, where the text is missing, truncated, altered, too large, or cannot be fetched.
+    Raises ValueError if the text is missing, truncated, altered, too large, or cannot be downloaded.
     """
     if source != WIKITEXT:
         return corpus(source)[split]
     published = WIKITEXT_103[split]
     if folder is None:
-        where = f"{REPOSITORY}/{PLACE} {split}"
-        text = _parquet([_fetch(name, size) for name, size in published.parquet.items()])
+        name = f"{REPOSITORY}/{FOLDER} {split}"
+        text = _read_parquet([_download(file, size) for file, size in published.parquet.items()])
     else:
         path = _tokens_file(folder, split)
-        where, text = str(path), _text(path)
+        name, text = str(path), _read_text(path)
     array = np.frombuffer(text, dtype=np.uint8)
     words = int(np.count_nonzero(ends_a_word(array)))
     if words != published.words:
-        raise ValueError(f"{where}: has {words:,} words, not the {published.words:,} of WikiText-103: {_SPOILT}")
+        raise ValueError(f"{name}: has {words:,} words, not the {published.words:,} of WikiText-103: {_DAMAGED}")
     if folder is not None and published.sha256 not in (None, hashlib.sha256(text).hexdigest()):
-        raise ValueError(f"{where}: is not that of WikiText-103, whose SHA-256 is {published.sha256}: {_SPOILT}")
+        raise ValueError(f"{name}: differs from WikiText-103, whose SHA-256 is {published.sha256}: {_DAMAGED}")
     return array
 
 
 def digests(source: str, folder: str | None) -> dict[str, str]:
-    """SHA-256 of every local file that the corpus is read from, by its name; those of the hub are pinned."""
+    """SHA-256 of each local file of the corpus, by name. Files of the hub are pinned by the revision instead."""
     if source == PYTHON_DOCS or (source == WIKITEXT and folder is None):
         return {}
     if source != WIKITEXT:
@@ -103,7 +103,7 @@ def digests(source: str, folder: str | None) -> dict[str, str]:
 
 
 def ends_a_word(text: np.ndarray) -> np.ndarray:
-    """Whether a word ends with each byte: words stand between white space, and the end of a line is one, <eos>."""
+    """Whether a word ends at each byte. Words are separated by white space; each line end is the word <eos>."""
     space = _SPACE[text]
     last = ~space
     last[:-1] &= space[1:]
@@ -112,15 +112,15 @@ def ends_a_word(text: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def corpus(source: str) -> dict[str, np.ndarray]:
-    """The bytes of each split. Files go to a split by a digest of their name, 8 : 1 : 1; a single file is cut by position.
+    """The bytes of each split. A digest of the name assigns each file to a split, 8 : 1 : 1; a single file is cut by position.
 
-    Raises ValueError, in words, where there is no text at `source`.
+    Raises ValueError if there is no text at `source`.
     """
-    files = dict(_python_docs() if source == PYTHON_DOCS else ((name, _text(path)) for name, path in _paths(Path(source))))
+    files = dict(_python_docs() if source == PYTHON_DOCS else ((name, _read_text(path)) for name, path in _paths(Path(source))))
     splits: dict[str, list[bytes]] = {"train": [], "valid": [], "test": []}
     if len(files) == 1:
         (text,) = files.values()
-        first, second = (_before_a_character(text, len(text) * tenths // 10) for tenths in (8, 9))
+        first, second = (_character_start(text, len(text) * tenths // 10) for tenths in (8, 9))
         splits = {"train": [text[:first]], "valid": [text[first:second]], "test": [text[second:]]}
     for name in sorted(files) if len(files) > 1 else ():
         part = hashlib.sha256(name.encode()).digest()[0] % 10
@@ -128,10 +128,10 @@ def corpus(source: str) -> dict[str, np.ndarray]:
     return {split: np.frombuffer(b"\n\n".join(texts), dtype=np.uint8) for split, texts in splits.items()}
 
 
-def _before_a_character(text: bytes, place: int) -> int:
-    while place < len(text) and text[place] & 0xC0 == 0x80:  # inside a character of several bytes
-        place += 1
-    return place
+def _character_start(text: bytes, offset: int) -> int:
+    while offset < len(text) and text[offset] & 0xC0 == 0x80:  # inside a character of several bytes
+        offset += 1
+    return offset
 
 
 def _python_docs() -> Iterator[tuple[str, bytes]]:
@@ -152,7 +152,7 @@ def _python_docs() -> Iterator[tuple[str, bytes]]:
 def _docstrings(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # files kept broken on purpose
+    except (SyntaxError, ValueError):  # the standard library contains deliberately broken files
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -162,17 +162,17 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _paths(source: Path) -> list[tuple[str, Path]]:
-    """Name and path of every file of a source, which is one itself or a folder of them."""
+    """Name and path of each file of a source, a single file or a folder."""
     if not source.is_dir():
         return [(source.name, source)]
     paths = sorted(p for p in source.rglob("*") if p.suffix in {".txt", ".md"} and p.is_file())
     if not paths:
-        raise ValueError(f"{source}: no .txt or .md file in it")
+        raise ValueError(f"{source}: contains no .txt or .md file")
     _check_size(source, sum(path.stat().st_size for path in paths))
     return [(path.relative_to(source).as_posix(), path) for path in paths]
 
 
-def _text(path: Path) -> bytes:
+def _read_text(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -189,7 +189,7 @@ def _text(path: Path) -> bytes:
 
 def _check_size(path: Path, size: int) -> None:
     if size > LIMIT:
-        raise ValueError(f"{path}: {size:,} bytes of text, more than the {LIMIT:,} that are read at once")
+        raise ValueError(f"{path}: has {size:,} bytes of text, more than the limit of {LIMIT:,}")
 
 
 def _sha256(path: Path) -> str:
@@ -200,38 +200,39 @@ def _sha256(path: Path) -> str:
 def _tokens_file(folder: str, split: str) -> Path:
     path = Path(folder) / f"wiki.{split}.tokens"
     if not path.is_file():
-        raise ValueError(f"{path}: is missing; put that split of WikiText-103 there, or leave folder out to fetch it")
+        raise ValueError(f"{path}: is missing. Fix: put this split of WikiText-103 there, or remove folder to download it")
     return path
 
 
-def _fetch(name: str, size: int) -> Path:
-    """A file of the pinned revision, from the cache of huggingface_hub or from the hub; the whole of it, as it was published."""
+def _download(name: str, size: int) -> Path:
+    """Download a file of the pinned revision, or take it from the cache, and check its size and digest."""
     from huggingface_hub import hf_hub_download
 
-    where = f"{REPOSITORY}/{PLACE}/{name}"
+    address = f"{REPOSITORY}/{FOLDER}/{name}"
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it tells of every attempt
+    logger.setLevel(logging.ERROR)  # it logs every attempt
     try:
-        path = Path(hf_hub_download(REPOSITORY, f"{PLACE}/{name}", repo_type="dataset", revision=REVISION))
-    except Exception as error:  # of the hub, of the network, of the disk: they have no base in common
+        path = Path(hf_hub_download(REPOSITORY, f"{FOLDER}/{name}", repo_type="dataset", revision=REVISION))
+    except Exception as error:  # errors of hub, network and disk have no common base class
         reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
         raise ValueError(
-            f"{where}: cannot be fetched ({reason}); try again, set HF_ENDPOINT to a mirror of the hub,"
-            " or put wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens into a folder and name it under folder"
+            f"{address}: cannot be downloaded ({reason}). Fix: try again, set HF_ENDPOINT to a mirror of the hub,"
+            " or put wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens in a folder and set folder to it"
         ) from None
     finally:
         logger.setLevel(level)
-    blob = path.resolve()  # which the cache names after the digest
-    if (there := path.stat().st_size) != size:
-        raise ValueError(f"{where}: has {there:,} bytes, not {size:,}: it is truncated or altered; delete {blob} and try again")
+    blob = path.resolve()  # the cache names it after its digest
+    if (found := path.stat().st_size) != size:
+        problem = f"has {found:,} bytes, not {size:,}: it is truncated or altered"
+        raise ValueError(f"{address}: {problem}. Fix: delete {blob} and try again")
     if len(blob.name) == 64 and blob.name != _sha256(path):
-        raise ValueError(f"{where}: its SHA-256 is not {blob.name[:8]}...: it is altered; delete {blob} and try again")
+        raise ValueError(f"{address}: its SHA-256 is not {blob.name[:8]}...: it is altered. Fix: delete {blob} and try again")
     return path
 
 
-def _parquet(paths: list[Path]) -> bytes:
-    """The rows of a split as wiki.<split>.tokens has them: on the hub, a line of nothing but a space is an empty row."""
+def _read_parquet(paths: list[Path]) -> bytes:
+    """Read the rows of a split as in wiki.<split>.tokens. On the hub, a line that holds one space is an empty row."""
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
@@ -239,9 +240,9 @@ def _parquet(paths: list[Path]) -> bytes:
     for path in paths:
         try:
             with ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=4096, columns=["text"]):  # little may unpack to much
+                for batch in file.iter_batches(batch_size=4096, columns=["text"]):  # a small file may unpack to a huge text
                     text += "".join(row or " \n" for row in batch.column("text").to_pylist()).encode()
                     _check_size(path, len(text))
         except (ArrowException, KeyError) as error:
-            raise ValueError(f"{path}: is no parquet file with a column of text ({' '.join(str(error).split())})") from None
+            raise ValueError(f"{path}: is not a parquet file with a column named text ({' '.join(str(error).split())})") from None
     return bytes(text)

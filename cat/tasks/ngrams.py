@@ -1,31 +1,31 @@
-"""Runs of n tokens as numbers: equal where the runs are, so that sorting finds what occurs again."""
+"""N-grams packed into integers, so that sorting finds repetitions."""
 
 from __future__ import annotations
 
 import numpy as np
 
-TRAINING_AT_ONCE = 1 << 20
-"""Tokens of a long text that are packed at a time."""
+CHUNK_TOKENS = 1 << 20
+"""Tokens of a long text that are packed at a time, to bound memory."""
 
 
 def check_packing(vocabulary: int, n: int) -> None:
-    """Raises ValueError, in words, where so many different runs of n tokens have no 64-bit numbers of their own."""
+    """Raises ValueError if the n-grams of this vocabulary do not all fit in 64 bits."""
     if n > 64 or vocabulary**n > 1 << 64:
-        raise ValueError(f"ngram = {n - 1} with {vocabulary:,} different tokens: {n} of them in a row do not fit in 64 bits")
+        raise ValueError(f"ngram = {n - 1} is too long: {n} tokens from a vocabulary of {vocabulary:,} do not fit in 64 bits")
 
 
 def pack(tokens: np.ndarray, n: int, vocabulary: int) -> np.ndarray:
-    """The run of n tokens that begins at each place of the last axis: as the digits of a number to the base `vocabulary`."""
-    places = tokens.shape[-1] - n + 1
-    packed = np.zeros((*tokens.shape[:-1], places), dtype=np.uint64)
+    """Pack the n-gram that starts at each position of the last axis into an integer with base `vocabulary`."""
+    positions = tokens.shape[-1] - n + 1
+    packed = np.zeros((*tokens.shape[:-1], positions), dtype=np.uint64)
     for offset in range(n):
         packed *= np.uint64(vocabulary)
-        packed += tokens[..., offset : offset + places]
+        packed += tokens[..., offset : offset + positions]
     return packed
 
 
-def stood_before(packed: np.ndarray) -> np.ndarray:
-    """Whether each entry of a row stands earlier in it as well, N x M."""
+def occurs_earlier(packed: np.ndarray) -> np.ndarray:
+    """Whether each entry also occurs earlier in its row, N x M."""
     order = packed.argsort(axis=1, kind="stable")
     ranked = np.take_along_axis(packed, order, axis=1)
     again = np.zeros(packed.shape, dtype=bool)
@@ -34,9 +34,9 @@ def stood_before(packed: np.ndarray) -> np.ndarray:
 
 
 def occurs(packed: np.ndarray, text: np.ndarray, n: int, vocabulary: int) -> np.ndarray:
-    """Whether each of the runs is one of the text, which may be long."""
-    runs, places = np.unique(packed, return_inverse=True)
-    found = np.zeros(len(runs), dtype=bool)
-    for start in range(0, len(text) - n + 1, TRAINING_AT_ONCE):
-        found |= np.isin(runs, pack(text[start : start + TRAINING_AT_ONCE + n - 1], n, vocabulary))
-    return found[places].reshape(packed.shape)
+    """Whether each packed n-gram occurs in `text`, which may be long."""
+    ngrams, inverse = np.unique(packed, return_inverse=True)
+    found = np.zeros(len(ngrams), dtype=bool)
+    for start in range(0, len(text) - n + 1, CHUNK_TOKENS):
+        found |= np.isin(ngrams, pack(text[start : start + CHUNK_TOKENS + n - 1], n, vocabulary))
+    return found[inverse].reshape(packed.shape)

@@ -1,6 +1,7 @@
-"""The tasks: a configuration each, and from it, a length, a count and a generator the examples, in NumPy.
+"""The union of all tasks.
 
-The same on every machine, and every question has exactly one answer.
+A task is a configuration that draws its examples in NumPy. The examples are a pure function of the configuration, the length, the
+count and the generator, the same on every machine.
 """
 
 from typing import Annotated
@@ -16,4 +17,4 @@ from cat.tasks.text import Text
 __all__ = ["IGNORE", "AnyTask", "Copying", "Examples", "Recall", "Task", "Text", "Windows", "generator"]
 
 AnyTask = Annotated[Recall | Copying | Text, Field(discriminator="kind")]
-"""Every kind of task there is."""
+"""Any task; `kind` selects the class."""

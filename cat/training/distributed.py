@@ -1,7 +1,7 @@
-"""One model on several processes: each takes its share of the rows of every batch, and what they find out is added up.
+"""Data-parallel training of one model: each process takes a slice of every batch, and gradients are summed.
 
-With the mean loss over the answers of the whole batch, each gradient is a sum over rows; so the sum of the processes' gradients
-is that of one process, up to rounding, and the weights stay the same bits on all.
+The loss is the mean over the answers of the whole batch, so the gradient is a sum over examples. The sum of the processes'
+gradients therefore equals the gradient of one process, up to rounding. The weights are equal to the bit on all processes.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-PATIENCE = 600
-"""Seconds after which a process that waits for the others ends with an error."""
+TIMEOUT = 600
+"""Seconds that a process waits for the others before it fails."""
 Value = TypeVar("Value")
 
 
 class ProcessGroup(ABC):
-    """The processes that train one model, of which this is number `rank` of `size`. All call its methods in one order."""
+    """The processes that train one model; this one is `rank` of `size`. All must call the methods in the same order."""
 
     def __init__(self, rank: int, size: int):
         self.rank, self.size = rank, size
 
     def local_slice(self, count: int) -> slice:
-        """Which of `count` rows are this process's: as many as any other's, or one more or less."""
+        """Return this process's slice of `count` examples. The sizes of the slices differ by at most one."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     @abstractmethod
     def all_reduce_sum(self, tensor: Shaped[Tensor, "*S"]) -> Shaped[Tensor, "*S"]:
-        """The sum of the processes' tensors, the same bits on each; may take the place of `tensor`."""
+        """Return the sum over processes, equal to the bit on each. May overwrite `tensor`."""
 
     @abstractmethod
     def all_reduce_max(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """Return the maximum over processes."""
 
     @abstractmethod
     def broadcast(self, function: Callable[[], Value]) -> Value:
-        """What `function` returns in process 0, the only one that calls it."""
+        """Call `function` in process 0 only and return its result in all."""
 
 
 class SingleProcess(ProcessGroup):
-    """A process with no others."""
+    """A process on its own."""
 
     def __init__(self) -> None:
         super().__init__(0, 1)
@@ -65,7 +65,7 @@ SINGLE_PROCESS = SingleProcess()
 
 
 class TorchProcessGroup(ProcessGroup):
-    """Those of torch.distributed. Numbers and objects go by way of the CPU, so that nothing waits for a GPU."""
+    """The processes of torch.distributed. Numbers and objects go through the CPU, so that nothing waits for a GPU."""
 
     def __init__(self) -> None:
         super().__init__(torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -82,18 +82,18 @@ class TorchProcessGroup(ProcessGroup):
     def broadcast(self, function: Callable[[], Value]) -> Value:
         box = [function() if self.rank == 0 else None]
         torch.distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]  # type: ignore[return-value]  # that of process 0
+        return box[0]  # type: ignore[return-value]  # the value of process 0
 
 
 def local_rank() -> int | None:
-    """The number among the processes of this machine that torchrun has given this one; None where it has started no others."""
-    several = torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
-    return int(os.environ["LOCAL_RANK"]) if several else None
+    """Return the rank of this process on its machine as set by torchrun; None if it runs alone."""
+    launched = torch.distributed.is_torchelastic_launched() and int(os.environ["WORLD_SIZE"]) > 1
+    return int(os.environ["LOCAL_RANK"]) if launched else None
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[ProcessGroup]:
-    """The processes that torchrun has started beside this one, all of which compute on devices of this kind."""
+    """Join the processes that torchrun started, which all compute on the same kind of device."""
     if local_rank() is None:
         yield SINGLE_PROCESS
         return
@@ -101,7 +101,7 @@ def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     if device.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=PATIENCE))
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT))
     try:
         yield TorchProcessGroup()
     finally:

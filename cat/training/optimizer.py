@@ -1,7 +1,7 @@
-"""AdamW (arXiv 1711.05101, algorithm 2) behind a clip of the gradient's norm, over all parameters laid out in one vector.
+"""AdamW (arXiv 1711.05101, algorithm 2) after clipping of the gradient norm, over all parameters as one vector.
 
-A step is a handful of operations however many tensors there are. torch.optim.AdamW does the same, which a test holds it to,
-tensor by tensor; before its first step it takes most of a second of every process, for imports that nothing here uses.
+A step takes the same few operations for any number of tensors. A test compares it with torch.optim.AdamW, tensor by tensor. That
+class takes most of a second per process before its first step, for imports that are not used here.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class AdamW:
-    """The parameters become views of the vector; they must not be moved to another device or replaced afterwards.
+    """Optimizes `decayed` with weight decay and `others` without.
 
-    Those in `decayed` have weight decay; `clip` is the largest norm of the gradient of all of them together. The gradient is
-    the sum of those that the processes of `group` have.
+    The parameters become views of one vector: do not replace them or move them to another device afterwards. `grad_clip` is the
+    largest norm of the gradient of all parameters together. The gradient is summed over the processes of `group`.
     """
 
     def __init__(
@@ -29,51 +29,53 @@ class AdamW:
         others: Sequence[nn.Parameter],
         *,
         weight_decay: float,
-        clip: float,
+        grad_clip: float,
         group: ProcessGroup = SINGLE_PROCESS,
     ):
         self.parameters = [*decayed, *others]
-        self.grad_clip, self.group = clip, group
+        self.grad_clip, self.group = grad_clip, group
         vector = torch.cat([p.detach().flatten() for p in self.parameters])
         for parameter, view in zip(self.parameters, vector.split([p.numel() for p in self.parameters]), strict=True):
             parameter.data = view.view_as(parameter)
-        self.sizes = [sum(p.numel() for p in group) for group in (decayed, others)]
-        self.parts = [_Part(part, decay) for part, decay in zip(vector.split(self.sizes), (weight_decay, 0.0), strict=True)]
+        self.sizes = [sum(p.numel() for p in parameters) for parameters in (decayed, others)]
+        self.vectors = [
+            _ParameterVector(part, decay) for part, decay in zip(vector.split(self.sizes), (weight_decay, 0.0), strict=True)
+        ]
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Float[Tensor, ""]:
-        """Moves the parameters against the gradients that a backward pass has left, takes these away, and returns their norm."""
-        gradient = self.group.all_reduce_sum(torch.cat([_taken(p) for p in self.parameters]))
+        """Update the parameters, clear their gradients, and return the gradient norm before clipping."""
+        gradient = self.group.all_reduce_sum(torch.cat([_pop_gradient(p) for p in self.parameters]))
         norm = gradient.norm()
-        excess = (norm / self.grad_clip).clamp(min=1).float()
-        for part, its_gradient in zip(self.parts, gradient.split(self.sizes), strict=True):
-            if its_gradient.numel():
-                part.step(its_gradient, excess, learning_rate)
+        grad_scale = (norm / self.grad_clip).clamp(min=1).float()
+        for vector, vector_gradient in zip(self.vectors, gradient.split(self.sizes), strict=True):
+            if vector_gradient.numel():
+                vector.step(vector_gradient, grad_scale, learning_rate)
         return norm
 
     @property
     def moments(self) -> Float[Tensor, "2 P"]:
-        """A copy of what is remembered of the gradients: their mean and their mean square."""
-        return torch.stack([torch.cat([part.mean for part in self.parts]), torch.cat([part.square for part in self.parts])])
+        """A copy of the running means of the gradient and of its square."""
+        return torch.stack([torch.cat([v.mean for v in self.vectors]), torch.cat([v.square for v in self.vectors])])
 
     def resume(self, steps: int, moments: Float[Tensor, "2 P"]) -> None:
-        """Goes on from where another stood after `steps` steps."""
-        for part, (mean, square) in zip(self.parts, moments.split(self.sizes, dim=1), strict=True):
-            part.mean.copy_(mean)
-            part.square.copy_(square)
-            part.steps.fill_(steps)
+        """Restore the moments of an optimizer after `steps` steps."""
+        for vector, (mean, square) in zip(self.vectors, moments.split(self.sizes, dim=1), strict=True):
+            vector.mean.copy_(mean)
+            vector.square.copy_(square)
+            vector.steps.fill_(steps)
 
 
-class _Part:
-    """The parameters with one weight decay, as a vector, and what the optimizer remembers of their gradients."""
+class _ParameterVector:
+    """The parameters with one weight decay as a vector, and their moments."""
 
     def __init__(self, vector: Tensor, weight_decay: float):
         self.vector, self.weight_decay = vector, weight_decay
         self.mean, self.square = torch.zeros_like(vector), torch.zeros_like(vector)
         self.steps = torch.zeros((), device=vector.device)
 
-    def step(self, gradient: Tensor, excess: Tensor, learning_rate: float) -> None:
-        """One pass over the vectors; the gradient is divided by `excess`."""
+    def step(self, gradient: Tensor, grad_scale: Tensor, learning_rate: float) -> None:
+        """Apply one fused step; the gradient is divided by `grad_scale`."""
         first, second = BETAS
         adamw(
             [self.vector],
@@ -83,7 +85,7 @@ class _Part:
             [],
             [self.steps],
             fused=True,
-            grad_scale=excess,
+            grad_scale=grad_scale,
             amsgrad=False,
             beta1=first,
             beta2=second,
@@ -94,6 +96,7 @@ class _Part:
         )
 
 
-def _taken(parameter: nn.Parameter) -> Tensor:
+def _pop_gradient(parameter: nn.Parameter) -> Tensor:
+    """Return the flat gradient, or zeros if there is none, and clear it."""
     gradient, parameter.grad = parameter.grad, None
     return parameter.new_zeros(parameter.numel()) if gradient is None else gradient.flatten()

@@ -1,21 +1,23 @@
-"""A variant more: the line of another in params.yaml with some keys changed, an ablation that trains it, and what that will run.
+"""Add a variant to params.yaml: a copy of another with some keys changed, and an ablation that trains it.
 
-Text is put in at two places, and all else of the file stays as it is to the byte.
+The file keeps its comments. If each variant and each ablation's list is written on one line, all other lines stay as they are.
+Otherwise ruamel.yaml rewrites the file, which may move spaces and line breaks.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
+import io
 import math
 import tempfile
-import textwrap
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML, YAMLError
-from ruamel.yaml.nodes import CollectionNode, MappingNode, Node, SequenceNode
+from ruamel.yaml.comments import CommentedMap
 from tabulate import tabulate
 
 from cat.config import VariantConfig
@@ -32,30 +34,30 @@ FILE = Path("params.yaml")
 
 
 def add_variant(name: str, source: str, settings: tuple[str, ...], *, ablation: str | None = None, dry_run: bool = False) -> str:
-    """Adds the variant, and says what `dvc repro` will run; for `dry_run` writes nothing and shows the change of the file.
+    """Add the variant, and describe what `dvc repro` will run; with `dry_run`, show the change of the file instead.
 
-    A setting is `key=value`, its value YAML; null, nothing or, where the key has no such value, none take the key out. The
-    ablation is by default the one that trains `source`. Raises ParamsError, and leaves the file alone, where the outcome would
-    not be a valid study, or would be nothing new.
+    A setting is `key=value` with a YAML value. It removes the key if the value is null, empty, or `none` where `none` is no
+    valid value. The default ablation is the one that trains `source`. Raises ParamsError, and leaves the file as it is, if the
+    study would be invalid or the variant is not new.
     """
     study = load_study(FILE)
     _check_name(study, name)
     model = find_entry(study.variants, "variants", source)
-    text = FILE.read_bytes().decode()
+    text = FILE.read_text(encoding="utf-8")
     raw = YAML(typ="safe").load(text)
-    line = _changed(raw["variants"][source], source, model, settings)
-    _check_new(study, name, parse_config(Study, raw | {"variants": raw["variants"] | {name: line}}, FILE).variants[name])
-    home = _home(study, source, ablation)
-    edited = _inserted(text, raw, name, line, source=source, home=home)
+    config = _apply_settings(raw["variants"][source], source, model, settings)
+    _check_new(study, name, parse_config(Study, raw | {"variants": raw["variants"] | {name: config}}, FILE).variants[name])
+    trained_by = _find_ablation(study, source, ablation)
+    edited = _edit(text, name, config, source=source, ablation=trained_by)
     _check(edited)
     if dry_run:
         lines = text.splitlines(keepends=True), edited.splitlines(keepends=True)
-        said = "".join(difflib.unified_diff(lines[0], lines[1], f"a/{FILE}", f"b/{FILE}"))
+        message = "".join(difflib.unified_diff(lines[0], lines[1], f"a/{FILE}", f"b/{FILE}"))
     else:
         with atomic_write(FILE) as path:
-            path.write_bytes(edited.encode())
-        said = f"{FILE}: {name} is new, from {source} with {', '.join(settings)}; ablations.{home} trains it\n"
-    return f"{said}\n{_plan(study, name, source, home)}"
+            path.write_text(edited, encoding="utf-8")
+        message = f"{FILE}: added {name}, a copy of {source} with {', '.join(settings)}; ablations.{trained_by} trains it\n"
+    return f"{message}\n{_describe_plan(study, name, source, trained_by)}"
 
 
 def _check_name(study: Study, name: str) -> None:
@@ -64,25 +66,23 @@ def _check_name(study: Study, name: str) -> None:
     except ValidationError:
         raise ParamsError([f"{FILE}: variants: {name!r} {PATTERNS[NAME]}"]) from None
     if name in study.variants:
-        raise ParamsError([f"{FILE}: variants.{name}: is there already"])
+        raise ParamsError([f"{FILE}: variants.{name}: exists already"])
 
 
-def _home(study: Study, source: str, ablation: str | None) -> str:
-    """The ablation that is to train the variant."""
+def _find_ablation(study: Study, source: str, ablation: str | None) -> str:
     if ablation is not None:
         find_entry(study.ablations, "ablations", ablation)
         return ablation
     training = [name for name, candidate in study.ablations.items() if candidate.tasks and source in candidate.variants]
     if len(training) > 1:
         raise ParamsError(
-            [f"{FILE}: variants.{source}: is trained by the ablations {', '.join(training)}; name one with --ablation"]
+            [f"{FILE}: variants.{source}: the ablations {', '.join(training)} train it. Fix: choose one with --ablation"]
         )
-    return training[0]  # there is one: a variant that none trains is refused
+    return training[0]  # load_study refuses a variant that no ablation trains
 
 
-def _changed(line: dict[str, Any], source: str, model: VariantConfig, settings: tuple[str, ...]) -> dict[str, Any]:
-    """The `line` of the source with the settings."""
-    changed, faults, keys = dict(line), [], set()
+def _apply_settings(config: dict[str, Any], source: str, model: VariantConfig, settings: tuple[str, ...]) -> dict[str, Any]:
+    changed, faults, keys = dict(config), [], set()
     for setting in settings:
         key, equals, text = setting.partition("=")
         try:
@@ -97,9 +97,9 @@ def _changed(line: dict[str, Any], source: str, model: VariantConfig, settings: 
             faults.append(f"--set {setting!r}: is not key=value")
         elif key in keys:
             faults.append(f"--set {setting!r}: sets {key} a second time")
-        elif value == line.get(key):
-            has = f"no {key}" if value is None else f"{key} = {to_yaml(value)}"
-            faults.append(f"--set {setting!r}: changes nothing, variants.{source} has {has}")
+        elif value == config.get(key):
+            current = f"no {key}" if value is None else f"{key} = {to_yaml(value)}"
+            faults.append(f"--set {setting!r}: changes nothing, variants.{source} has {current}")
         elif value is None:
             del changed[key]
         else:
@@ -111,87 +111,69 @@ def _changed(line: dict[str, Any], source: str, model: VariantConfig, settings: 
 
 
 def _check_new(study: Study, name: str, model: VariantConfig) -> None:
-    """Raises ParamsError where there is a variant like that, whatever keys it is written with."""
-    if twin := next((other for other in study.variants if study.variants[other] == model), None):
-        raise ParamsError([f"{FILE}: variants.{name}: is the same as variants.{twin}"])
+    """Raises ParamsError if an existing variant is the same model, whatever keys it is written with."""
+    if same := next((other for other in study.variants if study.variants[other] == model), None):
+        raise ParamsError([f"{FILE}: variants.{name}: is the same as variants.{same}"])
 
 
-def _inserted(text: str, raw: Any, name: str, line: dict[str, Any], *, source: str, home: str) -> str:
-    """The text of a study, `raw` once read, with a `line` for the variant after all others and its name in an ablation's list.
+def _edit(text: str, name: str, config: dict[str, Any], *, source: str, ablation: str) -> str:
+    """Add the variant as the last, so that no other changes its colour in the figures, and in the ablation's list.
 
-    Last, so that no other changes its colour in the figures. Raises ParamsError where that cannot be done to the text.
+    Raises ParamsError if the edited text is not exactly that study.
     """
-    variants, ablations = raw["variants"], raw["ablations"]
-    names = list(ablations[home]["variants"])
-    place = names.index(source) + 1 if source in names else len(names)
-    names.insert(place, name)
-    # Built anew, so that what two places of the file share by an alias is not changed in both.
-    ablations = ablations | {home: ablations[home] | {"variants": names}}
-    expected = raw | {"variants": variants | {name: line}, "ablations": ablations}
-    try:
-        root = YAML().compose(text)
-        edits = [
-            _line_of_variant(text, _node(root, "variants"), name, line, source),
-            _name_in_list(text, _node(root, "ablations", home, "variants"), name, place),
-        ]
-        for index, insertion in sorted(edits, reverse=True):
-            text = text[:index] + insertion + text[index:]
-        if YAML(typ="safe").load(text) == expected:
-            return text
-    except (YAMLError, KeyError):
-        pass
-    raise ParamsError(
-        [f"{FILE}: variants or ablations.{home}.variants do not have a line each; add {name}: {to_yaml(line)} by hand"]
-    )
+    expected = YAML(typ="safe").load(text)
+    names = list(expected["ablations"][ablation]["variants"])
+    names.insert(names.index(source) + 1 if source in names else len(names), name)
+    # New mappings, so that an alias elsewhere in the file does not change too.
+    ablations = expected["ablations"] | {ablation: expected["ablations"][ablation] | {"variants": names}}
+    expected |= {"variants": expected["variants"] | {name: config}, "ablations": ablations}
+    for edit in (_insert_lines, _rewrite):
+        try:
+            edited = edit(text, name, config, source, ablation, names)
+            if YAML(typ="safe").load(edited) == expected:
+                return edited
+        except (YAMLError, LookupError):
+            pass
+    raise ParamsError([f"{FILE}: cannot be edited. Fix: add {name}: {to_yaml(config)} by hand"])
 
 
-def _line_of_variant(text: str, variants: MappingNode, name: str, line: dict[str, Any], source: str) -> tuple[int, str]:
-    """Where to insert what, in the style of the source and its values below each other."""
-    model = _node(variants, source)
-    column = model.start_mark.column
-    head = " " * variants.value[0][0].start_mark.column + f"{to_yaml(name)}:"
-    if model.flow_style:
-        return _new_line(text, _end(variants), f"{head.ljust(column - 1)} {to_yaml(line)}")
-    return _new_line(text, _end(variants), f"{head}\n{textwrap.indent(to_yaml(line, flow=False), ' ' * column)}")
+def _insert_lines(text: str, name: str, config: dict[str, Any], source: str, ablation: str, names: list[str]) -> str:
+    """Insert one line for the variant, and replace one list; the caller checks whether the layout allowed it."""
+    study = YAML().load(text)
+    lines = text.splitlines(keepends=True)
+    row, column = study["ablations"][ablation].lc.value("variants")
+    if lines[row][column] != "[":
+        return text
+    lines[row] = lines[row][:column] + to_yaml(names) + lines[row][column:].partition("]")[2]
+    variants = study["variants"].lc
+    row, column = variants.key([*study["variants"]][-1])
+    lines[row] = lines[row].rstrip("\n") + "\n"
+    lines.insert(row + 1, f"{' ' * column}{name}:".ljust(variants.value(source)[1] - 1) + f" {to_yaml(config)}\n")
+    return "".join(lines)
 
 
-def _name_in_list(text: str, names: SequenceNode, name: str, place: int) -> tuple[int, str]:
-    """Where to insert what."""
-    if not names.value:
-        return names.start_mark.index + 1, to_yaml(name)
-    neighbour = names.value[place - 1]
-    start, end = neighbour.start_mark.index, neighbour.end_mark.index
-    if names.flow_style:
-        return end, f", {to_yaml(name)}"
-    return _new_line(text, end, text[text.rfind("\n", 0, start) + 1 : start] + to_yaml(name))
-
-
-def _new_line(text: str, index: int, line: str) -> tuple[int, str]:
-    """`line` as one of its own, after the one that `index` is in."""
-    ending = "\r\n" if "\r\n" in text else "\n"
-    found = text.find(ending, index)
-    return found if found >= 0 else len(text), ending + line.replace("\n", ending)
-
-
-def _node(node: Node, *path: str) -> Any:
-    for step in path:
-        node = {key.value: value for key, value in node.value}[step]
-    return node
-
-
-def _end(node: Node) -> int:
-    """Where its last character is; the mark of a block's end is after the comments that follow it."""
-    while isinstance(node, CollectionNode) and not node.flow_style and node.value:
-        last = node.value[-1]
-        node = last[1] if isinstance(last, tuple) else last
-    return int(node.end_mark.index)
+def _rewrite(text: str, name: str, config: dict[str, Any], source: str, ablation: str, names: list[str]) -> str:
+    """Rewrite the file with its comments."""
+    yaml = YAML()
+    yaml.preserve_quotes, yaml.width = True, 2**31 - 1
+    study = yaml.load(text)
+    study["variants"][name] = variant = CommentedMap(config)
+    if study["variants"][source].fa.flow_style():
+        variant.fa.set_flow_style()
+    listed = copy.deepcopy(study["ablations"][ablation]["variants"])  # with its comments; an alias elsewhere stays as it is
+    listed.yaml_set_anchor(None)
+    listed.insert(names.index(name), name)
+    study["ablations"][ablation]["variants"] = listed
+    with io.StringIO() as edited:
+        yaml.dump(study, edited)
+        return edited.getvalue()
 
 
 def _check(text: str) -> None:
-    """Raises ParamsError unless the text is a study that DVC has the stages of."""
+    """Raises ParamsError unless the text is a valid study with a stage in dvc.yaml for each ablation."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, FILE.name)
-        path.write_bytes(text.encode())
+        path.write_text(text, encoding="utf-8")
         try:
             study = load_study(path)
         except ParamsError as error:
@@ -199,31 +181,31 @@ def _check(text: str) -> None:
     check_stages(study, str(FILE))
 
 
-def _plan(study: Study, name: str, source: str, home: str) -> str:
-    """The stages that the new variant makes `dvc repro` run, and how long the source's cells took."""
-    tasks = study.ablations[home].tasks
-    took = {task: _seconds(task, source) for task in tasks}
-    known = [seconds for seconds in took.values() if seconds is not None]
+def _describe_plan(study: Study, name: str, source: str, ablation: str) -> str:
+    """List the stages that `dvc repro` will run, with the training times of the source's cells."""
+    tasks = study.ablations[ablation].tasks
+    times = {task: _seconds(task, source) for task in tasks}
+    known = [seconds for seconds in times.values() if seconds is not None]
     rows = [
         ("plan", "", ""),
         *(
-            (f"train_{home}@{task}-{name}", "unknown", f"no time in {_log(task, source)}")
+            (f"train_{ablation}@{task}-{name}", "unknown", f"no time in {_log(task, source)}")
             if seconds is None
-            else (f"train_{home}@{task}-{name}", _clock(seconds), str(_log(task, source)))
-            for task, seconds in took.items()
+            else (f"train_{ablation}@{task}-{name}", _clock(seconds), str(_log(task, source)))
+            for task, seconds in times.items()
         ),
         *((f"evaluate@{task}", "", "") for task in tasks),
         *((stage, "", "") for stage in ("judge", "render", "publish")),
     ]
-    begins = "`dvc repro` will run, besides what is out of date already:"
+    title = "`dvc repro` will run, besides stages that are already out of date:"
     if not known:
         stages = "\n".join(stage for stage, *_ in rows)
-        return f"{begins}\n\n{stages}\n\nno time is known: {source} has not been trained here"
+        return f"{title}\n\n{stages}\n\nno time is known: {source} was not trained in this folder"
     return (
-        f"{begins}\n\n{tabulate(rows, ['stage', 'h:mm:ss', 'as in'])}\n\n"
+        f"{title}\n\n{tabulate(rows, ['stage', 'h:mm:ss', 'time from'])}\n\n"
         f"about {_clock(sum(known))} of training"
         + (f" and {len(tasks) - len(known)} of {len(tasks)} cells unknown" if len(known) < len(tasks) else "")
-        + f", if a cell takes as long as that of {source} did; starting stages, scoring and drawing come on top"
+        + f", if each cell takes as long as that of {source}; starting stages, evaluation and figures take more time"
     )
 
 

@@ -1,4 +1,4 @@
-"""What changed between a revision of git, or an experiment of DVC, and the working folder: parameters, results, verdicts."""
+"""Compare parameters, results and verdicts of a git revision or DVC experiment with the working folder."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from pipeline.storage.paths import REPORTS, VERDICTS
 from pipeline.storage.tables import CLAIM_COLUMNS, parse_table
 
 PARAMETERS, METRICS, CLAIMS = Path("params.yaml"), REPORTS / "metrics", VERDICTS / "claims.csv"
-SMALLEST = 5e-7
-"""Metrics are written with six decimals."""
+MIN_DIFFERENCE = 5e-7
+"""Half of the last decimal: metrics are written with six."""
 _NOTHING = "-"
 
 Cell = tuple[str, str]
-"""Variant and task."""
+"""Variant, task."""
 
 
 class Snapshot(NamedTuple):
-    """A study at one time."""
+    """A study at one revision."""
 
     parameters: dict[str, Any]
     results: dict[Cell, dict[str, float]]
-    """Of each cell the mean of every metric at a length, by its name."""
+    """Cell -> name of a metric at a length (`accuracy_8x`) -> mean over seeds."""
     verdicts: pd.DataFrame
 
 
 class Section(NamedTuple):
-    """A table of what changed, empty where nothing did, and what else there is to say."""
+    """A table of changes, and notes below it."""
 
     title: str
     columns: tuple[str, ...]
@@ -52,8 +52,11 @@ class Section(NamedTuple):
 
 
 def compare(revision: str) -> list[Section]:
-    """What changed since. Raises ValueError where there is no such revision or a file is missing or unreadable, there or here."""
-    before, after = there(revision), here()
+    """List what changed since `revision`.
+
+    Raises ValueError if the revision does not exist, or if a file is missing or unreadable on either side.
+    """
+    before, after = snapshot_at(revision), snapshot_of_folder()
     parameters = list(_parameters(before.parameters, after.parameters))
     sections = [
         Section("parameters", ("key", "before", "after"), parameters, []),
@@ -64,7 +67,6 @@ def compare(revision: str) -> list[Section]:
 
 
 def show(sections: Iterable[Section], console: Console | None = None) -> None:
-    """Prints a table a section."""
     console = console or Console()
     for section in sections:
         if section.rows:
@@ -79,7 +81,6 @@ def show(sections: Iterable[Section], console: Console | None = None) -> None:
 
 
 def markdown(sections: Iterable[Section]) -> str:
-    """The same for a pull request."""
     parts = []
     for section in sections:
         parts.append(f"## {section.title}")
@@ -90,13 +91,11 @@ def markdown(sections: Iterable[Section]) -> str:
     return "\n\n".join(parts)
 
 
-def here() -> Snapshot:
-    """The study of the working folder."""
+def snapshot_of_folder() -> Snapshot:
     return _snapshot(Path.read_bytes, sorted(METRICS.glob("*.json")), "")
 
 
-def there(revision: str) -> Snapshot:
-    """The study at a revision."""
+def snapshot_at(revision: str) -> Snapshot:
     commit = resolve(revision)
     listing = _git("ls-tree", "-z", "--name-only", commit, f"{METRICS.as_posix()}/")
     files = [Path(name) for name in listing.decode().split("\0") if name.endswith(".json")]
@@ -111,9 +110,10 @@ def there(revision: str) -> Snapshot:
 
 
 def resolve(revision: str) -> str:
-    """The commit of a revision of git or, where there is none, of the experiment of that name: of HEAD if several have it.
+    """Find the commit of a git revision or, if there is none, of the DVC experiment with that name.
 
-    DVC keeps an experiment as refs/exps/<2 digits of the commit that it began from>/<the other 38>/<its name>.
+    Of several experiments with that name, the one that started from HEAD is taken. DVC stores an experiment as
+    refs/exps/<2 digits of the commit it started from>/<the other 38>/<its name>.
     """
     try:
         return _git("rev-parse", "--verify", f"{revision}^{{commit}}").decode().strip()
@@ -124,9 +124,9 @@ def resolve(revision: str) -> str:
         head = resolve("HEAD")
         named = [ref for ref in named if ref.split("/")[2:4] == [head[:2], head[2:]]] or named
     if len(named) > 1:
-        raise ValueError(f"{revision!r} is the name of {len(named)} experiments; say which: {', '.join(named)}")
+        raise ValueError(f"{revision!r} is the name of {len(named)} experiments. Fix: give one of {', '.join(named)}")
     if not named:
-        raise ValueError(f"{revision!r} is neither a revision of git nor an experiment of DVC")
+        raise ValueError(f"{revision!r} is neither a git revision nor a DVC experiment")
     return resolve(named[0])
 
 
@@ -137,20 +137,20 @@ def _git(*arguments: str) -> bytes:
     return done.stdout
 
 
-def _snapshot(read: Callable[[Path], bytes], metrics: list[Path], where: str) -> Snapshot:
-    """Raises ValueError where a file is missing or unreadable; `where` is what its name begins with."""
+def _snapshot(read: Callable[[Path], bytes], metrics: list[Path], prefix: str) -> Snapshot:
+    """Raises ValueError if a file is missing or unreadable; `prefix` precedes its name in the message."""
 
     def content(path: Path, parse: Callable[[bytes], Any]) -> Any:
         try:
             return parse(read(path))
         except OSError as error:
-            raise ValueError(f"{where}{path}: {error.strerror}") from None
+            raise ValueError(f"{prefix}{path}: {error.strerror}") from None
         except (ValueError, KeyError, YAMLError) as error:
-            raise ValueError(f"{where}{path}: cannot be read: {' '.join(str(error).split())}") from None
+            raise ValueError(f"{prefix}{path}: cannot be read: {' '.join(str(error).split())}") from None
 
     parameters, verdicts = content(PARAMETERS, _parse_parameters), content(CLAIMS, _parse_verdicts)
     if not metrics:
-        raise ValueError(f"{where}{METRICS}: has no metrics; `dvc repro` writes them")
+        raise ValueError(f"{prefix}{METRICS}: has no metrics. Fix: run `dvc repro`")
     results = {(path.stem, task): values for path in metrics for task, values in content(path, _parse_metrics).items()}
     return Snapshot(parameters, results, verdicts)
 
@@ -170,14 +170,14 @@ def _parse_metrics(text: bytes) -> dict[str, dict[str, float]]:
 
 
 def _parse_verdicts(text: bytes) -> pd.DataFrame:
-    """A row a claim, by its name."""
+    """One row per claim, indexed by the claim's name."""
     if not text.strip():
         return pd.DataFrame(columns=[*CLAIM_COLUMNS]).set_index("claim")
     return parse_table(text.decode(), CLAIM_COLUMNS).set_index("claim")
 
 
 def _parameters(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, ...]]:
-    """Dotted keys whose values differ; a mapping that is new or gone as a whole is one of them."""
+    """Yield the dotted keys whose values differ; a mapping that is new or gone counts as one value."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in {**before, **after}:
             yield from _parameters(before.get(key, _MISSING), after.get(key, _MISSING), f"{path}.{key}" if path else f"{key}")
@@ -189,22 +189,22 @@ _MISSING = object()
 
 
 def _results(before: dict[Cell, dict[str, float]], after: dict[Cell, dict[str, float]]) -> Section:
-    """Metrics of the cells that are on both sides, the largest difference first; the others as notes."""
+    """List the metrics of the cells on both sides, largest difference first; other cells become notes."""
     both = [(*cell, metric, before[cell], after[cell]) for cell in before if cell in after for metric in before[cell]]
-    changed = [(v, t, m, old[m], new[m]) for v, t, m, old, new in both if m in new and abs(new[m] - old[m]) > SMALLEST]
+    changed = [(v, t, m, old[m], new[m]) for v, t, m, old, new in both if m in new and abs(new[m] - old[m]) > MIN_DIFFERENCE]
     rows: list[tuple[str, ...]] = [
         (variant, task, *_metric_and_length(metric), f"{old:.6f}", f"{new:.6f}", f"{new - old:+.6f}")
         for variant, task, metric, old, new in sorted(changed, key=lambda row: -abs(row[4] - row[3]))
     ]
     notes = [
-        f"{word}: {text}" for word, old, new in (("new", before, after), ("gone", after, before)) for text in _only(old, new)
+        f"{word}: {text}" for word, old, new in (("new", before, after), ("gone", after, before)) for text in _added(old, new)
     ]
     columns = ("variant", "task", "metric", "length", "before", "after", "difference")
     return Section("results", columns, rows, notes)
 
 
-def _only(old: dict[Cell, dict[str, float]], new: dict[Cell, dict[str, float]]) -> Iterator[str]:
-    """What is in `new` alone: cells by their variant, and metrics of cells that both have."""
+def _added(old: dict[Cell, dict[str, float]], new: dict[Cell, dict[str, float]]) -> Iterator[str]:
+    """Describe the cells, and the metrics of common cells, that only `new` has."""
     tasks: dict[str, list[str]] = defaultdict(list)
     cells: dict[str, int] = defaultdict(int)
     for cell, values in new.items():
@@ -213,7 +213,7 @@ def _only(old: dict[Cell, dict[str, float]], new: dict[Cell, dict[str, float]]) 
         else:
             for metric in values.keys() - old[cell].keys():
                 cells[metric] += 1
-    yield from (f"{variant} on {', '.join(where)}" for variant, where in tasks.items())
+    yield from (f"{variant} on {', '.join(names)}" for variant, names in tasks.items())
     yield from (f"{' at '.join(_metric_and_length(name))} of {count} cells" for name, count in sorted(cells.items()))
 
 
@@ -223,15 +223,15 @@ def _metric_and_length(name: str) -> tuple[str, str]:
 
 
 def _verdicts(before: pd.DataFrame, after: pd.DataFrame) -> Section:
-    """Claims with another verdict, new or gone."""
-    said = [
+    """List the claims whose verdict changed, is new, or is gone."""
+    sides = [
         dict(zip(table.index, zip(shown["claim"], table["verdict"], shown["effect (95 % interval)"], strict=True), strict=True))
         for table in (before, after)
         for shown in [verdict_table(table)]
     ]
     rows = []
-    for claim in {**said[0], **said[1]}:
-        old, new = (side.get(claim, ("", _NOTHING, _NOTHING)) for side in said)
+    for claim in {**sides[0], **sides[1]}:
+        old, new = (side.get(claim, ("", _NOTHING, _NOTHING)) for side in sides)
         if old[1] != new[1]:
             rows.append((new[0] or old[0], *old[1:], *new[1:]))
     return Section("verdicts", ("claim", "before", "effect (95 % interval)", "after", "effect (95 % interval)"), rows, [])

@@ -1,4 +1,4 @@
-"""A trained model of a text goes on with a prompt: printed as it comes, nothing written."""
+"""Continue a prompt with a trained language model."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from pipeline.storage.paths import DATA
 
 
 class SamplingOptions(NamedTuple):
-    """How the tokens are chosen."""
+    """How tokens are sampled."""
 
     tokens: int
     temperature: float
-    """0 takes the most likely token."""
+    """0 always takes the most likely token."""
     top_k: int | None
     seed: int
 
 
 def sample(
-    study: Study, task: str, variant: str, prompt: bytes, drawing: SamplingOptions, *, model_seed: int, device: str
+    study: Study, task: str, variant: str, prompt: bytes, options: SamplingOptions, *, model_seed: int, device: str
 ) -> Iterator[str]:
-    """What follows upon `prompt` in the eyes of the variant that was trained on the task with one seed, as it comes.
+    """Yield the continuation of `prompt` token by token, by the model of `variant`, `task` and `model_seed`.
 
-    Raises ValueError where there is no such model or nothing to go on with.
+    Raises ValueError if the model does not exist or the prompt is empty.
     """
     where = resolve_device(device)
     _check(study, task, variant)
@@ -44,50 +44,52 @@ def sample(
     workers.prepare()
     model = runs.load_model(path).to(where)
     if (vocabulary := model.embedding.token.num_embeddings) != tokenizer.size:
-        raise ValueError(f"{path}: knows {vocabulary} tokens, and {DATA / task} has {tokenizer.size}; run `dvc repro`")
-    read = _encoded(prompt, tokenizer)
-    chosen = generate(
+        raise ValueError(
+            f"{path}: has a vocabulary of {vocabulary} tokens, {DATA / task} of {tokenizer.size}. Fix: run `dvc repro`"
+        )
+    prompt_tokens = _encode(prompt, tokenizer)
+    new_tokens = generate(
         model,
-        torch.tensor([read], device=where),
-        drawing.tokens,
-        temperature=drawing.temperature,
-        top_k=drawing.top_k,
-        generator=torch.Generator().manual_seed(drawing.seed),
+        torch.tensor([prompt_tokens], device=where),
+        options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        generator=torch.Generator().manual_seed(options.seed),
     )
-    return tokenizer.decode((int(token) for token in chosen), after=read[-1])
+    return tokenizer.decode((int(token) for token in new_tokens), after=prompt_tokens[-1])
 
 
 def _check(study: Study, task: str, variant: str) -> None:
     if (kind := study.tasks[task].data.kind) != "text":
-        raise ValueError(f"{task} is no text but of kind {kind}; a task of kind text is needed")
+        raise ValueError(f"{task} is of kind {kind}. Fix: choose a task of kind text")
     if variant not in (trained := variants_on(study, task)):
-        raise ValueError(f"{variant} is not trained on {task}; these are: {', '.join(trained)}")
+        raise ValueError(f"{variant} is not trained on {task}. Fix: choose from {', '.join(trained)}")
     if not (DATA / task / "meta.json").exists():
-        raise ValueError(f"{DATA / task} is not there; run `dvc repro generate@{task}`")
+        raise ValueError(f"{DATA / task}: is missing. Fix: run `dvc repro generate@{task}`")
 
 
 def _tokenizer(task: str) -> Tokenizer:
-    """The one that the task's data were made with."""
-    about, path = DATA / task / "meta.json", DATA / task / "tokenizer.json"
-    meta = read_json(about)
-    with readable(about, "the description of a task's data"):
+    """The tokenizer that encoded the task's data."""
+    meta_path, path = DATA / task / "meta.json", DATA / task / "tokenizer.json"
+    meta = read_json(meta_path)
+    with readable(meta_path, "the description of a task's data"):
         if meta["config"].get("tokens", "bytes") == "bytes":
             return Bytes()
     with readable(path, "a tokenizer"):
         return load(path.read_text(encoding="utf-8"))
 
 
-def _encoded(prompt: bytes, tokenizer: Tokenizer) -> list[int]:
+def _encode(prompt: bytes, tokenizer: Tokenizer) -> list[int]:
     try:
         prompt.decode()
     except UnicodeDecodeError:
-        raise ValueError("the prompt is no text in UTF-8") from None
-    read: list[int] = tokenizer.encode(np.frombuffer(prompt, dtype=np.uint8)).tolist()
-    if not read:
-        raise ValueError("the prompt is empty; there must be something to go on with")
-    return read
+        raise ValueError("the prompt is not UTF-8") from None
+    tokens: list[int] = tokenizer.encode(np.frombuffer(prompt, dtype=np.uint8)).tolist()
+    if not tokens:
+        raise ValueError("the prompt is empty. Fix: give at least one character")
+    return tokens
 
 
-def shown(text: str) -> str:
-    """`text` with what a terminal would take for a command escaped: a model of bytes may choose any of them."""
+def escape_for_terminal(text: str) -> str:
+    """Escape control characters: a model of bytes may generate terminal commands."""
     return "".join(letter if letter in "\n\t" else printable(letter) for letter in text)

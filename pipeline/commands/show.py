@@ -1,4 +1,4 @@
-"""The verdicts and the results in the terminal."""
+"""Print the verdicts and the results in the terminal."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ from rich.table import Table
 
 from pipeline.config.grid import variants_on
 from pipeline.config.study import Study
+from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.verdicts import claims_about, left_out, of_the_study, read_verdicts, verdict_table
 from pipeline.storage.results import PRIMARY, primary, read_results
 
+WIDE = 120
+"""Characters. On a narrower terminal, the numbers need the room of the names."""
 COLOURS = {"supported": "green", "contradicted": "red", "undecided": "yellow"}
 
 
 def show(study: Study, task: str | None, console: Console | None = None) -> None:
-    """Prints a table a task, of `task` alone where it is given, and the verdicts that speak of it.
+    """Print a table per task and the verdicts; with `task`, only that table and the claims about it.
 
-    Raises ValueError where results or verdicts are missing.
+    Raises ValueError if results or verdicts are missing.
     """
     console = console or Console()
     scores = primary(study, read_results(study))
-    every = read_verdicts()
+    all_verdicts = read_verdicts()
     if task:
-        every = every[every["claim"].isin(claims_about(task))]
-    verdicts = of_the_study(every)
+        all_verdicts = all_verdicts[all_verdicts["claim"].isin(claims_about(task))]
+    verdicts = of_the_study(all_verdicts)
     for name in [task] if task else study.tasks:
-        console.print(_scores(study, name, scores[scores["task"] == name]))
+        console.print(_scores(study, name, scores[scores["task"] == name], names=console.width >= WIDE))
     if len(verdicts):
         console.print(_claims(verdicts))
-    if others := left_out(every):
-        console.print(others, highlight=False)
+    if note := left_out(all_verdicts):
+        console.print(note, highlight=False)
 
 
 def _claims(verdicts: pd.DataFrame) -> Table:
@@ -45,8 +48,8 @@ def _claims(verdicts: pd.DataFrame) -> Table:
     return table
 
 
-def _scores(study: Study, task: str, scores: pd.DataFrame) -> Table:
-    """A row a variant, best first at the last length of the tables."""
+def _scores(study: Study, task: str, scores: pd.DataFrame, *, names: bool) -> Table:
+    """One row per variant, best first at the longest length of `evaluate.multiples`."""
     section = study.tasks[task]
     multiples = [m for m in section.data.multiples if m in set(scores["multiple"])]
     cells = scores.groupby(["variant", "multiple"])["value"].agg(_mean_and_range)
@@ -54,21 +57,25 @@ def _scores(study: Study, task: str, scores: pd.DataFrame) -> Table:
     means = scores[scores["multiple"] == last].groupby("variant")["value"].mean()
     order = means.sort_values(ascending=section.data.goal != "accuracy").index
     metric = PRIMARY[section.data.goal].replace("_", " ")
-    table = Table(
-        title=f"{task}: {metric} over {len(study.seeds)} seeds, by training lengths", title_justify="left", collapse_padding=True
+    title = (
+        f"{with_slug(task_label(study, task), task)}: {metric} over {len(study.seeds)} seeds, by multiple of the training length"
     )
-    table.add_column("variant", no_wrap=True)  # cut, they would be no names
+    table = Table(title=title, title_justify="left", collapse_padding=True)
+    table.add_column("variant", no_wrap=True)  # a wrapped name cannot be copied
     for multiple in multiples:
         table.add_column(f"{multiple:g}x", justify="right", overflow="fold")
+    if names:
+        table.add_column("name")
     for variant in [*order, *(v for v in variants_on(study, task) if v not in order)]:
-        table.add_row(variant, *(cells.get((variant, multiple), "-") for multiple in multiples))
+        values = [cells.get((variant, multiple), "-") for multiple in multiples]
+        table.add_row(variant, *values, *([variant_label(study, variant)] if names else []))
     return table
 
 
 def _mean_and_range(values: pd.Series) -> str:
-    """The mean, below it where seeds differ in what is shown the lowest to the highest, and how many seeds diverged."""
-    lines, lost = [], values.isna().sum()
-    if lost < len(values):
+    """Format the mean, the range if the seeds differ, and the number of diverged seeds."""
+    lines, diverged = [], values.isna().sum()
+    if diverged < len(values):
         mean, low, high = (f"{value:.3f}" for value in (values.mean(), values.min(), values.max()))
         lines = [mean] if low == high else [mean, f"[dim]{low} to {high}[/]"]
-    return "\n".join([*lines, f"{lost} diverged"] if lost else lines)
+    return "\n".join([*lines, f"{diverged} diverged"] if diverged else lines)

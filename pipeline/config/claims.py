@@ -1,4 +1,4 @@
-"""claims.yaml: what the study is asked to decide, its rules, and its errors, one line each. Imports no torch."""
+"""The schema and the rules of claims.yaml. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ METRICS = {
     "accuracy": ("accuracy", "sequence_accuracy", "loss"),
     "loss": ("bits_per_byte", "loss", "perplexity", "word_perplexity", "accuracy", *RECALL),
 }
-"""What a task is scored by, by its goal; the attention of each layer besides."""
-OF_A_LAYER = re.compile(r"attention_(entropy|on_answer)_[1-9]\d*")
+"""The metrics of a task, by its goal. Each layer adds LAYER_METRIC."""
+LAYER_METRIC = re.compile(r"attention_(entropy|on_answer)_[1-9]\d*")
 COST = "cost"
-"""The figure of reports that belongs to no ablation."""
+"""The figure of compute cost, which belongs to no ablation."""
 SHOWN = 5
-"""Claims that cannot be decided, each with its reason; of more, the names must do."""
+"""Up to this many undecidable claims are reported with their reasons, more only by name."""
 Multiple = Annotated[float, Field(gt=0)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, strict=False)]
 
 
 class Claim(Config):
-    """A sentence and what decides it: of every task, length and pair of variants the effect is beyond a threshold."""
+    """A statement and its test. It holds if the effect is beyond `threshold` for every task, length and pair of variants."""
 
     renamed_keys: ClassVar = {
         "says": "statement", "than": "baseline", "than_multiple": "baseline_multiple", "by": "margin", "direction": "test",
@@ -46,37 +46,37 @@ class Claim(Config):
     tasks: Names
     multiples: Annotated[tuple[Multiple, ...], Field(min_length=1, strict=False)]
     metric: Name | None = None
-    """As in results/<task>.csv; the metric that stands for the task for None."""
+    """A metric of results/<task>.csv; if None, the main metric of the task."""
     variants: Names
     baseline: Names | float | None = None
-    """The variants on the other side, or a number."""
+    """What `variants` are compared with: other variants, or a number."""
     baseline_multiple: Multiple | None = None
-    """Instead: the same variants at this length."""
+    """Compare each variant with itself at this length instead."""
     test: Literal["superior", "inferior", "non_inferior", "non_superior"]
     margin: Annotated[float, Field(ge=0)]
-    """The smallest difference that matters, in units of the metric."""
+    """The smallest relevant difference, in units of the metric."""
     min_seeds: Annotated[Count, Field(ge=2)]
-    """So many at least; fewer decide nothing."""
+    """With fewer seeds the claim stays undecided."""
     ablation: Name
-    """The ablation whose figure shows it, or `cost`."""
+    """The ablation whose figure shows the claim, or `cost`."""
 
     @model_validator(mode="after")
-    def _one_other_side(self) -> Self:
+    def _check_keys(self) -> Self:
         if (self.baseline is None) == (self.baseline_multiple is None):
-            raise ValueError("needs either baseline, variants or a number, or baseline_multiple, a length")
+            raise ValueError("needs exactly one of baseline (variants or a number) and baseline_multiple (a length)")
         if isinstance(self.baseline, tuple) and (both := set(self.variants) & set(self.baseline)):
-            raise ValueError(f"{min(both)!r} is under variants and under baseline")
+            raise ValueError(f"{min(both)!r} is in both variants and baseline")
         if self.baseline_multiple in self.multiples:
-            raise ValueError(f"baseline_multiple = {self.baseline_multiple:g} is among multiples")
+            raise ValueError(f"baseline_multiple = {self.baseline_multiple:g} is also in multiples")
         for key in ("tasks", "multiples", "variants", "baseline"):
             values = getattr(self, key)
             if isinstance(values, tuple) and (twice := {value for value in values if values.count(value) > 1}):
-                raise ValueError(f"{key} has {min(twice)!r} twice")
+                raise ValueError(f"{key} contains {min(twice)!r} twice")
         return self
 
     @property
     def sign(self) -> int:
-        """1 where the claim holds of effects above `threshold`, -1 where it holds of effects below."""
+        """1 if the claim needs effects above `threshold`, -1 if it needs effects below."""
         return 1 if self.test in ("superior", "non_inferior") else -1
 
     @property
@@ -85,7 +85,7 @@ class Claim(Config):
 
 
 def load(path: Path = FILE) -> dict[str, Claim]:
-    """The claims by name, none where there is no such file. Raises ParamsError with every fault."""
+    """Load the claims by name; none if the file does not exist. Raises ParamsError listing every error."""
     if not path.exists():
         return {}
     raw = read_yaml(path)
@@ -94,49 +94,54 @@ def load(path: Path = FILE) -> dict[str, Claim]:
 
 
 def check(claims: dict[str, Claim], study: Study) -> None:
-    """Raises ParamsError where a claim about the study is in no figure of it, or one has a metric that no kind of task has."""
+    """Check the ablation and the metric of each claim. Raises ParamsError.
+
+    A claim that the study cannot decide may name an ablation that the study does not have: claims are about several studies.
+    """
     metrics = {metric for of_goal in METRICS.values() for metric in of_goal} | {"attention_entropy_1", "attention_on_answer_1"}
-    faults = []
+    errors = []
     for name, claim in claims.items():
         if claim.ablation not in (*study.ablations, COST) and not any(_missing_from(claim, study)):
             known = nearest(claim.ablation, [*study.ablations, COST])
-            faults.append(f"{name}.ablation = {json.dumps(claim.ablation)}: is not among ablations, and is not {COST}{known}")
-        if not (claim.metric is None or claim.metric in metrics or OF_A_LAYER.fullmatch(claim.metric)):
+            errors.append(f"{name}.ablation = {json.dumps(claim.ablation)}: must be an ablation or {COST}{known}")
+        if not (claim.metric is None or claim.metric in metrics or LAYER_METRIC.fullmatch(claim.metric)):
             known = nearest(claim.metric, sorted(metrics)) or f"; known are {', '.join(sorted(metrics))}"
-            faults.append(f"{name}.metric = {json.dumps(claim.metric)}: no task has it{known}")
-    if faults:
-        raise config_error(FILE, faults)
+            errors.append(f"{name}.metric = {json.dumps(claim.metric)}: unknown metric{known}")
+    if errors:
+        raise config_error(FILE, errors)
 
 
 def undecided(claims: dict[str, Claim], study: Study) -> Iterator[str]:
-    """What the study cannot decide, a line a claim with the reason, or all in one: claims are about several studies."""
-    why = (
-        (name, next(itertools.chain(_missing_from(claim, study), _too_few(claim, study)), None)) for name, claim in claims.items()
+    """Yield the claims that this study cannot decide: one line per claim with its reason, or one line for more than SHOWN."""
+    first_reason = (
+        (name, next(itertools.chain(_missing_from(claim, study), _too_few_seeds(claim, study)), None))
+        for name, claim in claims.items()
     )
-    reasons = {name: reason for name, reason in why if reason}
+    reasons = {name: reason for name, reason in first_reason if reason}
     if len(reasons) == len(claims) > SHOWN:
-        yield f"none of its {len(claims)} claims can be decided by this study"
+        yield f"this study can decide none of the {len(claims)} claims"
     elif len(reasons) > SHOWN:
-        yield f"{len(reasons)} of {len(claims)} claims cannot be decided by this study: {', '.join(reasons)}"
+        yield f"this study cannot decide {len(reasons)} of {len(claims)} claims: {', '.join(reasons)}"
     else:
         yield from (f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _missing_from(claim: Claim, study: Study) -> Iterator[str]:
-    """What the claim needs and the study does not have."""
+    """Yield what the claim needs and the study does not have."""
     variants = [*claim.variants, *(claim.baseline if isinstance(claim.baseline, tuple) else ())]
     for kind, names, known in (("task", claim.tasks, [*study.tasks]), ("variant", variants, [*study.variants])):
-        yield from (f"no {kind} {name} here{nearest(name, known)}" for name in names if name not in known)
+        yield from (f"this study has no {kind} {name}{nearest(name, known)}" for name in names if name not in known)
     for task in filter(study.tasks.__contains__, claim.tasks):
         data = study.tasks[task].data
-        yield from (f"{variant} is not trained on {task} here" for variant in variants if variant not in variants_on(study, task))
+        trained = variants_on(study, task)
+        yield from (f"this study does not train {variant} on {task}" for variant in variants if variant not in trained)
         for multiple in itertools.chain(claim.multiples, filter(None, [claim.baseline_multiple])):
             if multiple not in data.multiples:
-                yield f"no multiple {multiple:g} of {task} here; there are {', '.join(f'{known:g}' for known in data.multiples)}"
-        if not (claim.metric is None or claim.metric in METRICS[data.goal] or OF_A_LAYER.fullmatch(claim.metric)):
-            yield f"no {claim.metric} of {task}{nearest(claim.metric, METRICS[data.goal])}"
+                yield f"task {task} has no multiple {multiple:g}, only {', '.join(f'{known:g}' for known in data.multiples)}"
+        if not (claim.metric is None or claim.metric in METRICS[data.goal] or LAYER_METRIC.fullmatch(claim.metric)):
+            yield f"task {task} has no metric {claim.metric}{nearest(claim.metric, METRICS[data.goal])}"
 
 
-def _too_few(claim: Claim, study: Study) -> Iterator[str]:
+def _too_few_seeds(claim: Claim, study: Study) -> Iterator[str]:
     if len(study.seeds) < claim.min_seeds:
-        yield f"{len(study.seeds)} of {claim.min_seeds} seeds here"
+        yield f"this study has {len(study.seeds)} seeds, fewer than min_seeds = {claim.min_seeds}"

@@ -1,9 +1,8 @@
-"""Digests of code, by which DVC knows whether a stage must run again.
+"""Digests of code. DVC reruns a stage if the digest of its code changes.
 
-The digest of a module covers its own code and, through its imports, the code of every project module that it uses. Comments,
-docstrings, blank lines and paths do not count: neither an edited comment nor a moved file trains anything again. Imports inside
-functions are followed as well. What is imported by a computed name is not: such a module is one of several alternatives, and
-`plan` names the chosen one.
+The digest of a module covers its own code and, through its imports, the code of every project module that it uses. It ignores
+comments, docstrings, blank lines and paths, so neither an edited comment nor a moved file retrains anything. Imports inside
+functions count. Imports by a computed name do not: such a module is one of several alternatives, and `plan` names the chosen one.
 """
 
 from __future__ import annotations
@@ -22,36 +21,36 @@ DECLARATIONS = {
     "cat.config", "cat.mixers.registry", "cat.tasks.registry",
     *(f"pipeline.config.{name}" for name in ("errors", "load", "names", "rules", "study", "yaml_file")),
 }  # fmt: skip
-"""Schemas and their rules, and so every `config` of a mixer. They hold no number of a run: `plan` lists the values in use."""
+"""Schemas and their rules; see also `is_declaration`. No result depends on their code, because `plan` lists the values in use."""
 
 
 def code_digest(modules: Iterable[str]) -> str:
-    """The digest of all code that `modules` run."""
+    """The digest of `modules` and all project code that they import."""
     return _sha256("\n".join(sorted(map(module_digest, modules))))
 
 
 @functools.cache
 def module_digest(module: str) -> str:
-    """The digest of one module: its own code, and the digest of each project module that it imports."""
-    own, imports = _read(module)
+    """The digest of one module: of its own code and of the digest of each project module that it imports."""
+    own_code, imports = _read(module)
     lines = (f"{'' if is_declaration(imported) else module_digest(imported)} {names}" for imported, names in imports)
-    return _sha256("\n".join([*sorted(lines), own]))
+    return _sha256("\n".join([*sorted(lines), own_code]))
 
 
 def modules_reached(modules: Iterable[str]) -> set[str]:
-    """The `modules` and every project module that they import, directly or not."""
+    """`modules` and every project module that they import, directly or indirectly."""
     reached: set[str] = set()
-    waiting = list(modules)
-    while waiting:
-        module = waiting.pop()
+    pending = list(modules)
+    while pending:
+        module = pending.pop()
         if module not in reached and not is_declaration(module):
             reached.add(module)
-            waiting += (imported for imported, _ in _read(module)[1])
+            pending += (imported for imported, _ in _read(module)[1])
     return reached
 
 
 def is_declaration(module: str) -> bool:
-    """Whether a module holds no number of a run."""
+    """Whether no result depends on the code of a module."""
     return module in DECLARATIONS or (module.startswith("cat.mixers.") and module.endswith(".config"))
 
 
@@ -60,29 +59,29 @@ def _read(module: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def read_source(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """The code without what does not count, and its project imports: (module, `name as local name`)."""
+    """The code that counts for the digest, and the project imports: (module, `name as local name`)."""
     tree = ast.parse(text)
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
+            line, column = token.start
+            lines[line - 1] = lines[line - 1][:column]
     imports: list[tuple[str, str]] = []
-    for node in _run(tree):
-        found = list(_project_imports(node))
-        imports += found
-        if found or _is_docstring(node) or _is_for_types(node):
+    for node in _runtime_nodes(tree):
+        own_imports = list(_project_imports(node))
+        imports += own_imports
+        if own_imports or _is_docstring(node) or _is_type_checking(node):
             first, last = node.lineno, node.end_lineno or node.lineno  # type: ignore[attr-defined]
             lines[first - 1 : last] = [""] * (last - first + 1)
     return "\n".join(line for line in map(str.rstrip, lines) if line), imports
 
 
-def _run(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those that only a type checker reads."""
+def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes except those under `if TYPE_CHECKING`."""
     yield tree
-    if not _is_for_types(tree):
+    if not _is_type_checking(tree):
         for child in ast.iter_child_nodes(tree):
-            yield from _run(child)
+            yield from _runtime_nodes(child)
 
 
 def _project_imports(node: ast.AST) -> Iterator[tuple[str, str]]:
@@ -100,7 +99,7 @@ def _is_docstring(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _is_for_types(node: ast.AST) -> bool:
+def _is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 

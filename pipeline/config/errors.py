@@ -1,10 +1,15 @@
-"""Errors in parameter files, one line each."""
+"""Errors of parameter files, one line each: `file: key = value: problem`.
+
+The wording of type and range errors is pydantic's. This module adds the path of the key, its value, the nearest known name, the
+new name of a renamed key, and the words of YAML (mapping, list) for those of Python.
+"""
 
 from __future__ import annotations
 
 import difflib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -13,16 +18,25 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from cat.config import Config, VariantConfig
-from cat.mixers.landmark.config import LandmarkConfig
 from cat.mixers.registry import AnyVariant
 from pipeline.config.names import PATTERNS
 
-LONGEST = 300
-"""Characters of an error, the name of its file aside."""
+MAX_CHARACTERS = 300
+"""Longest error, without the name of its file."""
+MIXER_CONFIGS: tuple[type[VariantConfig], ...] = get_args(get_args(AnyVariant)[0])
+_YAML_WORDS = {
+    "missing": "is missing",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "model_attributes_type": "must be a mapping",
+    "tuple_type": "must be a list",
+    "invalid_key": "must be a valid string",
+}
+"""Error types of pydantic whose own message names Python's types."""
 
 
 class ParamsError(Exception):
-    """What is wrong with a parameter file: `lines`, one an error, each naming the key, the value and the rule."""
+    """An invalid parameter file. `lines` has one line per error, which names the key, the value and the problem."""
 
     def __init__(self, lines: list[str]):
         self.lines = [printable(line) for line in lines]
@@ -33,131 +47,111 @@ class ParamsError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` in one line, with what no terminal should be sent escaped."""
+    """Escape line breaks and everything else that is unsafe to print in a terminal."""
     return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
 
 
 def parse_config(schema: Any, raw: object, file: str | Path) -> Any:
-    """`raw` as a `schema`: a class of configuration, or a mapping to one. Raises ParamsError with every fault that it has."""
+    """Validate `raw` against a Config class, or a mapping to one. Raises ParamsError with every error at once."""
     try:
         return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
-        found = [(_path(fault["loc"], raw, missing=fault["type"] == "missing"), fault) for fault in error.errors()]
-        renamed = {
-            tuple(path[:-1]) for path, fault in found if fault["type"] == "extra_forbidden" and _new_name(path, raw, schema)
-        }
-        faults: dict[str, dict[str, None]] = {}
-        for path, fault in found:
-            if fault["type"] == "missing" and tuple(path[:-1]) in renamed:
-                continue  # the new name of a key that is there under its old one
-            # A list of names that are wrong is also called empty, and no number, where it may be one.
-            inside = any(other[: len(path)] == path and len(other) > len(path) for other, _ in found)
-            if not (inside and fault["type"].endswith(("_type", "too_short"))):
-                subject, rule = _in_words(fault, path, raw, schema)
-                faults.setdefault(subject, {})[rule] = None
-        # A key that may be of two kinds breaks a rule of each.
-        raise config_error(file, [f"{subject}{', and '.join(rules)}" for subject, rules in faults.items()]) from None
+        found = [(_key_path(detail, raw), detail) for detail in error.errors()]
+    with_renamed_key = {
+        tuple(path[:-1]) for path, detail in found if detail["type"] == "extra_forbidden" and _new_name(path, raw, schema)
+    }
+    problems: dict[str, dict[str, None]] = {}
+    for path, detail in found:
+        if detail["type"] == "missing" and tuple(path[:-1]) in with_renamed_key:
+            continue  # the key is present under its old name
+        # For a list with a wrong item, pydantic also reports that the list is empty or, in a union, that it is no number.
+        inside = any(other[: len(path)] == path and len(other) > len(path) for other, _ in found)
+        if not (inside and detail["type"].endswith(("_type", "too_short"))):
+            subject, problem = _describe(detail, path, raw, schema)
+            problems.setdefault(subject, {})[problem] = None
+    # A value that fits no member of a union has one problem per member.
+    joined = {subject: " or ".join(members).replace(" or must be ", " or ") for subject, members in problems.items()}
+    raise config_error(file, [f"{subject}: {problem}".removeprefix(": ") for subject, problem in joined.items()])
 
 
-def config_error(file: str | Path, faults: Iterable[str]) -> ParamsError:
-    """The error that says what is wrong with `file`, each fault cut to LONGEST characters."""
-    return ParamsError([f"{file}: {_cut(fault, LONGEST)}" for fault in faults])
+def config_error(file: str | Path, problems: Iterable[str]) -> ParamsError:
+    """The error for `file`, with each problem shortened to MAX_CHARACTERS."""
+    return ParamsError([f"{file}: {shorten(problem, MAX_CHARACTERS)}" for problem in problems])
 
 
-MIXER_CONFIGS: tuple[type[VariantConfig], ...] = get_args(get_args(AnyVariant)[0])
-
-_RULES = {
-    "int_type": "is not a whole number",
-    "int_from_float": "is not a whole number",
-    "float_type": "is not a number",
-    "finite_number": "is not a finite number",
-    "bool_type": "is not true or false",
-    "string_type": "is not text",
-    "string_unicode": "is not text",
-    "dict_type": "is not a mapping",
-    "model_type": "is not a mapping",
-    "model_attributes_type": "is not a mapping",
-    "tuple_type": "is not a list",
-    "too_short": "is empty",
-    "string_too_short": "is empty",
-    "invalid_key": "the key is not text; put it in quotes",
-}
-
-
-def _in_words(error: Any, path: list[int | str], raw: object, schema: Any) -> tuple[str, str]:
-    """One of pydantic's errors as its subject, the key's path with its value, and the rule that it breaks."""
-    kind, context = error["type"], error.get("ctx", {})
-    key = ".".join(_cut(str(step), 60) for step in path)
+def _describe(detail: Any, path: list[int | str], raw: object, schema: Any) -> tuple[str, str]:
+    """The subject of one of pydantic's errors, a key and its value, and the problem in one phrase."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    key = ".".join(shorten(str(step), 60) for step in path)
     match kind:
-        case "missing":
-            return f"{key}: ", "is missing"
+        case "missing" | "union_tag_not_found":
+            return key, _YAML_WORDS["missing"]
         case "value_error":
-            return f"{key}: " if key else "", str(context["error"])
-        case "union_tag_not_found":
-            return f"{key}: ", f"{_unquoted(context['discriminator'])} is missing"
+            return key, str(context["error"])
         case "union_tag_invalid":
-            known = _unquoted(context["expected_tags"]).split(", ")
-            tag = _unquoted(context["discriminator"])
-            return _subject(f"{key}.{tag}", _at(raw, [*path, tag])), _not_among(context["tag"], known)
-    subject = _subject(key, error["input"])
-    match kind:
+            value, known = _value_at(raw, path), context["expected_tags"]
+            return _subject(key, value), f"must be one of {known}" + nearest(value, _quoted(known))
         case "extra_forbidden":
-            if (new := _new_name(path, raw, schema)) is not None:
-                return subject, f"renamed to {new}"
-            owner = _schema(path[:-1], raw, schema)
-            if issubclass(owner, VariantConfig) and any(path[-1] in mixer.model_fields for mixer in MIXER_CONFIGS):
-                what = f"stream {path[-1]} to filter" if path[-1] in LandmarkConfig.projections else path[-1]
-                return subject, f"mixer {_at(raw, path[:-1])['mixer']!r} has no {what}"
-            return subject, "unknown key" + (
-                nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}"
-            )
-        case "literal_error":
-            return subject, _not_among(error["input"], _unquoted(context["expected"]).replace(" or ", ", ").split(", "))
+            return _subject(key, detail["input"]), _unknown_key(path, raw, schema)
         case "string_pattern_mismatch":
-            return subject, PATTERNS[context["pattern"]]
-    return subject, _RULES.get(kind) or error["msg"].replace("Input should be", "must be")
+            problem = PATTERNS[context["pattern"]]
+        case "literal_error":
+            problem = f"must be {context['expected']}" + nearest(detail["input"], _quoted(context["expected"]))
+        case _:
+            problem = _YAML_WORDS.get(kind) or re.sub(r"^\w+ should", "must", detail["msg"].partition(" after validation")[0])
+    return _subject(key, detail["input"]), problem
+
+
+def _unknown_key(path: list[int | str], raw: object, schema: Any) -> str:
+    if (new := _new_name(path, raw, schema)) is not None:
+        return f"renamed to {new}"
+    owner = _schema_at(path[:-1], raw, schema)
+    if issubclass(owner, VariantConfig) and any(path[-1] in mixer.model_fields for mixer in MIXER_CONFIGS):
+        return f"mixer {_value_at(raw, path[:-1])['mixer']!r} has no {path[-1]}"
+    return "unknown key" + (nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}")
 
 
 def _subject(key: str, value: object) -> str:
-    # By its first pieces: what is much longer than a line, or contains itself, is not written out.
+    # Only the first pieces of the JSON: the value may be huge or contain itself.
     pieces = json.JSONEncoder(default=str, ensure_ascii=False).iterencode(value)
     try:
         shown = "".join(itertools.islice(pieces, 61))
     except (ValueError, RecursionError):
         shown = "..."
-    return f"{key or 'the file'} = {_cut(shown, 60)}: "
+    return f"{key or 'the file'} = {shorten(shown, 60)}"
 
 
-def _cut(text: str, length: int) -> str:
+def shorten(text: str, length: int) -> str:
+    """Cut `text` to at most `length` characters."""
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _not_among(value: object, known: list[str]) -> str:
-    return f"is not {' or '.join(known)}" + nearest(value, known)
-
-
 def nearest(name: object, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the known name closest to `name`, or nothing if none is close."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5) if isinstance(name, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _unquoted(text: str) -> str:
-    return text.replace("'", "")
+def _quoted(text: str) -> list[str]:
+    return re.findall("'(.*?)'", text)
 
 
-def _path(location: tuple[int | str, ...], raw: object, *, missing: bool) -> list[int | str]:
-    """`location` without what pydantic adds to it: branches of unions, and the mark that a key is at fault."""
+def _key_path(detail: Any, raw: object) -> list[int | str]:
+    """The path of the wrong key: pydantic's location without the names of union members and the mark of an invalid key."""
     path: list[int | str] = []
+    location, kind = detail["loc"], detail["type"]
     for place, step in enumerate(location):
-        owner = _at(raw, path)
-        there = (isinstance(owner, dict) and step in owner) or (isinstance(owner, list) and isinstance(step, int))
-        if there or (missing and place == len(location) - 1):
+        owner = _value_at(raw, path)
+        exists = (isinstance(owner, dict) and step in owner) or (isinstance(owner, list) and isinstance(step, int))
+        if exists or (kind == "missing" and place == len(location) - 1):
             path.append(step)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        path += _quoted(detail["ctx"]["discriminator"])
     return path
 
 
-def _schema(path: list[int | str], raw: object, schema: Any) -> Any:
-    """The class that describes the mapping at `path` of what is a `schema`."""
+def _schema_at(path: list[int | str], raw: object, schema: Any) -> Any:
+    """The Config class of the mapping at `path`."""
     for depth, step in enumerate(path, 1):
         is_class = isinstance(schema, type) and issubclass(schema, Config)
         inside = 0 if get_origin(schema) is tuple else 1
@@ -165,14 +159,14 @@ def _schema(path: list[int | str], raw: object, schema: Any) -> Any:
         if get_origin(schema) is Annotated:
             schema = get_args(schema)[0]
         if get_origin(schema) in (Union, UnionType):
-            value = _at(raw, path[:depth])
+            value = _value_at(raw, path[:depth])
             schema = next(m for m in get_args(schema) if all(value.get(t) in tags for t, tags in _tags(m)))
     return schema
 
 
 def _new_name(path: list[int | str], raw: object, schema: Any) -> str | None:
-    """What a key is called now; None where it never was one."""
-    new: str | None = _schema(path[:-1], raw, schema).renamed_keys.get(path[-1])
+    """The new name of a renamed key; None if the key never existed."""
+    new: str | None = _schema_at(path[:-1], raw, schema).renamed_keys.get(path[-1])
     return new
 
 
@@ -182,7 +176,7 @@ def _tags(member: type[Config]) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield tag, get_args(member.model_fields[tag].annotation)
 
 
-def _at(raw: Any, path: list[int | str]) -> Any:
+def _value_at(raw: Any, path: list[int | str]) -> Any:
     for step in path:
         raw = raw[step]
     return raw
@@ -192,7 +186,7 @@ Entry = TypeVar("Entry")
 
 
 def find_entry(section: dict[str, Entry], key: str, name: str) -> Entry:
-    """The entry of a section of params.yaml that a command names. Raises ParamsError where there is none."""
+    """The entry `name` of a section of params.yaml. Raises ParamsError if it does not exist."""
     if name not in section:
-        raise config_error("params.yaml", [f"{key}.{_cut(name, 60)}: is missing" + nearest(name, section)])
+        raise config_error("params.yaml", [f"{key}.{shorten(name, 60)}: is missing" + nearest(name, section)])
     return section[name]

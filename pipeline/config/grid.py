@@ -1,4 +1,4 @@
-"""The cells of a study: the one function that everything else walks."""
+"""The cells of a study. Every stage iterates over this grid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.config.study import Ablation, Study
 
 
 class Cell(NamedTuple):
-    """One task and one variant; the seeds of a cell run inside it."""
+    """One task and one variant; a cell trains all seeds."""
 
     task: str
     variant: str
@@ -18,7 +18,7 @@ class Cell(NamedTuple):
 
 
 def cells(study: Study) -> list[Cell]:
-    """Every cell, in the order of params.yaml."""
+    """All trained cells, in the order of params.yaml."""
     return [
         Cell(task, variant, name)
         for name, ablation in study.ablations.items()
@@ -27,27 +27,27 @@ def cells(study: Study) -> list[Cell]:
 
 
 def variants_on(study: Study, task: str) -> list[str]:
-    """The variants that are trained on `task`, in the order of `variants`."""
+    """The variants trained on `task`, in the order of `variants`."""
     trained = {cell.variant for cell in cells(study) if cell.task == task}
     return [variant for variant in study.variants if variant in trained]
 
 
 def shown_tasks(study: Study, ablation: Ablation) -> list[str]:
-    """The tasks of the ablation's figure, in the order of `tasks`."""
+    """The tasks in the figure of an ablation, in the order of `tasks`."""
     return [task for task in study.tasks if task in (*ablation.tasks, *ablation.reference_tasks)]
 
 
 def shown_variants(ablation: Ablation) -> list[str]:
-    """The variants of the ablation's figure: what stands beside comes first."""
+    """The variants in the figure of an ablation, reference variants first."""
     return [*ablation.reference_variants, *ablation.variants]
 
 
 def shown_on(study: Study, ablation: Ablation, task: str) -> list[str]:
-    """The variants of the ablation's figure that are trained on `task`, in the order of the figure."""
+    """The variants in the figure of an ablation that are trained on `task`, in the order of the figure."""
     trained = variants_on(study, task)
     return [variant for variant in shown_variants(ablation) if variant in trained]
 
 
 def shown_cells(study: Study, ablation: Ablation) -> list[tuple[str, str]]:
-    """(task, variant) of each trained cell in the ablation's figure, task by task."""
+    """(task, variant) of each trained cell in the figure of an ablation, task by task."""
     return [(task, variant) for task in shown_tasks(study, ablation) for variant in shown_on(study, ablation, task)]

@@ -1,4 +1,4 @@
-"""Loading params.yaml."""
+"""Load and check params.yaml."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pipeline.config.yaml_file import read_yaml
 
 
 def load_study(path: str | Path = "params.yaml") -> Study:
-    """The study of `path`. Raises ParamsError with every fault that it has."""
+    """Load the study in `path`. Raises ParamsError listing every error."""
     return study_of(read_yaml(path), path)
 
 
 def study_of(raw: object, file: str | Path) -> Study:
-    """The study that `raw`, what `file` says, describes. Raises ParamsError with every fault that it has."""
+    """Check `raw`, the parsed content of `file`. Raises ParamsError listing every error."""
     study: Study = parse_config(Study, raw, file)
-    if faults := list(rules.contradictions(study)):
-        raise config_error(file, faults)
+    if errors := list(rules.contradictions(study)):
+        raise config_error(file, errors)
     return study

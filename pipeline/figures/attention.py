@@ -1,4 +1,4 @@
-"""Attention: entropy, and how much is on the answer."""
+"""Attention on the answer's token, and entropy of attention."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from matplotlib.figure import Figure
 
 from pipeline.config.grid import shown_on, shown_tasks
 from pipeline.config.study import Ablation, Study
+from pipeline.figures.common import task_title
+from pipeline.reporting.labels import variant_label
 
 
 def attention(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
-    """How much of the attention is on the answer's token, and how many tokens share it; of the layer with the most on it."""
+    """Two panels per task, one point per seed, for the layer with the most attention on the answer's token."""
     tasks = shown_tasks(study, ablation)
-    figure, grid = plt.subplots(2, len(tasks), squeeze=False, figsize=(4.4 * len(tasks), 6.4), sharex="col")
+    figure, grid = plt.subplots(2, len(tasks), squeeze=False, figsize=(4.4 * len(tasks), 7), sharex="col", layout="constrained")
     for task, column in zip(tasks, grid.T, strict=True):
-        here = results[(results["task"] == task) & results["metric"].str.startswith("attention_")].copy()
-        here[["metric", "layer"]] = here["metric"].str.rsplit("_", n=1, expand=True)
-        by_layer = here.pivot_table(index=["variant", "layer"], columns="metric", values="value", aggfunc="mean")
+        scores = results[(results["task"] == task) & results["metric"].str.startswith("attention_")].copy()
+        scores[["metric", "layer"]] = scores["metric"].str.rsplit("_", n=1, expand=True)
+        by_layer = scores.pivot_table(index=["variant", "layer"], columns="metric", values="value", aggfunc="mean")
         by_layer = by_layer.reindex(columns=["attention_on_answer", "attention_entropy"])
         best = by_layer["attention_on_answer"].fillna(0).groupby("variant").idxmax()
-        here = here.set_index(["variant", "layer"]).loc[list(best)].reset_index()
+        scores = scores.set_index(["variant", "layer"]).loc[list(best)].reset_index()
+        variants = shown_on(study, ablation, task)
         for metric, axes in zip(("attention_on_answer", "attention_entropy"), column, strict=True):
-            shown = here[here["metric"] == metric]
-            variants = shown_on(study, ablation, task)
-            sns.stripplot(shown, x="variant", y="value", order=variants, ax=axes, color="C0", jitter=False, size=7, alpha=0.6)
-            axes.tick_params(axis="x", rotation=45)
-            axes.set(xlabel="", title=task)
-        column[0].set(ylabel="attention on the answer's token", ylim=(-0.04, 1.04))
-        if not by_layer["attention_on_answer"].notna().any():  # answers of text stand nowhere
+            of_metric = scores[scores["metric"] == metric]
+            sns.stripplot(of_metric, x="variant", y="value", order=variants, ax=axes, color="C0", jitter=False, size=7, alpha=0.6)
+            labels = [variant_label(study, variant) for variant in variants]
+            axes.set_xticks(range(len(variants)), labels, rotation=35, ha="right", rotation_mode="anchor")
+            axes.set(xlabel="", title=task_title(study, task) if axes is column[0] else "")
+        column[0].set(ylabel="attention on\nthe answer's token", ylim=(-0.04, 1.04))
+        if not by_layer["attention_on_answer"].notna().any():  # the next token of a text has no position in the input
             column[0].set_axis_off()
-        column[1].set(ylabel="entropy of attention, nats", ylim=(-0.1, None))
-    figure.tight_layout()
+        column[1].set(ylabel="attention entropy,\nnats", ylim=(-0.1, None))
     return figure

@@ -7,19 +7,18 @@ from matplotlib.figure import Figure
 
 from pipeline.config.grid import shown_tasks
 from pipeline.config.study import Ablation, Study
-from pipeline.figures.common import _label
+from pipeline.figures.common import label_axes
 from pipeline.figures.style import add_legend, draw_lines, panels_of, set_ticks
 
 
 def lengths(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
-    """The metric against the evaluation length by variant, a panel a task."""
+    """One panel per task, one line per variant."""
     figure, panels = panels_of(shown_tasks(study, ablation))
     for task, axes in panels.items():
-        here = results[results["task"] == task]
-        draw_lines(study, ablation, here, axes, x="multiple", y="value")
+        draw_lines(study, ablation, results[results["task"] == task], axes, x="multiple", y="value")
         axes.set_xscale("log", base=2)
         set_ticks(axes, study.tasks[task].data.multiples, "{:g}x")
         axes.axvline(1, color="0.6", lw=1, ls=":", zorder=0)
-        _label(study, task, axes, f"length, in training lengths of {study.tasks[task].data.length}")
+        label_axes(study, task, axes, f"length / training length of {study.tasks[task].data.length}")
     add_legend(figure, panels)
     return figure

@@ -1,4 +1,4 @@
-"""One test sequence, and where a trained variant looks in it."""
+"""One test sequence of recall, and the attention of a trained variant on it."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ Integers = NDArray[np.integer[Any]]
 
 
 class Example(NamedTuple):
-    """A sequence of L tokens with Q questions."""
+    """A sequence of L tokens with Q queries."""
 
     tokens: Integers
     """L."""
-    asked: Integers
-    """Q: where a question stands."""
-    sources: Integers
-    """Q: where its answer stands."""
+    query_positions: Integers
+    """Q."""
+    answer_positions: Integers
+    """Q: the position of each query's answer."""
 
 
 def read_example(task: str) -> Example:
-    """The first test sequence of the training length. Raises ValueError where answers stand nowhere in a sequence."""
+    """Read the first test sequence of the training length. Raises ValueError if the task has no answer positions."""
     data = read_task(task)
     examples = Examples(*(array[:1] for array in read_split(task, f"test_{data.length}")))
-    sources = data.answer_positions(examples)
-    if sources is None:
-        raise ValueError(f"task {task!r}: its answers stand nowhere in its sequences")
-    (asked,) = np.nonzero(sources[0] >= 0)
-    return Example(examples.inputs[0], asked, sources[0][asked])
+    positions = data.answer_positions(examples)
+    if positions is None:
+        raise ValueError(f"task {task!r}: its answers have no position in its sequences")
+    (query_positions,) = np.nonzero(positions[0] >= 0)
+    return Example(examples.inputs[0], query_positions, positions[0][query_positions])
 
 
-def attention_on(task: str, variant: str, seeds: Iterable[int], example: Example) -> NDArray[np.floating[Any]] | None:
-    """Q x L: what each question reads, in the layer and head with the most on the answers.
+def query_attention(task: str, variant: str, seeds: Iterable[int], example: Example) -> NDArray[np.floating[Any]] | None:
+    """Q x L: attention of each query, in the layer and head with the most attention on the answers.
 
-    Of the first seed that has weights, None where every one diverged. Raises ValueError for a variant that does not attend.
+    Uses the first seed that has weights; None if every seed diverged. Raises ValueError for a variant without attention.
     """
     import torch
 
@@ -49,9 +49,9 @@ def attention_on(task: str, variant: str, seeds: Iterable[int], example: Example
     path = next((path for seed in seeds if (path := runs.weights_path(task, variant, seed)).exists()), None)
     if path is None:
         return None
-    torch.set_num_threads(1)  # so that the last bits, and with them the figure, do not depend on the machine's cores
+    torch.set_num_threads(1)  # the last bits, and with them the figure, would depend on the number of cores
     maps = attention_maps(runs.load_model(path), torch.from_numpy(example.tokens).long()[None])
-    heads = [head.numpy(force=True)[example.asked] for layer in maps if layer is not None for head in layer[0]]
+    heads = [head.numpy(force=True)[example.query_positions] for layer in maps if layer is not None for head in layer[0]]
     if not heads:
-        raise ValueError(f"{path}: {variant!r} has no weights of attention")
-    return max(heads, key=lambda rows: rows[np.arange(len(rows)), example.sources].mean())
+        raise ValueError(f"{path}: {variant!r} has no attention")
+    return max(heads, key=lambda weights: weights[np.arange(len(weights)), example.answer_positions].mean())

@@ -14,31 +14,36 @@ from matplotlib.patches import Rectangle
 from cat.tasks.registry import Recall
 from pipeline.config.grid import shown_cells
 from pipeline.config.study import Ablation, Study
-from pipeline.figures.example import attention_on, read_example
+from pipeline.figures.common import task_title
+from pipeline.figures.example import query_attention, read_example
+from pipeline.reporting.labels import variant_label
 
 
 def example(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
-    """Where every question of one test sequence looks, a panel a variant; the token that holds the answer has a frame.
+    """Attention of every query of one test sequence, one panel per variant; a frame marks the token of the answer.
 
-    Of the first seed that did not diverge; of a model with several layers and heads, where most is on the answers.
+    Shows the first seed that did not diverge, and its layer and head with the most attention on the answers.
     """
     cells = shown_cells(study, ablation)
     figure, panels = plt.subplots(len(cells), 1, figsize=(11, 2.3 * len(cells)), squeeze=False, layout="constrained")
     for (task, variant), axes in zip(cells, panels[:, 0], strict=True):
         data = read_example(task)
-        weights = attention_on(task, variant, study.seeds, data)
-        title = f"{variant} on {task}"
-        if weights is not None:
-            rows = np.arange(len(weights))
+        weights = query_attention(task, variant, study.seeds, data)
+        title = f"{variant_label(study, variant)} on {task_title(study, task)}"
+        if weights is None:
+            title += ": every seed diverged"
+        else:
+            queries = np.arange(len(weights))
             sns.heatmap(weights, vmin=0, vmax=1, cmap="Blues", ax=axes, cbar_kws={"label": "attention"})
-            for row, source in zip(rows, data.sources, strict=True):
-                axes.add_patch(Rectangle((float(source), float(row)), 1, 1, fill=False, edgecolor="C3", lw=1.4))
-            title += f": {weights[rows, data.sources].mean():.2f} on the answers"
+            for query, position in zip(queries, data.answer_positions, strict=True):
+                axes.add_patch(Rectangle((float(position), float(query)), 1, 1, fill=False, edgecolor="C3", lw=1.4))
+            title += f": {weights[queries, data.answer_positions].mean():.2f} of the attention on the answers"
         names = _token_names(study, task, data.tokens)
         axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=90, fontsize=7)
-        axes.set_yticks(np.arange(len(data.asked)) + 0.5, [names[at] for at in data.asked], rotation=0, fontsize=7)
-        axes.set(title=title if weights is not None else f"{title}: every seed diverged", ylabel="question")
-    panels[-1, 0].set_xlabel("what it reads: k, tokens of keys; v, values; a dot, filler")
+        query_names = [names[position] for position in data.query_positions]
+        axes.set_yticks(np.arange(len(query_names)) + 0.5, query_names, rotation=0, fontsize=7)
+        axes.set(title=title, ylabel="query")
+    panels[-1, 0].set_xlabel("input token (k: key, v: value, dot: filler)")
     return figure
 
 

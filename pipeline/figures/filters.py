@@ -1,4 +1,4 @@
-"""Trained filters beside the theorem's."""
+"""Trained kernels, compared with those of the construction."""
 
 from __future__ import annotations
 
@@ -12,56 +12,58 @@ from matplotlib.figure import Figure
 from cat.mixers.registry import ConstructionConfig
 from pipeline.config.grid import shown_tasks, shown_variants
 from pipeline.config.study import Ablation, Study
-from pipeline.figures.common import trained_variants
+from pipeline.figures.common import task_title, trained_variants
 from pipeline.figures.style import add_legend, set_ticks, style
+from pipeline.reporting.labels import variant_label
 from pipeline.storage.results import read_filters
 
-LAGS = 16
-"""Of a filter as long as the sequence, so many are drawn."""
+MAX_LAGS = 16
+"""Lags shown of a long kernel."""
 
 
 def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
-    """The taps of every filter as stems, a row a task and variant, a column a stream; the theorem's beside them.
+    """Kernel values as stems: one row per task and variant, one column per projection.
 
-    Each is divided by its largest tap, since attention takes up any factor; of long filters the first LAGS tokens back.
+    Each kernel is divided by its largest value, because attention is invariant to its scale.
     """
     tables = {task: read_filters(task) for task in shown_tasks(study, ablation)}
     cells = [(t, v) for t in tables for v in trained_variants(study, ablation) if v in set(tables[t]["variant"])]
-    theorems = [v for v in shown_variants(ablation) if isinstance(study.variants[v], ConstructionConfig)]
-    streams = ("q", "k", "v")
+    constructions = [v for v in shown_variants(ablation) if isinstance(study.variants[v], ConstructionConfig)]
     rows = max(len(cells), 1)
     figure, grid = plt.subplots(
-        rows, 3, figsize=(10.5, 2.1 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
+        rows, 3, figsize=(11.5, 2.3 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
     if not cells:
-        grid[0, 0].set_title("no seed of any variant has ended with a filter")
+        grid[0, 0].set_title("no trained kernel: every seed diverged")
     for (task, variant), row in zip(cells, grid, strict=bool(cells)):
-        for stream, axes in zip(streams, row, strict=True):
-            here = tables[task][(tables[task]["projection"] == stream) & (tables[task]["lag"] < LAGS)]
-            prescribed = here[here["variant"].isin(theorems) & (here["seed"] == study.seeds[0])]
-            _stems(axes, prescribed, -0.15, color="black", marker="x", linestyle=":", label="theorem")
-            trained = here[(here["variant"] == variant) & here["seed"].isin(study.seeds)]
-            _stems(
-                axes, trained, 0.1, color=style(study, variant)["color"], marker="o", linestyle="-", label="trained, each seed"
-            )
+        for projection, axes in zip(("q", "k", "v"), row, strict=True):
+            kernels = tables[task][(tables[task]["projection"] == projection) & (tables[task]["lag"] < MAX_LAGS)]
+            constructed = kernels[kernels["variant"].isin(constructions) & (kernels["seed"] == study.seeds[0])]
+            _draw_stems(axes, constructed, -0.15, color="black", marker="x", linestyle=":", label="construction")
+            trained = kernels[(kernels["variant"] == variant) & kernels["seed"].isin(study.seeds)]
+            color = style(study, variant)["color"]
+            _draw_stems(axes, trained, 0.1, color=color, marker="o", linestyle="-", label="trained, each seed")
             axes.axhline(0, color="0.5", lw=0.8)
-            axes.set_title(f"{variant} on {task}: {stream}" + ("" if len(trained) else ", no filter"))
+            title = f"{variant_label(study, variant)}: {projection.upper()}" + ("" if len(trained) else ", no kernel")
+            axes.set_title(title if len(tables) == 1 else f"{title}\n{task_title(study, task)}", fontsize="small")
+    if len(tables) == 1:
+        figure.suptitle(task_title(study, next(iter(tables))), fontsize="medium")
     lags = pd.concat([table["lag"] for table in tables.values()])
-    set_ticks(grid[0, 0], range(max(lags[lags < LAGS].max(), 1) + 1 if len(lags) else 2), "{:g}")
+    set_ticks(grid[0, 0], range(max(lags[lags < MAX_LAGS].max(), 1) + 1 if len(lags) else 2), "{:g}")
     for axes in grid[-1]:
-        axes.set_xlabel("tokens back")
+        axes.set_xlabel("lag, tokens")
     for axes in grid[:, 0]:
-        axes.set_ylabel("tap / largest tap")
-    add_legend(figure, {str(at): axes for at, axes in enumerate(grid.flat)})
+        axes.set_ylabel("kernel value\n/ largest value")
+    add_legend(figure, {str(index): axes for index, axes in enumerate(grid.flat)})
     return figure
 
 
-def _stems(axes: Axes, taps: pd.DataFrame, shift: float, *, color: Any, marker: str, linestyle: str, label: str) -> None:
-    """The filters of every layer, row and seed side by side."""
-    for place, (_, one) in enumerate(taps.groupby(["variant", "layer", "head", "seed"], sort=True)):
-        largest = one["value"].iloc[one["value"].abs().argmax()]
-        heights = one["value"] / largest if largest else one["value"]
-        at = one["lag"] + shift + 0.08 * place
-        for x, height in zip(at, heights, strict=True):
+def _draw_stems(axes: Axes, table: pd.DataFrame, shift: float, *, color: Any, marker: str, linestyle: str, label: str) -> None:
+    """Draw the kernels of every layer, head and seed, each shifted a little to the right of the previous one."""
+    for index, (_, kernel) in enumerate(table.groupby(["variant", "layer", "head", "seed"], sort=True)):
+        largest = kernel["value"].iloc[kernel["value"].abs().argmax()]
+        heights = kernel["value"] / largest if largest else kernel["value"]
+        lags = kernel["lag"] + shift + 0.08 * index
+        for x, height in zip(lags, heights, strict=True):
             axes.plot([x, x], [0, height], linestyle, color=color, lw=1.6)
-        axes.plot(at, heights, marker, color=color, ms=5, label=label if place == 0 else None)
+        axes.plot(lags, heights, marker, color=color, ms=5, label=label if index == 0 else None)

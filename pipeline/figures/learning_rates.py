@@ -1,4 +1,4 @@
-"""How often the filter that solves every length is found."""
+"""Share of seeds whose key filter solves every length, by learning rate."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ from matplotlib.figure import Figure
 
 from pipeline.config.grid import shown_tasks
 from pipeline.config.study import Ablation, Study
+from pipeline.figures.common import task_title
 from pipeline.figures.style import add_legend, panels_of, set_ticks, style
-from pipeline.reporting.tables import found
+from pipeline.reporting.labels import variant_label
+from pipeline.reporting.tables import key_filter_table
 
 
 def learning_rates(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
-    """By learning rate, the share of seeds whose key filter solves every length, and the mean accuracy on validation, dotted."""
-    table = found(study, ablation)
+    """One panel per task; dotted lines show the mean validation accuracy."""
+    table = key_filter_table(study, ablation)
     figure, panels = panels_of(shown_tasks(study, ablation))
     for task, axes in panels.items():
-        for variant, here in table[table["task"] == task].groupby("variant", sort=False):
-            looks = style(study, str(variant))
-            axes.plot(here["learning rate"], here["found"] / here["runs"], label=variant, lw=1.8, **looks)
-            axes.plot(here["learning rate"], here["validation accuracy"], color=looks["color"], ls=":", lw=1.2)
+        for variant, rows in table[table["task"] == task].groupby("variant", sort=False):
+            options, label = style(study, str(variant)), variant_label(study, str(variant))
+            axes.plot(rows["learning rate"], rows["solve every length"] / rows["runs"], label=label, lw=1.8, **options)
+            axes.plot(rows["learning rate"], rows["validation accuracy"], color=options["color"], ls=":", lw=1.2)
         axes.set_xscale("log")
         set_ticks(axes, study.tasks[task].training.learning_rates, "{:g}")
         axes.set(
-            title=task,
+            title=task_title(study, task),
             xlabel="learning rate",
-            ylabel="share of seeds that found it,\ndotted: validation accuracy",
+            ylabel="share of seeds that solve every length\n(dotted: validation accuracy)",
             ylim=(-0.04, 1.04),
         )
     add_legend(figure, panels)

@@ -1,4 +1,4 @@
-"""The figures of the study, each drawn from the one results table; an ablation names the kind of its own."""
+"""The figures of an ablation, by its `plot` key."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from pipeline.figures.heatmap import heatmap
 from pipeline.figures.learning_rates import learning_rates
 from pipeline.figures.positions import positions
 from pipeline.figures.recall import recall
-from pipeline.figures.stability import by_rate
+from pipeline.figures.stability import stability
 from pipeline.figures.style import Draw
 from pipeline.figures.sweep import sweep
 from pipeline.figures.training import training
 
+PLOTS: dict[str, Draw] = {
+    "heatmap": heatmap,
+    "sweep": sweep,
+    "contrast": contrast,
+    "lines": lengths,
+    "attention": attention,
+    "learning_rates": learning_rates,
+    "stability": stability,
+    "example": example,
+    "filters": filters,
+    "positions": positions,
+    "recall": recall,
+}
+
 
 def figures_of(name: str, ablation: Ablation) -> dict[str, Draw]:
-    """The figures of an ablation by the names of their files: its own, by length, and in training."""
-    own: dict[str, Draw] = {
-        "heatmap": heatmap,
-        "sweep": sweep,
-        "contrast": contrast,
-        "lines": lengths,
-        "attention": attention,
-        "learning_rates": learning_rates,
-        "stability": by_rate,
-        "example": example,
-        "filters": filters,
-        "positions": positions,
-        "recall": recall,
-    }
-    figures = {name: own[ablation.plot]}
+    """File name -> function of each figure: the ablation's plot, the scores by length, the training curves."""
+    figures = {name: PLOTS[ablation.plot]}
     if ablation.shows_models:
         return figures
     if ablation.plot != "lines":

@@ -1,4 +1,4 @@
-"""Bits per byte along the context."""
+"""Bits per byte by position in the context."""
 
 from __future__ import annotations
 
@@ -10,33 +10,39 @@ from matplotlib.figure import Figure
 
 from pipeline.config.grid import shown_on, shown_tasks, shown_variants
 from pipeline.config.study import Ablation, Study
+from pipeline.figures.common import task_title
 from pipeline.figures.style import add_legend, draw_line, panels_of, set_ticks
+from pipeline.reporting.labels import variant_label
 from pipeline.storage.results import read_positions
 
 
 def positions(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
-    """Bits per byte against the position in the longest test windows by variant, a panel a task.
+    """One panel per task, the longest test windows.
 
-    Solid where a model reads from the start; dashed, from the training length on, where its window slides along.
+    Solid: full context from the start of the window. Dashed, from the training length on: a sliding context window.
     """
     figure, panels = panels_of(shown_tasks(study, ablation))
-    # Dashes tell windows here, not variants, so that colours must differ within the figure.
+    # Dashes mark the context here, so the colours alone must tell the variants apart.
     colours = dict(zip(shown_variants(ablation), sns.color_palette("colorblind", len(shown_variants(ablation))), strict=True))
     for task, axes in panels.items():
-        table, trained = _positions(study, ablation, task), study.tasks[task].data.length
-        full, sliding = table["context"] == "full", (table["context"] == "sliding") & (table["position"] >= trained)
+        table, train_length = _positions(study, ablation, task), study.tasks[task].data.length
+        full, sliding = table["context"] == "full", (table["context"] == "sliding") & (table["position"] >= train_length)
         for variant in shown_on(study, ablation, task):
-            for chosen, dash in ((full, "-"), (sliding, "--")):
-                here = table[chosen & (table["variant"] == variant)]
-                if len(here):  # a seed that diverged has none
+            for in_context, dash in ((full, "-"), (sliding, "--")):
+                rows = table[in_context & (table["variant"] == variant)]
+                if len(rows):  # a diverged seed has no rows
                     draw_line(
-                        study, here, axes, x="position", y="bits_per_byte", color=colours[variant], linestyle=dash,
-                        label=variant if dash == "-" else None, band=0.15,
+                        study, rows, axes, x="position", y="bits_per_byte", color=colours[variant], linestyle=dash,
+                        label=variant_label(study, variant) if dash == "-" else None, alpha=0.15,
                     )  # fmt: skip
         axes.set_xscale("log", base=2)
         set_ticks(axes, _doubled(table["position"].min(), table["position"].max()), "{:g}")
-        axes.axvline(trained, color="0.6", lw=1, ls=":", zorder=0)
-        axes.set(title=task, xlabel=f"position; dashed: a window of {trained} slides along", ylabel="bits per byte")
+        axes.axvline(train_length, color="0.6", lw=1, ls=":", zorder=0)
+        axes.set(
+            title=task_title(study, task),
+            xlabel=f"position (dashed: sliding window of {train_length} tokens)",
+            ylabel="bits per byte",
+        )
     add_legend(figure, panels)
     return figure
 
@@ -48,18 +54,18 @@ def _doubled(first: int, last: int) -> Iterable[int]:
 
 
 def positions_table(study: Study, ablation: Ablation) -> pd.DataFrame:
-    """By task and variant the mean bits per byte of the last bins up to the training length and up to the longest."""
+    """Mean bits per byte, per task and variant, of the last bins before the training length and before the longest."""
     rows = []
     for task in shown_tasks(study, ablation):
-        trained, longest = study.tasks[task].data.length, study.tasks[task].data.lengths[-1]
+        train_length, longest = study.tasks[task].data.length, study.tasks[task].data.lengths[-1]
         means = _positions(study, ablation, task).groupby(["variant", "context", "position"])["bits_per_byte"].mean()
         for variant in shown_on(study, ablation, task):
-            at = {
-                "at the training length": means.get((variant, "full", trained)),
-                "at the longest": means.get((variant, "full", longest)),
-                "at the longest, sliding": means.get((variant, "sliding", longest)),
+            values = {
+                "at the training length": means.get((variant, "full", train_length)),
+                "at the longest length": means.get((variant, "full", longest)),
+                "at the longest length, sliding window": means.get((variant, "sliding", longest)),
             }
-            rows.append({"task": task, "variant": variant, **at})
+            rows.append({"task": task, "variant": variant, **values})
     return pd.DataFrame(rows)
 
 

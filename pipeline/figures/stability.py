@@ -1,4 +1,4 @@
-"""How stable training is, by learning rate: what every run ended at, spikes of its loss, its gradients, its attention."""
+"""Training stability by learning rate: final loss, loss spikes, gradient norms, attention logits and entropy."""
 
 from __future__ import annotations
 
@@ -12,72 +12,72 @@ from matplotlib.figure import Figure
 
 from pipeline.config.grid import shown_cells, shown_tasks
 from pipeline.config.study import Ablation, Study
+from pipeline.figures.common import task_title
 from pipeline.figures.style import add_legend, draw_lines, set_ticks, style
 from pipeline.storage import runs
 from pipeline.storage.results import read_history
 
 MEASURES = {
-    "valid_loss": "validation loss\nat the end, nats",
-    "loss_rise": "largest rise of the loss\nin a step, nats",
+    "valid_loss": "final validation\nloss, nats",
+    "loss_rise": "largest loss rise\nin one step, nats",
     "grad_norm": "largest gradient norm\nafter warm-up",
     "max_logit": "largest\nattention logit",
-    "entropy": "entropy of attention\nat the end, nats",
+    "entropy": "final attention\nentropy, nats",
 }
-"""Of a run, with what they are called in a figure."""
+"""Measure of a run -> its label in the figure."""
 COLUMNS = ("task", "variant", "learning_rate", "seed", "stop", *MEASURES, "entropy_by_head")
 
 
-def by_rate(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
-    """By learning rate, what every run ended at and went through; a row a task, a cross at the top where a seed diverged."""
+def stability(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
+    """One row of panels per task, one column per measure; a cross at the top marks a diverged seed."""
     tasks = shown_tasks(study, ablation)
-    table = stability(study, ablation)
+    table = stability_table(study, ablation)
     figure, grid = plt.subplots(
         len(tasks), len(MEASURES), squeeze=False, figsize=(3.4 * len(MEASURES), 3.6 * len(tasks)), layout="constrained"
     )
     for task, row in zip(tasks, grid, strict=True):
-        here = table[table["task"] == task]
+        of_task = table[table["task"] == task]
         for (measure, label), axes in zip(MEASURES.items(), row, strict=True):
-            draw_lines(study, ablation, here, axes, x="learning_rate", y=measure)
-            if measure == "grad_norm" and here[measure].gt(0).any():
+            draw_lines(study, ablation, of_task, axes, x="learning_rate", y=measure)
+            if measure == "grad_norm" and of_task[measure].gt(0).any():
                 axes.set_yscale("log")
-            for variant, lost in here[here["stop"] == "diverged"].groupby("variant"):
-                at = lost["learning_rate"].drop_duplicates()
-                colour = style(study, str(variant))["color"]
-                axes.plot(at, [1.0] * len(at), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False, mew=2)
+            for variant, diverged in of_task[of_task["stop"] == "diverged"].groupby("variant"):
+                rates = diverged["learning_rate"].drop_duplicates()
+                crosses = {"color": style(study, str(variant))["color"], "clip_on": False, "mew": 2}
+                axes.plot(rates, [1.0] * len(rates), "x", transform=axes.get_xaxis_transform(), **crosses)
             axes.set_xscale("log")
             set_ticks(axes, study.tasks[task].training.learning_rates, "{:g}")
-            axes.set(title=label, xlabel="learning rate", ylabel=task if axes is row[0] else "")
-    add_legend(figure, {str(place): axes for place, axes in enumerate(grid.flat)})
+            axes.set(title=label, xlabel="learning rate", ylabel=task_title(study, task) if axes is row[0] else "")
+    add_legend(figure, {str(index): axes for index, axes in enumerate(grid.flat)})
     return figure
 
 
-def every_run(study: Study) -> pd.DataFrame:
-    """The `stability` of all questions whose figure it is, each run once."""
-    asked = [ablation for ablation in study.ablations.values() if ablation.plot == "stability"]
-    return pd.DataFrame([row for ablation in asked for row in _rows(study, ablation)], columns=COLUMNS).drop_duplicates()
+def full_stability_table(study: Study) -> pd.DataFrame:
+    """The rows of all ablations with a stability plot, each run once."""
+    ablations = [ablation for ablation in study.ablations.values() if ablation.plot == "stability"]
+    return pd.DataFrame([row for ablation in ablations for row in _rows(study, ablation)], columns=COLUMNS).drop_duplicates()
 
 
-def stability(study: Study, ablation: Ablation) -> pd.DataFrame:
-    """A row a run of the variants in a figure. A run that diverged has no loss and no entropy; what has no softmax, no logits.
+def stability_table(study: Study, ablation: Ablation) -> pd.DataFrame:
+    """One row per run. A diverged run has no loss and no entropy, a mixer without softmax no logits.
 
-    `loss_rise` is how far the loss of one step stood above the lowest mean between two looks before it. `entropy_by_head` has the
-    heads of a layer apart by spaces, the layers by semicolons.
+    `loss_rise` is the loss of one step minus the lowest mean training loss of an earlier validation interval.
+    `entropy_by_head` separates heads by spaces and layers by semicolons.
     """
     return pd.DataFrame(_rows(study, ablation), columns=COLUMNS)
 
 
 def _rows(study: Study, ablation: Ablation) -> Iterator[dict[str, Any]]:
-    shown = shown_cells(study, ablation)
-    for task, variant in shown:
+    for task, variant in shown_cells(study, ablation):
         history = read_history(study, task, variant)
-        after = study.optimizer.warmup * study.tasks[task].training.steps
+        warmup_end = study.optimizer.warmup * study.tasks[task].training.steps
         for run in runs.read_summary(task, variant)["runs"]:
             if run["seed"] in study.seeds:
-                own = history[(history["learning_rate"] == run["learning_rate"]) & (history["seed"] == run["seed"])]
-                yield {"task": task, "variant": variant, **_of_run(run, own, after)}
+                of_run = history[(history["learning_rate"] == run["learning_rate"]) & (history["seed"] == run["seed"])]
+                yield {"task": task, "variant": variant, **_measure(run, of_run, warmup_end)}
 
 
-def _of_run(run: dict[str, Any], history: pd.DataFrame, after: float) -> dict[str, Any]:
+def _measure(run: dict[str, Any], history: pd.DataFrame, warmup_end: float) -> dict[str, Any]:
     lowest = history["train_loss"].cummin().shift()
     layers = [heads for heads in run["attention_entropy"] or () if heads is not None]
     entropies = [entropy for heads in layers for entropy in heads]
@@ -87,7 +87,7 @@ def _of_run(run: dict[str, Any], history: pd.DataFrame, after: float) -> dict[st
         "stop": run["stop"],
         "valid_loss": run["valid_loss"],
         "loss_rise": max((history["max_loss"] - lowest).max(), 0.0),
-        "grad_norm": history.loc[history["step"] > after, "grad_norm"].max(),
+        "grad_norm": history.loc[history["step"] > warmup_end, "grad_norm"].max(),
         "max_logit": history["max_logit"].max(),
         "entropy": sum(entropies) / len(entropies) if entropies else math.nan,
         "entropy_by_head": "; ".join(" ".join(f"{entropy:.3f}" for entropy in heads) for heads in layers),

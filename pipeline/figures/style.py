@@ -1,16 +1,12 @@
-"""What the figures have in common: how they come to be drawn, their looks, those of a variant, panels, ticks, and one legend."""
+"""Shared by all figures: drawing in parallel, theme, style per variant, panels, ticks, legend."""
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import matplotlib
 
@@ -25,65 +21,65 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from cat.mixers.registry import ConstructionConfig
 from pipeline.config.grid import shown_variants
 from pipeline.config.study import Ablation, Study
-from pipeline.runtime.processes import available, end_with_parent
+from pipeline.reporting.labels import variant_label
+from pipeline.runtime import workers
+from pipeline.runtime.processes import available
 
-Draw = Callable[[Study, Ablation, pd.DataFrame], Figure]
+
+class Draw(Protocol):
+    """Draw the figure of an ablation from the results table."""
+
+    def __call__(self, study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure: ...
 
 
 class Picture(NamedTuple):
-    """A figure to be drawn: by what, of what, and into which files."""
+    """A figure to draw, and the SVG file to write."""
 
-    draw: Draw
-    ablation: Ablation
-    table: pd.DataFrame
-    png: Path
-    svg: Path
+    draw: Callable[[Study], Figure]
+    file: Path
 
 
 def draw_all(study: Study, pictures: Sequence[Picture]) -> None:
-    """Draws and saves each, as many at a time as the study has threads, in processes; no file depends on how many they are.
+    """Draw and save all pictures in `parallel_runs` processes; the files do not depend on their number.
 
-    Raises what drawing one raises, once no other is under way; ValueError where a process is killed.
+    Raises the first error of drawing a picture, and ValueError if a process is killed.
     """
-    one, count = partial(_draw, study), min(len(pictures), available() if study.parallel_runs == "auto" else study.parallel_runs)
+    count = min(len(pictures), available() if study.parallel_runs == "auto" else study.parallel_runs)
     if count <= 1:
         for picture in pictures:
-            one(picture)
+            _draw(study, picture)
         return
-    # Not `spread` of runtime/workers.py, for which torch would have to be imported, by a study that does not look inside, too.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(count, context, _serve) as pool:
-            list(pool.map(one, pictures))
-    except BrokenProcessPool:
-        raise ValueError("a process that draws figures was killed, as when memory runs out") from None
+    # No device: the workers of this pool need no torch.
+    jobs = workers.run_jobs(
+        partial(_draw, study), pictures, devices=[None] * count, method=workers.start_method(), report=lambda index, message: None
+    )
+    with closing(jobs) as outcomes:
+        for _, outcome in outcomes:
+            if isinstance(outcome, workers.Failure):
+                if isinstance(outcome.error, ChildProcessError):
+                    raise ValueError("a process that draws figures was killed, perhaps because memory ran out")
+                raise outcome.error
 
 
-def _draw(study: Study, picture: Picture) -> None:
-    begin(study)
-    save(picture.draw(study, picture.ablation, picture.table), picture.png, picture.svg)
+def _draw(study: Study, picture: Picture, *device_and_report: Any) -> None:
+    set_theme()
+    save(picture.draw(study), picture.file)
 
 
-def _serve() -> None:
-    """Ctrl-C reaches every process of a terminal and is for the first alone; where that one is killed, the others end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-
-
-def begin(study: Study) -> None:
-    """The looks of every figure. Without a salt and with a date, an SVG would differ from run to run."""
-    matplotlib.rcParams.update({"svg.hashsalt": "cat", "svg.fonttype": "none", "figure.dpi": study.render.dpi})
+def set_theme() -> None:
+    """Set the theme of every figure. The fixed salt makes an SVG the same in every run."""
+    matplotlib.rcParams.update({"svg.hashsalt": "cat", "svg.fonttype": "none"})
     sns.set_theme(style="whitegrid", context="notebook", rc={"axes.titlesize": "medium"})
 
 
-def save(figure: Figure, png: Path, svg: Path) -> None:
-    figure.savefig(png, format="png", bbox_inches="tight", metadata={"Software": None})
-    figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
+def save(figure: Figure, file: Path) -> None:
+    """Write an SVG file without a date, so that it is the same in every run."""
+    figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
 
 
 def style(study: Study, variant: str) -> dict[str, Any]:
-    """Colour, dash and marker of a variant: the same in every figure, and kept when variants are added at the end."""
+    """Colour, dash and marker of a variant: the same in every figure, and kept when later variants are added."""
     if isinstance(study.variants[variant], ConstructionConfig):
         return {"color": "black", "linestyle": ":", "marker": "x"}
     number = list(study.variants).index(variant)
@@ -94,7 +90,7 @@ def style(study: Study, variant: str) -> dict[str, Any]:
     ]
     return {
         "color": shades[number // len(colours) % len(shades)][number % len(colours)],
-        "linestyle": dashes[number % len(dashes)],  # lines that coincide show through each other
+        "linestyle": dashes[number % len(dashes)],  # where lines coincide, both remain visible
         "marker": markers[number % len(markers)],
     }
 
@@ -102,23 +98,23 @@ def style(study: Study, variant: str) -> dict[str, Any]:
 def draw_lines(
     study: Study, ablation: Ablation, table: pd.DataFrame, axes: Axes, *, x: str, y: str, markers: bool = True
 ) -> None:
-    """Column `y` of `table` against column `x`, a line with a band over seeds for each variant that has values."""
+    """Plot column `y` of `table` against column `x`: one line with a band over seeds per variant that has values."""
     for variant in shown_variants(ablation):
-        here = table[table["variant"] == variant]
-        if here[y].notna().any():
-            looks = style(study, variant)
+        rows = table[table["variant"] == variant]
+        if rows[y].notna().any():
+            options = style(study, variant)
             if not markers:
-                looks["marker"] = None
-            draw_line(study, here, axes, x=x, y=y, label=variant, **looks)
+                options["marker"] = None
+            draw_line(study, rows, axes, x=x, y=y, label=variant_label(study, variant), **options)
 
 
-def draw_line(study: Study, table: pd.DataFrame, axes: Axes, *, x: str, y: str, band: float = 0.2, **looks: Any) -> None:
-    """The mean over seeds, and where there are several a band; as `sns.lineplot`, which calls Python for each point, draws it."""
+def draw_line(study: Study, table: pd.DataFrame, axes: Axes, *, x: str, y: str, alpha: float = 0.2, **options: Any) -> None:
+    """Plot the mean over seeds, with a band if there are several. Equal to `sns.lineplot`, which calls Python per point."""
     seeds = table.dropna(subset=y).groupby(x)[y]
     mean, spread, several = seeds.mean(), seeds.std(), seeds.count() > 1
     low, high = (seeds.min(), seeds.max()) if study.render.error_band == "range" else (mean - spread, mean + spread)
-    (line,) = axes.plot(mean.index, mean, lw=1.8, ms=6, mew=0.75, mec="w", **looks)
-    axes.fill_between(mean.index, low.where(several), high.where(several), color=line.get_color(), alpha=band)
+    (line,) = axes.plot(mean.index, mean, lw=1.8, ms=6, mew=0.75, mec="w", **options)
+    axes.fill_between(mean.index, low.where(several), high.where(several), color=line.get_color(), alpha=alpha)
 
 
 def panels_of(tasks: Iterable[str]) -> tuple[Figure, dict[str, Axes]]:
@@ -136,11 +132,11 @@ def set_ticks(axes: Axes, values: Iterable[float], form: str) -> None:
 
 
 def add_legend(figure: Figure, panels: dict[str, Axes]) -> None:
-    """One legend for all panels, beside them."""
-    found: dict[str, Any] = {}
+    """Add one legend for all panels, to their right."""
+    entries: dict[str, Any] = {}
     for axes in panels.values():
-        found |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True) if label not in found}
-    figure.legend(found.values(), found.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+        entries |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True) if label not in entries}
+    figure.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def errorbar(study: Study) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""What went wrong in a cell, in words: every sign of failure with the numbers that show it (reports/diagnosis.csv)."""
+"""Diagnose each cell: failure modes with the numbers that show them (reports/diagnosis.csv)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pipeline.storage.tables import DIAGNOSIS_COLUMNS
 SOLVED = 0.95
 """Accuracy at the training length below which a task is not solved."""
 HALF_SOLVED = 0.5
-"""Accuracy at the training length below which there is little that could carry over to longer sequences."""
+"""Accuracy at the training length below which a drop at longer lengths means nothing."""
 DROP = 0.05
-"""Accuracy, or bits, by which a longer sequence is worse."""
+"""Loss of accuracy, or rise in bits, at a longer length that counts as a failure."""
 SPREAD = 0.1
-"""Accuracy, or bits, between the best and the worst seed at the training length."""
+"""Difference between the best and the worst seed at the training length, in accuracy or bits, that counts as a failure."""
 SPIKE = 0.5
-"""Nats by which the training loss rises above what it had come down to."""
+"""Rise of the training loss above its lowest earlier value, in nats, that counts as a failure."""
 UNFINISHED = 0.02
-"""Accuracy, or nats, that validation still gains in the last fifth of the steps."""
-ELSEWHERE = 0.5
-"""Share of the attention on the answer's token below which attention is not on it."""
+"""Gain on the validation split in the last fifth of the steps, in accuracy or nats, that counts as unfinished."""
+ON_ANSWER = 0.5
+"""Share of the attention on the answer's token from which the model attends to it."""
 
 
 class Sign(NamedTuple):
-    """One sign of failure of a cell."""
+    """One failure of a cell."""
 
     task: str
     variant: str
@@ -40,12 +40,12 @@ class Sign(NamedTuple):
 
 
 def diagnose(study: Study, results: pd.DataFrame) -> pd.DataFrame:
-    """A row a sign, in the order of the grid; `results` are those of `read_results`."""
+    """One row per failure, in the order of the grid; `results` as from `read_results`."""
     signs: list[Sign] = []
     for task in study.tasks:
-        here = results[results["task"] == task]
+        of_task = results[results["task"] == task]
         for variant in variants_on(study, task):
-            found = _signs(study, task, variant, here[here["variant"] == variant])
+            found = _signs(study, task, variant, of_task[of_task["variant"] == variant])
             signs += [Sign(task, variant, *sign) for sign in found]
     return pd.DataFrame(signs, columns=[*DIAGNOSIS_COLUMNS])
 
@@ -56,43 +56,45 @@ def _signs(study: Study, task: str, variant: str, results: pd.DataFrame) -> Iter
     scores = results[results["metric"] == PRIMARY[goal]].dropna(subset="value")
     summary = runs.read_summary(task, variant)
     chosen = [r for r in summary["runs"] if r["learning_rate"] == summary["learning_rate"] and r["seed"] in study.seeds]
-    if lost := [r for r in chosen if r["stop"] == "diverged"]:
-        steps = ", ".join(str(r["steps"]) for r in lost)
-        yield "diverged", f"{len(lost)} of {len(chosen)} seeds: a loss that is not finite at step {steps}"
+    if diverged := [r for r in chosen if r["stop"] == "diverged"]:
+        steps = ", ".join(str(r["steps"]) for r in diverged)
+        yield "diverged", f"{len(diverged)} of {len(chosen)} seeds: non-finite loss at step {steps}"
     by_multiple = scores.groupby("multiple")["value"]
     if 1 not in by_multiple.groups:
         return
     means = by_multiple.mean()
     seeds = by_multiple.get_group(1)
     if goal == "accuracy" and means[1] < SOLVED:
-        yield _kind_of_failure(study, task), f"accuracy {means[1]:.3f} at the training length" + _where_it_looks(results)
+        yield _task_failure(study, task), f"accuracy {means[1]:.3f} at the training length" + _attention_evidence(results)
     if seeds.max() - seeds.min() > SPREAD:
         yield "unstable over seeds", f"{name} from {seeds.min():.3f} to {seeds.max():.3f} at the training length"
     worse = (means[1] - means) * (1 if goal == "accuracy" else -1)
-    learnt = goal == "loss" or means[1] >= HALF_SOLVED
-    if learnt and len(beyond := worse[(worse.index > 1) & (worse > DROP)]):
+    learned = goal == "loss" or means[1] >= HALF_SOLVED
+    if learned and len(beyond := worse[(worse.index > 1) & (worse > DROP)]):
         last = means.index.max()
         more = "" if beyond.index[0] == last else f"; worse by more than {DROP:g} from {beyond.index[0]:g}x on"
         yield "limited length generalisation", f"{name} {means[1]:.3f} at 1x, {means[last]:.3f} at {last:g}x{more}"
-    yield from _of_training(study, task, variant, chosen, summary["learning_rate"])
+    yield from _training_signs(study, task, variant, chosen, summary["learning_rate"])
 
 
-def _kind_of_failure(study: Study, task: str) -> str:
+def _task_failure(study: Study, task: str) -> str:
     return "poor recall" if study.tasks[task].data.kind == "recall" else f"poor {study.tasks[task].data.kind}"
 
 
-def _where_it_looks(results: pd.DataFrame) -> str:
-    """In the layer and with the mean over seeds where most attention is on the answer."""
-    looks = results[results["metric"].str.startswith("attention_on_answer")].groupby("metric")["value"].mean()
-    if not len(looks):
+def _attention_evidence(results: pd.DataFrame) -> str:
+    """Mean attention over seeds on the answer's token, in the layer where it is largest."""
+    by_layer = results[results["metric"].str.startswith("attention_on_answer")].groupby("metric")["value"].mean()
+    if not len(by_layer):
         return ""
-    most = looks.max()
-    return f"; attention on the answer's token {most:.2f}: " + (
-        "it looks elsewhere" if most < ELSEWHERE else "it looks there and reads something else"
+    share = by_layer.max()
+    return f"; attention on the answer's token {share:.2f}: " + (
+        "the model attends to other tokens" if share < ON_ANSWER else "the model attends to it but gives another output"
     )
 
 
-def _of_training(study: Study, task: str, variant: str, chosen: list[dict[str, Any]], rate: float) -> Iterator[tuple[str, str]]:
+def _training_signs(
+    study: Study, task: str, variant: str, chosen: list[dict[str, Any]], rate: float
+) -> Iterator[tuple[str, str]]:
     history = read_history(study, task, variant, rate)
     column, better = ("valid_accuracy", 1) if study.tasks[task].data.goal == "accuracy" else ("valid_loss", -1)
     gains = []
@@ -101,12 +103,12 @@ def _of_training(study: Study, task: str, variant: str, chosen: list[dict[str, A
         curve = history[history["seed"] == run["seed"]].set_index("step")
         rise = curve["train_loss"] - curve["train_loss"].cummin()
         if rise.max() > SPIKE:
-            spikes.append(f"seed {run['seed']} by {rise.max():.2f} nats up to step {rise.idxmax()}")
+            spikes.append(f"seed {run['seed']} by {rise.max():.2f} nats at step {rise.idxmax()}")
         if run["stop"] == "steps" and len(late := curve[curve.index >= 0.8 * run["steps"]]) > 1:
             gains.append(better * (late[column].iloc[-1] - late[column].iloc[0]))
     if spikes:
-        yield "loss spikes", "training loss rises: " + "; ".join(spikes)
+        yield "loss spikes", "training loss rose: " + "; ".join(spikes)
     gain = sum(gains) / len(gains) if gains else -math.inf
     if gain > UNFINISHED:
-        what = "accuracy" if column == "valid_accuracy" else "loss, in nats,"
-        yield "unfinished training", f"validation {what} still gained {gain:.3f} in the last fifth of its steps"
+        what = "accuracy" if column == "valid_accuracy" else "loss (nats)"
+        yield "unfinished training", f"validation {what} still improved by {gain:.3f} in the last fifth of the steps"

@@ -1,4 +1,4 @@
-"""report.html: the report as one file that opens offline, its figures drawn within it; for phones, in light and in dark."""
+"""report.html: the report as one file with its figures inside; works offline, on phones, in light and dark mode."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ figure svg { display: block; max-width: 100%; min-width: 34rem; height: auto; ma
 
 
 def page(markdown: str, folder: Path) -> str:
-    """The report of `markdown` in `folder`; for figures/x.png svg/x.svg is drawn, for y.png y.svg. A link out of it is words."""
+    """Convert `markdown` to a page with the SVG images of `folder` inlined. Links to other files become plain text."""
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    # Of HTML the report's own two are let through: no question and no claim is a paragraph of that kind alone.
+    # HTML is escaped, so that no text of params.yaml or claims.yaml injects any. Only the report's own two tags come back.
     body = re.sub(r"<p>&lt;details&gt;&lt;summary&gt;([^&]*)&lt;/summary&gt;</p>", r"<details><summary>\1</summary>", body)
     body = body.replace("<p>&lt;/details&gt;</p>", "</details>")
     body = re.sub(r"<p>(<img [^>]*>)</p>", r"\1", body)
-    body = re.sub(r'<img src="([^"]+)\.png" alt="([^"]*)" ?/?>', lambda match: _figure(folder, *match.groups()), body)
+    body = re.sub(r'<img src="([^"]+)\.svg" alt="([^"]*)" ?/?>', lambda match: _figure(folder, *match.groups()), body)
     body = re.sub(r'<a href="(?!#)[^"]*">(.*?)</a>', r"\1", body)
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     body = re.sub(r"<strong>(supported|contradicted|undecided)</strong>", r'<strong class="\1">\1</strong>', body)
@@ -51,8 +51,8 @@ def page(markdown: str, folder: Path) -> str:
 
 
 def _figure(folder: Path, source: str, alt: str) -> str:
-    drawing = (folder / f"{source.replace('figures/', 'svg/')}.svg").read_text(encoding="utf-8")
+    drawing = (folder / f"{source}.svg").read_text(encoding="utf-8")
     drawing = drawing[drawing.index("<svg ") :]
-    # The figures share names of their parts, and a page has each once.
+    # Figures use the same ids, which must be unique within a page.
     drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{Path(source).name}-", drawing)
     return f'<figure role="img" aria-label="{html.escape(html.unescape(alt))}">{drawing}</figure>'

@@ -1,4 +1,4 @@
-"""Names that people know, for the slugs of params.yaml: `CAT-QK, RoPE` for a variant, `2-gram recall` for a task."""
+"""Human names for the slugs of params.yaml: `CAT-QK, RoPE` for a variant, `2-gram recall` for a task."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def task_label(study: Study, task: str) -> str:
 
 
 def with_slug(label: str, slug: str) -> str:
-    """`CAT-QK (qk)`: the name, and what params.yaml and the command line call it."""
-    return label if label.endswith(f"({slug})") else f"{label} ({slug})"
+    """`CAT-QK (qk)`: the name and its slug."""
+    return label if label == slug or label.endswith(f"({slug})") else f"{label} ({slug})"
 
 
 @functools.lru_cache(maxsize=8)
@@ -65,15 +65,15 @@ def _task_labels(study: Study) -> dict[str, str]:
 
 
 def _unique(labels: dict[str, str]) -> dict[str, str]:
-    """Labels that several slugs share get the slug behind them."""
+    """Append the slug to labels that several slugs share."""
     count = [*labels.values()].count
     return {slug: with_slug(label, slug) if count(label) > 1 else label for slug, label in labels.items()}
 
 
 def _describe(model: VariantConfig, shared: Set[str] = frozenset()) -> str:
-    """The mixer, and what differs from the defaults; without the details that the whole study shares."""
+    """The mixer and its settings that differ from the defaults, without the details that the whole study shares."""
     if isinstance(model, ConstructionConfig):
-        return "Construction (not trained)"
+        return "Construction, not trained"
     details = [detail for detail in _details(model) if detail not in shared]
     if isinstance(model, HybridConfig):
         blocks = " + ".join(_describe(block, shared).removesuffix(" (no convolution)") for block in model.blocks)
@@ -100,7 +100,7 @@ def _mixer_name(model: VariantConfig) -> str:
 
 
 def _of_the_mixer(model: VariantConfig) -> Iterator[str]:
-    """What differs from one head, kernels of four taps per head, QK-norm, and no positions."""
+    """Differences from the default: one head, one kernel of size 4 per head, QK-norm, no positional encoding."""
     if not isinstance(model, QKVConfig):
         return
     sizes = {size for projection, size in model.kernel_sizes.items() if projection != "summary"}

@@ -1,116 +1,143 @@
-"""The tables of the study, as text: results by variant, what training found, the verdicts, what was run."""
+"""Tables of the report and README: scores by variant, key filters by learning rate, verdicts."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import pandas as pd
 
 from pipeline.config.grid import shown_on, shown_tasks, shown_variants, variants_on
 from pipeline.config.study import Ablation, Study
+from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.verdicts import left_out, of_the_study, read_verdicts, verdict_table
 from pipeline.storage import runs
 from pipeline.storage.results import PRIMARY
 
 LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
+HEADLINE_ROWS, HEADLINE_COLUMNS = 9, 8
 
 
 def results_table(study: Study, results: pd.DataFrame, ablation: Ablation) -> str:
-    """Markdown: a row a variant with its parameters, a column a task and length with the mean over seeds and their range."""
+    """Markdown: one row per variant, one column per task and length with the mean over seeds and their range."""
     columns = {}
     for task in shown_tasks(study, ablation):
         for multiple in study.evaluate.multiples:
-            here = results[(results["task"] == task) & (results["multiple"] == multiple)].groupby("variant")["value"]
-            columns[f"{task} {multiple:g}x"] = here.apply(_mean_and_spread)
+            scores = results[(results["task"] == task) & (results["multiple"] == multiple)].groupby("variant")["value"]
+            columns[f"{with_slug(task_label(study, task), task)} {multiple:g}x"] = scores.apply(_mean_and_range)
     frame = pd.DataFrame(columns).reindex(shown_variants(ablation)).fillna("-")
     frame.insert(0, "parameters", [_parameters(study, ablation, variant) for variant in frame.index])
-    return frame.rename_axis("variant").to_markdown()
+    frame.index = pd.Index([with_slug(variant_label(study, variant), variant) for variant in frame.index], name="variant")
+    return frame.to_markdown()
+
+
+def with_labels(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with `CAT-QK (qk)` for the slugs in its columns `task` and `variant`."""
+    table = table.copy()
+    for column, label in (("task", task_label), ("variant", variant_label)):
+        if column in table:
+            table[column] = [with_slug(label(study, slug), slug) for slug in table[column]]
+    return table
 
 
 def _parameters(study: Study, ablation: Ablation, variant: str) -> str:
-    """On the first task of the figure that it is trained on; vocabularies differ from task to task, and embeddings with them."""
+    """Parameters on the first task of the figure; they differ between tasks because the embedding depends on the vocabulary."""
     task = next(task for task in shown_tasks(study, ablation) if variant in variants_on(study, task))
     return f"{runs.read_summary(task, variant)['parameters']:,}"
 
 
-def found(study: Study, ablation: Ablation) -> pd.DataFrame:
-    """By task, variant and learning rate: the runs, those whose key filter solves every length, and the accuracy on validation.
+def key_filter_table(study: Study, ablation: Ablation) -> pd.DataFrame:
+    """Per task, variant and learning rate: runs, runs whose key filter solves every length, mean validation accuracy.
 
-    Only variants whose filter the condition is about (cat/evaluation/diagnostics.py); a run that diverged has found nothing.
+    Only variants to which the condition applies (cat/evaluation/diagnostics.py). A diverged run does not count as solved.
     """
     rows = []
     for task in shown_tasks(study, ablation):
         for variant in shown_on(study, ablation, task):
-            tried = pd.DataFrame(runs.read_summary(task, variant)["runs"])
-            tried = tried[tried["seed"].isin(study.seeds)]
-            if tried["solves_every_length"].notna().any():
-                for rate, group in tried.groupby("learning_rate"):
-                    rows.append(
-                        {
-                            "task": task,
-                            "variant": variant,
-                            "learning rate": rate,
-                            "runs": len(group),
-                            "found": int((group["solves_every_length"].eq(True) & group["stop"].ne("diverged")).sum()),
-                            "validation accuracy": group["valid_accuracy"].mean(),
-                        }
-                    )
-    return pd.DataFrame(rows, columns=["task", "variant", "learning rate", "runs", "found", "validation accuracy"])
+            table = pd.DataFrame(runs.read_summary(task, variant)["runs"])
+            table = table[table["seed"].isin(study.seeds)]
+            if table["solves_every_length"].notna().any():
+                for rate, group in table.groupby("learning_rate"):
+                    solved = group["solves_every_length"].eq(True) & group["stop"].ne("diverged")
+                    rows.append((task, variant, rate, len(group), int(solved.sum()), group["valid_accuracy"].mean()))
+    columns = ["task", "variant", "learning rate", "runs", "solve every length", "validation accuracy"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def _mean_and_spread(values: pd.Series) -> str:
-    """`mean (lowest to highest)`; a seed that diverged has no value and is counted."""
-    left = values.dropna()
-    lost = len(values) - len(left)
-    text = f"{left.mean():.3f} ({left.min():.3f} to {left.max():.3f})" if len(left) else ""
-    return f"{text} {lost} diverged".strip() if lost else text
+def _mean_and_range(values: pd.Series) -> str:
+    """`mean (lowest to highest) N diverged`; a diverged seed has no value."""
+    ended = values.dropna()
+    diverged = len(values) - len(ended)
+    text = f"{ended.mean():.3f} ({ended.min():.3f} to {ended.max():.3f})" if len(ended) else ""
+    return f"{text} {diverged} diverged".strip() if diverged else text
 
 
-def what_was_run(study: Study) -> str:
-    devices = {runs.read_summary(task, variant)["device"] for task in study.tasks for variant in variants_on(study, task)}
-    rates = {name: ", ".join(f"{rate:g}" for rate in section.training.learning_rates) for name, section in study.tasks.items()}
-    multiples = " and ".join(f"{multiple:g}x" for multiple in study.evaluate.multiples)
+def headline(study: Study, results: pd.DataFrame, name: str) -> str:
+    """Return README's summary as Markdown: the count of verdicts, and the means of the ablation `name`.
+
+    At most HEADLINE_ROWS variants and HEADLINE_COLUMNS columns; the report has the rest.
+    """
+    every = read_verdicts()
+    verdicts = (
+        f"{_verdict_counts(every)} [Evidence for each claim](report.md#claims)." if len(of_the_study(every)) else left_out(every)
+    )
+    ablation = study.ablations[name]
+    tasks, multiples = shown_tasks(study, ablation), study.evaluate.multiples
+    means = results.groupby(["task", "multiple", "variant"])["value"].agg(lambda seeds: seeds.mean(skipna=False))
+    columns = {f"{task} {multiple:g}x": (task, multiple) for task in tasks for multiple in multiples}
+    variants = shown_variants(ablation)[:HEADLINE_ROWS]
+    rows = {
+        with_slug(variant_label(study, variant), variant): [
+            f"{means.get((*column, variant), math.nan):.3f}".replace("nan", "-")
+            for column in [*columns.values()][:HEADLINE_COLUMNS]
+        ]
+        for variant in variants
+    }
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=[*columns][:HEADLINE_COLUMNS]).rename_axis("variant")
+    return "\n\n".join(filter(None, [verdicts, table.to_markdown(disable_numparse=True), _legend(study, name, tasks)]))
+
+
+def _legend(study: Study, name: str, tasks: Sequence[str]) -> str:
+    """Tasks, metrics, seeds and devices of the table in `headline`."""
+    cells = [(task, variant) for task in tasks for variant in shown_on(study, study.ablations[name], task)]
+    devices = sorted({runs.read_summary(task, variant)["device"] for task, variant in cells})
+    by_metric: dict[str, list[str]] = {}
+    for task in tasks:
+        label = task_label(study, task)
+        by_metric.setdefault(LABELS[PRIMARY[study.tasks[task].data.goal]], []).append(
+            label if label == task else with_slug(label, task)
+        )
+    metrics = " ".join(f"{metric.capitalize()}: {', '.join(names)}." for metric, names in by_metric.items())
     return (
-        f"Mean over seeds {', '.join(map(str, study.seeds))} (lowest to highest) at {multiples} the training length; "
-        + "; ".join(f"{name}: {LABELS[PRIMARY[section.data.goal]]}" for name, section in study.tasks.items())
-        + f". Run on {', '.join(sorted(devices))} in {study.precision}; learning rates tried: "
-        + "; ".join(f"{name} {rate}" for name, rate in rates.items())
-        + ". A dash: not trained on that task, or positions that do not reach that length."
+        f"Means over seeds {', '.join(map(str, study.seeds))}; 1x is the training length. {metrics}"
+        f" A dash: not trained, diverged, or no positions for this length."
+        f" {', '.join(devices)}, {study.precision}. [Full table](report.md#{name})."
     )
 
 
-def verdicts_in_short(report: str) -> str:
-    """The claims of claims.yaml with their verdicts, as Markdown, linked to their figures in the file `report`."""
-    every = read_verdicts()
-    verdicts = of_the_study(every)
-    if not len(verdicts):
-        return left_out(every)
-    rows = [(f"{row.statement} ({row.source})", f"[**{row.verdict}**]({report}#{row.ablation})") for row in verdicts.itertuples()]
-    table = pd.DataFrame(rows, columns=["claim", "verdict"])
-    told = f"{_counted(every)} [The report]({report}#claims) has the effect behind each, and how sure it is."
-    return f"{table.to_markdown(index=False)}\n\n{told}"
-
-
-def verdicts_in_words() -> str:
-    """The claims of claims.yaml with their verdicts and what decided them, as Markdown, linked to their figures."""
+def claims_section() -> str:
+    """Markdown: the claims with their verdicts, each with a link to its figure."""
     every = read_verdicts()
     verdicts = of_the_study(every)
     if not len(verdicts):
         return left_out(every)
     table = verdict_table(verdicts)
     table["ablation"] = [f"[{name}](#{name})" for name in verdicts["ablation"]]
-    return (
-        f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_counted(every)}"
-        " An effect is the mean of the metric less that of the other side, in the comparison named under *decided by*; its"
-        " interval is Student's, over seeds and test sequences, or over seeds alone where the metric is not the one that stands"
-        " for its task. p is of the same test but of the whole claim: of its comparisons the largest for it, or the smallest"
-        " against it times their number where it is contradicted, corrected for all claims; a dash where no seed and no sequence"
-        " differs, and nothing is tested. claims.yaml says what decides a claim, verdicts/comparisons.csv has every comparison."
-    )
+    return f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_verdict_counts(every)} {_EXPLANATION}"
 
 
-def _counted(every: pd.DataFrame) -> str:
-    """How many claims have which verdict, in a sentence or two."""
+_EXPLANATION = (
+    "*Effect*: the mean of the metric minus that of the baseline, in the comparison named under *decided by*. Its interval is"
+    " Student's t over seeds and test sequences. It covers only seeds if the metric is not the primary one of the task."
+    " *p* belongs to the same test, for the whole claim: the largest p of its comparisons. For a contradicted claim it is the"
+    " smallest p against the claim times the number of comparisons. Both are corrected for all claims. A dash: no seed and no"
+    " sequence differs, so nothing is tested. claims.yaml defines the claims; verdicts/comparisons.csv has every comparison."
+)
+
+
+def _verdict_counts(every: pd.DataFrame) -> str:
     verdicts = of_the_study(every)
     counts = verdicts["verdict"].value_counts()
-    said = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in ("supported", "contradicted", "undecided"))
+    listed = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in ("supported", "contradicted", "undecided"))
     others = left_out(every)
-    return f"{len(verdicts)} claim{'s' if len(verdicts) > 1 else ''}: {said}." + (f" {others}" if others else "")
+    return f"{len(verdicts)} claim{'s' if len(verdicts) > 1 else ''}: {listed}." + (f" {others}" if others else "")

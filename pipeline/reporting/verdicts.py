@@ -10,44 +10,44 @@ from pipeline.storage.paths import VERDICTS
 from pipeline.storage.tables import CLAIM_COLUMNS, read_table
 
 ABSENT = "the study has no"
-"""How the reason begins of what is undecided because nothing that the claim is about was trained."""
+"""Start of the reason of a claim that is undecided because the study does not train its variants."""
 FEW = 5
-"""Claims that a sentence names."""
+"""Claims that a sentence lists by name at most."""
 VALUES = ("supported", "contradicted", "undecided")
 
 
 def read_verdicts() -> pd.DataFrame:
-    """A row a claim, none where there are no claims. Raises ValueError where the study was not judged."""
+    """One row per claim. Raises ValueError if the study has not been judged."""
     path = VERDICTS / "claims.csv"
     table = read_table(path, CLAIM_COLUMNS)
     if len(strange := table.loc[~table["verdict"].isin(VALUES), "verdict"]):
-        raise ValueError(f"{path}: {strange.iloc[0]!r} is not {' or '.join(VALUES)}; run `dvc repro judge`")
+        raise ValueError(f"{path}: {strange.iloc[0]!r} is not {' or '.join(VALUES)}. Fix: run `dvc repro judge`")
     return table
 
 
 def of_the_study(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """Without the claims about tasks, variants and lengths that the study does not have."""
+    """The claims whose tasks, variants and lengths are part of the study."""
     return verdicts[~verdicts["reason"].str.startswith(ABSENT)]
 
 
 def left_out(verdicts: pd.DataFrame) -> str:
-    """Which claims `of_the_study` leaves out, in a sentence: by name where they are few. Nothing where there are none."""
+    """A sentence about the claims that `of_the_study` leaves out, or an empty string."""
     names = list(verdicts["claim"][verdicts["reason"].str.startswith(ABSENT)])
     if not names:
         return ""
     which = f" ({', '.join(names)})" if len(names) <= FEW else ""
     count = f"{len(names)} of {len(verdicts)} claims{which}"
-    return f"{count} {'is' if len(names) == 1 else 'are'} about what this study does not train."
+    return f"{count} {'needs' if len(names) == 1 else 'need'} variants, tasks or lengths that this study does not have."
 
 
 def claims_about(task: str) -> set[str]:
-    """The claims that have a comparison on `task`."""
+    """The names of the claims that have a comparison on `task`."""
     table = read_table(VERDICTS / "comparisons.csv", {"claim": str, "task": str})
     return set(table.loc[table["task"] == task, "claim"])
 
 
 def verdict_table(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """Claim, verdict, effect and interval of the comparison that decided, p of the whole claim, and that comparison, as text."""
+    """Text: claim, verdict, effect and interval of the deciding comparison, p of the whole claim, and that comparison."""
     rows = [
         {
             "claim": f"{row.statement} ({row.source})",

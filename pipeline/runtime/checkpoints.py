@@ -1,8 +1,10 @@
-"""checkpoints/<task>/<variant>/<learning rate>_<seed>.safetensors: how far the runs of a cell that is not evaluated have come.
+"""Checkpoints of runs: checkpoints/<task>/<variant>/<learning rate>_<seed>.safetensors.
 
-They are outputs of no stage, since DVC removes those before it runs one. A run that has ended leaves its last, so that of a cell
-that is trained again only what is missing is trained; the evaluation of a task, for which DVC has recorded its cells, takes
-its checkpoints away. Each bears the key of all that its run depends on, and is passed over where that or a bit of it has changed.
+Checkpoints are not stage outputs, because DVC removes outputs before it runs a stage. A finished run keeps its last checkpoint.
+If its cell is trained again, only missing runs are trained. Evaluating a task removes its checkpoints: by then DVC has recorded
+the cells.
+
+Each checkpoint holds a key of everything that its run depends on. It is ignored if the key differs or the file is damaged.
 """
 
 from __future__ import annotations
@@ -27,28 +29,31 @@ from pipeline.runtime import workers
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import CHECKPOINTS
 
-EVERY = 60.0
-"""Seconds of a run that are lost at most."""
-PATIENCE = 5.0
-"""Seconds that a process which has been killed may take to end."""
+INTERVAL_SECONDS = 60.0
+"""Time between two checkpoints of a run: at most this much is lost if the process is killed."""
+LOCK_TIMEOUT = 5.0
+"""Seconds to wait for a killed process to end and release its lock."""
 
 
-class Kept(NamedTuple):
-    """What a checkpoint holds."""
+class SavedRun(NamedTuple):
+    """Content of a checkpoint."""
 
     state: State
     seconds: float
-    """Spent on the run until then, whenever that was; of runs that are trained at once, this one's share."""
+    """Training time so far, over all sessions; for runs trained together, the share of this run."""
 
 
 class Checkpoint(NamedTuple):
-    """Where that of a run is; None for `key` where nobody can tell what the run depends on, and nothing is kept."""
+    """File and key of a run's checkpoint.
+
+    If `key` is None, the dependencies of the run are unknown and nothing is saved.
+    """
 
     path: Path
     key: str | None
 
-    def read(self) -> Kept | None:
-        """What to go on from, if there is anything."""
+    def read(self) -> SavedRun | None:
+        """Read the checkpoint, or None if it is missing, damaged or has another key."""
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -58,45 +63,48 @@ class Checkpoint(NamedTuple):
         text = metadata.get("state", "")
         if metadata.get("digest") != _digest(self.key, text, tensors):
             return None
-        about: dict[str, Any] = json.loads(text)
-        moments, recent, seconds = tensors.pop("moments"), tensors.pop("recent"), about.pop("seconds")
+        fields: dict[str, Any] = json.loads(text)
+        moments, recent, seconds = tensors.pop("moments"), tensors.pop("recent"), fields.pop("seconds")
         weights = {name.removeprefix("weights."): tensor for name, tensor in tensors.items()}
-        history = [ValidationRecord(**row) for row in about.pop("history")]
-        return Kept(State(**about, history=history, weights=weights, moments=moments, recent=recent), seconds)
+        history = [ValidationRecord(**record) for record in fields.pop("history")]
+        return SavedRun(State(**fields, history=history, weights=weights, moments=moments, recent=recent), seconds)
 
     def write(self, state: State, seconds: float) -> None:
-        """Takes the place of the one before in one step."""
+        """Replace the checkpoint atomically."""
         if self.key is None:
             return
         tensors = {f"weights.{name}": tensor for name, tensor in state.weights.items()}
         tensors |= {"moments": state.moments, "recent": state.recent}
-        history = [asdict(row) for row in state.history]
-        about = {"step": state.step, "micro_batch": state.micro_batch, "stop": state.stop}
-        text = json.dumps({**about, "history": history, "seconds": seconds})
+        history = [asdict(record) for record in state.history]
+        fields = {"step": state.step, "micro_batch": state.micro_batch, "stop": state.stop}
+        text = json.dumps({**fields, "history": history, "seconds": seconds})
         metadata = {"state": text, "digest": _digest(self.key, text, tensors)}
         with atomic_write(self.path) as path:
             path.write_bytes(safetensors.torch.save(tensors, metadata))
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Raises ValueError where another process trains the run."""
+    def exclusive(self) -> Iterator[None]:
+        """Lock the run. Raises ValueError if another process is training it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _lock(self.path, PATIENCE):
+            with _lock(self.path, LOCK_TIMEOUT):
                 yield
         except Timeout:
-            raise ValueError(f"{self.path}: another process trains this run; wait for it, or end it") from None
+            raise ValueError(f"{self.path}: another process is training this run; wait for it or stop it") from None
 
 
 def clear(task: str) -> None:
-    """Removes those of a task, but of runs that are being trained. Locks stay: one that is removed can be had twice."""
+    """Remove the checkpoints of a task, except of runs in training.
+
+    Lock files stay: if one were removed, two processes could hold it at once.
+    """
     for path in (CHECKPOINTS / task).glob("*/*.safetensors"):
         with suppress(Timeout), _lock(path, 0):
             path.unlink(missing_ok=True)
 
 
-def _lock(path: Path, patience: float) -> FileLock:
-    return FileLock(path.with_suffix(".lock"), timeout=patience)
+def _lock(path: Path, timeout: float) -> FileLock:
+    return FileLock(path.with_suffix(".lock"), timeout=timeout)
 
 
 def _digest(key: str | None, text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -106,28 +114,30 @@ def _digest(key: str | None, text: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class Keeper:
-    """Called after every step of the runs that these are the checkpoints of: keeps their states every now and then.
+class CheckpointWriter:
+    """Callback after every training step that saves the runs every INTERVAL_SECONDS.
 
-    And those of runs that have ended, and all of them where the process is asked to stop: then it raises Stopped. Of a group of
-    processes the first keeps them, and all stop where one of them is asked to.
+    It also saves when runs end and when the process must stop; in the latter case it raises Stopped. In a process group only
+    rank 0 saves, and all processes stop if one of them must.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], kept: Sequence[Kept | None], group: ProcessGroup = SINGLE_PROCESS):
+    def __init__(
+        self, checkpoints: Sequence[Checkpoint], resumed: Sequence[SavedRun | None], group: ProcessGroup = SINGLE_PROCESS
+    ):
         self.checkpoints, self.group = checkpoints, group
-        self.before = [one.seconds if one else 0.0 for one in kept]
-        self.began = self.kept = time.monotonic()
+        self.previous_seconds = [saved.seconds if saved else 0.0 for saved in resumed]
+        self.started = self.last_saved = time.monotonic()
 
     def __call__(self, states: Callable[[], dict[int, State]], ended: bool) -> None:
         stopping = self.group.all_reduce_max(int(workers.stopping()))
-        if self.group.rank == 0 and (ended or stopping or time.monotonic() - self.kept >= EVERY):
-            for place, state in states().items():
-                self.checkpoints[place].write(state, self.seconds(place))
-            self.kept = time.monotonic()
+        if self.group.rank == 0 and (ended or stopping or time.monotonic() - self.last_saved >= INTERVAL_SECONDS):
+            for index, state in states().items():
+                self.checkpoints[index].write(state, self.seconds(index))
+            self.last_saved = time.monotonic()
         if stopping:
-            self.group.all_reduce_max(0)  # waits for the first, which torchrun would end with the others
+            self.group.all_reduce_max(0)  # wait for rank 0 to save: torchrun kills it once another process ends
             raise workers.Stopped
 
-    def seconds(self, place: int) -> float:
-        """Spent so far on the run of that place."""
-        return self.before[place] + (time.monotonic() - self.began) / len(self.checkpoints)
+    def seconds(self, index: int) -> float:
+        """Return the training time so far of the run with this index."""
+        return self.previous_seconds[index] + (time.monotonic() - self.started) / len(self.checkpoints)

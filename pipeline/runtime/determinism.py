@@ -1,8 +1,8 @@
-"""`deterministic: true`: last bits that do not depend on the instructions that a CPU has, as far as PyTorch's libraries allow.
+"""`deterministic: true`: make the last bits independent of the CPU, as far as PyTorch's libraries allow.
 
-What they would choose by the CPU is pinned to what every x86-64 CPU has: PyTorch's own kernels, MKL's (which then add in one
-order on all of them) and oneDNN's. On a GPU, algorithms that repeat to the bit are used where PyTorch has them; results of
-different kinds of GPU differ all the same. All of it must be in the environment before torch is imported.
+PyTorch's kernels, MKL and oneDNN choose code by the instruction set of the CPU. The environment restricts all three to what
+every x86-64 CPU has; MKL then adds in the same order everywhere. On a GPU, PyTorch uses algorithms that repeat to the bit if it
+has them; different kinds of GPU still give different results. The environment must be set before torch is imported.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from __future__ import annotations
 import os
 import sys
 
-PINS = {
+DETERMINISTIC_ENV = {
     "ATEN_CPU_CAPABILITY": "default",
     "MKL_CBWR": "COMPATIBLE",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }
 MARK = "CAT_DETERMINISTIC"
-"""Tells the processes that this one starts."""
+"""Environment variable that tells child processes to be deterministic."""
 
 
 def set_deterministic_env(deterministic: bool) -> None:
-    """For this process and those that it starts. Raises RuntimeError where torch is imported already and would not be pinned."""
+    """Set the environment of this process and its children. Raises RuntimeError if torch is already imported."""
     if not deterministic or MARK in os.environ:
         return
     if "torch" in sys.modules:
-        raise RuntimeError("torch was imported before it was pinned")
-    os.environ.update(PINS, **{MARK: "1"})
+        raise RuntimeError("torch was imported before the deterministic environment was set")
+    os.environ.update(DETERMINISTIC_ENV, **{MARK: "1"})
 
 
 def apply_determinism() -> None:
-    """What is set in torch itself; of every process that computes."""
+    """Make torch deterministic in this process if the environment says so."""
     if MARK in os.environ:
         import torch
 

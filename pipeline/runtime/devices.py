@@ -1,4 +1,4 @@
-"""Devices: what params.yaml names, and what results depend on."""
+"""Resolve the device of params.yaml and describe the hardware that results depend on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.config.errors import ParamsError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `name` (auto, cpu, cuda, cuda:N) stands for here. Raises ParamsError where there is none."""
+    """Resolve `name` (auto, cpu, cuda, cuda:N) on this machine. Raises ParamsError if there is no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -18,35 +18,42 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_devices(name: str) -> list[torch.device]:
-    """All devices that `name` stands for here: every GPU for auto and cuda, one for cuda:N. Raises ParamsError for none."""
+    """Resolve `name` to a list of devices: all GPUs for auto and cuda, one GPU for cuda:N.
+
+    Raises ParamsError if there is no such device.
+    """
     device = resolve_device(name)
     if device.type == "cpu" or device.index is not None:
         return [device]
     return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
 
 
-def own_device(name: str, number: int | None) -> torch.device:
-    """The device that `name` stands for in the process with this number on its machine; None where it is the only one.
+def own_device(name: str, local_rank: int | None) -> torch.device:
+    """Resolve `name` in the process with this `local_rank` on its machine; None without torchrun.
 
-    Each process has a GPU of its own. Raises ParamsError where there is none for it.
+    Each process has its own GPU. Raises ParamsError if there are too few.
     """
     device = resolve_device(name)
-    if number is None or device.type == "cpu":
+    if local_rank is None or device.type == "cpu":
         return device
     if device.index is not None:
         raise ParamsError([f"params.yaml: device = {name}: is one GPU for several processes; use auto or cuda"])
-    if number >= (count := torch.cuda.device_count()):
-        raise ParamsError([f"--nproc-per-node: is {number + 1} at least, and there are {count} GPUs here, one for each process"])
-    return torch.device("cuda", number)
+    if local_rank >= (count := torch.cuda.device_count()):
+        message = f"--nproc-per-node: is at least {local_rank + 1}, but there are {count} GPUs here; each process needs its own"
+        raise ParamsError([message])
+    return torch.device("cuda", local_rank)
 
 
 def describe(device: torch.device, processes: int = 1) -> str:
-    """What results depend on: the kind of GPU, or the instruction set that PyTorch uses on this CPU; and how many of them."""
+    """Describe the hardware that results depend on.
+
+    This is the number of processes and the GPU model, or the CPU instruction set that PyTorch uses.
+    """
     cpu = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return kind if processes == 1 else f"{processes} x {kind}"
 
 
 def made_on(device: torch.device, processes: int = 1) -> str:
-    """`describe`, and by which PyTorch."""
+    """Describe the hardware and the PyTorch version that results depend on."""
     return f"{describe(device, processes)}, PyTorch {torch.__version__.partition('+')[0]}"

@@ -1,4 +1,4 @@
-"""The process, and those beside it: how many, and that none outlives it. Without torch, which not every stage has to import."""
+"""Number of cores, memory and lifetime of processes. Does not import torch, which some stages do not need."""
 
 import contextlib
 import ctypes
@@ -8,29 +8,29 @@ import threading
 from multiprocessing import connection
 
 TRIM, MAP = -1, -3
-"""What glibc's mallopt calls M_TRIM_THRESHOLD and M_MMAP_THRESHOLD."""
-LARGEST = 1 << 30
+"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt."""
+MAX_THRESHOLD = 1 << 30
 
 
 def available() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_memory() -> None:
-    """Has the process keep the memory that it frees, where it can be asked to: by glibc.
+    """Keep freed memory in this process instead of returning it to the system; only with glibc.
 
-    A training step takes and frees the same large tensors again and again. Given back to the system in between, they are pages
-    to be found and zeroed anew, 2,500 a step of the smallest models: up to a sixth of its time.
+    A training step allocates and frees the same large tensors again and again. If their memory is returned in between, the
+    system must find and zero the pages again: 2,500 per step of the smallest models, up to a sixth of its time.
     """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries; TypeError: there is none to ask on Windows
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other C libraries; TypeError: Windows
         c = ctypes.CDLL(None)
-        c.mallopt(TRIM, LARGEST)
-        c.mallopt(MAP, LARGEST)
+        c.mallopt(TRIM, MAX_THRESHOLD)
+        c.mallopt(MAP, MAX_THRESHOLD)
 
 
 def end_with_parent() -> None:
-    """Has this process end when the one that started it has ended, even where that was killed."""
+    """End this process when its parent process ends, even if the parent is killed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

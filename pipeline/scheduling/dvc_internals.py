@@ -1,15 +1,19 @@
-"""The only module that uses DVC's private parts."""
+"""The only module that uses private parts of DVC.
+
+tests/pipeline/scheduling/test_dvc_internals.py checks each private part; pyproject.toml bounds the version of DVC.
+"""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dvc.dependency import param
 from dvc.dvcfile import PROJECT_FILE
@@ -22,22 +26,47 @@ from filelock import FileLock, Timeout
 LOCK, RWLOCK = Path(".dvc/tmp/pipeline.lock"), Path(".dvc/tmp/rwlock")
 
 
-def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) -> None:
-    """`dvc repro` of `targets`, of everything for None, but for the stages `trained`: recorded if what they declare is as given.
+class StaleStage(NamedTuple):
+    """A stage that `dvc repro` would run."""
 
-    Where both are given nothing is run: what is not as given is left as it is. DVC writes the whole lock file after every stage;
-    here it is written once, when all are done or one has failed. Raises ValueError where dvc.yaml has none of them.
+    name: str
+    command: list[str]
+    dependencies: dict[str, Any]
+    """Its command and dependencies, as `declared_dependencies` returns them."""
+
+
+def stale_stages(command: list[str]) -> Iterator[StaleStage]:
+    """Find the stages that `dvc repro` would run and whose command starts with `command`, in DVC's order.
+
+    Stages that can be restored from DVC's cache are left out. DVC's lock is held until the iterator ends.
+    """
+    repo = Repo()
+    with repo.lock, parse_params_once():
+        for stage in repo.index.stages:
+            words = shlex.split(stage.cmd) if isinstance(stage.cmd, str) else []
+            if words[: len(command)] == command and stage.changed() and not is_restorable(repo, stage):
+                yield StaleStage(stage.addressing, words, declared_dependencies(stage))
+
+
+def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) -> None:
+    """Run `dvc repro` for `targets`, or for all stages if None, and record the stages in `trained` instead of running them.
+
+    `trained` maps a stage to its `declared_dependencies` when training began. A stage is recorded only if they are unchanged. If
+    both arguments are given, no stage is run and changed stages are left as they are.
+
+    DVC writes the whole lock file after every stage. Here it is written once, when all stages are done or one has failed. Raises
+    ValueError if dvc.yaml has none of the targets.
     """
     trained = trained or {}
     done: list[PipelineStage] = []
 
     def record(stage: PipelineStage) -> bool:
-        given = stage.addressing in trained and declared_dependencies(stage) == trained[stage.addressing]
-        if given:
+        unchanged = stage.addressing in trained and declared_dependencies(stage) == trained[stage.addressing]
+        if unchanged:
             stage.save()
             stage.commit()
             done.append(stage)
-        return given
+        return unchanged
 
     def record_or_run(stage: PipelineStage, **options: Any) -> PipelineStage | None:
         if not record(stage):
@@ -46,17 +75,17 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
             done.append(stage)
         return stage
 
-    # What has been trained is worth waiting for another command of DVC's.
+    # Wait for another DVC command instead of losing trained cells.
     repo = Repo(_wait_for_lock=bool(trained))
     with parse_params_once(), lock_repo(repo), repo.scm_context():
         try:
-            # Not as targets of DVC, which reads dvc.yaml and dvc.lock anew for each.
+            # Not passed to DVC as targets: it would read dvc.yaml and dvc.lock again for each of them.
             stages = named_stages(repo, targets)
             if trained and targets:
                 for stage in stages:
                     record(stage)
             elif not stages:
-                raise ValueError(f"{PROJECT_FILE} has no stages of a study in this folder")
+                raise ValueError(f"{PROJECT_FILE}: has no stages of a study in this folder")
             else:
                 graph = get_active_graph(repo.index.graph)
                 _reproduce(plan_repro(graph, stages), graph=graph, repro_fn=record_or_run)
@@ -66,16 +95,16 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
 
 
 def named_stages(repo: Repo, targets: Iterable[str] | None) -> list[Stage]:
-    """The stages of dvc.yaml that are named, or of which the group is; all for None."""
-    ours = [stage for stage in repo.index.stages if stage.path_in_repo == PROJECT_FILE]
+    """Return the stages of dvc.yaml whose name or foreach group is in `targets`; all stages for None."""
+    stages = [stage for stage in repo.index.stages if stage.path_in_repo == PROJECT_FILE]
     if targets is None:
-        return ours
-    wanted = set(targets)
-    return [stage for stage in ours if wanted & {stage.addressing, stage.addressing.partition("@")[0]}]
+        return stages
+    names = set(targets)
+    return [stage for stage in stages if names & {stage.addressing, stage.addressing.partition("@")[0]}]
 
 
 def is_restorable(repo: Repo, stage: PipelineStage) -> bool:
-    """Whether DVC has the outcome of the stage as it is now, from this or from an earlier run of it."""
+    """Return whether DVC's cache has the outputs of the stage in its current state, from any earlier run."""
     if not (stage.changed_stage() or stage.changed_deps()):
         return stage.outs_cached()
     stage.save_deps()
@@ -84,37 +113,37 @@ def is_restorable(repo: Repo, stage: PipelineStage) -> bool:
 
 
 def declared_dependencies(stage: PipelineStage) -> dict[str, Any]:
-    """The command, and the digest or the values of every dependency as it is now."""
+    """Return the command and the current digest or parameter values of each dependency."""
     stage.save_deps()
     return {"cmd": stage.cmd, **{str(dep): dep.hash_info.value for dep in stage.deps}}
 
 
 @contextmanager
 def parse_params_once() -> Iterator[None]:
-    """DVC parses params.yaml for every stage, and goes through all of it for every key: the square of the number of cells.
+    """Make DVC parse params.yaml only when the file changes, and look up keys directly.
 
-    Here it is parsed anew only when it has changed, and a key is looked up.
+    DVC itself parses the file for every stage and scans all of it for every key, which is quadratic in the number of cells.
     """
     read_param_file = param.read_param_file
     parsed: dict[tuple[Any, ...], Any] = {}
 
-    def look_up(fs: Any, path: str, keys: list[str] | None = None, flatten: bool = False, **options: Any) -> Any:
+    def read_cached(fs: Any, path: str, keys: list[str] | None = None, flatten: bool = False, **options: Any) -> Any:
         if not (keys and flatten):
             return read_param_file(fs, path, keys, flatten, **options)
-        about = Path(path).stat()
-        state = (path, about.st_mtime_ns, about.st_size, about.st_ino)
-        if state not in parsed:
+        stat = Path(path).stat()
+        version = (path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        if version not in parsed:
             parsed.clear()
-            parsed[state] = read_param_file(fs, path, **options)
+            parsed[version] = read_param_file(fs, path, **options)
         values = {}
         for key in keys:
-            # What is not there is left out, as DVC does.
+            # Missing keys are left out, as DVC does.
             with suppress(KeyError, TypeError):
-                # A copy: what two stages share would be written as an alias into the lock.
-                values[key] = deepcopy(reduce(getitem, key.split("."), parsed[state]))
+                # A copy: DVC would write a value shared by two stages as a YAML alias into the lock file.
+                values[key] = deepcopy(reduce(getitem, key.split("."), parsed[version]))
         return values
 
-    param.read_param_file = look_up
+    param.read_param_file = read_cached
     try:
         yield
     finally:
@@ -123,16 +152,17 @@ def parse_params_once() -> Iterator[None]:
 
 @contextmanager
 def exclusive_run() -> Iterator[None]:
+    """Raise ValueError if another `python -m pipeline run` is running in this folder."""
     LOCK.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(LOCK, timeout=0):
             yield
     except Timeout:
-        raise ValueError("another `python -m pipeline run` is at work in this folder; wait for it, or end it") from None
+        raise ValueError("another `python -m pipeline run` is running in this folder; wait for it or stop it") from None
 
 
 def repair_rwlock() -> None:
-    """DVC writes in place what it is reading and writing: killed in that moment, it leaves what no later one can read."""
+    """Remove a damaged .dvc/tmp/rwlock: DVC writes it in place, so a kill can leave it unreadable."""
     with suppress(FileNotFoundError):
         try:
             json.loads(RWLOCK.read_text(encoding="utf-8"))
@@ -142,6 +172,7 @@ def repair_rwlock() -> None:
 
 @contextmanager
 def readable_dvc_errors() -> Iterator[None]:
+    """Turn errors of DVC into a ValueError of one line, and a stage that Ctrl-C ended into KeyboardInterrupt."""
     try:
         yield
     except DvcException as error:
@@ -150,7 +181,7 @@ def readable_dvc_errors() -> Iterator[None]:
             causes.append(cause)
         if any(str(cause).endswith("exited with 130") for cause in causes):
             raise KeyboardInterrupt from None
-        words = "; ".join(" ".join(str(cause).split()) for cause in causes)
+        message = "; ".join(" ".join(str(cause).split()) for cause in causes)
         if any(isinstance(cause, PrettyDvcException) and "dvc.lock" in str(cause) for cause in causes):
-            words += "; remove dvc.lock and run it again: what has been run is in DVC's cache"
-        raise ValueError(words) from None
+            message += "; remove dvc.lock and run it again: DVC's cache has the outputs of all finished stages"
+        raise ValueError(message) from None

@@ -1,4 +1,4 @@
-"""One live table of the cells in training; where there is no terminal, a line for each that ends."""
+"""Show cells in training as a live table, or without a terminal one line per finished cell."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from rich.text import Text
 from cat.training.fit import ValidationRecord
 from pipeline.stages.train import Cell
 
-SHOWN = 20
-"""Cells of the table at most."""
+MAX_ROWS = 20
+"""Maximum number of cells in the table."""
 
 
 @dataclass
-class _State:
+class _CellProgress:
     cell: Cell
     total: int
-    """Steps of all its runs, at most."""
-    weight: int
-    """Tokens of a step."""
+    """Maximum number of steps over all runs of the cell."""
+    tokens_per_step: int
     done: int = 0
-    began: float | None = None
+    started: float | None = None
     ended: bool = False
-    row: ValidationRecord | None = None
+    record: ValidationRecord | None = None
 
     @property
     def name(self) -> str:
@@ -40,22 +39,22 @@ class _State:
 
 
 class Progress:
-    """Told of the steps and the ends of cells, shows what is in work, what is done, and how long the rest may take."""
+    """Shows cells in training, finished cells and the remaining time."""
 
     def __init__(self, cells: Iterable[Cell], processes: int, console: Console | None = None):
         self.states = {
-            cell[:2]: _State(
+            cell[:2]: _CellProgress(
                 cell,
                 total=len(cell.jobs) * cell.setting.training.steps,
-                weight=cell.setting.training.batch * cell.meta.length,
+                tokens_per_step=cell.setting.training.batch * cell.meta.length,
             )
             for cell in cells
         }
         self.processes = processes
-        self.began = time.monotonic()
+        self.started = time.monotonic()
         self.console = console or Console(stderr=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
-        self.drawn = 0.0
+        self.last_drawn = 0.0
 
     def __enter__(self) -> Self:
         if self.states:
@@ -68,62 +67,62 @@ class Progress:
         if self.live:
             self.live.stop()
 
-    def advance(self, cell: Cell, steps: int, row: ValidationRecord | None) -> None:
-        """`steps` more are done; `row` is the last look at the validation split."""
+    def advance(self, cell: Cell, steps: int, record: ValidationRecord | None) -> None:
+        """Count `steps` more steps and show `record`, if there is a new one."""
         state = self.states[cell[:2]]
-        state.began = state.began or time.monotonic()
+        state.started = state.started or time.monotonic()
         state.done += steps
-        state.row = row or state.row
+        state.record = record or state.record
         self._draw()
 
-    def end(self, cell: Cell, seconds: float, rows: list[ValidationRecord]) -> None:
-        """Every run of the cell has ended, `seconds` after the first began; those that count were last seen at `rows`."""
-        seen = ""
-        if rows:
-            loss, accuracy = fmean(row.train_loss for row in rows), fmean(row.valid_accuracy for row in rows)
-            seen = f", accuracy {accuracy:.3f}" if math.isnan(loss) else f", loss {loss:.3f}, accuracy {accuracy:.3f}"
-        self._end(cell, f"trained in {seconds:.1f} s{seen}")
+    def end(self, cell: Cell, seconds: float, records: list[ValidationRecord]) -> None:
+        """Report that the cell was trained in `seconds`; `records` are the last ones of its runs that count."""
+        scores = ""
+        if records:
+            loss, accuracy = fmean(record.train_loss for record in records), fmean(record.valid_accuracy for record in records)
+            scores = f", accuracy {accuracy:.3f}" if math.isnan(loss) else f", loss {loss:.3f}, accuracy {accuracy:.3f}"
+        self._end(cell, f"trained in {seconds:.1f} s{scores}")
 
     def fail(self, cell: Cell) -> None:
-        """A run of the cell has failed."""
         self._end(cell, "failed", style="red")
 
-    def _end(self, cell: Cell, words: str, style: str | None = None) -> None:
+    def _end(self, cell: Cell, message: str, style: str | None = None) -> None:
         state = self.states[cell[:2]]
         if not state.ended:
             state.ended, state.done = True, state.total
             ended = sum(s.ended for s in self.states.values())
-            self.console.print(f"[{ended}/{len(self.states)}] {state.name}: {words}", style=style, markup=False)
+            self.console.print(f"[{ended}/{len(self.states)}] {state.name}: {message}", style=style, markup=False)
         self._draw()
 
     def _draw(self) -> None:
         now = time.monotonic()
-        if self.live and now - self.drawn > 0.2:
-            self.drawn = now
+        if self.live and now - self.last_drawn > 0.2:
+            self.last_drawn = now
             self.live.update(self.table(), refresh=True)
 
     def table(self) -> Group:
-        """What is in work now, and a line about all of it."""
+        """Return a table of the cells in training and a line about the whole study."""
         table = Table("cell", "steps", "loss", "accuracy", "time left", box=None, pad_edge=False)
         now = time.monotonic()
-        working = [s for s in self.states.values() if s.began is not None and not s.ended]
-        for state in working[:SHOWN]:
-            row = state.row
+        running = [s for s in self.states.values() if s.started is not None and not s.ended]
+        for state in running[:MAX_ROWS]:
+            record = state.record
             table.add_row(
                 state.name,
                 f"{state.done:,} of {state.total:,}",
-                f"{row.train_loss:.3f}" if row else "-",
-                f"{row.valid_accuracy:.3f}" if row else "-",
-                _clock(self._left(state, now)),
+                f"{record.train_loss:.3f}" if record else "-",
+                f"{record.valid_accuracy:.3f}" if record else "-",
+                _clock(_seconds_left(state, now)),
             )
-        done = sum(s.done * s.weight for s in self.states.values())
-        total = sum(s.total * s.weight for s in self.states.values())
-        left = (now - self.began) * (total - done) / done if done else None
+        done = sum(s.done * s.tokens_per_step for s in self.states.values())
+        total = sum(s.total * s.tokens_per_step for s in self.states.values())
+        left = (now - self.started) * (total - done) / done if done else None
         ended = sum(s.ended for s in self.states.values())
         return Group(table, Text(f"{ended} of {len(self.states)} cells, {done / total:.0%} of the steps, {_clock(left)} left"))
 
-    def _left(self, state: _State, now: float) -> float | None:
-        return (now - (state.began or now)) * (state.total - state.done) / state.done if state.done else None
+
+def _seconds_left(state: _CellProgress, now: float) -> float | None:
+    return (now - (state.started or now)) * (state.total - state.done) / state.done if state.done else None
 
 
 def _clock(seconds: float | None) -> str:

@@ -1,11 +1,11 @@
-"""Cells on the machines of a Ray cluster: what pipeline/runtime/workers.py does with processes, done with tasks of Ray.
+"""Train cells on a Ray cluster: the counterpart of pipeline/runtime/workers.py with Ray tasks instead of processes.
 
-    code      cat/ and pipeline/ as they are here, sent when the cluster is joined; Python's packages must be there
-    data      a task's training and validation split, sent to a machine once; a job finds them in a folder of its own
-    outcome   comes back as an object, to be written here as if the job had been done here
+    code      cat/ and pipeline/ as they are here, sent when joining the cluster; Python packages must be installed there
+    data      the training and validation split of a task, sent once per machine; each job finds them in its own folder
+    result    returned as an object and written here, as after a local run
 
-A job whose process or machine is lost is begun again; one that raises is not, since it would raise again. This is the only
-module that knows Ray.
+A job is restarted if its process or machine is lost. A job that raises is not restarted, since it would raise again. This is
+the only module that imports Ray.
 """
 
 from __future__ import annotations
@@ -31,31 +31,32 @@ from numpy.typing import NDArray
 from pipeline.config.errors import ParamsError
 from pipeline.config.study import Resources, Study
 from pipeline.runtime import workers
-from pipeline.runtime.determinism import MARK, PINS
+from pipeline.runtime.determinism import DETERMINISTIC_ENV, MARK
 from pipeline.runtime.workers import Failure, Report
 from pipeline.storage.paths import DATA
 
 RETRIES = 3
-"""Times that a job is begun again whose process or machine is lost."""
-PATIENCE = 120
-"""Seconds after which the study ends where no machine is left for its jobs."""
-ANSWER = 5
-"""Seconds in which a cluster must answer, and jobs must end that are cancelled."""
-QUIET = 1
-"""Seconds between two reports of a job, and between two looks at reports and machines: no step is slowed by them."""
+"""How often a job is restarted after its process or machine is lost."""
+MACHINE_TIMEOUT = 120
+"""Seconds to wait for a machine when none is left for a job; then the study ends."""
+RESPONSE_TIMEOUT = 5
+"""Seconds in which a cluster must answer and cancelled jobs must end."""
+POLL_SECONDS = 1
+"""Seconds between two reports of a job, and between two checks of reports and machines, so that no step is slowed down."""
 ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
 def join(address: str, study: Study, jobs: int | None = None) -> Iterator[Cluster]:
-    """The cluster at `address`: host:port, `auto` for that of this machine, `local` for one that ends with the block.
+    """Join the cluster at `address`: host:port, "auto" for that of this machine, "local" for one that ends with the block.
 
-    `jobs` is how many run at a time, by default as many as there is room for. Raises ParamsError where params.yaml names a
-    device that Ray is not asked for; ValueError where Ray is missing, the cluster cannot be reached, or no machine is enough.
+    `jobs` is the maximum number of jobs at a time, by default the capacity of the cluster. Raises ParamsError if the device of
+    params.yaml contradicts `resources`. Raises ValueError if Ray is not installed, the cluster is unreachable, or no machine
+    has the resources of a job.
     """
     _check_device(study)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # else what needs too much memory is begun again for ever
+    os.environ.setdefault("RAY_task_oom_retries", str(RETRIES))  # by default Ray retries jobs that run out of memory forever
     try:
         import ray
     except ImportError:
@@ -65,21 +66,21 @@ def join(address: str, study: Study, jobs: int | None = None) -> Iterator[Cluste
     if address not in ("auto", "local"):
         _check_address(address)
     with tempfile.TemporaryDirectory() as code:
-        # The folder as a whole would bring the data, and all that DVC keeps.
+        # Only the two packages: the whole folder would include the data and DVC's cache.
         for package in ("cat", "pipeline"):
             shutil.copytree(ROOT / package, Path(code, package), ignore=shutil.ignore_patterns("__pycache__"))
-        own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
         try:
-            pinned = {name: os.environ[name] for name in (*PINS, MARK)} if MARK in os.environ else {}
+            environment = {name: os.environ[name] for name in (*DETERMINISTIC_ENV, MARK)} if MARK in os.environ else {}
             ray.init(
                 address,
-                runtime_env={"working_dir": code, "env_vars": pinned},
+                runtime_env={"working_dir": code, "env_vars": environment},
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **own,
+                **options,
             )
         except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ValueError(f"no Ray cluster at {address}: {_line(error)}") from None
+            raise ValueError(f"no Ray cluster at {address}: {_first_line(error)}") from None
         try:
             yield Cluster(study, jobs)
         finally:
@@ -88,42 +89,43 @@ def join(address: str, study: Study, jobs: int | None = None) -> Iterator[Cluste
 
 def _check_device(study: Study) -> None:
     if study.device.startswith("cuda:"):
-        raise ParamsError([f"params.yaml: device = {study.device}: Ray chooses among GPUs; use auto or cuda"])
+        raise ParamsError([f"params.yaml: device = {study.device}: Ray chooses the GPU; use auto or cuda"])
     for task in study.tasks:
-        asked = study.resources.on(task)
-        if study.device != "auto" and (study.device == "cuda") != (asked.gpus > 0):
-            raise ParamsError([f"params.yaml: device = {study.device}: resources ask for {asked} on task {task!r}; use auto"])
+        resources = study.resources.on(task)
+        if study.device != "auto" and (study.device == "cuda") != (resources.gpus > 0):
+            message = f"params.yaml: device = {study.device}: resources of task {task!r} are {resources}; use auto"
+            raise ParamsError([message])
 
 
 def _check_address(address: str) -> None:
-    """Raises ValueError where nothing answers: Ray itself tries for minutes."""
+    """Raise ValueError if nothing answers at `address`. Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
-        raise ValueError(f"--ray {address}: is not host:port or auto or local")
+        raise ValueError(f"--ray {address}: is not host:port, auto or local")
     try:
-        socket.create_connection((host, int(port)), timeout=ANSWER).close()
+        socket.create_connection((host, int(port)), timeout=RESPONSE_TIMEOUT).close()
     except (OSError, OverflowError) as error:
         raise ValueError(f"no Ray cluster at {address}: {error}") from None
 
 
 class Cluster:
-    """A Ray cluster that this process has joined. Raises ValueError where no machine of it is enough for a job."""
+    """A Ray cluster that this process has joined. Raises ValueError if no machine has the resources of a job."""
 
     def __init__(self, study: Study, jobs: int | None):
         self.resources = {task: study.resources.on(task) for task in study.tasks}
-        for task, asked in self.resources.items():
-            if not _room(asked):
-                raise ValueError(f"no machine of the Ray cluster has {asked} for a job on task {task!r}")
-        room = max(map(_room, self.resources.values()))
-        self.size = min(jobs or room, room)
-        """Jobs at a time."""
+        for task, resources in self.resources.items():
+            if not _capacity(resources):
+                raise ValueError(f"no machine of the Ray cluster has {resources} for a job on task {task!r}")
+        capacity = max(map(_capacity, self.resources.values()))
+        self.size = min(jobs or capacity, capacity)
+        """Number of jobs at a time."""
         self.limit = jobs or math.inf
 
     def device(self, task: str) -> torch.device:
-        """That of a job on `task`, which sees no GPU but its own."""
+        """Return the device of a job on `task`; a job sees only its own GPU."""
         return torch.device("cuda" if self.resources[task].gpus else "cpu")
 
-    def work(
+    def run_jobs(
         self,
         function: Callable[[Any, torch.device, Report], Any],
         jobs: Sequence[Any],
@@ -131,45 +133,45 @@ class Cluster:
         tasks: Sequence[str],
         report: Callable[[int, Any], None],
     ) -> Iterator[tuple[int, Any]]:
-        """Index and outcome of each job as it ends, a Failure where it has none; `tasks` names the task of each.
+        """Yield index and outcome of each job as it ends; the outcome of a failed job is a Failure.
 
-        A job reports (steps done since it last did, what it saw). What is in work is cancelled when the iterator is closed.
-        Raises ValueError where no machine is left for a job.
+        `tasks` has the task of each job. A job reports (steps since its last report, validation record or None). Closing the
+        iterator cancels running jobs. Raises ValueError if no machine is left for a job.
         """
-        sent = _Sent(self, function, jobs, tasks)
-        told = [0] * len(jobs)
+        queue = _JobQueue(self, function, jobs, tasks)
+        reported = [0] * len(jobs)
 
-        def tell(index: int, steps: int, seen: Any) -> None:
-            # Fewer steps than before, where the job was begun again.
-            report(index, (steps - told[index], seen))
-            told[index] = steps
+        def report_steps(index: int, steps: int, record: Any) -> None:
+            # The difference is negative after a restart of the job.
+            report(index, (steps - reported[index], record))
+            reported[index] = steps
 
         try:
-            while sent.left:
-                for index, seen in sent.look().items():
-                    tell(index, *seen)
-                sent.fill()
-                for index, message, outcome in sent.ended():
-                    if message is not None:
-                        tell(index, *message)
+            while queue.unfinished:
+                for index, message in queue.poll().items():
+                    report_steps(index, *message)
+                queue.submit()
+                for index, last_message, outcome in queue.finished():
+                    if last_message is not None:
+                        report_steps(index, *last_message)
                     yield index, outcome
         finally:
-            sent.cancel()
+            queue.cancel()
 
 
 class _Call(NamedTuple):
-    """What is sent of a job besides its data."""
+    """A job as it is sent to a machine, without its data."""
 
     function: Callable[[Any, torch.device, Report], Any]
     job: Any
     task: str
     device: torch.device
     torch: str
-    """The version from here: results depend on it."""
+    """Version of torch on this machine, on which results depend."""
 
 
-class _Sent:
-    """The jobs that wait here, and those that Ray has."""
+class _JobQueue:
+    """Jobs that wait on this machine and jobs that were submitted to Ray."""
 
     def __init__(self, cluster: Cluster, function: Callable[..., Any], jobs: Sequence[Any], tasks: Sequence[str]):
         import ray
@@ -178,105 +180,107 @@ class _Sent:
         self.calls = [
             _Call(function, job, task, cluster.device(task), torch.__version__) for job, task in zip(jobs, tasks, strict=True)
         ]
-        self.asked = [cluster.resources[task] for task in tasks]
+        self.resources = [cluster.resources[task] for task in tasks]
         files = {task: ray.put(_files(task)) for task in dict.fromkeys(tasks)}
         self.data = [files[task] for task in tasks]
         self.limit = cluster.limit
         self.waiting: dict[Resources, deque[int]] = {}
-        for index, asked in enumerate(self.asked):
-            self.waiting.setdefault(asked, deque()).append(index)
-        self.working: dict[Any, int] = {}
-        self.looked = -math.inf
-        self.room = dict.fromkeys(self.waiting, 0)
-        self.found = dict.fromkeys(self.waiting, time.monotonic())
-        """When there last was a machine for such jobs."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.box: Any = ray.remote(_Box).options(num_cpus=0, scheduling_strategy=here).remote()
-        self.begin = ray.remote(max_retries=RETRIES)(_job)
+        for index, resources in enumerate(self.resources):
+            self.waiting.setdefault(resources, deque()).append(index)
+        self.submitted: dict[Any, int] = {}
+        self.last_poll = -math.inf
+        self.capacity = dict.fromkeys(self.waiting, 0)
+        self.last_available = dict.fromkeys(self.waiting, time.monotonic())
+        """When a machine with these resources was last available."""
+        this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=this_node).remote()
+        self.remote_job = ray.remote(max_retries=RETRIES)(_job)
 
     @property
-    def left(self) -> bool:
-        return bool(self.working) or any(self.waiting.values())
+    def unfinished(self) -> bool:
+        return bool(self.submitted) or any(self.waiting.values())
 
-    def look(self) -> dict[int, tuple[int, Any]]:
-        """What jobs in work reported last, and for itself what machines there are; nothing if it looked a moment ago."""
+    def poll(self) -> dict[int, tuple[int, Any]]:
+        """Return the last reports of submitted jobs and update the capacity; at most once per POLL_SECONDS."""
         import ray
 
         now = time.monotonic()
-        if now - self.looked < QUIET:
+        if now - self.last_poll < POLL_SECONDS:
             return {}
-        self.looked = now
-        working = set(self.working.values())
-        for asked in {self.asked[index] for index in working} | {asked for asked, queue in self.waiting.items() if queue}:
-            self.room[asked] = _room(asked)
-            if self.room[asked]:
-                self.found[asked] = now
-            elif now - self.found[asked] > PATIENCE:
-                raise ValueError(f"no machine of the Ray cluster has {asked} any more")
-        return {index: message for index, message in ray.get(self.box.take.remote()).items() if index in working}
+        self.last_poll = now
+        indices = set(self.submitted.values())
+        needed = {self.resources[index] for index in indices} | {resources for resources, queue in self.waiting.items() if queue}
+        for resources in needed:
+            self.capacity[resources] = _capacity(resources)
+            if self.capacity[resources]:
+                self.last_available[resources] = now
+            elif now - self.last_available[resources] > MACHINE_TIMEOUT:
+                raise ValueError(f"no machine of the Ray cluster has {resources} any more")
+        return {index: message for index, message in ray.get(self.mailbox.take.remote()).items() if index in indices}
 
-    def fill(self) -> None:
-        """Sends what there is room for and as much again, to wait there: all of it would make every look at it long."""
-        sent = Counter(self.asked[index] for index in self.working.values())
-        for asked, queue in self.waiting.items():
-            options = {"num_cpus": asked.cpus, "num_gpus": asked.gpus, "memory": asked.bytes}
-            while queue and sent[asked] < 2 * self.room[asked] and len(self.working) < self.limit:
+    def submit(self) -> None:
+        """Submit twice as many jobs as the cluster has capacity for; submitting all would make every poll slow."""
+        count = Counter(self.resources[index] for index in self.submitted.values())
+        for resources, queue in self.waiting.items():
+            options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "memory": resources.bytes}
+            while queue and count[resources] < 2 * self.capacity[resources] and len(self.submitted) < self.limit:
                 index = queue.popleft()
-                self.working[self.begin.options(**options).remote(self.calls[index], self.data[index], self.box, index)] = index
-                sent[asked] += 1
+                job = self.remote_job.options(**options).remote(self.calls[index], self.data[index], self.mailbox, index)
+                self.submitted[job] = index
+                count[resources] += 1
 
-    def ended(self) -> Iterator[tuple[int, tuple[int, Any] | None, Any]]:
-        """Index, last report and outcome of the jobs that have ended; waits a moment for the first."""
+    def finished(self) -> Iterator[tuple[int, tuple[int, Any] | None, Any]]:
+        """Yield index, last report and outcome of finished jobs; wait up to POLL_SECONDS for the first."""
         import ray
 
-        if not self.working:
-            time.sleep(QUIET)
+        if not self.submitted:
+            time.sleep(POLL_SECONDS)
             return
-        ray.wait(list(self.working), timeout=QUIET)
-        for job in _done(list(self.working), timeout=0):
+        ray.wait(list(self.submitted), timeout=POLL_SECONDS)
+        for job in _finished(list(self.submitted), timeout=0):
             message = None
             try:
                 message, outcome = ray.get(job)
-            except ray.exceptions.RayTaskError as error:  # what cannot be sent, as an error that cannot be pickled
-                outcome = Failure(RuntimeError(_line(error.cause)), str(error))
+            except ray.exceptions.RayTaskError as error:  # the result cannot be sent, such as an error that cannot be pickled
+                outcome = Failure(RuntimeError(_first_line(error.cause)), str(error))
             except ray.exceptions.RayError as error:
-                words = f"its process or machine was lost {RETRIES + 1} times: {_line(error)}"
-                outcome = Failure(RuntimeError(words), words)
-            yield self.working.pop(job), message, outcome
+                reason = f"the process or machine was lost {RETRIES + 1} times: {_first_line(error)}"
+                outcome = Failure(RuntimeError(reason), reason)
+            yield self.submitted.pop(job), message, outcome
 
     def cancel(self) -> None:
         import ray
 
-        left, deadline = set(self.working), time.monotonic() + ANSWER
-        while left and ray.is_initialized() and time.monotonic() < deadline:
-            for job in left:  # Ray may miss one that is just beginning
+        running, deadline = set(self.submitted), time.monotonic() + RESPONSE_TIMEOUT
+        while running and ray.is_initialized() and time.monotonic() < deadline:
+            for job in running:  # repeated, since Ray may miss a job that is just starting
                 ray.cancel(job)
-            left -= set(_done(list(left), timeout=QUIET))
+            running -= set(_finished(list(running), timeout=POLL_SECONDS))
 
 
-def _done(jobs: list[Any], timeout: float) -> list[Any]:
-    """Those that have ended, all of them if they end in time."""
+def _finished(jobs: list[Any], timeout: float) -> list[Any]:
+    """Wait until all jobs have finished, at most `timeout` seconds, and return those that have."""
     import ray
 
     return ray.wait(jobs, num_returns=len(jobs), timeout=timeout)[0] if jobs else []
 
 
-def _room(asked: Resources) -> int:
-    """Jobs that the machines have room for, whoever uses them now."""
+def _capacity(resources: Resources) -> int:
+    """Return how many such jobs the machines can run at a time, whether or not they are in use now."""
     import ray
 
-    needed = {"CPU": asked.cpus, "GPU": asked.gpus, "memory": asked.bytes}
+    needed = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.bytes}
     machines = (machine["Resources"] for machine in ray.nodes() if machine["Alive"])
     return sum(min(int(machine.get(name, 0) / n + 1e-6) for name, n in needed.items() if n) for machine in machines)
 
 
 def _files(task: str) -> dict[str, NDArray[np.uint8]]:
-    """What training reads of a task; as arrays they are shared by the jobs of a machine."""
+    """Read the files of a task for training, as arrays because the jobs of a machine share these."""
     return {path.name: np.fromfile(path, dtype=np.uint8) for path in (DATA / task).iterdir()}
 
 
-class _Box:
-    """An actor that keeps the last report of every job until it is taken."""
+class _Mailbox:
+    """Actor that stores the last report of each job."""
 
     def __init__(self) -> None:
         self.messages: dict[int, tuple[int, Any]] = {}
@@ -289,37 +293,38 @@ class _Box:
         return messages
 
 
-def _job(call: _Call, files: dict[str, NDArray[np.uint8]], box: Any, index: int) -> tuple[tuple[int, Any], Any]:
-    """On a machine of the cluster: the last report of a job, and its outcome."""
-    steps, seen, told = 0, None, -math.inf
+def _job(call: _Call, files: dict[str, NDArray[np.uint8]], mailbox: Any, index: int) -> tuple[tuple[int, Any], Any]:
+    """Run a job on a machine of the cluster and return its last report and its outcome."""
+    steps, record, last_report = 0, None, -math.inf
 
     def report(message: tuple[int, Any]) -> None:
-        nonlocal steps, seen, told
-        steps, seen = steps + message[0], message[1] or seen
-        if (now := time.monotonic()) - told > QUIET:
-            told = now
-            box.put.remote(index, (steps, seen))
+        nonlocal steps, record, last_report
+        steps, record = steps + message[0], message[1] or record
+        if (now := time.monotonic()) - last_report > POLL_SECONDS:
+            last_report = now
+            mailbox.put.remote(index, (steps, record))
 
     workers.prepare()
     with tempfile.TemporaryDirectory(prefix="cat-study-") as folder, contextlib.chdir(folder):
         try:
             if _release(torch.__version__) != _release(call.torch):
-                raise RuntimeError(f"torch is {torch.__version__} on {socket.gethostname()}, not {call.torch} as here")
-            place = DATA / call.task
-            place.mkdir(parents=True)
+                raise RuntimeError(
+                    f"torch is {torch.__version__} on {socket.gethostname()}, but {call.torch} where the study runs"
+                )
+            data = DATA / call.task
+            data.mkdir(parents=True)
             for name, content in files.items():
-                content.tofile(place / name)
+                content.tofile(data / name)
             outcome = call.function(call.job, call.device, report)
         except Exception as error:
             outcome = Failure(error, traceback.format_exc())
-    return (steps, seen), outcome
+    return (steps, record), outcome
 
 
 def _release(version: str) -> str:
-    """Without what the package was built for."""
+    """Return the version without the build, such as +cu118."""
     return version.partition("+")[0]
 
 
-def _line(error: BaseException | str) -> str:
-    """The first line of what an error says."""
+def _first_line(error: BaseException | str) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,18 +1,17 @@
-"""Many cells at a time: what `dvc repro` would train one after the other is trained in warm processes, then given to DVC.
+"""Train many cells in parallel worker processes, then record them in DVC.
 
-    plan, generate     DVC reproduces what comes before training
-    train              stale cells, all their runs side by side; a folder of runs/ is written when the last run of a cell ends
-    the rest           DVC reproduces everything; a train stage whose outcome is there is recorded instead of run
+    plan, generate     DVC reproduces the stages before training
+    train              all runs of all stale cells are trained in parallel; a cell is written when its last run ends
+    other stages       DVC reproduces everything; train stages that are already trained are recorded instead of run
 
-The outcome, dvc.lock too, is that of `dvc repro`. A cell is recorded only if everything that its stage declares is still as it
-was when its training began. DVC's lock is not held while cells are trained. This is the only module that knows DVC from inside.
+The result, including dvc.lock, is the same as that of `dvc repro`. A cell is recorded only if the dependencies of its stage are
+the same as when its training began. DVC's lock is not held while cells are trained.
 """
 
 from __future__ import annotations
 
 import math
 import multiprocessing
-import shlex
 import signal
 import sys
 import time
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from dvc.repo import Repo
 
 from cat.training.fit import ValidationRecord
 from pipeline.config.load import load_study
@@ -32,15 +30,7 @@ from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_devices
 from pipeline.runtime.processes import available
 from pipeline.scheduling import ray_cluster
-from pipeline.scheduling.dvc_internals import (
-    declared_dependencies,
-    exclusive_run,
-    is_restorable,
-    parse_params_once,
-    readable_dvc_errors,
-    repair_rwlock,
-    reproduce,
-)
+from pipeline.scheduling.dvc_internals import exclusive_run, readable_dvc_errors, repair_rwlock, reproduce, stale_stages
 from pipeline.scheduling.progress import Progress
 from pipeline.scheduling.ray_cluster import Cluster
 from pipeline.stages.train import Cell, CellSetting, Job, Trained, choose_learning_rate, group_jobs, train_jobs, write
@@ -49,14 +39,16 @@ from pipeline.storage.paths import LOGS
 from pipeline.storage.provenance import provenance
 
 FIRST = ("plan", "generate")
-RECORDED = 300
-"""Seconds after which what has been trained is recorded, so that no more is lost if this process is killed."""
-SPARING = 10
-"""And times as long as recording took last: of thousands of cells it takes minutes."""
+"""Stages before training."""
+TRAIN_COMMAND = ["python", "-m", "pipeline", "train"]
+RECORD_INTERVAL = 300
+"""Seconds between recording trained cells, so that at most this much is lost if this process is killed."""
+RECORD_RATIO = 10
+"""The interval is at least this many times the duration of the last recording, which takes minutes for thousands of cells."""
 
 
 class StageCell(NamedTuple):
-    """A stage that trains a cell, and what it declared when training began."""
+    """A train stage, its cell, and its dependencies when training began."""
 
     stage: str
     cell: Cell
@@ -64,22 +56,23 @@ class StageCell(NamedTuple):
 
 
 class FailedCellsError(Exception):
-    """Cells that could not be trained, each with the reason and where its log is."""
+    """Raised if cells failed; the message has one line per cell with the reason and the path of its log."""
 
 
 def run(*, jobs: int | None = None, ray: str | None = None) -> None:
-    """Reproduces the study with `jobs` runs at a time, as many as there are cores or GPUs for None.
+    """Reproduce the study with `jobs` runs at a time; by default one per core or GPU.
 
-    Cells are trained in processes here, or on the Ray cluster at the address `ray`. Raises FailedCellsError where cells failed,
-    once the others are trained and recorded; ValueError where a stage failed, the cluster cannot be reached or is lost, or
-    another call is at work here; KeyboardInterrupt for Ctrl-C, once what is in training is kept and what is trained recorded.
-    The cells that have failed until then are in a note of these.
+    Cells are trained in local processes or on the Ray cluster at the address `ray`.
+
+    Raises FailedCellsError if cells failed, after the other cells are trained and recorded. Raises ValueError if a stage fails,
+    the cluster is unreachable or lost, or another call runs in this folder. Raises KeyboardInterrupt on Ctrl-C, after running
+    cells are saved and trained cells are recorded. Notes of the last two name the cells that failed before.
     """
     study = load_study()
     devices = assign(resolve_devices(study.device), jobs)
     failures: dict[str, str] = {}
     with (
-        _noted(failures),
+        _add_notes(failures),
         exclusive_run(),
         readable_dvc_errors(),
         ray_cluster.join(ray, study, jobs) if ray else nullcontext() as joined,
@@ -94,19 +87,19 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
                 reproduce(declared, declared)
                 declared.clear()
 
-        since, pause = time.monotonic(), float(RECORDED)
+        last_record, interval = time.monotonic(), float(RECORD_INTERVAL)
         try:
-            # What runs on a cluster is called off, not asked to stop.
+            # Jobs on a cluster are cancelled and cannot save their state.
             with nullcontext() if joined else workers.stoppable():
                 for stage, failure in train(stale, devices, joined):
                     if failure is not None:
                         failures[stage.stage] = failure
                         continue
                     declared[stage.stage] = stage.declared
-                    if (began := time.monotonic()) - since > pause:
+                    if (began := time.monotonic()) - last_record > interval:
                         record()
-                        since = time.monotonic()
-                        pause = max(RECORDED, SPARING * (since - began))
+                        last_record = time.monotonic()
+                        interval = max(RECORD_INTERVAL, RECORD_RATIO * (last_record - began))
         except (KeyboardInterrupt, ValueError) as error:
             if not (joined or isinstance(error, workers.Stopped)):
                 raise
@@ -117,72 +110,66 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
         else:
             reproduce(None, declared)
     if failures:
-        raise FailedCellsError(_in_lines(failures))
+        raise FailedCellsError(_format_failures(failures))
 
 
-def _in_lines(failures: dict[str, str]) -> str:
+def _format_failures(failures: dict[str, str]) -> str:
     return "\n".join(f"{stage}: {reason}" for stage, reason in failures.items())
 
 
 @contextmanager
-def _noted(failures: dict[str, str]) -> Iterator[None]:
-    """What ends the run before its failures are raised is given a note of them."""
+def _add_notes(failures: dict[str, str]) -> Iterator[None]:
+    """Add the failures so far as a note to an error that ends the run."""
     try:
         yield
     except (KeyboardInterrupt, ValueError, OSError) as error:
         if failures:
-            error.add_note(_in_lines(failures))
+            error.add_note(_format_failures(failures))
         raise
 
 
 def assign(devices: list[torch.device], jobs: int | None) -> list[torch.device]:
-    """The device of each of `jobs` processes: round robin, by default one a core or one a GPU."""
+    """Return the device of each of `jobs` processes, round robin; by default one process per core or GPU."""
     count = jobs or (available() if devices[0].type == "cpu" else len(devices))
     return [devices[i % len(devices)] for i in range(count)]
 
 
 def stale_cells() -> list[StageCell]:
-    """The train stages that `dvc repro` would run, in its order: changed, and not to be had from DVC's cache.
+    """Return the train stages that `dvc repro` would run, in its order.
 
-    Raises ValueError where params.yaml is edited meanwhile.
+    These are changed stages that DVC's cache cannot restore. Raises ValueError if params.yaml is edited at the same time.
     """
     stale = []
     text = Path("params.yaml").read_bytes()
     study = load_study()
-    repo = Repo()
-    with repo.lock, parse_params_once():
-        for stage in repo.index.stages:
-            words = shlex.split(stage.cmd) if isinstance(stage.cmd, str) else []
-            if words[:4] != ["python", "-m", "pipeline", "train"] or not stage.changed():
-                continue
-            if not is_restorable(repo, stage):
-                task, variant = words[4:]
-                section, model = study.tasks[task], study.variants[variant]
-                setting = CellSetting(model, study.optimizer, section.training, study.seeds, study.precision)
-                stale.append(StageCell(stage.addressing, Cell.of(task, variant, setting), declared_dependencies(stage)))
+    for stage in stale_stages(TRAIN_COMMAND):
+        task, variant = stage.command[len(TRAIN_COMMAND) :]
+        section, model = study.tasks[task], study.variants[variant]
+        setting = CellSetting(model, study.optimizer, section.training, study.seeds, study.precision)
+        stale.append(StageCell(stage.name, Cell.of(task, variant, setting), stage.dependencies))
     if Path("params.yaml").read_bytes() != text:
-        raise ValueError("params.yaml was changed while it was read; run it again")
+        raise ValueError("params.yaml: changed while it was read; run the command again")
     return stale
 
 
 def train(
     stale: list[StageCell], devices: list[torch.device], joined: Cluster | None = None
 ) -> Iterator[tuple[StageCell, str | None]]:
-    """Trains the cells: each once its folder is written, and each that failed with the reason and where its log is."""
+    """Train the cells and yield each when it is written, or with an error message if it failed."""
     order = sorted(stale, key=_cost, reverse=True)
     device = joined.device if joined else lambda task: devices[0]
     jobs = [(stage, group) for stage in order for group in group_jobs(stage.cell, device(stage.cell.task))]
     outcomes: dict[str, dict[Job, Trained]] = {stage.stage: {} for stage in stale}
-    began: dict[str, float] = {}
+    start_times: dict[str, float] = {}
     origin = provenance()
-    work = (
-        partial(joined.work, tasks=[stage.cell.task for stage, _ in jobs])
+    run_jobs = (
+        partial(joined.run_jobs, tasks=[stage.cell.task for stage, _ in jobs])
         if joined
         else partial(workers.run_jobs, devices=devices, method=_method())
     )
     runs = [(stage.cell, group) for stage, group in jobs]
     with Progress([stage.cell for stage in stale], joined.size if joined else len(devices)) as progress:
-        for index, outcome in work(_run, runs, report=lambda index, message: progress.advance(jobs[index][0].cell, *message)):
+        for index, outcome in run_jobs(_run, runs, report=lambda index, message: progress.advance(jobs[index][0].cell, *message)):
             stage, group = jobs[index]
             name, cell = stage.stage, stage.cell
             if isinstance(outcome, workers.Failure):
@@ -190,14 +177,14 @@ def train(
                 yield stage, _log_failure(cell, group, outcome)
                 continue
             seconds, trained = outcome
-            began[name] = min(began.get(name, math.inf), time.monotonic() - seconds)
+            start_times[name] = min(start_times.get(name, math.inf), time.monotonic() - seconds)
             outcomes[name] |= zip(group, trained, strict=True)
             if len(outcomes[name]) == len(cell.jobs):
-                took = time.monotonic() - began[name]
-                outcomes_of_cell = name_devices([outcomes[name].pop(job) for job in cell.jobs])
-                write(cell, outcomes_of_cell, began=time.time() - took, origin=origin)
+                duration = time.monotonic() - start_times[name]
+                results = name_devices([outcomes[name].pop(job) for job in cell.jobs])
+                write(cell, results, began=time.time() - duration, origin=origin)
                 _error_log(cell).unlink(missing_ok=True)
-                progress.end(cell, took, rows_of_chosen(outcomes_of_cell, cell.meta.goal))
+                progress.end(cell, duration, last_records(results, cell.meta.goal))
                 yield stage, None
 
 
@@ -209,42 +196,45 @@ def _run(
     return time.perf_counter() - start, trained
 
 
-def rows_of_chosen(outcomes: list[Trained], goal: str) -> list[ValidationRecord]:
-    """The last look at each run of the learning rate that is chosen, but of those that diverged."""
+def last_records(outcomes: list[Trained], goal: str) -> list[ValidationRecord]:
+    """Return the last validation record of each run at the chosen learning rate that did not diverge."""
     chosen = choose_learning_rate(outcomes, goal)
     return [o.history[-1] for o in outcomes if o.job.learning_rate == chosen and not o.diverged]
 
 
 def name_devices(trained: list[Trained]) -> list[Trained]:
-    """The runs of a cell, each naming every kind of device that any of them was made on: machines of a cluster may differ."""
-    kinds = " and ".join(sorted({run.device for run in trained}))
-    return [run._replace(device=kinds) for run in trained]
+    """Set the device of each run to all device kinds of the cell, since the machines of a cluster may differ."""
+    devices = " and ".join(sorted({run.device for run in trained}))
+    return [run._replace(device=devices) for run in trained]
 
 
 def _method() -> str:
-    """Processes are forked from one that has torch imported and has done nothing else, so that no thread and no GPU is copied."""
+    """Return "forkserver", or "spawn" on Windows.
+
+    The server only imports torch, so that forked processes start quickly but inherit no thread and no GPU state.
+    """
     if sys.platform == "win32":
         return "spawn"
     multiprocessing.set_forkserver_preload(["pipeline.stages.train"])
-    # Ctrl-C in a terminal is for it as well, and what it makes of that is a traceback.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The server inherits this: otherwise Ctrl-C in a terminal would make it print a traceback.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
     return "forkserver"
 
 
 def _cost(stage: StageCell) -> int:
-    """Tokens of a run: the longest first, so that none is left to run alone at the end."""
-    schedule, length = stage.cell.setting.training, stage.cell.meta.length
-    return schedule.steps * schedule.batch * length
+    """Return the tokens per run. The longest runs start first, so that none runs alone at the end."""
+    training, length = stage.cell.setting.training, stage.cell.meta.length
+    return training.steps * training.batch * length
 
 
 def _log_failure(cell: Cell, jobs: tuple[Job, ...], failure: workers.Failure) -> str:
-    which = "; ".join(f"learning rate {job.learning_rate:g}, seed {job.seed}" for job in jobs)
+    runs = "; ".join(f"learning rate {job.learning_rate:g}, seed {job.seed}" for job in jobs)
     with atomic_write(_error_log(cell)) as path:
-        path.write_text(f"{cell.task} {cell.variant}, {which}\n\n{failure.trace}\n")
+        path.write_text(f"{cell.task} {cell.variant}, {runs}\n\n{failure.trace}\n")
     first = next(iter(str(failure.error).splitlines()), "") or type(failure.error).__name__
     return f"{first} (see {_error_log(cell)})"
 

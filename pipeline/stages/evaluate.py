@@ -1,7 +1,7 @@
-"""results/<task>.csv: every metric of every variant, seed and length, one long tidy table.
+"""Evaluate a task's trained models: results/<task>.csv has every metric per variant, seed and length, one row each.
 
-filters/<task>.csv has the filters, positions/<task>.csv of text the bits per byte along the longest test windows, and
-scores/<task>.npz has what the metric of the task is a mean of, sequence by sequence, for intervals.
+results/filters/<task>.csv has the kernels. results/positions/<task>.csv has the bits per byte along the longest test windows of
+a text. scores/<task>.npz has the scores per test sequence, for the intervals of the verdicts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cat.evaluation.by_position import ByRecall, bins, loss_by_position, loss_by_recall, sample
+from cat.evaluation.by_position import ByRecall, bin_ends, loss_by_position, loss_by_recall, scored_windows
 from cat.evaluation.diagnostics import attention_statistics, filter_kernels
 from cat.evaluation.scores import Scores, SequenceTotals, token_scores
 from cat.model import SequenceModel
@@ -32,8 +32,8 @@ from pipeline.storage.task_data import read_split, read_task
 
 Rows = list[dict[str, Any]]
 Sequences = dict[str, NDArray[np.float32]]
-"""`variant/seed/length` -> two rows with a column a sequence: answers right, and answers asked; on text bits, and bytes."""
-_ANYTHING = SequenceTotals(*torch.ones(3, 1))
+"""`variant/seed/length` -> 2 x N, N test sequences: correct answers and all answers; for text bits and bytes."""
+_PLACEHOLDER = SequenceTotals(*torch.ones(3, 1))
 
 
 class Job(NamedTuple):
@@ -44,7 +44,7 @@ class Job(NamedTuple):
 
 
 class ModelResults(NamedTuple):
-    """What one model's evaluation comes to: rows of the three tables, and its sequences."""
+    """One model's rows of the three tables, and its scores per sequence."""
 
     scores: Rows
     filters: Rows
@@ -55,19 +55,19 @@ class ModelResults(NamedTuple):
 def evaluate(
     task: str, variants: list[str], seeds: tuple[int, ...], precision: str, *, device: str, parallel_runs: int | Literal["auto"]
 ) -> None:
-    """Scores every variant and seed at every length that it can read; at the training length, looks at attention and filters.
+    """Score every variant and seed at every length it supports; measure attention at the training length.
 
-    A seed that diverged has empty values.
+    The values of a diverged seed are empty.
     """
-    data, where = read_task(task), resolve_device(device)
+    data, torch_device = read_task(task), resolve_device(device)
     jobs = [Job(variant, seed) for variant in variants for seed in seeds]
     with tqdm(total=len(jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
 
         def advance(done: int) -> None:
             bar.update(done)
 
-        work = functools.partial(_evaluate_model, task, data, precision)
-        tables = workers.parallel_map(work, jobs, device=where, parallel_runs=parallel_runs, report=advance)
+        function = functools.partial(_evaluate_model, task, data, precision)
+        tables = workers.parallel_map(function, jobs, device=torch_device, parallel_runs=parallel_runs, report=advance)
     with atomic_write(RESULTS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.scores), RESULTS_COLUMNS)
     with atomic_write(FILTERS / f"{task}.csv") as path:
@@ -80,17 +80,19 @@ def evaluate(
     checkpoints.clear(task)
 
 
-def metrics(answered: SequenceTotals, extents: Extents | None, *, autoregressive: bool) -> dict[str, float]:
-    """The metrics of a task by name. Under autoregression the loss would mix two inputs, so it is left out.
+def metrics(totals: SequenceTotals, extents: Extents | None, *, autoregressive: bool) -> dict[str, float]:
+    """Compute the metrics of a task by name.
 
-    On text the loss and perplexity are per token, and what compares tokenizers stands beside them: perplexity per word, the end
-    of a line being one, and bits per byte, with eight for each byte of a word outside the vocabulary.
+    Autoregressive scoring leaves out the loss, which would mix two kinds of inputs.
+
+    For text, `loss` and `perplexity` are per token. `word_perplexity` counts the end of a line as a word. `bits_per_byte` adds
+    eight bits per byte of each word outside the vocabulary; both allow a comparison of tokenizers.
     """
-    scores = Scores.of(answered)
+    scores = Scores.of(totals)
     if extents is None:
         shares = {"accuracy": scores.accuracy, "sequence_accuracy": scores.sequence_accuracy}
         return shares if autoregressive else {**shares, "loss": scores.loss}
-    tokens, (size, words, unknown) = answered.targets.sum().item(), (int(column.sum()) for column in extents)
+    tokens, (size, words, unknown) = totals.targets.sum().item(), (int(column.sum()) for column in extents)
     return {
         "loss": scores.loss,
         "perplexity": scores.perplexity,
@@ -105,7 +107,7 @@ def _evaluate_model(
 ) -> ModelResults:
     diverged = job.seed in runs.diverged(task, job.variant)
     model = None if diverged else runs.load_model(runs.weights_path(task, job.variant, job.seed)).to(device)
-    longest = runs.max_length(task, job.variant)
+    max_length = runs.max_length(task, job.variant)
     extents = _extents(task) if data.goal == "loss" else None
     key = {"task": task, **job._asdict()}
     rows: Rows = []
@@ -113,18 +115,18 @@ def _evaluate_model(
     if model is not None:
         rows += _tidy({**key, "length": data.length}, _attention(task, data, model, device))
     for length in data.lengths:
-        if longest is not None and length > longest:
+        if max_length is not None and length > max_length:
             continue
         recalled = _recalled(task, length)
         if model is None:
-            values = dict.fromkeys(metrics(_ANYTHING, extents, autoregressive=data.autoregressive), math.nan)
+            values = dict.fromkeys(metrics(_PLACEHOLDER, extents, autoregressive=data.autoregressive), math.nan)
             values |= dict.fromkeys(ByRecall._fields if recalled else (), math.nan)
         else:
             split = runs.split(task, f"test_{length}", device)
             parts = list(token_scores(model, split, precision=precision, autoregressive=data.autoregressive))
-            answered = SequenceTotals.of(parts)
-            sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(answered, extents)
-            values = metrics(answered, extents, autoregressive=data.autoregressive)
+            totals = SequenceTotals.of(parts)
+            sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(totals, extents)
+            values = metrics(totals, extents, autoregressive=data.autoregressive)
             if recalled:
                 losses = torch.cat([part.loss.double().cpu() for part in parts]).numpy()
                 values |= loss_by_recall(losses, *recalled)._asdict()
@@ -135,10 +137,10 @@ def _evaluate_model(
     return ModelResults(rows, filters, positions, sequences)
 
 
-def _sequences(answered: SequenceTotals, extents: Extents | None) -> NDArray[np.float32]:
+def _sequences(totals: SequenceTotals, extents: Extents | None) -> NDArray[np.float32]:
     if extents is None:
-        return torch.stack([answered.correct, answered.targets]).numpy().astype(np.float32)
-    return np.stack([(answered.loss / math.log(2)).numpy() + 8 * extents.unknown, extents.bytes]).astype(np.float32)
+        return torch.stack([totals.correct, totals.targets]).numpy().astype(np.float32)
+    return np.stack([(totals.loss / math.log(2)).numpy() + 8 * extents.unknown, extents.bytes]).astype(np.float32)
 
 
 def _extents(task: str) -> Extents:
@@ -147,7 +149,6 @@ def _extents(task: str) -> Extents:
 
 
 def _recalled(task: str, length: int) -> Recalled | None:
-    """Which answers of a test split can be recalled, where that was asked."""
     path = HELDOUT / task / "recalled.npz"
     if not path.exists():
         return None
@@ -156,32 +157,33 @@ def _recalled(task: str, length: int) -> Recalled | None:
 
 
 def _positions(key: dict[str, Any], data: Task, precision: str, model: SequenceModel, device: torch.device) -> Rows:
-    """Bits per byte of the text in each bin of positions: of all tokens there, with eight bits a byte that no token tells."""
+    """Bits per byte in each bin of positions, over all tokens of the bin; unknown words count eight bits per byte."""
     task, length = key["task"], data.lengths[-1]
     examples = read_split(task, f"test_{length}")
-    chosen, ends = sample(len(examples.inputs), length), np.array(bins(data.length, length))
+    chosen, ends = scored_windows(len(examples.inputs), length), np.array(bin_ends(data.length, length))
     with np.load(HELDOUT / task / "spans.npz", allow_pickle=False) as arrays:
         spans = Spans(*(arrays[kind][chosen].astype(np.int64) for kind in Spans._fields))
     tokens = np.concatenate([examples.inputs[chosen], examples.targets[chosen, -1:]], axis=1, dtype=np.int64)
     rows: Rows = []
     for context, losses in loss_by_position(model, torch.tensor(tokens, device=device), precision=precision)._asdict().items():
-        there = ends[ends <= losses.shape[1]]
-        starts = [0, *there[:-1]]
+        bin_stops = ends[ends <= losses.shape[1]]
+        starts = [0, *bin_stops[:-1]]
         bits = losses.numpy() / math.log(2) + 8 * spans.unknown[:, : losses.shape[1]]
-        total, size = (np.add.reduceat(of.sum(0), starts) for of in (bits, spans.bytes[:, : losses.shape[1]]))
-        for begin, end, value in zip(starts, there, total / size, strict=True):
-            count = len(chosen) * int(end - begin)
-            rows.append({**key, "context": context, "position": int(end), "tokens": count, "bits_per_byte": float(value)})
+        total, size = (np.add.reduceat(column.sum(0), starts) for column in (bits, spans.bytes[:, : losses.shape[1]]))
+        for start, stop, value in zip(starts, bin_stops, total / size, strict=True):
+            count = len(chosen) * int(stop - start)
+            rows.append({**key, "context": context, "position": int(stop), "tokens": count, "bits_per_byte": float(value)})
     return rows
 
 
 def _attention(task: str, data: Task, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:
-    """What every layer attends to at the training length, by name of the metric."""
+    """(metric, value) of each attention layer at the training length."""
     examples = read_split(task, f"test_{data.length}")
-    sources = data.answer_positions(examples)
-    inputs, asked = torch.tensor(examples.inputs, device=device).long(), torch.tensor(examples.targets >= 0, device=device)
-    where = None if sources is None else torch.tensor(sources, device=device)
-    for layer, statistics in enumerate(attention_statistics(model, inputs, asked, where), 1):
+    answer_positions = data.answer_positions(examples)
+    inputs = torch.tensor(examples.inputs, device=device).long()
+    is_target = torch.tensor(examples.targets >= 0, device=device)
+    positions = None if answer_positions is None else torch.tensor(answer_positions, device=device)
+    for layer, statistics in enumerate(attention_statistics(model, inputs, is_target, positions), 1):
         if statistics is not None:
             yield f"attention_entropy_{layer}", statistics.entropy
             if statistics.on_answer is not None:
@@ -190,9 +192,9 @@ def _attention(task: str, data: Task, model: SequenceModel, device: torch.device
 
 def _filters(key: dict[str, Any], model: SequenceModel) -> Rows:
     return [
-        {**key, "layer": layer, "projection": projection, "head": head, "lag": tap * dilation, "value": f"{value:.6g}"}
+        {**key, "layer": layer, "projection": projection, "head": head, "lag": index * dilation, "value": f"{value:.6g}"}
         for layer, projection, head, kernel, dilation in filter_kernels(model)
-        for tap, value in enumerate(kernel)
+        for index, value in enumerate(kernel)
     ]
 
 

@@ -1,11 +1,16 @@
-"""data/<task>/: what training reads, a .npz each of the training and the validation split, `inputs` and `targets`.
+"""Generate the data of a task: data/<task>/ for training and validation, heldout/<task>/ for the test splits.
 
-Of text the training split is tokens.npy, all its tokens once, and in train.npz the `starts` of its windows and their `length`;
-there is also tokenizer.json where one was learnt. heldout/<task>/ has a .npz for each test split and, of text, extents.npz, what
-the answers of the test splits stand for, spans.npz, what every token of the longest does, and recalled.npz, which answers stand
-in their context already, where that is asked. In both a meta.json says what they are.
+data/<task>/ holds train.npz and valid.npz, each with `inputs` and `targets`. For text, tokens.npy holds the training tokens,
+and train.npz the `starts` of the windows and their `length`. tokenizer.json exists if a tokenizer was learned.
 
-Nothing in data/<task>/ depends on how many test sequences there are and how long they are: others train nothing again.
+heldout/<task>/ holds one .npz file per test split. For text it also holds
+
+    extents.npz    bytes, words and unknown bytes that the targets of each test sequence stand for
+    spans.npz      bytes and unknown bytes of every token of the longest test sequences
+    recalled.npz   which targets also occur earlier in their context (only if the task sets `ngram`)
+
+Each folder has a meta.json with its description. data/<task>/ does not depend on the number and lengths of the test sequences:
+a change of these trains nothing again.
 """
 
 from __future__ import annotations
@@ -23,39 +28,39 @@ from cat.tasks.base import Task, Windows
 from pipeline.storage.files import atomic_write, sha256, write_json
 from pipeline.storage.paths import DATA, HELDOUT
 
-TEST = {"test_examples", "multiples"}
-"""What a task says of its test splits alone."""
+TEST_KEYS = {"test_examples", "multiples"}
+"""The keys of a task that only its test splits depend on."""
 
 
 def generate(name: str, task: Task, data_seed: int) -> None:
-    """Writes every split of `task`, or none. Raises ValueError where its source has no text."""
-    about = {"task": name, "kind": task.kind, "data_seed": data_seed}
+    """Write every split of `task`, or none. Raises ValueError if its source has no text."""
+    header = {"task": name, "kind": task.kind, "data_seed": data_seed}
     with atomic_write(DATA / name) as data:
         data.mkdir()
-        _write_training(data, about, task)
+        _write_training(data, header, task)
         with atomic_write(HELDOUT / name) as heldout:
             heldout.mkdir()
-            _write_test(heldout, about, task)
+            _write_test(heldout, header, task)
 
 
-def _write_training(folder: Path, about: dict[str, Any], task: Task) -> None:
-    name, data_seed = about["task"], about["data_seed"]
+def _write_training(folder: Path, header: dict[str, Any], task: Task) -> None:
+    name, data_seed = header["task"], header["data_seed"]
     training = task.training(generator(data_seed, name, "train"))
     arrays = training._asdict()
     if isinstance(training, Windows):
         np.save(folder / "tokens.npy", arrays.pop("tokens"))
     np.savez(folder / "train.npz", **arrays)
     meta = {
-        **about,
+        **header,
         "vocabulary": task.vocabulary,
         "length": task.length,
         "goal": task.goal,
         "autoregressive": task.autoregressive,
         "splits": {
             "train": {"examples": task.train_examples, "length": task.length, "sha256": _digest(training)},
-            "valid": _write_split(folder, about, task, "valid", "valid", task.length, task.valid_examples),
+            "valid": _write_split(folder, header, task, "valid", "valid", task.length, task.valid_examples),
         },
-        "config": task.model_dump(mode="json", exclude_defaults=True, exclude=TEST),
+        "config": task.model_dump(mode="json", exclude_defaults=True, exclude=TEST_KEYS),
     }
     if isinstance(training, Windows):
         meta["tokens"] = sha256(folder / "tokens.npy")
@@ -65,12 +70,12 @@ def _write_training(folder: Path, about: dict[str, Any], task: Task) -> None:
     _write_meta(folder, meta, task)
 
 
-def _write_test(folder: Path, about: dict[str, Any], task: Task) -> None:
+def _write_test(folder: Path, header: dict[str, Any], task: Task) -> None:
     meta = {
-        **about,
+        **header,
         "lengths": list(task.lengths),
         "splits": {
-            f"test_{length}": _write_split(folder, about, task, f"test_{length}", "test", length, task.test_examples)
+            f"test_{length}": _write_split(folder, header, task, f"test_{length}", "test", length, task.test_examples)
             for length in task.lengths
         },
         "config": task.model_dump(mode="json", exclude_defaults=True),
@@ -81,16 +86,16 @@ def _write_test(folder: Path, about: dict[str, Any], task: Task) -> None:
     if (spans := task.spans()) is not None:
         np.savez_compressed(folder / "spans.npz", **spans._asdict())
     if (recalled := task.recalled()) is not None:
-        masks = {f"{kind}_{length}": mask for length, of in recalled.items() for kind, mask in of._asdict().items()}
+        masks = {f"{kind}_{length}": mask for length, split in recalled.items() for kind, mask in split._asdict().items()}
         np.savez(folder / "recalled.npz", **masks)
     _write_meta(folder, meta, task)
 
 
 def _write_split(
-    folder: Path, about: dict[str, Any], task: Task, file: str, split: str, length: int, count: int
+    folder: Path, header: dict[str, Any], task: Task, file: str, split: str, length: int, count: int
 ) -> dict[str, Any]:
-    """Writes a split of examples; what there is to say of it."""
-    examples = task.examples(split, length, count, generator(about["data_seed"], about["task"], file)).compact()
+    """Write a split of examples; return its description for meta.json."""
+    examples = task.examples(split, length, count, generator(header["data_seed"], header["task"], file)).compact()
     np.savez(folder / f"{file}.npz", inputs=examples.inputs, targets=examples.targets)
     return {"examples": count, "length": length, "sha256": _digest(examples)}
 

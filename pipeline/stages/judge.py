@@ -1,18 +1,21 @@
-"""verdicts/: every claim of claims.yaml supported, contradicted or undecided by the results, and why.
+"""Write verdicts/: each claim of claims.yaml is supported, contradicted or undecided by the results, with a reason.
 
-An effect is the mean over seeds of the variant's metric less that of the other side. One standard error is behind its interval
-and its test, so that they agree: squared, it is the variance of each side's mean over seeds (between two lengths of one variant,
-that of the mean of the seeds' differences) plus, where the metric is the one that stands for the task, the effect's variance over
-resamples of the test sequences, which all seeds and variants share. Both are by Student's t, with the degrees of freedom of Welch
-and Satterthwaite, for seeds that vary about as a normal distribution does; an interval may reach past what the metric can be.
-What differs from seed to seed in which sequences are answered counts in both terms, which errs on the wide side. A comparison is
-not tested where no seed and no sequence differs: its interval is a point and its verdict that of the number, which says nothing
-about seeds or sequences not seen.
+An effect is the variant's mean metric over seeds minus that of the baseline. Its interval and its test use the same standard
+error, so they agree. The squared standard error is the sum of
 
-A claim is supported where all of its comparisons are, contradicted where one of them is. Its two p values are the largest for it,
-and the smallest against it times the number of comparisons. Those for claims are corrected for all claims (Benjamini and
-Yekutieli), and so, apart from them, are those against: of what is called supported, and of what is called contradicted, a share
-of LEVEL at most is expected to be called so wrongly.
+    the variance of each side's mean over seeds; for two lengths of one variant, of the mean of the paired differences
+    the variance of the effect over resamples of the test sequences, which all seeds and variants share
+        (only for the primary metric of the task)
+
+The interval and the test use Student's t with the degrees of freedom of Welch and Satterthwaite, so they assume that seeds vary
+about as a normal distribution does. An interval may exceed the range of the metric. Both terms contain the differences between
+seeds in which sequences they answer correctly, so the standard error is rather too large. If no seed and no sequence differs,
+nothing is tested: the interval is a point, the number decides the verdict, and this says nothing about other seeds or sequences.
+
+A claim is supported if all its comparisons are, contradicted if one of them is. Its p value for the claim is the largest of its
+comparisons. Its p value against the claim is the smallest times the number of comparisons. The p values for all claims are
+corrected together (Benjamini and Yekutieli), and separately those against them: of the supported claims, and of the
+contradicted ones, at most a share of LEVEL is expected to be wrong.
 """
 
 from __future__ import annotations
@@ -37,10 +40,10 @@ from pipeline.storage.results import PRIMARY, read_results
 from pipeline.storage.tables import CLAIM_COLUMNS, COMPARISON_COLUMNS, read_arrays
 
 LEVEL = 0.05
-"""What the false discovery rate of verdicts of a kind is held to; one less the nominal coverage of an interval."""
+"""Bound of the false discovery rate per kind of verdict; one minus the nominal coverage of an interval."""
 RESAMPLES = 2000
 ROUNDING = 1e-12
-"""A smaller standard error is one of arithmetic: nothing varies."""
+"""A smaller standard error is rounding error: nothing varies."""
 Verdict = Literal["supported", "contradicted", "undecided"]
 Floats = NDArray[np.floating[Any]]
 
@@ -53,16 +56,16 @@ class Side(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What was measured of a side: the metric by seed, and its mean over seeds in each resample of the test sequences."""
+    """The metric of a side by seed, and its mean over seeds in each resample of the test sequences."""
 
     seeds: Floats
     resampled: Floats
     sequences: int
-    """How many there are; 0 where the metric is no mean over sequences."""
+    """Number of sequences; 0 if the metric is no mean over sequences."""
 
 
 class Comparison(NamedTuple):
-    """A variant against the other side, and what the results say of it."""
+    """One variant against one baseline, with the result."""
 
     claim: str
     task: str
@@ -74,16 +77,16 @@ class Comparison(NamedTuple):
     low: float = math.nan
     high: float = math.nan
     p_for: float = math.nan
-    """Of an effect as large if the claim were not true of it; nan where no seed and no sequence differs: it is not tested."""
+    """Probability of an effect at least this large if the claim is false; nan if no seed and no sequence differs."""
     p_against: float = math.nan
     seeds: int = 0
-    """The fewer of the two sides."""
+    """The smaller number of the two sides."""
     verdict: Verdict = "undecided"
     reason: str = ""
 
 
 class Evidence:
-    """The results of a study: metrics by seed, and what the primary ones are means of, sequence by sequence."""
+    """The results of a study: metrics by seed, and the scores per sequence behind the primary ones."""
 
     def __init__(self, study: Study, results: pd.DataFrame, sequences: Mapping[str, Mapping[str, Floats]]):
         self.study, self.sequences = study, sequences
@@ -93,35 +96,35 @@ class Evidence:
 
     @classmethod
     def read(cls, study: Study) -> Evidence:
-        """From the files. Raises ValueError where a cell of the study has no results."""
+        """Read the files. Raises ValueError if a cell of the study has no results."""
         sequences = {}
         for task in study.tasks:
             sequences[task] = {name: array.astype(float) for name, array in read_arrays(SCORES / f"{task}.npz").items()}
         return cls(study, read_results(study), sequences)
 
     def sample(self, task: str, metric: str, variant: str, length: int) -> Sample:
-        """The sequences are drawn anew RESAMPLES times, the same ones for all seeds and variants of a length."""
+        """Draw RESAMPLES samples of the sequences, the same ones for all seeds and variants of a length."""
         values, sequences = self.values[task, metric, variant, length], 0
         draws = np.tile(values, (RESAMPLES, 1))
         if metric == PRIMARY[self.study.tasks[task].data.goal]:
-            for place, seed in enumerate(sorted(self.study.seeds)):
+            for index, seed in enumerate(sorted(self.study.seeds)):
                 columns = self.sequences.get(task, {}).get(f"{variant}/{seed}/{length}")
                 if columns is not None:
                     sequences = columns.shape[1]
                     counts = _counts(sequences, length)
-                    draws[:, place] = (counts @ columns[0]) / (counts @ columns[1])
+                    draws[:, index] = (counts @ columns[0]) / (counts @ columns[1])
         return Sample(values, draws.mean(1), sequences)
 
 
 @functools.lru_cache(maxsize=16)
 def _counts(sequences: int, length: int) -> Floats:
-    """How often each sequence is drawn in each resample."""
+    """Number of times that each resample contains each sequence."""
     rng = np.random.default_rng([sequences, length])
     return rng.multinomial(sequences, np.full(sequences, 1 / sequences), size=RESAMPLES).astype(float)
 
 
 def judge(study: Study, claims: dict[str, Claim]) -> None:
-    """Writes verdicts/: comparisons.csv, and claims.csv with a row a claim."""
+    """Write verdicts/comparisons.csv and verdicts/claims.csv."""
     evidence = Evidence.read(study)
     comparisons = {name: list(compare(evidence, name, claim)) for name, claim in claims.items()}
     verdicts = decide(claims, comparisons)
@@ -133,34 +136,34 @@ def judge(study: Study, claims: dict[str, Claim]) -> None:
 
 
 def compare(evidence: Evidence, name: str, claim: Claim) -> Iterator[Comparison]:
-    """Every comparison that the claim is made of."""
+    """All comparisons of the claim."""
     tasks = evidence.study.tasks
-    others: tuple[str | float | None, ...] = claim.baseline if isinstance(claim.baseline, tuple) else (claim.baseline,)
-    for task, multiple, variant, other in itertools.product(claim.tasks, claim.multiples, claim.variants, others):
+    baselines: tuple[str | float | None, ...] = claim.baseline if isinstance(claim.baseline, tuple) else (claim.baseline,)
+    for task, multiple, variant, baseline in itertools.product(claim.tasks, claim.multiples, claim.variants, baselines):
         section = tasks.get(task)
         lengths = dict(zip(section.data.multiples, section.data.lengths, strict=True)) if section else {}
         metric = claim.metric or (PRIMARY[section.data.goal] if section else "")
         rival: Side | None = None
-        if isinstance(other, float):
-            than = f"{other:g}"
-        elif isinstance(other, str):
-            than, rival = other, Side(other, multiple)
+        if isinstance(baseline, float):
+            baseline_name = f"{baseline:g}"
+        elif isinstance(baseline, str):
+            baseline_name, rival = baseline, Side(baseline, multiple)
         else:
             assert claim.baseline_multiple is not None
-            than, rival = f"itself at {claim.baseline_multiple:g}x", Side(variant, claim.baseline_multiple)
-        blank = Comparison(name, task, metric, lengths.get(multiple, 0), variant, than)
+            baseline_name, rival = f"itself at {claim.baseline_multiple:g}x", Side(variant, claim.baseline_multiple)
+        blank = Comparison(name, task, metric, lengths.get(multiple, 0), variant, baseline_name)
         sides = [Side(variant, multiple), *([rival] if rival else [])]
         keys = [(task, metric, side.variant, lengths.get(side.multiple, 0)) for side in sides]
-        if faults := [fault for side, key in zip(sides, keys, strict=True) if (fault := _gap(evidence, claim, side, key))]:
+        if faults := [fault for side, key in zip(sides, keys, strict=True) if (fault := _missing(evidence, claim, side, key))]:
             yield blank._replace(reason=faults[0])
             continue
         samples = [evidence.sample(*key) for key in keys]
-        number = other if isinstance(other, float) else 0.0
-        yield _measured(blank, claim, samples, paired=claim.baseline_multiple is not None, number=number)
+        number = baseline if isinstance(baseline, float) else 0.0
+        yield _compare(blank, claim, samples, paired=claim.baseline_multiple is not None, number=number)
 
 
-def _gap(evidence: Evidence, claim: Claim, side: Side, key: tuple[str, str, str, int]) -> str | None:
-    """Why nothing can be said of a side, in words."""
+def _missing(evidence: Evidence, claim: Claim, side: Side, key: tuple[str, str, str, int]) -> str | None:
+    """Why a side cannot be compared, or None."""
     task, metric, _, length = key
     values = evidence.values.get(key)
     if not length or values is None:
@@ -170,7 +173,7 @@ def _gap(evidence: Evidence, claim: Claim, side: Side, key: tuple[str, str, str,
     return f"too few seeds: {len(values)} of {claim.min_seeds}" if len(values) < claim.min_seeds else None
 
 
-def _measured(blank: Comparison, claim: Claim, sides: list[Sample], *, paired: bool, number: float) -> Comparison:
+def _compare(blank: Comparison, claim: Claim, sides: list[Sample], *, paired: bool, number: float) -> Comparison:
     """The comparison with its effect, interval, p values and verdict."""
     effect = sides[0].seeds.mean() - (sides[1].seeds.mean() if len(sides) > 1 else number)
     error, freedom = _error(sides, paired=paired)
@@ -190,7 +193,7 @@ def _measured(blank: Comparison, claim: Claim, sides: list[Sample], *, paired: b
         p_against=p_against,
         seeds=min(len(side.seeds) for side in sides),
         verdict="supported" if holds else "contradicted" if fails else "undecided",
-        reason="" if holds or fails else "interval across the threshold",
+        reason="" if holds or fails else "interval includes the threshold",
     )
 
 
@@ -199,7 +202,7 @@ def _error(sides: list[Sample], *, paired: bool) -> tuple[float, float]:
     seeds = [sides[0].seeds - sides[1].seeds] if paired else [side.seeds for side in sides]
     resampled = sides[0].resampled - (sides[1].resampled if len(sides) > 1 else 0)
     parts = [(values.var(ddof=1) / len(values), len(values) - 1) for values in seeds]
-    parts.append((resampled.var(ddof=1), max(min(side.sequences for side in sides) - 1, 1)))  # of one sequence or none it is 0
+    parts.append((resampled.var(ddof=1), max(min(side.sequences for side in sides) - 1, 1)))  # at least 1: the variance is 0 then
     squared = sum(variance for variance, _ in parts)
     if not squared:
         return 0.0, math.nan
@@ -207,7 +210,7 @@ def _error(sides: list[Sample], *, paired: bool) -> tuple[float, float]:
 
 
 def decide(claims: dict[str, Claim], comparisons: dict[str, list[Comparison]]) -> pd.DataFrame:
-    """A row a claim: its verdict, with the comparison that decides it or is furthest from doing so."""
+    """One row per claim: its verdict, and the comparison that decides it or is furthest from it."""
     families = {name: _p_values(rows) for name, rows in comparisons.items()}
     p: dict[tuple[str, int], float] = {}
     for side in (0, 1):
@@ -216,21 +219,21 @@ def decide(claims: dict[str, Claim], comparisons: dict[str, list[Comparison]]) -
         p |= zip(known, map(float, corrected), strict=True)
     rows = []
     for name, claim in claims.items():
-        here = comparisons[name]
+        made = comparisons[name]
         p_for, p_against = (p.get((name, side), math.nan) for side in (0, 1))
-        verdict, row, reason = _verdict(claim, here, p_for, p_against)
+        verdict, row, reason = _verdict(claim, made, p_for, p_against)
         rows.append(
             {
                 "claim": name, "statement": claim.statement, "source": claim.source, "verdict": verdict, "reason": reason,
                 "effect": row.effect, "low": row.low, "high": row.high, "p": p_against if verdict == "contradicted" else p_for,
-                "seeds": row.seeds, "comparisons": len(here), "ablation": claim.ablation,
+                "seeds": row.seeds, "comparisons": len(made), "ablation": claim.ablation,
             }
         )  # fmt: skip
     return pd.DataFrame(rows, columns=[*CLAIM_COLUMNS])
 
 
 def _p_values(rows: list[Comparison]) -> tuple[float, float]:
-    """For the claim and against it; nan where nothing was tested, and for it where a comparison could not be made."""
+    """(p for the claim, p against it): nan if nothing was tested; the first also if a comparison is missing."""
     tested = [row for row in rows if not math.isnan(row.p_for)]
     if not tested:
         return math.nan, math.nan
@@ -240,7 +243,7 @@ def _p_values(rows: list[Comparison]) -> tuple[float, float]:
 
 
 def _verdict(claim: Claim, rows: list[Comparison], p_for: float, p_against: float) -> tuple[Verdict, Comparison, str]:
-    """The verdict, the comparison that it is shown by, and the reason in words."""
+    """The verdict, the comparison that shows it, and the reason in words."""
 
     def margin(row: Comparison) -> float:
         return claim.sign * (row.effect - claim.threshold)
@@ -250,20 +253,20 @@ def _verdict(claim: Claim, rows: list[Comparison], p_for: float, p_against: floa
 
     measured = [row for row in rows if row.seeds and not math.isnan(row.effect)]
     worst = min(measured, key=margin, default=rows[0])
-    lost = [row for row in measured if row.verdict == "contradicted"]
-    # A contradiction in which no seed and no sequence differs is not tested, and stands by itself.
-    if lost and (not p_against > LEVEL or any(math.isnan(row.p_against) for row in lost)):
-        worst = min(lost, key=margin)
-        share = "" if len(lost) == len(rows) else f"; {len(lost)} of {len(rows)} comparisons"
+    against = [row for row in measured if row.verdict == "contradicted"]
+    # If no seed and no sequence differs, nothing is tested, and the number alone contradicts the claim.
+    if against and (not p_against > LEVEL or any(math.isnan(row.p_against) for row in against)):
+        worst = min(against, key=margin)
+        share = "" if len(against) == len(rows) else f"; {len(against)} of {len(rows)} comparisons"
         return "contradicted", worst, place(worst) + share
-    gaps = [row.reason for row in rows if math.isnan(row.effect)]
-    if gaps:
-        return "undecided", worst, gaps[0]
-    open_ones = [row for row in rows if row.verdict != "supported"]
-    if open_ones:
-        first = min(open_ones, key=margin)
+    missing = [row.reason for row in rows if math.isnan(row.effect)]
+    if missing:
+        return "undecided", worst, missing[0]
+    unsupported = [row for row in rows if row.verdict != "supported"]
+    if unsupported:
+        first = min(unsupported, key=margin)
         return "undecided", first, f"{first.reason}: {place(first)}"
     if p_for > LEVEL:
         least_sure = max((row for row in rows if not math.isnan(row.p_for)), key=lambda row: row.p_for)
-        return "undecided", least_sure, f"not significant once corrected for all claims: {place(least_sure)}"
-    return "supported", worst, f"smallest: {place(worst)}" if len(rows) > 1 else place(worst)
+        return "undecided", least_sure, f"not significant after correction for all claims: {place(least_sure)}"
+    return "supported", worst, f"smallest margin: {place(worst)}" if len(rows) > 1 else place(worst)

@@ -1,4 +1,4 @@
-"""The first stage: params.yaml checked as a whole, what each stage runs written down for DVC, the JSON schema for editors."""
+"""The first stage: check params.yaml, write each stage's code digest for DVC, and write the JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _STAGES = Path("dvc.yaml")
 
 
 def write(study: Study) -> None:
-    """plan/<stage>/<name>.txt, what each stage depends on besides data and parameters; params.schema.json, which none changes.
+    """Write plan/<stage>/<name>.txt, a stage's dependencies besides data and parameters, and params.schema.json.
 
-    That is the code that it runs; of data and training what the configuration leaves to defaults, which are no parameters; for
-    an evaluation the variants that it walks; and for a theorem the longest sequences that it prescribes weights for.
+    Each file lists the digest of the code that the stage runs, and the defaults of keys that params.yaml leaves out, which DVC
+    does not see. An evaluation also lists its variants, and a construction its longest sequence per task.
     """
     texts = {name: f"code {code_digest(modules)}\n" for name, modules in stage_modules(study).items()}
     for variant, model in study.variants.items():
         texts[f"train/{variant}"] += _defaults(model)
         if isinstance(model, ConstructionConfig):
-            on = (task for task in study.tasks if variant in variants_on(study, task))
-            texts[f"train/{variant}"] += "".join(f"{task}: {study.tasks[task].data.lengths[-1]} tokens at most\n" for task in on)
+            lengths = {t: section.data.lengths[-1] for t, section in study.tasks.items() if variant in variants_on(study, t)}
+            texts[f"train/{variant}"] += "".join(f"{task}: {length} tokens at most\n" for task, length in lengths.items())
     for task, section in study.tasks.items():
         texts[f"generate/{task}"] += _defaults(section.data)
         texts[f"evaluate/{task}"] += "".join(f"{variant}\n" for variant in variants_on(study, task))
-    # Of mappings DVC does not see the order, in which they are shown.
+    # The figures and tables follow the order of these mappings, which DVC ignores.
     texts["render"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
     with atomic_write(PLAN) as folder:
         for name, text in texts.items():
@@ -51,16 +51,16 @@ def write(study: Study) -> None:
 
 
 def stage_modules(study: Study) -> dict[str, list[str]]:
-    """The modules that each stage begins with, by the name of its file in plan/."""
+    """The entry modules of each stage, by the name of its file in plan/."""
     kinds = {task: f"cat.tasks.{section.data.kind}" for task, section in study.tasks.items()}
-    looked_at = {v for a in study.ablations.values() if a.plot == "example" for v in shown_variants(a)}
+    example_variants = {v for a in study.ablations.values() if a.plot == "example" for v in shown_variants(a)}
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
         "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values()],
         "publish": ["pipeline.stages.report", "pipeline.tracking.sync"],
     }
-    if looked_at:
-        models = chain(*(_code_of(study.variants[variant]) for variant in looked_at))
+    if example_variants:
+        models = chain(*(_code_of(study.variants[variant]) for variant in example_variants))
         modules["render"] += ["cat.evaluation.diagnostics", *models]
     for task, kind in kinds.items():
         models = chain(*(_code_of(study.variants[variant]) for variant in variants_on(study, task)))
@@ -72,13 +72,16 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
 
 
 def _defaults(config: Config) -> str:
-    """What is set without being given, a line a key; what is not set, or not true, is as if there were no such key."""
+    """Keys that params.yaml leaves to their defaults, one line each. A default of None or False adds no line.
+
+    So a new optional key leaves the other cells unchanged.
+    """
     content = config.model_dump(mode="json", exclude=config.model_fields_set)
     lines = [f"{key}: {value}\n" for key, value in content.items() if value not in (None, False)]
     if isinstance(config, HybridConfig):
-        for place, block in enumerate(config.blocks):
-            of_block = block.model_dump(mode="json", exclude=block.model_fields_set | set(MODEL_KEYS))
-            lines += [f"blocks.{place}.{key}: {value}\n" for key, value in of_block.items() if value not in (None, False)]
+        for index, block in enumerate(config.blocks):
+            defaults = block.model_dump(mode="json", exclude=block.model_fields_set | set(MODEL_KEYS))
+            lines += [f"blocks.{index}.{key}: {value}\n" for key, value in defaults.items() if value not in (None, False)]
     return "".join(lines)
 
 
@@ -90,7 +93,7 @@ def _code_of(model: VariantConfig) -> list[str]:
 
 
 def check_stages(study: Study, file: str = "params.yaml") -> None:
-    """Raises ParamsError unless dvc.yaml has one train stage for every ablation that trains something, and for no other."""
+    """Raise ParamsError unless dvc.yaml has exactly one train stage per ablation with tasks and variants."""
     if not _STAGES.exists():
         return
     raw = read_yaml(_STAGES)
@@ -118,8 +121,8 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
         raise config_error(file, faults)
 
 
-def of_other_files(study: Study) -> Iterator[str]:
-    """A line for each task whose source has other files now than its data were made of: DVC sees the path, not the files."""
+def changed_sources(study: Study) -> Iterator[str]:
+    """Yield one line per task whose source files have changed since `generate`: DVC sees only their path."""
     for name, section in study.tasks.items():
         path = HELDOUT / name / "meta.json"
         if not path.exists():
@@ -127,29 +130,29 @@ def of_other_files(study: Study) -> Iterator[str]:
         meta, config = read_json(path), section.data.model_dump(mode="json", exclude_defaults=True)
         try:
             changed = meta["config"] == config and meta.get("origin", {}) != section.data.origin()
-        except (ValueError, OSError):  # the source is gone, and the data are still what was made of it
+        except (ValueError, OSError):  # the source is gone; its data are still valid
             continue
         if changed:
             yield (
-                f"tasks.{name}.data.source: its files are not those that data/{name} was made of;"
-                f" run `dvc repro -f generate@{name}`, then `dvc repro`"
+                f"tasks.{name}.data.source: its files have changed since data/{name} was generated."
+                f" Fix: run `dvc repro -f generate@{name}`, then `dvc repro`"
             )
 
 
 def table(study: Study) -> str:
-    """The grid as text: a row a variant, a column a task; in a cell its seeds, learning rates and steps at most."""
-    here = {(cell.task, cell.variant) for cell in cells(study)}
+    """The grid as text: one row per variant, one column per task; each cell has seeds x learning rates x maximum steps."""
+    trained = {(cell.task, cell.variant) for cell in cells(study)}
     size = {task: (len(study.seeds), len(s.training.learning_rates), s.training.steps) for task, s in study.tasks.items()}
-    known = {variant for variant, model in study.variants.items() if isinstance(model, ConstructionConfig)}
+    constructions = {variant for variant, model in study.variants.items() if isinstance(model, ConstructionConfig)}
 
-    def shown(task: str, variant: str) -> str:
-        if (task, variant) not in here:
+    def text(task: str, variant: str) -> str:
+        if (task, variant) not in trained:
             return "-"
-        return "theorem" if variant in known else " x ".join(map(str, size[task]))
+        return "not trained" if variant in constructions else " x ".join(map(str, size[task]))
 
-    rows = [[variant, *(shown(task, variant) for task in study.tasks)] for variant in study.variants]
-    steps = sum(math.prod(size[task]) for task, variant in here if variant not in known)
+    rows = [[variant, *(text(task, variant) for task in study.tasks)] for variant in study.variants]
+    steps = sum(math.prod(size[task]) for task, variant in trained if variant not in constructions)
     return (
         tabulate(rows, headers=["variant", *study.tasks])
-        + f"\n\n{len(here)} cells, in each: seeds x learning rates x steps at most; {steps:,} steps in all"
+        + f"\n\n{len(trained)} cells, each with seeds x learning rates x steps at most; {steps:,} steps in all"
     )

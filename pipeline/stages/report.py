@@ -1,6 +1,7 @@
-"""reports/report.md and report.html: for every question its verdicts, figures, table, what fails, and what was run.
+"""Write reports/report.md and report.html: per ablation its verdicts, figures, tables, failures, and what was run.
 
-When and by which commit a cell was trained is part of it, so that no two are alike and it is no output of a stage for DVC.
+report.md depends only on the results. report.html also has training times, dates and commits, so it changes with every run and
+is not in git.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from pathlib import Path
 import pandas as pd
 from ruamel.yaml import YAML
 
-from cat.mixers.registry import ConstructionConfig
-from pipeline.config.grid import Cell, cells, shown_cells, shown_tasks, shown_variants, variants_on
+from pipeline.config.grid import Cell, cells, shown_cells, shown_tasks, shown_variants
 from pipeline.config.study import Ablation, Study
-from pipeline.figures.cost import cost
+from pipeline.figures.cost import SECONDS, cost, cost_table
 from pipeline.figures.plots import figures_of
 from pipeline.figures.positions import positions_table
 from pipeline.figures.recall import gains_table
-from pipeline.figures.stability import stability
-from pipeline.figures.style import begin, save
+from pipeline.figures.stability import stability_table
+from pipeline.figures.style import save, set_theme
 from pipeline.reporting.html import page
-from pipeline.reporting.tables import found, results_table, verdicts_in_words
+from pipeline.reporting.labels import task_label, variant_label, with_slug
+from pipeline.reporting.tables import claims_section, key_filter_table, results_table, with_labels
 from pipeline.reporting.verdicts import of_the_study, read_verdicts, verdict_table
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write
@@ -33,15 +34,27 @@ from pipeline.storage.results import primary, read_results
 from pipeline.storage.tables import DIAGNOSIS_COLUMNS, read_table
 from pipeline.storage.training_log import read_log
 
-MARKDOWN, PAGE = REPORTS / "report.md", REPORTS / "report.html"
+MARKDOWN, PAGE, COST_BY_TIME = REPORTS / "report.md", REPORTS / "report.html", REPORTS / "cost_by_time.svg"
 
 
 def report(study: Study) -> None:
-    """Writes both. Raises ValueError where a result is missing."""
+    """Write both files. Raises ValueError if a result is missing."""
     results = read_results(study)
-    scores = primary(study, results)
-    verdicts, diagnosis = read_verdicts(), read_table(REPORTS / "diagnosis.csv", DIAGNOSIS_COLUMNS)
-    parts = ["# What the study shows", '<a id="claims"></a>', verdicts_in_words(), _study(study)]
+    costs = timed_costs(study, primary(study, results))
+    if costs[SECONDS].notna().any():
+        set_theme()
+        with atomic_write(COST_BY_TIME) as svg:
+            save(cost(study, costs, SECONDS), svg)
+    with atomic_write(MARKDOWN) as markdown, atomic_write(PAGE) as html:
+        markdown.write_text(_report(study, results, costs, timed=False), encoding="utf-8")
+        html.write_text(page(_report(study, results, costs, timed=True), REPORTS), encoding="utf-8")
+
+
+def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: bool) -> str:
+    """The report as Markdown; with training times, dates and commits if `timed`."""
+    scores, verdicts = primary(study, results), read_verdicts()
+    diagnosis = read_table(REPORTS / "diagnosis.csv", DIAGNOSIS_COLUMNS)
+    parts = ["# Results of the study", '<a id="claims"></a>', claims_section(), _study(study, timed)]
     for name, ablation in study.ablations.items():
         if not (shown_tasks(study, ablation) and shown_variants(ablation)):
             continue
@@ -49,38 +62,31 @@ def report(study: Study) -> None:
         if not ablation.shows_models:
             parts.append(results_table(study, scores, ablation))
             if ablation.plot == "learning_rates":
-                parts.append(found(study, ablation).to_markdown(index=False))
+                parts.append(with_labels(study, key_filter_table(study, ablation)).to_markdown(index=False))
             if ablation.plot == "stability":
-                runs_of_it = stability(study, ablation)
-                parts.append(_folded("Every run, with the entropy of each head, layers apart by semicolons", runs_of_it))
+                title = "Every run, with the entropy of each head (layers separated by semicolons)"
+                parts.append(_folded(title, with_labels(study, stability_table(study, ablation))))
             parts.append(_failures(study, ablation, diagnosis))
         if ablation.plot == "positions":
-            parts.append(_table(positions_table(study, ablation)))
+            parts.append(_table(with_labels(study, positions_table(study, ablation))))
         if ablation.plot == "recall":
-            parts.append(_table(gains_table(study, ablation, results)))
-        parts.append(_what_was_run(study, ablation))
-    costs = costs_of(study, scores)
-    if len(costs):  # a study of theorems alone has none
-        begin(study)
-        with atomic_write(REPORTS / "cost.png") as png, atomic_write(REPORTS / "cost.svg") as svg:
-            save(cost(study, costs), png, svg)
-        parts += [
-            '<a id="cost"></a>',
-            "## What does it cost?",
-            "![accuracy by cost](cost.png)",
-            _COST,
-            _folded("The numbers", costs),
-        ]
-    text = "\n\n".join(filter(None, parts)) + "\n"
-    with atomic_write(MARKDOWN) as markdown, atomic_write(PAGE) as html:
-        markdown.write_text(text, encoding="utf-8")
-        html.write_text(page(text, REPORTS), encoding="utf-8")
+            parts.append(_table(with_labels(study, gains_table(study, ablation, results))))
+        parts.append(_what_was_run(study, ablation, timed))
+    if len(costs):  # a study with only constructions has no costs
+        parts += ['<a id="cost"></a>', "## What does it cost?", "![score by parameters](figures/cost.svg)", _COST]
+        if timed and costs[SECONDS].notna().any():
+            parts += [f"![score by training time]({COST_BY_TIME.name})", _COST_BY_TIME]
+        parts.append(_folded("The numbers", with_labels(study, costs if timed else costs.drop(columns=SECONDS))))
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 _COST = (
-    "Every variant at the longest length of the tables, against its parameters and the seconds that a run of it took: its steps,"
-    " its looks at the validation split, and the end that a solved task puts to it. Other runs were under way beside it, so"
-    " these are no benchmark (benchmarks/ has one). The line joins the variants that are better than all that cost less."
+    "Score at the longest length of the tables, by number of parameters. The line joins the variants that are better than all"
+    " cheaper ones."
+)
+_COST_BY_TIME = (
+    "The same scores by training time per run, with validation and early stopping. Other runs were active at the same time, so"
+    " this is no benchmark; benchmarks/ has one."
 )
 
 
@@ -90,17 +96,17 @@ def _folded(title: str, table: pd.DataFrame) -> str:
 
 
 def _table(table: pd.DataFrame) -> str:
-    """A dash where there is nothing to be had."""
+    """Markdown, with a dash for missing values."""
     return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3f", missingval="-")
 
 
-def _study(study: Study) -> str:
+def _study(study: Study, timed: bool) -> str:
     text = Path("params.yaml").read_bytes()
     preset = next((str(path) for path in sorted(Path("presets").glob("*.yaml")) if _same(path, text)), None)
-    which = f"It is that of {preset}" if preset else "It is that of no preset"
     return (
-        f"Of params.yaml (sha256 {hashlib.sha256(text).hexdigest()[:16]}). {which}; {len(cells(study))} cells, seeds"
-        f" {', '.join(map(str, study.seeds))}, {study.precision}. {_trained(cells(study))} [What it costs](#cost)."
+        f"params.yaml (sha256 {hashlib.sha256(text).hexdigest()[:16]}) matches {preset or 'no preset'}."
+        f" {len(cells(study))} cells, seeds {', '.join(map(str, study.seeds))}, {study.precision}."
+        f" {_trained(cells(study), timed)} [What does it cost?](#cost)"
     )
 
 
@@ -110,85 +116,84 @@ def _same(preset: Path, text: bytes) -> bool:
 
 
 def _verdicts(verdicts: pd.DataFrame, ablation: str) -> str:
-    here = of_the_study(verdicts[verdicts["ablation"] == ablation])
-    return verdict_table(here).to_markdown(index=False, disable_numparse=True) if len(here) else ""
+    shown = of_the_study(verdicts[verdicts["ablation"] == ablation])
+    return verdict_table(shown).to_markdown(index=False, disable_numparse=True) if len(shown) else ""
 
 
 def _figures(name: str, ablation: Ablation) -> str:
-    return "\n\n".join(f"![{file.replace('_', ' ')}](figures/{file}.png)" for file in figures_of(name, ablation))
+    return "\n\n".join(f"![{file.replace('_', ' ')}](figures/{file}.svg)" for file in figures_of(name, ablation))
 
 
 def _failures(study: Study, ablation: Ablation, diagnosis: pd.DataFrame) -> str:
-    """What is wrong with which variant, and which are without a sign of failure."""
+    """The failures of each variant, and the variants without one."""
     shown = shown_cells(study, ablation)
-    here = diagnosis.set_index(["task", "variant"])
-    here = here[here.index.isin(shown)]
-    sound = [(task, variant) for task, variant in shown if (task, variant) not in here.index]
-    lines = [f"on {task}: {', '.join(v for t, v in sound if t == task)}" for task in dict.fromkeys(t for t, _ in sound)]
-    without = f"Without a sign of failure: {'; '.join(lines)}." if lines else "No variant is without a sign of failure."
-    if not len(here):
+    by_cell = diagnosis.set_index(["task", "variant"])
+    by_cell = by_cell[by_cell.index.isin(shown)]
+    sound: dict[str, list[str]] = {}
+    for task, variant in shown:
+        if (task, variant) not in by_cell.index:
+            sound.setdefault(task, []).append(variant_label(study, variant))
+    lines = [f"{', '.join(variants)} on {with_slug(task_label(study, task), task)}" for task, variants in sound.items()]
+    without = f"No failure found: {'; '.join(lines)}." if lines else "Every variant has a failure."
+    if not len(by_cell):
         return without
-    return f"{without}\n\n{_folded(f'What fails, and how: {len(here)} signs', here.reset_index())}"
+    failures = with_labels(study, by_cell.reset_index()).rename(columns={"failure_mode": "failure"})
+    return f"{without}\n\n{_folded(f'{len(failures)} failures', failures)}"
 
 
-def _what_was_run(study: Study, ablation: Ablation) -> str:
+_ROWS = {
+    "filters": "the rows of these variants",
+    "stability": "the rows of these variants, in nats, for every learning rate",
+    "positions": "the rows of these variants",
+    "recall": "the rows of these variants with the metric recalled_share or a metric that starts with loss",
+    "example": "the first test sequence of the training length, with the weights in runs/",
+}
+_SCORES = "the rows of these variants with the metric accuracy, or bits_per_byte for text; the curves use every length"
+
+
+def _what_was_run(study: Study, ablation: Ablation, timed: bool) -> str:
     tasks, variants = shown_tasks(study, ablation), shown_variants(ablation)
     shown = [cell for cell in cells(study) if cell.task in tasks and cell.variant in variants]
     own = [cell for cell in shown if cell.task in ablation.tasks and cell.variant in ablation.variants]
-    others = f", {len(shown) - len(own)} of them for another question" if len(own) < len(shown) else ""
+    others = f" ({len(shown) - len(own)} trained for another ablation)" if len(own) < len(shown) else ""
     sources = ", ".join(f"[results/{task}.csv](../results/{task}.csv)" for task in tasks)
     if ablation.plot in ("filters", "positions"):
         files = [f"results/{ablation.plot}/{task}.csv" for task in tasks]
         sources = ", ".join(f"[{file}](../{file})" for file in files)
-    rows = {
-        "filters": "the rows of these variants",
-        "stability": "the rows of these variants, in nats, for every learning rate",
-        "positions": "the rows of these variants",
-        "recall": "the rows of these variants whose metric is recalled_share or begins with loss",
-        "example": "the first test sequence of the training length, read by the weights in runs/",
-    }.get(ablation.plot, "the rows of these variants whose metric is accuracy, or bits_per_byte on text; curves: every length")
     if ablation.plot == "stability":
         sources = "[reports/stability.csv](stability.csv)"
+    rows = _ROWS.get(ablation.plot, _SCORES)
     numbers = f"Numbers: {rows}." if ablation.plot == "example" else f"Numbers: {sources}, {rows}."
     seeds = ", ".join(map(str, study.seeds))
-    return f"*What was run*: {len(shown)} cells{others}, with seeds {seeds}. {_trained(shown)} {numbers}"
+    return f"*What was run*: {len(shown)} cells{others}, seeds {seeds}. {_trained(shown, timed)} {numbers}"
 
 
-def _trained(shown: Iterable[Cell]) -> str:
-    """On what, when and by which commit; of cells that another machine or an earlier run trained, that they were."""
+def _trained(shown: Iterable[Cell], timed: bool) -> str:
+    """The devices that trained the cells; if `timed` also dates, commits and training time, where this folder has the log."""
     shown = list(shown)
     devices = sorted({runs.read_summary(cell.task, cell.variant)["device"] for cell in shown})
+    trained_on = f"Trained on {', '.join(devices)}"
+    if not timed:
+        return f"{trained_on}."
     logs = [log for cell in shown if (log := read_log(cell.task, cell.variant)) is not None]
-    where = f"Trained on {', '.join(devices)}"
     if not logs:
-        return f"{where}; not here, but restored from a cache."
+        return f"{trained_on}; restored from a cache, so without dates and times."
     commits = sorted(
         {f"`{log['commit'][:10]}`" + (" with uncommitted changes" if log["dirty"] else "") for log in logs if log["commit"]}
     )
     days = sorted({f"{datetime.datetime.fromtimestamp(log['started'], datetime.UTC):%Y-%m-%d}" for log in logs})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    by = f", by commit {', '.join(commits)}" if commits else ""
-    rest = f"; {len(shown) - len(logs)} restored from a cache" if len(logs) < len(shown) else ""
-    return f"{where}, {when}{by}, in {sum(log['seconds'] for log in logs):,.0f} seconds, runs one after the other{rest}."
+    by = f", commit {', '.join(commits)}" if commits else ""
+    restored = f"; {len(shown) - len(logs)} cells restored from a cache" if len(logs) < len(shown) else ""
+    return f"{trained_on}, {when}{by}, {sum(log['seconds'] for log in logs):,.0f} seconds of training in all{restored}."
 
 
-def costs_of(study: Study, scores: pd.DataFrame) -> pd.DataFrame:
-    """By task and variant: parameters, seconds a run where timed here, and the metric at the longest length of the tables."""
-    longest = scores[scores["multiple"] == max(study.evaluate.multiples)]
-    values = longest.groupby(["task", "variant"])["value"].mean()
-    rows = []
-    for task in study.tasks:
-        for variant in variants_on(study, task):
-            if isinstance(study.variants[variant], ConstructionConfig):
-                continue
-            summary, log = runs.read_summary(task, variant), read_log(task, variant)
-            rows.append(
-                {
-                    "task": task,
-                    "variant": variant,
-                    "parameters": summary["parameters"],
-                    "seconds a run": log["seconds"] / len(summary["runs"]) if log else math.nan,
-                    "value": values.get((task, variant), math.nan),
-                }
-            )
-    return pd.DataFrame(rows, columns=["task", "variant", "parameters", "seconds a run", "value"])
+def timed_costs(study: Study, scores: pd.DataFrame) -> pd.DataFrame:
+    """`cost_table` with the seconds per run; nan for cells that were restored from a cache."""
+    costs = cost_table(study, scores)
+    seconds = []
+    for task, variant in zip(costs["task"], costs["variant"], strict=True):
+        log = read_log(task, variant)
+        seconds.append(log["seconds"] / len(runs.read_summary(task, variant)["runs"]) if log else math.nan)
+    costs.insert(3, SECONDS, pd.Series(seconds, dtype=float))
+    return costs

@@ -1,4 +1,4 @@
-"""Where the stages keep what, and how it is written: under a temporary name, renamed when it is whole."""
+"""Read and write files: atomic writes, checked reads, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -15,41 +15,43 @@ from typing import Any
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path`, a file or a folder to be; it replaces `path` when the block ends without an error.
+    """Yield a temporary sibling of `path` and rename it to `path` on success.
 
-    Its content is on the disk before it does, so that even a power cut leaves the one or the other; of a folder, between two
-    renames, neither. What a link leads to is replaced, not the link. An OSError that names no file, as when the disk is full,
-    is given the name of `path`.
+    The block creates a file or a folder there. The content is flushed to disk before the rename. A power cut therefore leaves
+    either the old or the new file. A folder needs two renames; a power cut between them leaves neither.
+
+    If `path` is a symbolic link, its target is replaced. An OSError without a file name, such as "disk full", gets the name of
+    `path`.
     """
-    name, path = path, path.resolve() if path.is_symlink() else path
+    requested, path = path, path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    part, backup = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     _remove(part)
     try:
         yield part
         for file in (part, *part.rglob("*")):
-            _settle(file)
-        if path.is_dir():  # nothing takes the place of a folder that has something in it
-            _remove(old)
-            path.replace(old)
+            _fsync(file)
+        if path.is_dir():  # a rename cannot replace a folder that is not empty
+            _remove(backup)
+            path.replace(backup)
         try:
             part.replace(path)
         except OSError:
-            if old.exists():
-                old.replace(path)
+            if backup.exists():
+                backup.replace(path)
             raise
-        _remove(old)
-        _settle(path.parent)
+        _remove(backup)
+        _fsync(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
-            error.filename = str(name)
+            error.filename = str(requested)
         raise
     finally:
         _remove(part)
 
 
-def _settle(path: Path) -> None:
-    """Waits until it is on the disk; Windows can do so with files alone."""
+def _fsync(path: Path) -> None:
+    """Flush `path` to disk; on Windows only files, since folders cannot be flushed there."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -67,7 +69,6 @@ def _remove(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The digest of a file, which is not read into memory."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -77,14 +78,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises ValueError where there is no such file, or something else in it."""
+    """Read a JSON file. Raises ValueError if it is missing or is not JSON."""
     with readable(path, "JSON"):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
 def readable(path: Path, what: str) -> Iterator[None]:
-    """Errors in reading `path` as `what` it should be become a ValueError of one line that says what to do."""
+    """Turn an error while reading `path` into a ValueError of one line with the fix.
+
+    `what` names the expected content. OSErrors other than a missing file pass unchanged.
+    """
     try:
         yield
     except FileNotFoundError:
@@ -93,14 +97,14 @@ def readable(path: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        if "pickle" in reason:  # numpy's advice is to trust it
+        if "pickle" in reason:  # numpy would advise the unsafe allow_pickle=True
             reason = "Python objects in it are not loaded"
-        remedy = "remove it and run `dvc checkout` or `dvc repro`"
-        raise ValueError(f"{path}: is not {what}, or damaged ({reason:.120}); {remedy}") from None
+        fix = "remove it and run `dvc checkout` or `dvc repro`"
+        raise ValueError(f"{path}: is not {what}, or damaged ({reason:.120}); {fix}") from None
 
 
 def write_csv(path: Path, rows: Iterable[dict[str, Any]], columns: Iterable[str]) -> None:
-    """Numbers are written so that reading them back gives the same bits; None and nan as an empty field."""
+    """Write a CSV table. Floats keep all bits; None and nan become an empty field."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()

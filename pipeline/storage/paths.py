@@ -1,4 +1,4 @@
-"""Where each stage keeps its files."""
+"""Folders of the stage outputs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from pathlib import Path
 
 PLAN, DATA, RUNS, RESULTS, REPORTS = Path("plan"), Path("data"), Path("runs"), Path("results"), Path("reports")
 HELDOUT = Path("heldout")
-"""What training does not see of the tasks: their test splits."""
+"""Test splits, which training never reads."""
 FILTERS, POSITIONS = RESULTS / "filters", RESULTS / "positions"
 SCORES, VERDICTS = Path("scores"), Path("verdicts")
 LOGS = Path("logs")
-"""What a run is not made of: when, where and how fast. Not an output of any stage, so it may differ from run to run."""
+"""When, by which commit and how fast cells were trained. Not a stage output, so it may differ between runs."""
 CHECKPOINTS = Path("checkpoints")

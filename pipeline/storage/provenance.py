@@ -1,4 +1,4 @@
-"""Which commit the code is at."""
+"""Git commit of the code."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import os
 import subprocess
 
 OUTPUTS = ("dvc.lock", "params.schema.json", "reports", "results", "verdicts", "README.md")
-"""What the study itself writes of what git has: its change is none of the code."""
+"""Files in git that the stages write. Changes to them do not make the checkout dirty."""
 
 
 def provenance() -> dict[str, str | bool | None]:
-    """`commit` of the checkout and whether it is `dirty`, None outside git; `experiment` under `dvc exp run`."""
+    """Return `commit`, `dirty` and `experiment` of the checkout.
+
+    `commit` and `dirty` are None outside git. `experiment` is set only under `dvc exp run`.
+    """
     commit = _git("rev-parse", "HEAD")
-    others = [f":(top,exclude){path}" for path in OUTPUTS]
+    excluded = [f":(top,exclude){path}" for path in OUTPUTS]
     return {
         "commit": commit,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", *others)) if commit else None,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", *excluded)) if commit else None,
         "experiment": os.environ.get("DVC_EXP_NAME"),
     }
 

@@ -1,4 +1,7 @@
-"""The results as one table: every cell of the grid, every seed and length, and nothing else that lies on the disk."""
+"""Read the results of the study as tables.
+
+The tables follow the grid, not the disk: they hold every cell, seed and length of the study and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from pipeline.storage.paths import FILTERS, POSITIONS, RESULTS, RUNS, SCORES
 from pipeline.storage.tables import FILTER_COLUMNS, HISTORY_COLUMNS, POSITION_COLUMNS, RESULTS_COLUMNS, read_table
 
 KEYS = ("task", "variant", "seed", "length", "metric")
-"""What identifies a row of the results."""
+"""Columns that identify a row of the results."""
 
 PRIMARY = {"accuracy": "accuracy", "loss": "bits_per_byte"}
-"""The metric that stands for a task, by its goal."""
+"""Goal of a task -> its primary metric."""
 
 
 def read_results(study: Study) -> pd.DataFrame:
-    """All metrics: task, variant, seed, length, metric, value, and `multiple`, the length in training lengths.
+    """Read all metrics, with `multiple`: the test length divided by the training length.
 
-    Raises ValueError where a cell of the grid is missing or there twice; rows of variants that left the study are dropped.
+    Rows of variants and seeds that are not in the study are dropped. Raises ValueError if a row is missing or duplicated.
     """
     tables = []
     for task, section in study.tasks.items():
@@ -32,46 +35,47 @@ def read_results(study: Study) -> pd.DataFrame:
         table["multiple"] = table["length"].map(dict(zip(section.data.lengths, section.data.multiples, strict=True)))
         variants = variants_on(study, task)
         table = table[table["variant"].isin(variants) & table["seed"].isin(study.seeds)]
-        if (twice := table.duplicated([*KEYS])).any():
-            raise ValueError(f"{path}: has {', '.join(map(str, table.loc[twice, [*KEYS]].iloc[0]))} twice; run `dvc repro`")
-        of_metric = table[table["metric"] == PRIMARY[section.data.goal]]
-        there = set(zip(of_metric["variant"], of_metric["seed"], of_metric["length"], strict=True))
+        if (duplicates := table.duplicated([*KEYS])).any():
+            first = ", ".join(map(str, table.loc[duplicates, [*KEYS]].iloc[0]))
+            raise ValueError(f"{path}: {first}: duplicate row; run `dvc repro`")
+        scores = table[table["metric"] == PRIMARY[section.data.goal]]
+        present = set(zip(scores["variant"], scores["seed"], scores["length"], strict=True))
         for variant, seed, length in itertools.product(variants, study.seeds, section.data.lengths):
-            longest = study.variants[variant].max_length(section.data.length)
-            if (longest is None or length <= longest) and (variant, seed, length) not in there:
+            limit = study.variants[variant].max_length(section.data.length)
+            if (limit is None or length <= limit) and (variant, seed, length) not in present:
                 raise ValueError(f"{path}: variant {variant!r} lacks seed {seed} at length {length}; run `dvc repro`")
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
 def primary(study: Study, results: pd.DataFrame) -> pd.DataFrame:
-    """Only the metric that stands for each task."""
+    """Keep only the primary metric of each task."""
     metric = results["task"].map({task: PRIMARY[section.data.goal] for task, section in study.tasks.items()})
     return results[results["metric"] == metric]
 
 
 def read_history(study: Study, task: str, variant: str, learning_rate: float | None = None) -> pd.DataFrame:
-    """The training curves of a cell at its chosen learning rate; at all of them for None."""
+    """Read the training curves of a cell at `learning_rate`, or at all learning rates if None."""
     table = read_table(RUNS / task / variant / "history.csv", HISTORY_COLUMNS)
-    chosen = table["seed"].isin(study.seeds)
-    return table[chosen if learning_rate is None else chosen & (table["learning_rate"] == learning_rate)]
+    selected = table["seed"].isin(study.seeds)
+    return table[selected if learning_rate is None else selected & (table["learning_rate"] == learning_rate)]
 
 
 def read_filters(task: str) -> pd.DataFrame:
-    """The taps of every filter of the variants on the task."""
+    """Read the kernel values of all filters of the variants on `task`."""
     return read_table(FILTERS / f"{task}.csv", FILTER_COLUMNS)
 
 
 def read_positions(task: str) -> pd.DataFrame:
-    """The bits per byte of the variants on the task, by position."""
+    """Read the bits per byte of the variants on `task` by position."""
     return read_table(POSITIONS / f"{task}.csv", POSITION_COLUMNS)
 
 
 def orphans(study: Study) -> Iterator[Path]:
-    """Folders of runs that belong to no cell any more, and files of results and scores that belong to no task."""
-    known = {RUNS / cell.task / cell.variant for cell in cells(study)}
+    """Find run folders without a cell in the study, and result files without a task."""
+    expected = {RUNS / cell.task / cell.variant for cell in cells(study)}
     for folder in sorted(RUNS.glob("*/*/")):
-        if folder not in known and not folder.name.startswith("."):
+        if folder not in expected and not folder.name.startswith("."):
             yield folder
     for file in itertools.chain.from_iterable(sorted(folder.glob("*.*")) for folder in (RESULTS, FILTERS, POSITIONS, SCORES)):
         if file.stem not in study.tasks and not file.name.startswith("."):

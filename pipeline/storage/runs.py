@@ -1,4 +1,4 @@
-"""runs/<task>/<variant>/: weights of every seed, history.csv, summary.json; and a trained model back from them."""
+"""Read runs/<task>/<variant>/: one weights file per seed, history.csv and summary.json."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def weights_path(task: str, variant: str, seed: int) -> Path:
 
 
 def read_summary(task: str, variant: str) -> Any:
-    """Raises ValueError where the cell has not been trained, or something else is in its file."""
+    """Read summary.json of a cell. Raises ValueError if it is missing or damaged."""
     return _read_summary(folder(task, variant) / "summary.json")
 
 
@@ -45,76 +45,82 @@ def _read_summary(path: Path) -> Any:
 
 
 def diverged(task: str, variant: str) -> set[int]:
-    """The seeds whose run at the chosen learning rate has no weights, since it diverged."""
+    """Return the seeds that diverged at the chosen learning rate; they have no weights."""
     summary = read_summary(task, variant)
     chosen = summary["learning_rate"]
     return {run["seed"] for run in summary["runs"] if run["learning_rate"] == chosen and run["stop"] == "diverged"}
 
 
 def digest(task: str, variant: str) -> str:
-    """Of the summary, which has the validation scores of every run: tells this result from another of the same name."""
+    """Return the SHA-256 of the summary of a cell.
+
+    The summary contains the validation scores of every run, so the digest identifies this result.
+    """
     return hashlib.sha256((folder(task, variant) / "summary.json").read_bytes()).hexdigest()
 
 
 def load_model(path: str | Path) -> SequenceModel:
-    """The trained model of a weights file, which carries its own configuration.
+    """Load a trained model from a weights file, whose metadata holds the configuration.
 
-    Raises ValueError where it is none, with the seeds that there are, where its weights are not those of its configuration, or
-    where the summary beside it is about another model.
+    Raises ValueError if the file is missing or damaged, if the weights do not fit the configuration, or if summary.json in the
+    same folder describes another model.
     """
-    # Only here: the tables and MLflow read summaries, and need no torch for that.
+    # Imported late: reading summaries, as the tables and MLflow do, must not import torch.
     from safetensors import safe_open
 
     from cat.model import SequenceModel
 
     path = Path(path)
-    others = sorted((other.stem for other in path.parent.glob("seed_*.safetensors")), key=lambda stem: (len(stem), stem))
-    if others and not path.exists():
-        has = f"{path.parent} has {', '.join(others)}"
-        raise ValueError(f"{path}: is missing; {has}; `dvc repro` trains the seeds of params.yaml")
+    seeds = sorted((file.stem for file in path.parent.glob("seed_*.safetensors")), key=lambda stem: (len(stem), stem))
+    if seeds and not path.exists():
+        available = f"{path.parent} has {', '.join(seeds)}"
+        raise ValueError(f"{path}: is missing; {available}; `dvc repro` trains the seeds of params.yaml")
     with readable(path, "a weights file of this project"):
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["model"])
+            model_info = json.loads((file.metadata() or {})["model"])
             weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-        config = TypeAdapter(AnyModel).validate_python(about["config"])
-        model = SequenceModel(config, vocabulary=about["vocabulary"], length=about["length"])
+        config = TypeAdapter(AnyModel).validate_python(model_info["config"])
+        model = SequenceModel(config, vocabulary=model_info["vocabulary"], length=model_info["length"])
         model.load_state_dict(weights)
     summary = path.with_name("summary.json")
-    if summary.exists() and _read_summary(summary)["model"] != about:
+    if summary.exists() and _read_summary(summary)["model"] != model_info:
         raise ValueError(f"{path}: is of another model than {summary}; remove it and run `dvc checkout` or `dvc repro`")
     return model.eval()
 
 
 def split(task: str, name: str, device: torch.device) -> Split:
-    """The split `name` of the task's data as tensors on a device."""
+    """Read the split `name` of `task` as tensors on `device`."""
     from cat.evaluation.scores import Split
 
-    return Split.of(*(_on(device, array) for array in read_split(task, name)))
+    return Split.of(*(_to_device(array, device) for array in read_split(task, name)))
 
 
 def training_split(task: str, device: torch.device) -> TrainingSplit:
-    """The training split of the task's data on a device; on a CPU the tokens of a text stay in their file, mapped into memory."""
+    """Read the training split of `task` as tensors on `device`.
+
+    On a CPU the tokens of a text stay in their file, which is memory-mapped.
+    """
     import torch
 
     from cat.evaluation.scores import Split, TextSplit
 
-    read = read_training(task)
-    if not isinstance(read, Windows):
-        return Split.of(*(_on(device, array) for array in read))
+    data = read_training(task)
+    if not isinstance(data, Windows):
+        return Split.of(*(_to_device(array, device) for array in data))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a mapped file cannot be written to, which nothing does
-        tokens = torch.from_numpy(read.tokens)
-    return TextSplit(_indexable(tokens, device), torch.from_numpy(read.starts).to(device), read.length)
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the mapped file is read-only; nothing writes to it
+        tokens = torch.from_numpy(data.tokens)
+    return TextSplit(_indexable(tokens, device), torch.from_numpy(data.starts).to(device), data.length)
 
 
-def _on(device: torch.device, array: NDArray[Any]) -> Tensor:
+def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     import torch
 
     return _indexable(torch.tensor(array), device)
 
 
 def _indexable(tensor: Tensor, device: torch.device) -> Tensor:
-    """On a device, in a type of which rows can be taken there: on a GPU that is no unsigned one but uint8."""
+    """Move `tensor` to `device` in a type that can be indexed there; on a GPU, uint16 and uint32 cannot."""
     import torch
 
     if device.type != "cpu" and tensor.dtype in (torch.uint16, torch.uint32):
@@ -123,6 +129,6 @@ def _indexable(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def max_length(task: str, variant: str) -> int | None:
-    """The longest sequence that the trained variant can read; None where there is no limit."""
-    about = read_summary(task, variant)["model"]
-    return TypeAdapter(AnyModel).validate_python(about["config"]).max_length(about["length"])
+    """Return the longest sequence that the trained model accepts, or None if there is no limit."""
+    model_info = read_summary(task, variant)["model"]
+    return TypeAdapter(AnyModel).validate_python(model_info["config"]).max_length(model_info["length"])

@@ -1,4 +1,7 @@
-"""What another stage has written, read back: whole, or refused in one line that names the file and what to run."""
+"""Columns of every CSV table, declared once for writers and readers.
+
+Readers accept a complete table or raise a ValueError of one line that names the file and the fix.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 
 CURVES = ("train_loss", "max_loss", "grad_norm", "valid_loss", "valid_accuracy", "max_logit")
-"""Columns of a history besides its keys: the fields of cat.training.fit.ValidationRecord."""
+"""Quantities of a training history: the fields of cat.training.fit.ValidationRecord without `step`."""
 
 RESULTS_COLUMNS = {"task": str, "variant": str, "seed": int, "length": int, "metric": str, "value": float}
 FILTER_COLUMNS = {
@@ -28,6 +31,7 @@ POSITION_COLUMNS = {
     "task": str, "variant": str, "seed": int, "context": str, "position": int, "tokens": int, "bits_per_byte": float,
 }  # fmt: skip
 HISTORY_COLUMNS = {"learning_rate": float, "seed": int, "step": int, **dict.fromkeys(CURVES, float)}
+"""The run, then the fields of cat.training.fit.ValidationRecord."""
 COMPARISON_COLUMNS = {
     "claim": str, "task": str, "metric": str, "length": int, "variant": str, "baseline": str, "effect": float, "low": float,
     "high": float, "p_for": float, "p_against": float, "seeds": int, "verdict": str, "reason": str,
@@ -40,29 +44,32 @@ DIAGNOSIS_COLUMNS = {"task": str, "variant": str, "failure_mode": str, "evidence
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of an .npz file by name. Raises ValueError where it is anything else; nothing is ever unpickled."""
+    """Read the arrays of an .npz file by name, never unpickling. Raises ValueError if it is anything else."""
     with readable(path, "an .npz file of numbers"):
         if not zipfile.is_zipfile(path) and path.exists():
-            raise ValueError("no archive")
+            raise ValueError("not a zip archive")
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
 
 
 def read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
-    """A CSV table with these columns, and others perhaps; an empty field of numbers is nan. Raises ValueError otherwise."""
+    """Read a CSV table that has at least `columns`. An empty float field is nan.
+
+    Raises ValueError if a column is missing or a value has another type.
+    """
     with readable(path, "a CSV table"):
         return parse_table(path.read_text(encoding="utf-8"), columns)
 
 
 def parse_table(text: str, columns: Mapping[str, type]) -> pd.DataFrame:
-    """The table that a text is. Raises ValueError where it has not these columns, or another kind of value in them."""
+    """Parse a CSV table as `read_table` does."""
     import pandas as pd
 
     floats = {name: ["", "nan"] for name, kind in columns.items() if kind is float}
     if not text.endswith("\n"):
-        raise ValueError("its last line has no end")
-    # By default a variant called `null` or `nan` would be no text but a gap.
-    found = pd.read_csv(io.StringIO(text), dtype=dict(columns), keep_default_na=False, na_values=floats)
-    if missing := [name for name in columns if name not in found]:
+        raise ValueError("its last line has no line break")
+    # By default pandas would read a variant called `null` or `nan` as a missing value.
+    table = pd.read_csv(io.StringIO(text), dtype=dict(columns), keep_default_na=False, na_values=floats)
+    if missing := [name for name in columns if name not in table]:
         raise ValueError(f"lacks the column {missing[0]}")
-    return found
+    return table

@@ -1,4 +1,4 @@
-"""The generated data of a task, read back."""
+"""Read the generated data of a task."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from pipeline.storage.paths import DATA, HELDOUT, PLAN
 
 
 class Meta(NamedTuple):
-    """What training needs to know of a task's data."""
+    """Description of a task's data for training."""
 
     vocabulary: int
     length: int
     goal: str
     autoregressive: bool
     digest: str
-    """Of all that training reads, the examples too; the test splits are nothing to it."""
+    """Changes with everything that training reads, including the examples, but not with the test splits."""
 
 
 def read_meta(task: str) -> Meta:
     path = DATA / task / "meta.json"
     meta = read_json(path)
     with readable(path, "the description of a task's data"):
-        about = meta["vocabulary"], meta["length"], meta["goal"], meta["autoregressive"]
-        return Meta(*about, digest=hashlib.sha256(path.read_bytes()).hexdigest())
+        fields = meta["vocabulary"], meta["length"], meta["goal"], meta["autoregressive"]
+        return Meta(*fields, digest=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 def read_task(task: str) -> Task:
-    """The configuration that the task's test splits, and with them its data, were generated from."""
+    """Read the task configuration from which the data were generated."""
     path = HELDOUT / task / "meta.json"
     meta = read_json(path)
     with readable(path, "the description of a task's data"):
@@ -41,14 +41,14 @@ def read_task(task: str) -> Task:
 
 
 def read_split(task: str, split: str) -> Examples:
-    """Any but the training split of a text. Raises ValueError where there is no such split, or something else in its file."""
+    """Read a split other than the training split of a text. Raises ValueError if it is missing or damaged."""
     path = (HELDOUT if split.startswith("test_") else DATA) / task / f"{split}.npz"
     with readable(path, "a split of a task's data"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return Examples(arrays["inputs"], arrays["targets"])
 
 
 def read_training(task: str) -> Examples | Windows:
-    """The training split; the tokens that windows are cut from are left in their file. Raises ValueError as `read_split` does."""
+    """Read the training split; the tokens of a text are memory-mapped. Raises ValueError as `read_split` does."""
     path = DATA / task / "train.npz"
     with readable(path, "a split of a task's data"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         if "starts" not in arrays:
@@ -62,11 +62,11 @@ def _map_tokens(task: str) -> np.ndarray:
     path = DATA / task / "tokens.npy"
     with readable(path, "the tokens of a training split"):
         if sha256(path) != meta["tokens"]:
-            raise ValueError("its SHA-256 is not that of meta.json")
+            raise ValueError("its SHA-256 differs from that in meta.json")
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
 def read_code(variant: str) -> str | None:
-    """The listing of the code that trains the variant, if the study has been planned."""
+    """Read the list of code digests of the variant, or None before `plan` has run."""
     path = PLAN / "train" / f"{variant}.txt"
     return path.read_text(encoding="utf-8") if path.exists() else None

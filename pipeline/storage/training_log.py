@@ -1,4 +1,4 @@
-"""logs/<task>/<variant>.json: when, by which commit and how fast a cell was trained; where that was in this folder."""
+"""Read logs/<task>/<variant>.json: when, by which commit and how fast a cell was trained."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.storage.paths import LOGS
 
 
 def read_log(task: str, variant: str) -> Any | None:
-    """`commit`, `dirty`, `started`, `seconds` of this very result; None where it was not trained here but restored."""
+    """Return `commit`, `dirty`, `started`, `seconds`, or None if the result was restored, not trained here."""
     path = LOGS / task / f"{variant}.json"
     log = read_json(path) if path.exists() else None
     return log if log is not None and log["summary"] == runs.digest(task, variant) else None

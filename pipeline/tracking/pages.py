@@ -1,4 +1,4 @@
-"""Links and descriptions in the MLflow pages."""
+"""The texts of MLflow's pages: links and descriptions, and the tags that the links search for."""
 
 from __future__ import annotations
 
@@ -6,83 +6,86 @@ import json
 from urllib.parse import quote
 
 from pipeline.config.study import Study
+from pipeline.reporting.labels import task_label
 from pipeline.tracking.records import STUDY, Record
 
+KEY_TAG, CONTEXT_TAG, FOLDER_TAG = "cat.key", "cat.context", "cat.folder"
+"""Tags: the record's key, the DVC experiment, and the folder that logged the run."""
 WORKSPACE = "workspace"
-"""The context of a run of no experiment of DVC's."""
-_KEY, _CONTEXT, _FOLDER = "cat.key", "cat.evaluation.by_position", "cat.folder"
-QUERY = ",.'="
-"""What stays as it is in the query of an address."""
+"""The context of a run outside DVC experiments."""
+UNQUOTED = ",.'="
+"""Characters that MLflow's addresses keep as they are."""
 
 
 class Pages:
-    """Addresses within MLflow's pages, and the notes that link figures to runs and runs to figures."""
+    """Descriptions of experiments and runs; figures link to runs, and runs link to figures."""
 
-    def __init__(self, study: Study, experiments: dict[str, str], context: str):
-        self.study, self.experiments = study, experiments
-        self.here = f"tags.current = 'yes' and {_in_context(context)}"
-        self.report = ""
-        """The run of the report."""
+    def __init__(self, study: Study, experiment_ids: dict[str, str], context: str):
+        self.study, self.experiment_ids = study, experiment_ids
+        self.current = f"tags.current = 'yes' and {context_filter(context)}"
+        self.report_id = ""
+        """The id of the report's run; set when it is known."""
 
-    def about(self, experiment: str) -> str:
-        """What an experiment is, and its runs as one would look for them."""
+    def experiment_note(self, experiment: str) -> str:
+        """Describe an experiment, with links to useful views of its runs."""
         if experiment == STUDY:
-            return "The reports: figures, tables, verdicts. The one whose tag `current` is yes is that of the files."
+            return "The reports: figures, tables, verdicts. The tag `current` is yes for the report of the present files."
         from pipeline.storage.results import PRIMARY
 
         goal = self.study.tasks[experiment].data.goal
-        best = f"{PRIMARY[goal]}_{max(self.study.evaluate.multiples):g}x"
-        by = f"&orderByKey=metrics.%60{best}%60&orderByAsc={'false' if goal == 'accuracy' else 'true'}"
-        variants, seeds = (f"{self.here} and tags.kind = '{kind}'" for kind in ("variant", "seed"))
-        listed = (
-            (f"the variants, the best first, by `{best}`", variants, by),
-            (f"their `test/{PRIMARY[goal]}` against length, as a chart", variants, "&compareRunsMode=CHART"),
-            ("every seed", seeds, by),
-            ("what older studies found", "tags.current = 'no'", ""),
-            ("what experiments of DVC found", f"tags.{_CONTEXT} != '{WORKSPACE}'", ""),
+        metric = f"{PRIMARY[goal]}_{max(self.study.evaluate.multiples):g}x"
+        order = f"&orderByKey=metrics.%60{metric}%60&orderByAsc={'false' if goal == 'accuracy' else 'true'}"
+        variants, seeds = (f"{self.current} and tags.kind = '{kind}'" for kind in ("variant", "seed"))
+        views = (
+            (f"variants, best first by `{metric}`", variants, order),
+            (f"variants, chart of `test/{PRIMARY[goal]}` against length", variants, "&compareRunsMode=CHART"),
+            ("seeds, best first", seeds, order),
+            ("runs of older studies", "tags.current = 'no'", ""),
+            ("runs of DVC experiments", f"tags.{CONTEXT_TAG} != '{WORKSPACE}'", ""),
         )
-        links = "\n".join(f"* [{words}]({self._search([experiment], wanted)}{more})" for words, wanted, more in listed)
+        links = "\n".join(f"* [{text}]({self._search_link([experiment], search)}{options})" for text, search, options in views)
         return (
-            f"A run a variant, with means over its seeds, whose runs are within it.\n\n{links}\n\n"
+            f"Task `{experiment}`: {task_label(self.study, experiment)}. Each variant has a run with means over its seeds,"
+            f" which contains a run per seed.\n\n{links}\n\n"
             "A metric `test/...` has the evaluation length as its step; `..._sd` is the standard deviation over seeds."
         )
 
-    def note(self, record: Record, run_id: str) -> str:
-        """What is said of the run, and where to go from it."""
+    def run_note(self, record: Record, run_id: str) -> str:
+        """Describe a run, with links to its figures or, for the report, to the runs in each figure."""
         parts = [record.note]
         if record.kind == "report":
-            tasks = [name for name in self.experiments if name != STUDY]
-            wanted = {figure: f"tags.`figure.{figure}` = 'yes' and {self.here}" for figure in record.figures}
-            links = [f"[{figure}]({self._search(tasks, runs_of_it)})" for figure, runs_of_it in wanted.items()]
+            tasks = [name for name in self.experiment_ids if name != STUDY]
+            searches = {figure: f"tags.`figure.{figure}` = 'yes' and {self.current}" for figure in record.figures}
+            links = [f"[{figure}]({self._search_link(tasks, search)})" for figure, search in searches.items()]
             parts = ["Report, figures and tables are under Artifacts.", record.note, f"The runs in a figure: {', '.join(links)}."]
         if record.kind == "seed":
             parts.append(f'```python\nfrom pipeline.tracking.store import load_run\n\nmodel = load_run("{run_id}")\n```')
         if record.kind != "report":
-            shown = ", ".join(f"[{figure}]({self._artifact(f'figures/{figure}.png')})" for figure in record.figures)
-            parts.append(f"Figures that it is in: {shown or 'none'}; [the report]({self._artifact('report.html')}).")
+            figures = ", ".join(f"[{figure}]({self._artifact_link(f'figures/{figure}.svg')})" for figure in record.figures)
+            parts.append(f"Figures that show it: {figures or 'none'}; [the report]({self._artifact_link('report.html')}).")
         if "dvc.md5" in record.tags:
             parts.append(
-                f"`git log -S {record.tags['dvc.md5']} -- dvc.lock` finds the commits whose dvc.lock has this result, as that of"
-                f" the stage `{record.tags['dvc.stage']}`."
+                f"`git log -S {record.tags['dvc.md5']} -- dvc.lock` finds the commits whose dvc.lock has this result of the stage"
+                f" `{record.tags['dvc.stage']}`."
             )
         return "\n\n".join(parts)
 
-    def _search(self, experiments: list[str], wanted: str) -> str:
-        ids = [self.experiments[name] for name in experiments]
+    def _search_link(self, experiments: list[str], search: str) -> str:
+        ids = [self.experiment_ids[name] for name in experiments]
         page = f"#/experiments/{ids[0]}/runs?workflowType=machine_learning"
         if len(ids) > 1:
-            page = f"#/compare-experiments/s?experiments={quote(json.dumps(ids, separators=(',', ':')), safe=QUERY)}"
-        return f"{page}&searchFilter={quote(wanted, safe=QUERY)}"
+            page = f"#/compare-experiments/s?experiments={quote(json.dumps(ids, separators=(',', ':')), safe=UNQUOTED)}"
+        return f"{page}&searchFilter={quote(search, safe=UNQUOTED)}"
 
-    def _artifact(self, path: str) -> str:
-        return f"#/experiments/{self.experiments[STUDY]}/runs/{self.report}/artifacts/{path}"
-
-
-def _in_context(name: str) -> str:
-    """The runs of one of DVC's experiments, or of none."""
-    return f"tags.{_CONTEXT} = '{_context(name)}'"
+    def _artifact_link(self, path: str) -> str:
+        return f"#/experiments/{self.experiment_ids[STUDY]}/runs/{self.report_id}/artifacts/{path}"
 
 
-def _context(name: str) -> str:
-    """How a tag names one of DVC's experiments: without quotes, which MLflow's filters cannot escape."""
+def context_filter(name: str) -> str:
+    """Write the search filter for the runs of a DVC experiment; an empty name means the workspace."""
+    return f"tags.{CONTEXT_TAG} = '{context_tag(name)}'"
+
+
+def context_tag(name: str) -> str:
+    """Write a DVC experiment's name without quotes, because MLflow's filters cannot escape them."""
     return quote(name) or WORKSPACE

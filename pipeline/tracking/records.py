@@ -1,4 +1,4 @@
-"""What is logged: a record for each MLflow run."""
+"""What MLflow shows, as plain records: one Record per run. Nothing here imports MLflow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 STUDY = "study"
-"""The experiment that holds the run of the report."""
+"""The experiment of the report's run."""
 CURVES = {
     "train_loss": "train/loss",
     "max_loss": "train/max_loss",
@@ -35,13 +35,16 @@ CURVES = {
     "valid_accuracy": "valid/accuracy",
     "max_logit": "attention/max_logit",
 }
-"""How a column of a history is called here."""
+"""Column of history.csv -> name of the MLflow metric."""
 _OFF = "-"
+
+MetricValue = tuple[str, int, float]
+"""Name, step and value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One run to be: all that is logged, so that its digest says whether it is logged already."""
+    """Everything that is logged in one run."""
 
     experiment: str
     kind: Literal["report", "variant", "seed"]
@@ -49,26 +52,26 @@ class Record:
     note: str
     params: dict[str, str]
     tags: dict[str, str]
-    metrics: list[tuple[str, int, float]]
-    """Name, step and value."""
+    metrics: list[MetricValue]
     files: dict[str, list[Path]]
     """Artifact folder -> files."""
     figures: tuple[str, ...]
-    """The ablations in whose figures it is."""
+    """The ablations whose figures show the run."""
     parent: str | None = None
-    """The key of the variant's run that a seed's run is shown in."""
+    """For a seed: the key of its variant's run, which contains it in the pages."""
     volatile_files: tuple[Path, ...] = ()
-    """Files that differ from time to time, and are logged with the rest."""
+    """Files with times or commits in them: logged, but not part of the digest."""
     origin: dict[str, str] = field(default_factory=dict)
-    """By which commit it was trained, where that is known."""
+    """The commit that trained it, if known."""
     dataset: dict[str, str] | None = None
     seconds: float | None = None
     started: float | None = None
     context: str = field(default_factory=lambda: os.environ.get("DVC_EXP_NAME", ""))
+    """The DVC experiment; empty for the workspace."""
 
     @cached_property
-    def content(self) -> str:
-        """A digest of everything but when, where, by which commit and in which of DVC's experiments."""
+    def content_digest(self) -> str:
+        """A digest of everything except time, place, commit and DVC experiment."""
         digest = hashlib.sha256()
         texts = [self.experiment, self.kind, self.name, self.note, self.figures]
         digest.update(json.dumps([*texts, self.params, self.tags, self.dataset]).encode())
@@ -80,96 +83,99 @@ class Record:
 
     @property
     def key(self) -> str:
-        """What its run is found by: the same content has a run in each of DVC's experiments."""
-        return hashlib.sha256(f"{self.content} {self.context}".encode()).hexdigest()[:32]
+        """The tag that finds the run. Each DVC experiment has a run of its own for the same content."""
+        return hashlib.sha256(f"{self.content_digest} {self.context}".encode()).hexdigest()[:32]
 
 
-def _task_records(study: Study) -> Iterator[Record]:
-    from pipeline.storage.results import read_filters, read_history, read_results
+def task_records(study: Study) -> Iterator[Record]:
+    """Yield a record per variant, followed by the records of its seeds, task by task."""
+    from pipeline.storage.results import read_filters, read_results
 
     results = read_results(study)
-    shared = _shared_params(study)
-    stages = {(c.task, c.variant): f"train_{c.ablation}@{c.task}-{c.variant}" for c in cells(study)}
-    for task, section in study.tasks.items():
-        meta = read_json(DATA / task / "meta.json")
-        digest = hashlib.sha256((DATA / task / "meta.json").read_bytes()).hexdigest()[:16]
+    for task in study.tasks:
         filters = read_filters(task)
-        data_params = {f"data.{key}": str(value) for key, value in section.data.model_dump(mode="json").items()}
+        scores = results[results["task"] == task]
         for variant in variants_on(study, task):
-            summary = runs.read_summary(task, variant)
-            history = read_history(study, task, variant, summary["learning_rate"])
-            scores = results[(results["task"] == task) & (results["variant"] == variant)]
-            origin, started, seconds = _origin(task, variant)
-            chosen = [r for r in summary["runs"] if r["learning_rate"] == summary["learning_rate"] and r["seed"] in study.seeds]
-            common: dict[str, Any] = {
-                "experiment": task,
-                "figures": tuple(
-                    n for n, a in study.ablations.items() if task in shown_tasks(study, a) and variant in shown_variants(a)
-                ),
-                "origin": origin,
-                "dataset": {"name": task, "digest": digest, "path": str(DATA / task), "kind": meta["kind"]},
-                "started": started,
-                "seconds": seconds,
-            }
-            parameters = {
-                "task": task,
-                "variant": variant,
-                **_model_params(study, variant),
-                "learning_rate": f"{summary['learning_rate']:g}",
-                "parameters": str(summary["parameters"]),
-                "steps": str(section.training.steps),
-                "batch": str(section.training.batch),
-                **shared,
-                **data_params,
-            }
-            tags = {
-                "task": task,
-                "variant": variant,
-                "device": summary["device"],
-                "data_digest": digest,
-                "dvc.stage": stages[task, variant],
-                "dvc.md5": dvc_md5(runs.folder(task, variant)),
-            }
-            seeds = ", ".join(map(str, study.seeds))
-            whole_cell = Record(
-                kind="variant",
-                name=variant,
-                note=f"`{variant}` on `{task}`: mean over seeds {seeds}; `..._sd` is the standard deviation.",
-                params={**parameters, "seed": seeds},
-                tags={**tags, "seed": seeds, "diverged": str(sum(run["stop"] == "diverged" for run in chosen))},
-                metrics=[*_curves(_over_seeds(history)), *_scores(study, task, scores)],
-                files={"": [runs.folder(task, variant) / "summary.json", runs.folder(task, variant) / "history.csv"]},
-                **common,
+            yield from _cell_records(
+                study, task, variant, scores[scores["variant"] == variant], filters[filters["variant"] == variant]
             )
-            yield whole_cell
-            for run in sorted(chosen, key=lambda run: study.seeds.index(run["seed"])):
-                seed = run["seed"]
-                weights = runs.weights_path(task, variant, seed)
-                yield Record(
-                    kind="seed",
-                    parent=whole_cell.key,
-                    name=f"{variant} seed {seed}",
-                    note=f"`{variant}` on `{task}`, seed {seed}: stopped by {run['stop']} after {run['steps']} steps.",
-                    params={**parameters, "seed": str(seed)},
-                    tags={
-                        **tags,
-                        "seed": str(seed),
-                        "stop": run["stop"],
-                        "solves_every_length": _shown(run["solves_every_length"]),
-                    },
-                    metrics=[
-                        *_curves(history[history["seed"] == seed]),
-                        *_scores(study, task, scores[scores["seed"] == seed]),
-                        *_filters(filters[(filters["variant"] == variant) & (filters["seed"] == seed)]),
-                        ("steps_run", 0, float(run["steps"])),
-                    ],
-                    files={"weights": [weights] if weights.exists() else []},
-                    **common,
-                )
+
+
+def _cell_records(study: Study, task: str, variant: str, scores: pd.DataFrame, filters: pd.DataFrame) -> Iterator[Record]:
+    from pipeline.reporting.labels import task_label, variant_label, with_slug
+    from pipeline.storage.results import read_history
+
+    meta = DATA / task / "meta.json"
+    dataset_kind = read_json(meta)["kind"]
+    data_digest = hashlib.sha256(meta.read_bytes()).hexdigest()[:16]
+    summary = runs.read_summary(task, variant)
+    history = read_history(study, task, variant, summary["learning_rate"])
+    chosen = [r for r in summary["runs"] if r["learning_rate"] == summary["learning_rate"] and r["seed"] in study.seeds]
+    origin, started, seconds = _origin(task, variant)
+    common: dict[str, Any] = {
+        "experiment": task,
+        "figures": tuple(
+            name
+            for name, ablation in study.ablations.items()
+            if task in shown_tasks(study, ablation) and variant in shown_variants(ablation)
+        ),
+        "origin": origin,
+        "dataset": {"name": task, "digest": data_digest, "path": str(DATA / task), "kind": dataset_kind},
+        "started": started,
+        "seconds": seconds,
+    }
+    label = variant_label(study, variant)
+    params = {"task": task, "variant": variant, "label": label, **_cell_params(study, task, variant, summary)}
+    tags = {
+        "task": task,
+        "variant": variant,
+        "label": label,
+        "device": summary["device"],
+        "data_digest": data_digest,
+        "dvc.stage": next(f"train_{c.ablation}@{task}-{variant}" for c in cells(study) if (c.task, c.variant) == (task, variant)),
+        "dvc.md5": dvc_md5(runs.folder(task, variant)),
+    }
+    name, seeds = with_slug(label, variant), ", ".join(map(str, study.seeds))
+    subject = f"`{variant}` ({label}) on `{task}` ({task_label(study, task)})"
+    mean = Record(
+        kind="variant",
+        name=name,
+        note=f"{subject}: mean over seeds {seeds}; `..._sd` is the standard deviation.",
+        params={**params, "seed": seeds},
+        tags={**tags, "seed": seeds, "diverged": str(sum(run["stop"] == "diverged" for run in chosen))},
+        metrics=[*_curves(_mean_over_seeds(history)), *_scores(study, task, scores)],
+        files={"": [runs.folder(task, variant) / "summary.json", runs.folder(task, variant) / "history.csv"]},
+        **common,
+    )
+    yield mean
+    for run in sorted(chosen, key=lambda run: study.seeds.index(run["seed"])):
+        seed = run["seed"]
+        weights = runs.weights_path(task, variant, seed)
+        yield Record(
+            kind="seed",
+            parent=mean.key,
+            name=f"{name} seed {seed}",
+            note=f"{subject}, seed {seed}: stopped by {run['stop']} after {run['steps']} steps.",
+            params={**params, "seed": str(seed)},
+            tags={
+                **tags,
+                "seed": str(seed),
+                "stop": run["stop"],
+                "solves_every_length": _param_value(run["solves_every_length"]),
+            },
+            metrics=[
+                *_curves(history[history["seed"] == seed]),
+                *_scores(study, task, scores[scores["seed"] == seed]),
+                *_filters(filters[filters["seed"] == seed]),
+                ("steps_run", 0, float(run["steps"])),
+            ],
+            files={"weights": [weights] if weights.exists() else []},
+            **common,
+        )
 
 
 def dvc_md5(folder: Path) -> str:
-    """What dvc.lock calls a folder: the digest of the list of its files with theirs."""
+    """Compute the md5 that dvc.lock has for a folder: a digest of its list of files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = [
         {"md5": hashlib.md5(path.read_bytes()).hexdigest(), "relpath": path.relative_to(folder).as_posix()} for path in files
@@ -177,8 +183,8 @@ def dvc_md5(folder: Path) -> str:
     return hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
-def _report_record(study: Study) -> Record:
-    """The figures and tables: not of one run but of all of them."""
+def report_record(study: Study) -> Record:
+    """Describe the report: figures, tables and verdicts of the whole study."""
     from pipeline.reporting.verdicts import read_verdicts
 
     tables = sorted([*REPORTS.glob("*.csv"), *RESULTS.rglob("*.csv"), *VERDICTS.glob("*.csv")])
@@ -192,41 +198,51 @@ def _report_record(study: Study) -> Record:
         tags={},
         metrics=[],
         files={
-            "": [path for name in ("params.yaml", "claims.yaml") if (path := Path(name)).exists()],
-            "figures": sorted((REPORTS / "figures").glob("*.png")),
-            "svg": sorted((REPORTS / "svg").glob("*.svg")),
+            "": [path for path in (Path("params.yaml"), Path("claims.yaml"), REPORTS / "report.md") if path.exists()],
+            "figures": sorted((REPORTS / "figures").glob("*.svg")),
             "tables": tables,
         },
-        volatile_files=tuple(path for name in ("report.md", "report.html", "cost.png") if (path := REPORTS / name).exists()),
-        figures=tuple(n for n, a in study.ablations.items() if shown_tasks(study, a) and shown_variants(a)),
+        volatile_files=tuple(path for path in [REPORTS / "report.html"] if path.exists()),
+        figures=tuple(
+            name for name, ablation in study.ablations.items() if shown_tasks(study, ablation) and shown_variants(ablation)
+        ),
     )
 
 
-def _shared_params(study: Study) -> dict[str, str]:
-    return {**{key: f"{value:g}" for key, value in study.optimizer.model_dump().items()}, "precision": study.precision}
+def _cell_params(study: Study, task: str, variant: str, summary: Mapping[str, Any]) -> dict[str, str]:
+    section = study.tasks[task]
+    return {
+        **_model_params(study, variant),
+        "learning_rate": f"{summary['learning_rate']:g}",
+        "parameters": str(summary["parameters"]),
+        "steps": str(section.training.steps),
+        "batch": str(section.training.batch),
+        **{key: f"{value:g}" for key, value in study.optimizer.model_dump().items()},
+        "precision": study.precision,
+        **{f"data.{key}": str(value) for key, value in section.data.model_dump(mode="json").items()},
+    }
 
 
 def _model_params(study: Study, variant: str) -> dict[str, str]:
-    """The same keys for every variant of the study: what a mixer does not have is `-`, as is what is switched off."""
+    """Every variant has the same keys; a key that its mixer lacks, or that is off, is `-`."""
     keys = dict.fromkeys(key for model in study.variants.values() for key in type(model).model_fields)
     model = study.variants[variant]
     values = model.model_dump()
     if isinstance(model, HybridConfig):
-        values["blocks"] = "; ".join(_block(block) for block in model.blocks)
-    return {f"model.{key}": _shown(values.get(key)) for key in keys}
+        values["blocks"] = "; ".join(_block_params(block) for block in model.blocks)
+    return {f"model.{key}": _param_value(values.get(key)) for key in keys}
 
 
-def _block(config: ModelConfig) -> str:
-    """The mixer of a block, and what is said of it."""
-    said = config.model_dump(exclude_defaults=True, exclude={"mixer", *MODEL_KEYS})
-    return " ".join([config.mixer, *(f"{key}={value}" for key, value in said.items())])
+def _block_params(config: ModelConfig) -> str:
+    changed = config.model_dump(exclude_defaults=True, exclude={"mixer", *MODEL_KEYS})
+    return " ".join([config.mixer, *(f"{key}={value}" for key, value in changed.items())])
 
 
-def _shown(value: Any) -> str:
+def _param_value(value: Any) -> str:
     return _OFF if value is None or value is False else str(value).lower()
 
 
-def _curves(history: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
+def _curves(history: pd.DataFrame) -> Iterator[MetricValue]:
     steps = history["step"].tolist()
     for column, name in CURVES.items():
         for step, value in zip(steps, history[column].tolist(), strict=True):
@@ -234,18 +250,19 @@ def _curves(history: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
                 yield name, step, value
 
 
-def _over_seeds(history: pd.DataFrame) -> pd.DataFrame:
-    """The mean curve; seeds that stopped early keep their last value."""
+def _mean_over_seeds(history: pd.DataFrame) -> pd.DataFrame:
+    """Average the curves; a seed that stopped early keeps its last value."""
     import pandas as pd
 
     seeds = history.pivot(index="step", columns="seed", values=[*CURVES]).ffill()
     return pd.DataFrame({name: seeds[name].mean(axis=1) for name in CURVES}).reset_index()
 
 
-def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
-    """Every test metric with the length as its step, and the primary one once more by name for each length of the tables.
+def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[MetricValue]:
+    """Yield every test metric, with the length as its step.
 
-    Of several seeds the mean, and with `_sd` the standard deviation.
+    The primary metric is repeated as e.g. `accuracy_8x` for each length of the tables, so that runs can be sorted by it. Several
+    seeds give the mean and, with the ending `_sd`, the standard deviation.
     """
     from pipeline.storage.results import PRIMARY
 
@@ -258,15 +275,15 @@ def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[tuple[str
                 yield f"{name}_{multiple:g}x{ending}", 0, float(value)
 
 
-def _filters(filters: pd.DataFrame) -> Iterator[tuple[str, int, float]]:
-    """A filter as a curve over how far back its taps are: `filter/1_k_0` is that of layer 1 on the keys of head 0."""
+def _filters(filters: pd.DataFrame) -> Iterator[MetricValue]:
+    """Yield each kernel with the lag as its step: `filter/1_k_0` is layer 1, projection K, head 0."""
     names = filters["layer"].astype(str) + "_" + filters["projection"] + "_" + filters["head"].str.replace(">", "_to_")
     for name, lag, value in zip(names, filters["lag"], filters["value"], strict=True):
         yield f"filter/{name}", int(lag), float(value)
 
 
 def _origin(task: str, variant: str) -> tuple[dict[str, str], float | None, float | None]:
-    """Commit, start and duration, where this very result was trained here and not restored from a cache."""
+    """Commit, start and duration; unknown if the result was restored from a cache instead of trained here."""
     log = read_log(task, variant)
     if log is None:
         return {}, None, None

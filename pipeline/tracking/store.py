@@ -1,4 +1,4 @@
-"""The MLflow store of this folder."""
+"""The MLflow store on disk: create it, repair its paths, load a model from it, and tell whether it is up to date."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ if TYPE_CHECKING:
 
 STORE, ARTIFACTS = Path("mlflow.db"), Path("mlartifacts")
 COMPLETE = ARTIFACTS / ".complete"
-"""What the files and the store looked like when the store was complete."""
+"""The fingerprint of the files and the store after the last complete synchronisation."""
 STAMP = ARTIFACTS / "stamp"
-"""A digest of all that is logged, whenever and wherever that was trained."""
+"""A digest of everything that is logged, without times and places; the output of DVC's stage."""
+
+
+def tracking_uri() -> str:
+    # A relative path, because the full path may contain characters with a meaning in addresses, such as ? and %.
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{STORE}"
 
 
 def create_store() -> None:
-    """A store without runs, whole or not at all: MLflow makes its tables one by one, and cannot go on where that was ended."""
+    """Create an empty store atomically.
+
+    MLflow creates its tables one by one and cannot continue after an interruption.
+    """
     from mlflow.tracking import MlflowClient
 
     folder = STORE.with_name(f".{STORE.name}.part")
@@ -38,34 +46,33 @@ def create_store() -> None:
 
 
 def relocate_artifacts() -> None:
-    """MLflow keeps the full paths of artifacts: in a store that was copied or moved they lead to the folder where it was.
+    """Point the artifact paths of a copied or moved store to this folder.
 
-    Raises ValueError where the store cannot be read.
+    MLflow stores full paths, so those of a copy still point to the original. Raises ValueError if the store is unreadable.
     """
     here = ARTIFACTS.resolve().as_uri()
     try:
-        # Not by MLflow, which has no way to do it.
-        with closing(sqlite3.connect(STORE)) as opened, opened:
-            for name, place in list(opened.execute("select name, artifact_location from experiments")):
-                there, _, folder = place.rpartition("/")
-                if there.endswith(f"/{ARTIFACTS.name}") and unquote(folder) == name and there != here:
+        # By SQL, because MLflow has no function for it.
+        with closing(sqlite3.connect(STORE)) as connection, connection:
+            for name, location in list(connection.execute("select name, artifact_location from experiments")):
+                old, _, folder = location.rpartition("/")
+                if old.endswith(f"/{ARTIFACTS.name}") and unquote(folder) == name and old != here:
                     for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
-                        inside = f"substr({column}, 1, {len(place)}) = ?"
-                        moved = f"? || substr({column}, {len(there) + 1})"
-                        opened.execute(f"update {table} set {column} = {moved} where {inside}", (here, place))
+                        is_inside = f"substr({column}, 1, {len(location)}) = ?"
+                        moved = f"? || substr({column}, {len(old) + 1})"
+                        connection.execute(f"update {table} set {column} = {moved} where {is_inside}", (here, location))
     except sqlite3.DatabaseError as error:
-        raise ValueError(f"{STORE}: {error}; without it and {ARTIFACTS} it is built again") from None
+        raise ValueError(f"{STORE}: {error}. Fix: delete {STORE} and {ARTIFACTS}; they are rebuilt") from None
 
 
 def local_path(uri: str) -> Path:
-    """The folder on this machine that MLflow calls so."""
     return Path(unquote(urlparse(uri).path))
 
 
 def load_run(run_id: str) -> SequenceModel:
-    """The trained model of a seed's run in the store of this folder, or that of MLFLOW_TRACKING_URI.
+    """Load the trained model of a seed's run, from this folder's store or MLFLOW_TRACKING_URI.
 
-    Raises ValueError where there is no such run, or it has no weights.
+    Raises ValueError if the run does not exist or has no weights.
     """
     from mlflow.artifacts import download_artifacts
     from mlflow.exceptions import MlflowException
@@ -74,25 +81,24 @@ def load_run(run_id: str) -> SequenceModel:
     try:
         found = MlflowClient(tracking_uri()).list_artifacts(run_id, "weights")
         if not found:
-            raise ValueError(f"run {run_id} has no weights: they are in the runs of single seeds that did not diverge")
+            raise ValueError(f"run {run_id} has no weights: only runs of single seeds that did not diverge have them")
         return runs.load_model(download_artifacts(f"runs:/{run_id}/{found[0].path}", tracking_uri=tracking_uri()))
     except MlflowException as error:
         raise ValueError(f"MLflow at {tracking_uri()}: {' '.join(str(error).split())[:200]}") from None
 
 
-def tracking_uri() -> str:
-    # A relative path: in that of the folder there may be signs that mean something in an address, such as ? and %.
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{STORE}"
-
-
 def fingerprint() -> str:
-    """A digest of the names, sizes and times of all that is logged, of what logs it, and of the store; of where all this is."""
+    """Compute a digest of the sizes and times of all logged files, this code and the store, and of the folder's path.
+
+    It reads no file, so that a store that is up to date is recognised quickly.
+    """
     folders = (path for folder in (RUNS, RESULTS, VERDICTS, REPORTS, LOGS) for path in folder.rglob("*"))
-    files = sorted([*folders, *DATA.glob("*/meta.json"), Path("params.yaml"), Path(__file__), STORE])
+    code = Path(__file__).parent.glob("*.py")
+    files = sorted([*folders, *DATA.glob("*/meta.json"), Path("params.yaml"), *code, STORE])
     digest = hashlib.sha256(os.environ.get("DVC_EXP_NAME", "").encode())
     for path in files:
         if path.is_file():
-            about = path.stat()
-            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode())
+            status = path.stat()
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     digest.update(os.fsencode(f"{Path.cwd()} {sorted(map(str, ARTIFACTS.glob('*/*')))}"))
     return digest.hexdigest()

@@ -1,6 +1,5 @@
-"""The library stands alone: a layer in three lines for somebody's own model, and an example that swaps it into a transformer."""
+"""Tests of CAT attention as a layer for your own model, and of the example that uses it in a transformer."""
 
-import re
 import subprocess
 import sys
 import textwrap
@@ -18,7 +17,6 @@ from tests.helpers.study import ROOT
 from tests.repo.test_imports import FOREIGN_TO_CAT, loaded_by
 
 BLOCKED = FOREIGN_TO_CAT | {"yaml", "scipy", "rich", "markdown_it"}
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 WIDTH, HEADS, LENGTH = 12, 2, 9
 ATTENTIONS = {
     "torch": transformer.TorchAttention,
@@ -27,54 +25,52 @@ ATTENTIONS = {
 
 
 def run(script):
-    """What a script prints in a fresh interpreter, where no type is checked but by the code itself."""
+    """Return what a script prints in a fresh interpreter, without the type checks of the tests."""
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_the_layer_needs_nothing_of_the_study():
+def test_the_layer_does_not_import_the_study():
     script = f"""
         import sys
-        sys.modules.update(dict.fromkeys({sorted(BLOCKED)}))  # what is None there cannot be imported
+        sys.modules.update(dict.fromkeys({sorted(BLOCKED)}))  # None prevents the import
         import torch
         from cat import ConvolutionAugmentedAttention
-        layer = ConvolutionAugmentedAttention(width=8, heads=2, q=4, k=4, v=4)
+        layer = ConvolutionAugmentedAttention(width=8, heads=2, conv_q=4, conv_k=4, conv_v=4)
         print(*layer(torch.randn(3, 5, 8)).shape)
     """
     assert run(textwrap.dedent(script)) == "3 5 8\n"
 
 
-def test_the_three_lines_of_the_documentation_run():
-    (snippet,) = re.findall(r"## The layer alone\n.*?```python\n(.*?)```", README, flags=re.DOTALL)
-    documented = [line.strip() for line in cat.__doc__.splitlines() if line.startswith("    ")]
-    for lines in (documented, snippet.replace("\n\n", "\n").splitlines()):
-        assert len(lines) == 3
-        names = {"x": torch.randn(2, 7, 256)}
-        exec("\n".join(lines), names)
-        assert names["y"].shape == names["x"].shape
+def test_the_example_of_the_docstring_runs():
+    lines = [line.strip() for line in cat.__doc__.splitlines() if line.startswith("    ")]
+    assert len(lines) == 3
+    names = {"x": torch.randn(2, 7, 256)}
+    exec("\n".join(lines), names)
+    assert names["y"].shape == names["x"].shape
 
 
-def test_the_package_loads_what_is_asked_for():
+def test_importing_a_configuration_does_not_import_torch():
     assert not loaded_by("import cat") & {"torch", "pydantic", "numpy"}
-    assert "torch" not in loaded_by("from cat import Attention")
+    assert "torch" not in loaded_by("from cat import AttentionConfig")
     assert "torch" not in loaded_by("import cat.config")
     assert "torch" in loaded_by("from cat import SequenceModel")
 
 
 @pytest.mark.parametrize("name", cat.__all__)
-def test_every_exported_name_is_there(name):
+def test_every_exported_name_exists(name):
     assert getattr(cat, name) is not None
     assert name in dir(cat)
 
 
 @pytest.mark.parametrize("name", ["Attentoin", "BaseModel"])
-def test_other_names_are_not(name):
+def test_an_unknown_name_is_an_attribute_error(name):
     with pytest.raises(AttributeError, match=f"module 'cat' has no attribute '{name}'"):
         getattr(cat, name)
 
 
-def test_the_types_are_shipped():
+def test_the_package_has_its_types():
     with (ROOT / "pyproject.toml").open("rb") as file:
         shipped = tomllib.load(file)["tool"]["setuptools"]["package-data"]["cat"]
     assert shipped == ["py.typed"]
@@ -85,18 +81,18 @@ def test_the_types_are_shipped():
     "options",
     [
         {},
-        {"k": 4},
-        {"q": 4, "k": 3, "v": 2},
-        {"k": "full", "length": 5},
-        {"q": "state", "filter_size": 3, "length": 5},
-        {"k": 4, "sharing": "mixing"},
-        {"k": 4, "dilation": 2, "position": "rotary"},
-        {"k": 4, "position": "alibi"},
+        {"conv_k": 4},
+        {"conv_q": 4, "conv_k": 3, "conv_v": 2},
+        {"conv_k": "full", "length": 5},
+        {"conv_q": "state", "filter_size": 3, "length": 5},
+        {"conv_k": 4, "sharing": "mixing"},
+        {"conv_k": 4, "dilation": 2, "position": "rotary"},
+        {"conv_k": 4, "position": "alibi"},
     ],
     ids=str,
 )
 @pytest.mark.parametrize("length", [1, 2, LENGTH, 40])
-def test_any_length_and_nothing_of_what_comes_after(options, length):
+def test_any_length_is_causal(options, length):
     torch.manual_seed(0)
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS, **options)
     x = torch.randn(2, length, WIDTH)
@@ -112,85 +108,92 @@ def test_any_length_and_nothing_of_what_comes_after(options, length):
 @pytest.mark.parametrize(
     "options",
     [
-        {"q": 4, "k": 3, "v": 2},
-        {"k": 3, "position": "rotary"},
-        {"k": 3, "position": "alibi"},
-        {"k": 3, "sharing": "channel"},
-        {"k": 3, "dilation": 2},
-        {"k": 3, "filter_init": "random"},
-        {"k": 3, "filter_bias": True},
-        {"k": 3, "filter_norm": True},
-        {"k": 3, "qk_norm": True},
-        {"k": 3, "temperature": True},
-        {"k": "full"},
-        {"v": "network", "filter_size": 3},
+        {"conv_q": 4, "conv_k": 3, "conv_v": 2},
+        {"conv_k": 3, "position": "rotary"},
+        {"conv_k": 3, "position": "alibi"},
+        {"conv_k": 3, "sharing": "channel"},
+        {"conv_k": 3, "dilation": 2},
+        {"conv_k": 3, "filter_init": "random"},
+        {"conv_k": 3, "filter_bias": True},
+        {"conv_k": 3, "filter_norm": True},
+        {"conv_k": 3, "qk_norm": True},
+        {"conv_k": 3, "temperature": True},
+        {"conv_k": "full"},
+        {"conv_v": "network", "filter_size": 3},
     ],
     ids=str,
 )
-def test_every_argument_means_what_it_means_in_a_configuration(options):
+def test_every_argument_equals_its_configuration_key(options):
     torch.manual_seed(0)
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS, length=LENGTH, **options)
     torch.manual_seed(0)
     same = {"mixer": "attention", "layers": 1, "width": WIDTH, "heads": HEADS, "position": "none", **options}
     mixer = cat.build_mixer(cat.AttentionConfig(**same), LENGTH)
-    ours, theirs = layer.mixer.state_dict(), mixer.state_dict()
-    assert ours.keys() == theirs.keys()
+    actual, expected = layer.mixer.state_dict(), mixer.state_dict()
+    assert actual.keys() == expected.keys()
     x = torch.randn(2, LENGTH, WIDTH)
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=0)
+    for name in actual:
+        torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=0)
     torch.testing.assert_close(layer(x), mixer(x), rtol=0, atol=0)
 
 
-def test_the_gradient_reaches_every_filter_and_the_input():
+def test_every_kernel_and_the_input_have_a_gradient():
     torch.manual_seed(0)
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS, conv_q=4, conv_k=3, conv_v=2)
     x = torch.randn(2, LENGTH, WIDTH, requires_grad=True)
     layer(x).square().sum().backward()
-    taps = {name.split(".")[-2]: p for name, p in layer.named_parameters() if name.endswith("taps")}
-    assert {stream: p.shape for stream, p in taps.items()} == {"q": (HEADS, 4), "k": (HEADS, 3), "v": (HEADS, 2)}
+    kernels = {name.split(".")[-2]: p for name, p in layer.named_parameters() if name.endswith("kernel")}
+    assert {projection: kernel.shape for projection, kernel in kernels.items()} == {
+        "q": (HEADS, 4),
+        "k": (HEADS, 3),
+        "v": (HEADS, 2),
+    }
     for tensor in (x, *layer.parameters()):
         assert tensor.grad is not None
         assert tensor.grad.abs().min() > 0
 
 
 @pytest.mark.parametrize("parts", [[1] * 12, [7, 1, 4]])
-@pytest.mark.parametrize("options", [{"q": 4, "k": 3}, {"v": "state", "filter_size": 3, "length": 9, "filter_norm": True}])
-def test_what_is_read_part_by_part_is_what_is_read_at_once(options, parts):
+@pytest.mark.parametrize(
+    "options", [{"conv_q": 4, "conv_k": 3}, {"conv_v": "state", "filter_size": 3, "length": 9, "filter_norm": True}]
+)
+def test_steps_with_a_cache_equal_one_forward_pass(options, parts):
     layer, x = ConvolutionAugmentedAttention(12, 2, position="rotary", **options).double(), normal(2, 12, 12)
-    memory, outputs = None, []
+    cache, outputs = None, []
     for part in x.split(parts, dim=1):
-        y, memory = layer.step(part, memory)
+        y, cache = layer.step(part, cache)
         outputs.append(y)
-    assert memory.length == 12
+    assert cache.length == 12
     torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
     with pytest.raises(ValueError, match="x has shape"):
-        layer.step(x[:, :0], memory)
+        layer.step(x[:, :0], cache)
 
 
-def test_an_input_of_another_type_is_refused_but_where_torch_casts_it():
+def test_an_input_of_another_dtype_is_refused_unless_autocast_converts_it():
     layer, x = ConvolutionAugmentedAttention(12, 2, conv_k=4), torch.randn(2, 7, 12)
-    with pytest.raises(ValueError, match=r"x is of torch.float64, the layer of torch.float32: x\.to\(torch.float32\)"):
+    with pytest.raises(ValueError, match=r"x has dtype torch.float64, the layer torch.float32. Fix: x\.to\(torch.float32\)"):
         layer(x.double())
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x.bfloat16()).dtype == torch.bfloat16
-        with pytest.raises(ValueError, match=r"x is of torch.float64, the layer of torch.float32"):
+        with pytest.raises(ValueError, match=r"x has dtype torch.float64, the layer torch.float32"):
             layer(x.double())
-        with pytest.raises(ValueError, match=r"x is of torch.float32, the layer of torch.float64"):
+        with pytest.raises(ValueError, match=r"x has dtype torch.float32, the layer torch.float64"):
             ConvolutionAugmentedAttention(12, 2, conv_k=4, dtype=torch.float64)(x)
 
 
 @pytest.mark.parametrize("sharing", ["head", "channel", "mixing"])
-@pytest.mark.parametrize("taps", [4, 20, "full"])
-def test_under_autocast_the_precision_of_what_is_kept_does_not_depend_on_the_length(taps, sharing):
-    layer = ConvolutionAugmentedAttention(12, 2, conv_q=taps, conv_k=taps, conv_v=taps, sharing=sharing, length=40)
+@pytest.mark.parametrize("kernel_size", [4, 20, "full"])
+def test_under_autocast_the_precision_of_the_cache_does_not_depend_on_the_length(kernel_size, sharing):
+    sizes = dict.fromkeys(("conv_q", "conv_k", "conv_v"), kernel_size)
+    layer = ConvolutionAugmentedAttention(12, 2, **sizes, sharing=sharing, length=40)
     with torch.autocast("cpu", torch.bfloat16):
         for length in (1, 8, 100, 300):
-            y, memory = layer.step(torch.randn(2, length, 12))
-            after, memory = layer.step(torch.randn(2, 1, 12), memory)
-            assert {t.dtype for t in (y, after, *memory.state.values())} == {torch.bfloat16}, length
+            y, cache = layer.step(torch.randn(2, length, 12))
+            after, cache = layer.step(torch.randn(2, 1, 12), cache)
+            assert {t.dtype for t in (y, after, *cache.state.values())} == {torch.bfloat16}, length
 
 
-def test_padding_on_the_right_has_no_gradient_in_half_precision():
+def test_padding_on_the_right_has_finite_gradients_in_half_precision():
     layer = ConvolutionAugmentedAttention(16, 2, conv_q=2, conv_k=2, qk_norm=True, dtype=torch.float16)
     x = torch.randn(2, 7, 16).half()
     x[:, 4:] = 0
@@ -198,21 +201,21 @@ def test_padding_on_the_right_has_no_gradient_in_half_precision():
     assert all(weight.grad.isfinite().all() for weight in layer.parameters())
 
 
-def test_what_is_printed_of_it_tells_its_filters():
+def test_the_repr_shows_the_convolutions():
     layer = ConvolutionAugmentedAttention(12, 2, conv_q=4, conv_v="state", filter_size=3, length=9, position="rotary")
-    assert "width=12, heads=2, position=rotary, q=4, v=state, filter_size=3" in repr(layer)
-    assert "(q): ExplicitFilter(taps=4, sharing=head)" in repr(layer)
+    assert "width=12, heads=2, position=rotary, conv_q=4, conv_v=state, filter_size=3" in repr(layer)
+    assert "(q): ExplicitFilter(kernel_size=4, sharing=head)" in repr(layer)
     assert "(v): DecayFilter(coefficients=3, sharing=head)" in repr(layer)
-    spaced = ConvolutionAugmentedAttention(12, 2, conv_k=3, dilation=2, sharing="channel")
-    assert "(k): ExplicitFilter(taps=3, dilation=2, sharing=channel)" in repr(spaced)
+    dilated = ConvolutionAugmentedAttention(12, 2, conv_k=3, dilation=2, sharing="channel")
+    assert "(k): ExplicitFilter(kernel_size=3, dilation=2, sharing=channel)" in repr(dilated)
 
 
-def test_it_is_made_where_and_of_what_it_is_asked_to_be():
+def test_weights_have_the_requested_device_and_dtype():
     layer = ConvolutionAugmentedAttention(12, 2, conv_k="decay", filter_size=3, length=9, device="meta", dtype=torch.bfloat16)
     assert {(t.device.type, t.dtype) for t in layer.state_dict().values()} == {("meta", torch.bfloat16)}
 
 
-def test_without_filters_it_is_the_attention_of_torch():
+def test_without_convolutions_it_equals_the_attention_of_torch():
     torch.manual_seed(0)
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS)
     x = torch.randn(2, LENGTH, WIDTH)
@@ -221,33 +224,33 @@ def test_without_filters_it_is_the_attention_of_torch():
     torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.output.weight.T)
 
 
-def test_with_filters_it_is_the_attention_of_torch_to_filtered_streams():
+def test_with_convolutions_it_equals_the_attention_of_torch_after_conv1d():
     torch.manual_seed(0)
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS, conv_q=4, conv_k=3, conv_v=2, filter_init="random")
     x = torch.randn(2, LENGTH, WIDTH)
-    streams = []
-    for stream, w in zip("qkv", layer.mixer.projection.weight.chunk(3), strict=True):
-        taps = layer.mixer.filters[stream].taps.repeat_interleave(WIDTH // HEADS, dim=0)[:, None]
-        padded = F.pad((x @ w.T).mT, (taps.shape[-1] - 1, 0))
-        streams.append(F.conv1d(padded, taps.flip(-1), groups=WIDTH).mT.unflatten(-1, (HEADS, -1)).transpose(1, 2))
-    heads = F.scaled_dot_product_attention(*streams, is_causal=True)
+    qkv = []
+    for projection, w in zip("qkv", layer.mixer.projection.weight.chunk(3), strict=True):
+        kernel = layer.mixer.filters[projection].kernel.repeat_interleave(WIDTH // HEADS, dim=0)[:, None]
+        padded = F.pad((x @ w.T).mT, (kernel.shape[-1] - 1, 0))
+        qkv.append(F.conv1d(padded, kernel.flip(-1), groups=WIDTH).mT.unflatten(-1, (HEADS, -1)).transpose(1, 2))
+    heads = F.scaled_dot_product_attention(*qkv, is_causal=True)
     torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.output.weight.T)
 
 
-def test_mistakes_are_answered_in_one_line_that_names_the_argument():
+def test_an_invalid_argument_is_a_one_line_error_that_names_it():
     mistakes = {
         "heads = 3 does not divide width = 32": {"heads": 3},
         "heads = 0 should be greater than or equal to 1": {"heads": 0},
         "width = '32' should be a valid integer": {"width": "32"},
         "width = array([[1], [2]]) should be a valid integer": {"width": "numpy"},
-        "k = 'ful' should be a valid integer or 'full', 'network', 'decay' or 'state'": {"k": "ful"},
-        "q = 0 should be greater than or equal to 1 or 'full', 'network', 'decay' or 'state'": {"q": 0, "k": 0},
+        "conv_k = 'ful' should be a valid integer or 'full', 'network', 'decay' or 'state'": {"conv_k": "ful"},
+        "conv_q = 0 should be greater than or equal to 1 or 'full', 'network', 'decay' or 'state'": {"conv_q": 0, "conv_k": 0},
         "position = 'learned' should be 'none', 'rotary' or 'alibi'": {"position": "learned"},
-        "k = full needs length, the tokens of a training sequence": {"k": "full"},
-        "k = state needs filter_size, its hidden units or decays": {"k": "state", "length": 8},
-        "k = 9 taps is longer than the training length of 8": {"k": 9, "length": 8},
-        "length = 0 should be greater than or equal to 1": {"k": 2, "length": 0},
-        "dilation = 2 without a filter on q, k or v": {"dilation": 2},
+        "conv_k = full needs length, the training length in tokens": {"conv_k": "full"},
+        "conv_k = state needs filter_size, its hidden units or decays": {"conv_k": "state", "length": 8},
+        "conv_k = 9 is longer than the training length of 8": {"conv_k": 9, "length": 8},
+        "length = 0 should be greater than or equal to 1": {"conv_k": 2, "length": 0},
+        "dilation = 2 needs a convolution. Fix: set conv_q, conv_k or conv_v": {"dilation": 2},
         "qk_norm = 1 should be a valid boolean": {"qk_norm": 1},
     }
     script = f"""
@@ -273,7 +276,7 @@ def test_an_input_of_another_shape_is_refused(shape):
         ConvolutionAugmentedAttention(WIDTH, HEADS, conv_k=4)(torch.zeros(shape))
 
 
-def test_the_attention_that_the_example_swaps_is_the_layer_without_filters():
+def test_torch_attention_of_the_example_equals_the_layer_without_convolutions():
     torch.manual_seed(0)
     layer, plain = ConvolutionAugmentedAttention(WIDTH, HEADS), transformer.TorchAttention(WIDTH, HEADS)
     plain.attention.in_proj_weight.data = layer.mixer.projection.weight.data
@@ -290,23 +293,23 @@ def test_a_few_steps_of_the_example_train_its_model(attention):
         assert not torch.equal(old[1], new[1]), f"{old[0]} is not trained"
 
 
-def test_the_example_counts_what_is_asked_and_nothing_else():
+def test_the_example_scores_only_target_positions():
     tokens, targets = transformer.draw("test", 5, transformer.np.random.default_rng(1))
-    answers = F.one_hot(targets.clamp(min=0), transformer.TASK.vocabulary).float()  # token 0 where nothing is asked
+    answers = F.one_hot(targets.clamp(min=0), transformer.TASK.vocabulary).float()  # token 0 at other positions
     assert transformer.accuracy(lambda _: answers, count=5) == 1
     half = answers.clone()
-    rows, asked = (targets >= 0).nonzero(as_tuple=True)
-    half[rows[::2], asked[::2]] = 0
+    sequences, positions = (targets >= 0).nonzero(as_tuple=True)
+    half[sequences[::2], positions[::2]] = 0
     assert transformer.accuracy(lambda _: half, count=5) == 0.5
     assert tokens.shape == targets.shape == (5, transformer.TASK.length)
 
 
-def test_the_example_prints_an_accuracy_a_model(capsys):
+def test_the_example_prints_one_accuracy_per_model(capsys):
     transformer.main(steps=1)
     first, *others = capsys.readouterr().out.splitlines()
-    assert "guessing one of the 8 values shown: 0.125" in first
+    assert "chance (8 values in the sequence): 0.125" in first
     assert [line.split(" accuracy")[0].strip() for line in others] == [
         "torch's attention",
-        "CAT, no filters",
-        "CAT, q = k = v = 4 taps",
+        "CAT, no convolutions",
+        "CAT, kernel size 4",
     ]

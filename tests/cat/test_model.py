@@ -11,7 +11,7 @@ LLAMA = {"mlp": 3, "activation": "swiglu", "norm": "rms"}
 
 
 def model(**changes):
-    line = {"mixer": "attention", "width": 8, "layers": 2, "heads": 2, "position": "none", "k": 3, **changes}
+    line = {"mixer": "attention", "width": 8, "layers": 2, "heads": 2, "position": "none", "conv_k": 3, **changes}
     torch.manual_seed(0)
     built = SequenceModel(AttentionConfig(**line), vocabulary=11, length=9).double()
     with torch.no_grad():
@@ -53,5 +53,5 @@ def test_weight_decay_is_on_the_maps_of_a_gated_mlp_and_on_no_norm():
 
 
 def test_an_activation_needs_an_mlp():
-    with pytest.raises(ValueError, match="activation = swiglu needs mlp, the width of what it is in"):
+    with pytest.raises(ValueError, match="activation = swiglu needs an MLP"):
         model(activation="swiglu")

@@ -1,4 +1,4 @@
-"""The theorems as tests: prescribed weights solve the study's own tasks at every length, and what must fail fails."""
+"""The theorems as tests: constructions solve the tasks of the study at every length, and necessary parts are necessary."""
 
 import math
 from itertools import permutations
@@ -18,17 +18,17 @@ from cat.ops.conv.causal import filter_heads
 from cat.tasks.registry import Copying, Recall, Task, generator
 from cat.training.fit import build_model
 
-SPLITS = {"train": 1, "valid": 1, "test": 1}
+SPLITS = {"train_examples": 1, "valid_examples": 1, "test_examples": 1}
 LENGTHS, LONGEST, EPSILON = (16, 64, 256, 1024), 1024, 1e-3
 KEYS = {1: 12, 2: 6, 3: 4, 4: 3}
-"""Few enough for the longest sequences to hold every N-gram: of each, all permutations and all that differ in a token."""
+"""Keys per N: few enough that the longest sequences contain every N-gram, also those that differ by order or one token."""
 
 
-def recall_task(ngram: int, questions: str = "one") -> Recall:
-    """As many pairs as fit; 30 tokens."""
+def recall_task(ngram: int, queries: str = "one") -> Recall:
+    """A task with 30 tokens and as many pairs as fit."""
     slot = ngram + 1
-    length = 16 if questions == "one" else 64
-    pairs = (length - 1 - ngram) // slot if questions == "one" else (length - 1) // (2 * slot)
+    length = 16 if queries == "one" else 64
+    pairs = (length - 1 - ngram) // slot if queries == "one" else (length - 1) // (2 * slot)
     return Recall(
         kind="recall",
         length=length,
@@ -38,7 +38,7 @@ def recall_task(ngram: int, questions: str = "one") -> Recall:
         values=26 - KEYS[ngram],
         filler=3,
         pairs=min(pairs, KEYS[ngram] ** ngram),
-        queries=questions,
+        queries=queries,
         query_gap="uniform",
         **SPLITS,
     )
@@ -67,22 +67,22 @@ def accuracy(model: SequenceModel, task: Task, length: int, count: int = 32) -> 
 
 
 @torch.no_grad()
-def error(model: SequenceModel, inputs: Tensor, asked: Tensor, answers: Tensor) -> float:
-    """How far what is read where something is asked is from the right token's axis, at most, in sum of absolute values."""
+def error(model: SequenceModel, inputs: Tensor, is_target: Tensor, answers: Tensor) -> float:
+    """Return the largest L1 distance between the attention output and the embedding of the answer."""
     (block,) = model.layers()
-    read = block.mixer(block.mixer_norm(model.embedding(inputs)))[asked].unflatten(-1, (2, -1))[:, 1]
-    axes = model.embedding.token.weight[answers].unflatten(-1, (2, -1))[:, 0]
-    return (read - axes).abs().sum(-1).max().item()
+    outputs = block.mixer(block.mixer_norm(model.embedding(inputs)))[is_target].unflatten(-1, (2, -1))[:, 1]
+    expected = model.embedding.token.weight[answers].unflatten(-1, (2, -1))[:, 0]
+    return (outputs - expected).abs().sum(-1).max().item()
 
 
-def largest_error(model: SequenceModel, split: Split) -> float:
-    inputs, at, answers = split.rows(slice(None))
-    asked = torch.zeros_like(inputs).scatter(1, at, 1).bool()
-    return error(model, inputs, asked, answers.flatten())
+def max_error(model: SequenceModel, split: Split) -> float:
+    inputs, positions, answers = split.rows(slice(None))
+    is_target = torch.zeros_like(inputs).scatter(1, positions, 1).bool()
+    return error(model, inputs, is_target, answers.flatten())
 
 
 def sequence(*tokens: int) -> tuple[Tensor, Tensor]:
-    """One sequence that asks at its last token."""
+    """One sequence whose only target is at its last position."""
     inputs = torch.tensor([tokens])
     return inputs, torch.arange(len(tokens))[None] == len(tokens) - 1
 
@@ -91,9 +91,9 @@ def sequence(*tokens: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("ngram", [1, 2, 3, 4])
-@pytest.mark.parametrize("questions", ["one", "all"])
-def test_one_layer_recalls_n_grams_at_every_length(ngram, questions):
-    task = recall_task(ngram, questions)
+@pytest.mark.parametrize("queries", ["one", "all"])
+def test_one_layer_recalls_n_grams_at_every_length(ngram, queries):
+    task = recall_task(ngram, queries)
     model = theory.recall(vocabulary=30, ngram=ngram, length=LONGEST)
     margin = theory.ngram_margin(0.5 ** torch.arange(ngram))
     c = theory.temperature(margin, LONGEST, EPSILON)
@@ -102,7 +102,7 @@ def test_one_layer_recalls_n_grams_at_every_length(ngram, questions):
     for length in task.lengths:
         examples = draw(task, length, count=8)
         assert score(model, examples).sequence_accuracy == 1
-        assert largest_error(model, examples) <= theory.error_bound(margin, length, c) + 2e-6  # the rounding of float32
+        assert max_error(model, examples) <= theory.error_bound(margin, length, c) + 2e-6  # the rounding of float32
     assert theory.error_bound(margin, LONGEST, c) < EPSILON / 2
 
 
@@ -110,30 +110,30 @@ def test_temperatures_are_those_of_the_margins():
     margins = [theory.ngram_margin(0.5 ** torch.arange(n)) for n in (1, 2, 3, 4)]
     assert [round(theory.temperature(m, LONGEST, EPSILON)) for m in margins] == [15, 144, 1119, 5991]
     for ngram, margin in enumerate(margins, 1):
-        learned = theory.recall(vocabulary=3, ngram=ngram, length=LONGEST).layers()[0].mixer.log_temperature
-        assert learned.exp().item() == pytest.approx(theory.temperature(margin, LONGEST, EPSILON), rel=1e-5)
+        log_temperature = theory.recall(vocabulary=3, ngram=ngram, length=LONGEST).layers()[0].mixer.log_temperature
+        assert log_temperature.exp().item() == pytest.approx(theory.temperature(margin, LONGEST, EPSILON), rel=1e-5)
 
 
 def test_the_margin_is_the_distance_of_the_closest_n_grams():
-    taps = torch.tensor([0.9, -0.2, 0.4])
-    rows = {
-        ngram: F.normalize(sum(taps[j] * torch.eye(4)[ngram[j]] for j in range(3)), dim=0)
+    kernel = torch.tensor([0.9, -0.2, 0.4])
+    vectors = {
+        ngram: F.normalize(sum(kernel[j] * torch.eye(4)[ngram[j]] for j in range(3)), dim=0)
         for ngram in torch.cartesian_prod(*[torch.arange(4)] * 3).tolist()
         for ngram in [tuple(ngram)]
     }
-    closest = max((a @ b).item() for a, b in permutations(rows.values(), 2))
-    assert theory.ngram_margin(taps) == pytest.approx(1 - closest, abs=1e-6)
+    closest = max((a @ b).item() for a, b in permutations(vectors.values(), 2))
+    assert theory.ngram_margin(kernel) == pytest.approx(1 - closest, abs=1e-6)
 
 
 @pytest.mark.parametrize("ngram", [2, 3, 4])
 def test_the_bound_is_reached_by_the_closest_n_grams(ngram):
     u, v, w, wrong = 1, 2, 3, 4
     copies = 1000 // (ngram + 1)
-    inputs, asked = sequence(0, *[v, *[u] * (ngram - 1), wrong] * copies, *[u] * ngram, w, *[u] * ngram)
+    inputs, is_target = sequence(0, *[v, *[u] * (ngram - 1), wrong] * copies, *[u] * ngram, w, *[u] * ngram)
     model = theory.recall(vocabulary=5, ngram=ngram, length=inputs.shape[1])
     margin = theory.ngram_margin(0.5 ** torch.arange(ngram))
     c = theory.temperature(margin, inputs.shape[1], EPSILON)
-    reached = error(model, inputs, asked, torch.tensor([w]))
+    reached = error(model, inputs, is_target, torch.tensor([w]))
     assert reached == pytest.approx(2 * copies * math.exp(-c * margin), rel=0.02)
     assert reached < theory.error_bound(margin, inputs.shape[1], c)
 
@@ -146,11 +146,11 @@ def test_the_decay_decides_the_margin(decay, worse):
     assert accuracy(model, recall_task(3), LONGEST, count=8) == 1
 
 
-# What must fail at N-gram recall.
+# Necessary parts of the construction for N-gram recall.
 
 
 def changed(model: SequenceModel, **changes: object) -> SequenceModel:
-    """The same weights without what the configuration no longer asks for; without qk_norm, the temperature is in the queries."""
+    """Return a model with the changed configuration and the same weights. Without qk_norm, the temperature scales the queries."""
     config = model.config.model_copy(update=changes)
     other = build_model(config, vocabulary=model.head.out_features, length=model.length, seed=0)
     other.load_state_dict(model.state_dict(), strict=False)
@@ -161,40 +161,40 @@ def changed(model: SequenceModel, **changes: object) -> SequenceModel:
     return other
 
 
-def with_taps(model: SequenceModel, taps: Tensor) -> SequenceModel:
+def with_kernel(model: SequenceModel, kernel: Tensor) -> SequenceModel:
     filters = model.layers()[0].mixer.filters
     with torch.no_grad():
-        filters["q"].taps.copy_(taps)
-        filters["k"].taps.copy_(F.pad(taps, (1, 0)))
+        filters["q"].kernel.copy_(kernel)
+        filters["k"].kernel.copy_(F.pad(kernel, (1, 0)))
     return model
 
 
-def test_a_filter_that_does_not_see_the_order_fails():
+def test_a_kernel_that_ignores_order_fails():
     assert theory.ngram_margin(torch.ones(3)) == pytest.approx(0, abs=1e-12)
     model = theory.recall(vocabulary=30, ngram=3, length=LONGEST)
     assert accuracy(model, recall_task(3), 256) == 1
-    assert accuracy(with_taps(model, torch.ones(3)), recall_task(3), 256) < 0.8
+    assert accuracy(with_kernel(model, torch.ones(3)), recall_task(3), 256) < 0.8
 
 
-def test_a_filter_shorter_than_the_key_fails():
+def test_a_kernel_shorter_than_the_n_gram_fails():
     assert accuracy(theory.recall(vocabulary=30, ngram=2, length=LONGEST), recall_task(3), 256) < 0.7
 
 
-def test_a_key_filter_that_does_not_reach_behind_the_key_fails():
+def test_a_key_filter_without_its_oldest_kernel_value_fails():
     model = theory.recall(vocabulary=30, ngram=3, length=LONGEST)
     with torch.no_grad():
-        model.layers()[0].mixer.filters["k"].taps[:, 3] = 0
+        model.layers()[0].mixer.filters["k"].kernel[:, 3] = 0
     assert accuracy(model, recall_task(3), 256) < 0.8
 
 
-def test_rows_that_are_not_normalised_fail():
+def test_recall_without_qk_normalisation_fails():
     model = theory.recall(vocabulary=30, ngram=2, length=LONGEST)
     assert accuracy(model, recall_task(2), 64, count=256) == 1
     assert accuracy(changed(model, qk_norm=False), recall_task(2), 64, count=256) < 0.95
 
 
-def test_attention_without_filters_and_positions_does_not_see_the_order():
-    plain = changed(theory.recall(vocabulary=30, ngram=1, length=LONGEST), q=None, k=None)
+def test_attention_without_filters_and_positions_ignores_order():
+    plain = changed(theory.recall(vocabulary=30, ngram=1, length=LONGEST), conv_q=None, conv_k=None)
     assert accuracy(plain, recall_task(1), 64) < 0.2
     inputs = draw(recall_task(1), 64, count=4).inputs
     shuffled = inputs[:, [*torch.randperm(63, generator=torch.Generator().manual_seed(0)).tolist(), 63]]
@@ -221,36 +221,36 @@ def test_one_layer_copies_at_every_length_with_one_set_of_weights(signals, alpha
     for length in task.lengths:
         examples = draw(task, length, count)
         assert score(model, examples, autoregressive=True).sequence_accuracy == 1
-        assert largest_error(model, examples) <= theory.error_bound(margin, length, c)
+        assert max_error(model, examples) <= theory.error_bound(margin, length, c)
 
 
 def test_the_bound_is_reached_by_the_oldest_neighbours():
     first, second, noise, length = 2, 3, 4, 256
-    inputs, asked = sequence(0, first, second, *[noise] * (length - 4), 1)
+    inputs, is_target = sequence(0, first, second, *[noise] * (length - 4), 1)
     model = theory.copying(alphabet=2, noise=1, length=length, epsilon=1.0)
     margin = theory.copying_margin(length)
     c = theory.temperature(margin, length, 1.0)
-    reached = error(model, inputs, asked, torch.tensor([first]))
+    reached = error(model, inputs, is_target, torch.tensor([first]))
     rho = 1 - 1 / length
     assert reached == pytest.approx(2 * math.exp(-c * (rho ** (length - 3) - rho ** (length - 2))), rel=0.02)
     assert reached < theory.error_bound(margin, length, c)
 
 
 @pytest.mark.parametrize("length", [1, 7, 2000])
-def test_the_query_remembers_all_tokens_at_any_length(length):
-    memory = theory.copying(alphabet=2, noise=1, length=100).layers()[0].mixer.filters["q"]
-    torch.testing.assert_close(memory.response(length)[0], 0.99 ** torch.arange(length), rtol=1e-4, atol=1e-6)
+def test_the_query_filter_covers_all_tokens_at_any_length(length):
+    query_filter = theory.copying(alphabet=2, noise=1, length=100).layers()[0].mixer.filters["q"]
+    torch.testing.assert_close(query_filter.response(length)[0], 0.99 ** torch.arange(length), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("longest", [511, 4095])
-def test_a_context_of_signals_alone_is_copied(longest):
-    """The true answers are the inputs: where none is wrong, they are the model's own."""
+def test_a_context_of_only_signals_is_copied(longest):
+    """Teacher-forced: if every answer is correct, the inputs equal those of the autoregressive run."""
     signals = 255
     task = copying_task(signals, signals, length=511)
     model = theory.copying(alphabet=signals, noise=7, length=longest)
     examples = draw(task, 511, count=1)
     assert score(model, examples).accuracy == 1
-    assert largest_error(model, examples) < EPSILON
+    assert max_error(model, examples) < EPSILON
 
 
 def test_the_separator_ends_the_copy():
@@ -267,34 +267,34 @@ def test_copying_needs_its_filter_and_signals_that_occur_once():
     assert accuracy(model, task, 64) == 1
     assert accuracy(model, copying_task(8, 16, unique=False), 64) < 0.7
     with torch.no_grad():
-        model.layers()[0].mixer.filters["q"].log_rate.fill_(5)  # all but the identity
+        model.layers()[0].mixer.filters["q"].log_rate.fill_(5)  # nearly the identity
     assert accuracy(model, task, 64) < 0.5
 
 
-def test_copying_weights_are_for_their_length():
+def test_copying_fails_beyond_its_length():
     model = theory.copying(alphabet=16, noise=7, length=64)
-    assert largest_error(model, draw(copying_task(8, 16), 64, count=8)) < EPSILON
-    assert largest_error(model, draw(copying_task(8, 16), 1024, count=8)) > 1
+    assert max_error(model, draw(copying_task(8, 16), 64, count=8)) < EPSILON
+    assert max_error(model, draw(copying_task(8, 16), 1024, count=8)) > 1
 
 
-# What a study asks for.
+# Constructions for a task.
 
 
 @pytest.mark.parametrize("task", [recall_task(1), recall_task(3, "all"), copying_task(4, 9)])
-def test_the_prescribed_model_solves_the_task_at_its_longest(task):
+def test_the_construction_solves_the_task_at_its_longest_length(task):
     model, longest = theory.construct(task), task.lengths[-1]
     assert accuracy(model, task, longest, count=4) == 1
-    assert largest_error(model, draw(task, longest, count=4)) < EPSILON
+    assert max_error(model, draw(task, longest, count=4)) < EPSILON
 
 
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        (copying_task(4, 9, unique=False), "signals that occur once"),
+        (copying_task(4, 9, unique=False), "unique"),
         (recall_task(1).model_copy(update={"ngram": 5}), "ngram = 5"),
     ],
 )
-def test_a_task_without_a_theorem_is_refused_in_words(task, words):
+def test_a_task_without_a_construction_is_refused(task, words):
     with pytest.raises(ValueError, match=words):
         theory.construct(task)
 
@@ -312,30 +312,30 @@ def test_the_global_random_state_is_untouched():
 
 
 def test_the_condition_on_key_filters_is_what_hard_attention_does():
-    """Every context of associative recall up to a length, up to the names of its tokens: u at `place` and at the end."""
-    filters, width = 3000, 4
-    taps = torch.randn(filters, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """On every context of associative recall up to a length, up to renaming of tokens: u at `first` and at the end."""
+    filters, size = 3000, 4
+    kernels = torch.randn(filters, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     solved = torch.ones(filters, dtype=torch.bool)
-    for length in range(2, 2 * width):
-        for place in range(length - 1):
+    for length in range(2, 2 * size):
+        for first in range(length - 1):
             tokens = torch.arange(length)
-            tokens[-1] = place
+            tokens[-1] = first
             x = torch.eye(length, dtype=torch.float64)[tokens].expand(1, filters, length, length)
-            read = attend(x, filter_heads(x, taps), x, scale=1e9)[0, :, -1]
-            solved &= read[:, tokens[place + 1]] > 0.999
+            output = attend(x, filter_heads(x, kernels), x, scale=1e9)[0, :, -1]
+            solved &= output[:, tokens[first + 1]] > 0.999
     assert 0.05 < solved.double().mean() < 0.5
-    assert torch.equal(solves_every_length(taps), solved)
+    assert torch.equal(solves_every_length(kernels), solved)
 
 
-@pytest.mark.parametrize(("taps", "solves"), [([0.2, 1, 0.5], True), ([0.6, 1, 0.5], False), ([0.6, 0.5, 0], False)])
-def test_a_key_filter_that_meets_the_condition_solves_recall_in_a_model(taps, solves):
+@pytest.mark.parametrize(("kernel", "solves"), [([0.2, 1, 0.5], True), ([0.6, 1, 0.5], False), ([0.6, 0.5, 0], False)])
+def test_a_key_filter_that_meets_the_condition_solves_recall_in_a_model(kernel, solves):
     model = theory.recall(vocabulary=30, ngram=1, length=LONGEST)
-    config = model.config.model_copy(update={"q": None, "k": 3, "qk_norm": False})
+    config = model.config.model_copy(update={"conv_q": None, "conv_k": 3, "qk_norm": False})
     other = build_model(config, vocabulary=30, length=LONGEST, seed=0)
-    weights = model.state_dict() | {"blocks.0.mixer.filters.k.taps": torch.tensor([taps])}
+    weights = model.state_dict() | {"blocks.0.mixer.filters.k.kernel": torch.tensor([kernel])}
     weights["blocks.0.mixer.projection.weight"][: config.width] *= 1e3
     other.load_state_dict(weights, strict=False)
-    assert solves_every_length(torch.tensor(taps)) == solves
+    assert solves_every_length(torch.tensor(kernel)) == solves
     assert (accuracy(other, recall_task(1), 16, count=64) == 1) == solves
 
 
@@ -345,29 +345,29 @@ BLOCK, BLOCKS = 4, 32
 
 
 def wrong_blocks(mixer: LandmarkAttention, blocks: int, count: int) -> float:
-    """How often the last token reads another block before its own than the one that it also stands in."""
-    x, place = theory.random_context(
+    """Return the share of sequences whose last token attends to a block before its own that does not hold its copy."""
+    x, position = theory.random_context(
         width=mixer.config.width, length=blocks * BLOCK, block=BLOCK, count=count, generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
         q, k, v, *others = mixer.prepare(mixer.project(x))
-    # The gradient is the attention; it may go on behind the end of the block, so its first token tells the block.
+    # The gradient is the attention. It may continue after the end of the block, so its first token identifies the block.
     v.requires_grad_()
     attention = torch.autograd.grad(mixer.attend(q, k, v, *others)[:, 0, -1, 0].sum(), v)[0][:, 0, :, 0]
-    read = (attention > 0).int().argmax(-1)
-    return (read // BLOCK != place // BLOCK).double().mean().item()
+    attended = (attention > 0).int().argmax(-1)
+    return (attended // BLOCK != position // BLOCK).double().mean().item()
 
 
-def retrieval(width: int, blocks: int, taps: Tensor | None = None) -> LandmarkAttention:
-    return theory.block_retrieval(width=width, length=blocks * BLOCK, block=BLOCK, kernel=taps)
+def retrieval(width: int, blocks: int, kernel: Tensor | None = None) -> LandmarkAttention:
+    return theory.block_retrieval(width=width, length=blocks * BLOCK, block=BLOCK, kernel=kernel)
 
 
-def test_a_random_context_holds_the_query_twice_among_noise():
-    x, place = theory.random_context(width=500, length=14, block=BLOCK, count=300, generator=torch.Generator().manual_seed(0))
-    assert set(place.tolist()) == set(range(12))  # all blocks before that of the last token
-    assert torch.equal(x[torch.arange(300), place], x[:, -1])
+def test_a_random_context_contains_the_query_twice_among_noise():
+    x, position = theory.random_context(width=500, length=14, block=BLOCK, count=300, generator=torch.Generator().manual_seed(0))
+    assert set(position.tolist()) == set(range(12))  # all blocks before that of the last token
+    assert torch.equal(x[torch.arange(300), position], x[:, -1])
     torch.testing.assert_close(x[:, -1].norm(dim=-1), torch.ones(300))
-    noise = x[:, :-1][torch.arange(13) != place[:, None]]
+    noise = x[:, :-1][torch.arange(13) != position[:, None]]
     assert noise.mean().item() == pytest.approx(0, abs=1e-3)
     assert noise.square().sum(-1).mean().item() == pytest.approx(1, abs=0.01)
 

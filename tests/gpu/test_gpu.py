@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped where there is none."""
+"""Tests that need a GPU; skipped without one."""
 
 import copy
 import gc
@@ -18,10 +18,10 @@ from cat.training.ensemble import Ensemble, can_ensemble, fit_ensemble
 from cat.training.fit import backward, build_model, fit, mean_loss
 from pipeline.storage import runs
 from tests.cat.mixers.test_mixers import BATTERY, configure
-from tests.cat.training.test_ensemble import GRID, LENGTH, PROTOCOL, VOCABULARY, successor
+from tests.cat.training.test_ensemble import GRID, LENGTH, OPTIMIZER, VOCABULARY, successor
 
-REPEATING = [name for name in BATTERY if not name.startswith("landmark")]
-"""What trains to the same bits without `deterministic`: gradients of blocks that are chosen are added up in any order."""
+REPRODUCIBLE = [name for name in BATTERY if not name.startswith("landmark")]
+"""Mixers that train to the same bits without `deterministic`. Landmark attention sums gradients of its blocks in any order."""
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -34,14 +34,14 @@ def models(name, seeds=(0, 1)):
     return [build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=seed).cuda() for seed in seeds]
 
 
-def train(name, *, steps=9, precision="float32", protocol=PROTOCOL, **options):
-    """All of a grid together, on the GPU."""
+def train(name, *, steps=9, precision="float32", **options):
+    """Train the grid as an ensemble on the GPU."""
     seeds, rates = zip(*GRID, strict=True)
     return fit_ensemble(
         models(name, seeds),
         on_gpu(successor(18)),
         on_gpu(successor(7, seed=1)),
-        optimizer_config=protocol,
+        optimizer_config=OPTIMIZER,
         training_config=TrainingConfig(steps=steps, batch=4, learning_rates=[0.1]),
         learning_rates=rates,
         seeds=seeds,
@@ -58,14 +58,15 @@ def same_bits(runs, others):
             assert torch.equal(weight, theirs.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("step", [(1 << 30) - 8, 1 << 30])
-def test_the_kernel_finds_tokens_far_apart_in_memory(step):
-    """The last of three stands where 32 bits do not reach."""
-    rows = torch.zeros(2 * step + 4, dtype=torch.float16, device="cuda").as_strided((1, 1, 3, 4), (3 * step, 3 * step, step, 1))
-    numbers = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0)).half()
-    taps = torch.tensor([[0.5, 2.0]], dtype=torch.float16)
-    rows.copy_(numbers)
-    leaves = [(t.requires_grad_(), u.cuda().requires_grad_()) for t, u in ((rows, taps), (numbers.cuda(), taps))]
+@pytest.mark.parametrize("stride", [(1 << 30) - 8, 1 << 30])
+def test_the_triton_kernel_handles_tokens_far_apart_in_memory(stride):
+    """The offset of the last of three tokens does not fit in 32 bits."""
+    strides = (3 * stride, 3 * stride, stride, 1)
+    strided = torch.zeros(2 * stride + 4, dtype=torch.float16, device="cuda").as_strided((1, 1, 3, 4), strides)
+    x = torch.randn(1, 1, 3, 4, generator=torch.Generator().manual_seed(0)).half()
+    kernel = torch.tensor([[0.5, 2.0]], dtype=torch.float16)
+    strided.copy_(x)
+    leaves = [(t.requires_grad_(), u.cuda().requires_grad_()) for t, u in ((strided, kernel), (x.cuda(), kernel))]
     far, near = (filter_heads(*pair) for pair in leaves)
     assert torch.equal(far, near)
     for pair in zip(*(torch.autograd.grad(y.sum(), pair) for y, pair in zip((far, near), leaves, strict=True)), strict=True):
@@ -75,20 +76,21 @@ def test_the_kernel_finds_tokens_far_apart_in_memory(step):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(9, 4, 1, 1), (70, 5, 4, 3), (129, 16, 4, 1), (97, 66, 6, 2)])
 @pytest.mark.parametrize("kind", ["head", "channel"])
-def test_the_kernel_is_the_definition(kind, sizes, dtype):
-    length, width, taps, dilation = sizes
+def test_the_triton_kernel_equals_the_reference(kind, sizes, dtype):
+    length, width, kernel_size, dilation = sizes
     ours, naive = {"head": (filter_heads, naive_filter_heads), "channel": (filter_channels, naive_filter_channels)}[kind]
     generator = torch.Generator().manual_seed(0)
     projected = torch.randn(2, length, 3, 3, width, generator=generator, dtype=torch.float64)
-    rows = torch.randn(*((3, taps) if kind == "head" else (3, width, taps)), generator=generator, dtype=torch.float64)
+    kernel_shape = (3, kernel_size) if kind == "head" else (3, width, kernel_size)
+    kernel = torch.randn(*kernel_shape, generator=generator, dtype=torch.float64)
     weights = torch.randn(2, 3, length, width, generator=generator, dtype=torch.float64)
 
-    def passes(operation, place, dtype):
-        leaves = [t.to(place, dtype).requires_grad_() for t in (projected, rows)]
+    def passes(operation, device, dtype):
+        leaves = [t.to(device, dtype).requires_grad_() for t in (projected, kernel)]
         y = operation(leaves[0][:, :, 1].transpose(1, 2), leaves[1], dilation=dilation)
         return [
             y.detach().cpu().double(),
-            *(g.cpu().double() for g in torch.autograd.grad(y, leaves, weights.to(place, y.dtype))),
+            *(g.cpu().double() for g in torch.autograd.grad(y, leaves, weights.to(device, y.dtype))),
         ]
 
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
@@ -97,7 +99,7 @@ def test_the_kernel_is_the_definition(kind, sizes, dtype):
 
 
 @pytest.mark.parametrize("mapped", [(0, 0), (1, None), (None, 2)])
-def test_the_kernel_is_mapped_over_sequences_and_over_taps(mapped):
+def test_vmap_of_the_triton_kernel_over_sequences_and_kernels(mapped):
     shapes = [(2, 3, 129, 8), (3, 4)]
     whole = [torch.randn(*s, dtype=torch.float64, device="cuda") for s in shapes]
     stacked = [t if axis is None else torch.stack([t, -2 * t, t + 1], axis) for t, axis in zip(whole, mapped, strict=True)]
@@ -109,47 +111,48 @@ def test_the_kernel_is_mapped_over_sequences_and_over_taps(mapped):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", [name for name in BATTERY if name != "landmark"])  # its blocks match equally well, if they do
-def test_losses_and_gradients_are_those_of_the_cpu(name):
+@pytest.mark.parametrize("name", [name for name in BATTERY if name != "landmark"])  # its blocks can tie
+def test_losses_and_gradients_equal_those_of_the_cpu(name):
     (model,) = models(name, (3,))
-    model.double()  # in float32 a block can be chosen by what is lost in rounding
-    twin, batch = copy.deepcopy(model).cpu(), successor(5).rows(slice(None))
-    loss, exact = mean_loss(model, on_gpu(batch)), mean_loss(twin, batch)
+    model.double()  # in float32, rounding can decide which block is chosen
+    cpu_model, batch = copy.deepcopy(model).cpu(), successor(5).rows(slice(None))
+    loss, exact = mean_loss(model, on_gpu(batch)), mean_loss(cpu_model, batch)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
     loss.backward()
     exact.backward()
     ours, theirs = (
-        torch.cat([p.grad.flatten().cpu().double() for p in m.parameters() if p.grad is not None]) for m in (model, twin)
+        torch.cat([p.grad.flatten().cpu().double() for p in m.parameters() if p.grad is not None]) for m in (model, cpu_model)
     )
     assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
 @pytest.mark.parametrize("name", BATTERY)
-def test_a_step_replayed_is_the_step_to_the_bit(name, monkeypatch):
+def test_a_replayed_step_equals_the_step_to_the_bit(name, monkeypatch):
     assert can_ensemble(configure(**BATTERY[name]))
     recorded, record = [], GraphedFunction._record
 
-    def noted(replay, inputs):
-        record(replay, inputs)
-        recorded.append(replay.graph is not None)
+    def record_and_note(graphed, inputs):
+        record(graphed, inputs)
+        recorded.append(graphed.graph is not None)
 
-    monkeypatch.setattr(GraphedFunction, "_record", noted)
+    monkeypatch.setattr(GraphedFunction, "_record", record_and_note)
     replayed = train(name)
     assert recorded == [True]
-    if name in REPEATING:
-        monkeypatch.setattr(cat.training.cuda_graph, "WARM", 10**9)
+    if name in REPRODUCIBLE:
+        monkeypatch.setattr(cat.training.cuda_graph, "WARMUP_CALLS", 10**9)
         same_bits(replayed, train(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.uint32])
-def test_rows_of_every_type_of_tokens_are_taken(dtype):
+def test_tokens_of_every_type_can_be_indexed(dtype):
     tokens = torch.tensor([3, 255, 7]).to(dtype)
     assert runs._indexable(tokens, torch.device("cuda"))[torch.tensor([1, 0], device="cuda")].tolist() == [255, 3]
 
 
-def test_replicas_train_as_alone():
+def test_members_train_as_alone():
     seeds, rates = zip(*GRID, strict=True)
-    options = {"schedule": TrainingConfig(steps=9, batch=4, learning_rates=[0.1]), "protocol": PROTOCOL, "stop_early": False}
+    training = TrainingConfig(steps=9, batch=4, learning_rates=[0.1])
+    options = {"training_config": training, "optimizer_config": OPTIMIZER, "stop_early": False}
     splits = on_gpu(successor(18)), on_gpu(successor(7, seed=1))
     alone = [
         fit(model, *splits, learning_rate=rate, seed=seed, **options)
@@ -159,17 +162,17 @@ def test_replicas_train_as_alone():
         torch.testing.assert_close(ours.model.state_dict(), theirs.model.state_dict(), rtol=1e-3, atol=1e-3)
 
 
-def test_a_replica_that_leaves_the_stack_has_the_others_recorded_anew(monkeypatch):
+def test_when_a_member_leaves_the_step_is_recorded_again(monkeypatch):
     recorded, record = [], GraphedFunction._record
     monkeypatch.setattr(
-        GraphedFunction, "_record", lambda replay, inputs: (record(replay, inputs), recorded.append(inputs[1].shape[0]))[0]
+        GraphedFunction, "_record", lambda graphed, inputs: (record(graphed, inputs), recorded.append(inputs[1].shape[0]))[0]
     )
     seeds, rates = (0, 1, 2), (0.01, 1e30, 0.003)
     runs = fit_ensemble(
         models("performer_state", seeds),
         on_gpu(successor(18)),
         on_gpu(successor(7, seed=1)),
-        optimizer_config=PROTOCOL.model_copy(update={"validate_every": 5}),
+        optimizer_config=OPTIMIZER.model_copy(update={"eval_every": 5}),
         training_config=TrainingConfig(steps=15, batch=4, learning_rates=[0.1]),
         learning_rates=rates,
         seeds=seeds,
@@ -179,41 +182,41 @@ def test_a_replica_that_leaves_the_stack_has_the_others_recorded_anew(monkeypatc
     assert recorded == [3, 2]
 
 
-def test_it_goes_on_from_a_state_to_the_same_bits():
-    kept = []
-    whole = train("attention_all", checkpoint=lambda states, ended: kept.append(states()) if len(kept) < 5 else None)
-    same_bits(whole, train("attention_all", resume=list(kept[4].values())))
+def test_a_resumed_run_has_the_same_bits():
+    saved = []
+    whole = train("attention_all", checkpoint=lambda states, ended: saved.append(states()) if len(saved) < 5 else None)
+    same_bits(whole, train("attention_all", resume=list(saved[4].values())))
 
 
 UNRECORDABLE = """
 import torch
-from cat.training.cuda_graph import WARM, Replay
-replay = Replay(lambda x: x * x.sum().item())
+from cat.training.cuda_graph import WARMUP_CALLS, GraphedFunction
+graphed = GraphedFunction(lambda x: x * x.sum().item())
 x = torch.ones(3, device="cuda")
-assert [replay(x + i).tolist() for i in range(WARM + 2)] == [[3 * (1 + i) ** 2] * 3 for i in range(WARM + 2)]
-assert not replay.recordable
+assert [graphed(x + i).tolist() for i in range(WARMUP_CALLS + 2)] == [[3 * (1 + i) ** 2] * 3 for i in range(WARMUP_CALLS + 2)]
+assert not graphed.recordable
 assert torch.ones(1, device="cuda").item() == 1
 """
 
 
-def test_what_cannot_be_recorded_is_called_as_it_is():
-    """In a process of its own: to PyTorch's allocator a recording that failed never ends, and other tests are about memory."""
+def test_a_function_that_cannot_be_recorded_is_called():
+    """In a process of its own: for PyTorch's allocator a failed recording never ends, which would disturb tests about memory."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", UNRECORDABLE], check=True)
 
 
 @pytest.mark.parametrize("name", [name for name in BATTERY if name != "landmark"])
-def test_what_is_read_in_parts_is_what_the_cpu_reads_at_once(name):
+def test_cached_steps_equal_the_forward_pass_of_the_cpu(name):
     (model,) = models(name, (3,))
     model.double()
-    twin, read = copy.deepcopy(model).cpu(), successor(5).inputs.long()
-    memories = []
+    cpu_model, tokens = copy.deepcopy(model).cpu(), successor(5).inputs.long()
+    caches = []
     with torch.no_grad():
-        for part in read.cuda().split([3, 1, read.shape[1] - 4], dim=1):
-            logits, memories = model.step(part, memories)
-        torch.testing.assert_close(logits.cpu(), twin(read)[:, -1], rtol=1e-5, atol=1e-5)
+        for part in tokens.cuda().split([3, 1, tokens.shape[1] - 4], dim=1):
+            logits, caches = model.step(part, caches)
+        torch.testing.assert_close(logits.cpu(), cpu_model(tokens)[:, -1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", REPEATING)
+@pytest.mark.parametrize("name", REPRODUCIBLE)
 def test_the_same_seed_trains_to_the_same_bits(name):
     same_bits(train(name), train(name))
 
@@ -227,7 +230,7 @@ def test_bfloat16_trains_float32_weights(name):
 
 
 def limit_memory(more):
-    """To what is in use, and `more` bytes."""
+    """Limit the GPU memory to what is reserved now plus `more` bytes."""
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + more) / total)
@@ -235,14 +238,14 @@ def limit_memory(more):
 
 @pytest.fixture
 def little_memory():
-    """Limits memory when it is called, until the test is over."""
+    """A function that limits the memory until the end of the test."""
     torch.cuda.empty_cache()
     yield limit_memory
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
 
 
-def test_a_batch_for_which_memory_does_not_suffice_is_taken_in_parts(little_memory):
+def test_a_batch_that_does_not_fit_in_memory_is_split(little_memory):
     (model,) = models("attention_all", (0,))
     batch = on_gpu(successor(4096)).rows(slice(None))
     whole, size = backward(model, batch)
@@ -250,39 +253,41 @@ def test_a_batch_for_which_memory_does_not_suffice_is_taken_in_parts(little_memo
     assert size is None
     model.zero_grad()
     little_memory(200 << 20)
-    parts, size = backward(model, batch)
+    split, size = backward(model, batch)
     assert size is not None
-    assert parts.item() == pytest.approx(whole.item(), rel=1e-5)
+    assert split.item() == pytest.approx(whole.item(), rel=1e-5)
     for ours, theirs in zip((p.grad for p in model.parameters()), gradients, strict=True):
         assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
-def take_turns():
-    """Replicas for which memory does not suffice, in a process whose allocator has seen nothing else."""
+def train_with_half_the_memory():
+    """Train an ensemble that does not fit in memory. To be run in a process with a fresh allocator."""
     seeds = tuple(range(8))
     batch = on_gpu(successor(1024)).rows(slice(None))
     batches = Split(*(tensor.expand(len(seeds), *tensor.shape).contiguous() for tensor in batch))
 
     def steps():
-        stack = Ensemble(models("attention_all", seeds), [0.01] * len(seeds), optimizer_config=PROTOCOL, precision="float32")
-        return [stack.step(batches, 1.0) for _ in range(4)], stack.at_once
+        members = models("attention_all", seeds)
+        ensemble = Ensemble(members, [0.01] * len(seeds), optimizer_config=OPTIMIZER, precision="float32")
+        return [ensemble.step(batches, 1.0) for _ in range(4)], ensemble.members_at_once
 
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    expected, at_once = steps()
-    assert at_once == len(seeds)
+    expected, members_at_once = steps()
+    assert members_at_once == len(seeds)
     gc.collect()
     limit_memory((torch.cuda.max_memory_allocated() - before) // 2)
-    taken, at_once = steps()
-    assert at_once < len(seeds), torch.cuda.memory_summary(abbreviated=True)
-    torch.testing.assert_close(taken, expected, rtol=1e-4, atol=1e-4)
+    limited, members_at_once = steps()
+    assert members_at_once < len(seeds), torch.cuda.memory_summary(abbreviated=True)
+    torch.testing.assert_close(limited, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_replicas_for_which_memory_does_not_suffice_take_turns():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", "from tests.gpu.test_gpu import take_turns; take_turns()"], check=True)
+def test_members_that_do_not_fit_in_memory_are_computed_in_turn():
+    code = "from tests.gpu.test_gpu import train_with_half_the_memory as train; train()"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
-def test_scoring_for_which_memory_does_not_suffice_takes_fewer_at_a_time(little_memory):
+def test_scoring_that_does_not_fit_in_memory_uses_smaller_chunks(little_memory):
     (model,) = models("attention_all", (0,))
     split = on_gpu(successor(4096))
     expected = score(model, split)
@@ -302,15 +307,15 @@ for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
 """
 
 
-def test_a_compiled_step_is_the_same_step():
-    """Where nothing checks types: the compiler would compile the checks."""
+def test_a_compiled_step_equals_the_step():
+    """In a process without shape checks, which would be compiled too."""
     subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILED], check=True)
 
 
 TRAINED_TWICE = """
-from pipeline.runtime.determinism import pin, settle
-pin(True)
-settle()
+from pipeline.runtime.determinism import apply_determinism, set_deterministic_env
+set_deterministic_env(True)
+apply_determinism()
 import hashlib
 from tests.gpu.test_gpu import BATTERY, train
 for name in BATTERY:
@@ -320,9 +325,9 @@ for name in BATTERY:
 
 
 def test_deterministic_trains_every_mixer_to_the_same_bits():
-    said = [
+    digests = [
         subprocess.run([sys.executable, "-W", "ignore", "-c", TRAINED_TWICE], check=True, capture_output=True, text=True).stdout
         for _ in range(2)
     ]
-    assert said[0] == said[1]
-    assert len(said[0].splitlines()) == len(BATTERY)
+    assert digests[0] == digests[1]
+    assert len(digests[0].splitlines()) == len(BATTERY)

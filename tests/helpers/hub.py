@@ -1,4 +1,4 @@
-"""A small server that answers as the hub of Hugging Face does to somebody who downloads a file."""
+"""A small local server that imitates the Hugging Face hub for file downloads."""
 
 import hashlib
 import threading
@@ -7,17 +7,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `files`, path -> bytes; each is named after the SHA-256 of `published`, the same unless something is wrong."""
+    """Serves `files`, path -> bytes, with the SHA-256 of `published`, which a test can make differ from `files`."""
 
     daemon_threads = True
 
     def __init__(self, files, commit):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files, self.published, self.commit = files, dict(files), commit
-        self.cut = 0
-        """Answers of which only half is sent before the connection ends."""
-        self.asked = []
-        """Method, path, and Range of every request for a data set; the client asks other things as well."""
+        self.responses_to_cut = 0
+        """Responses to end after half of their bytes."""
+        self.requests = []
+        """Method, path and Range of each request for a dataset file."""
 
     @property
     def url(self):
@@ -38,30 +38,30 @@ def serving(files, commit):
 
 class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self):
-        self.answer()
+        self.send_head()
 
     def do_GET(self):
-        content = self.answer()
-        if content and self.server.cut:
-            self.server.cut -= 1
+        content = self.send_head()
+        if content and self.server.responses_to_cut:
+            self.server.responses_to_cut -= 1
             content = content[: len(content) // 2]
             self.close_connection = True
         self.wfile.write(content)
 
-    def answer(self):
-        """The head of the answer; returns what belongs below it."""
-        hub, asked = self.server, self.headers.get("Range")
+    def send_head(self):
+        """Send status and headers; returns the body."""
+        hub, byte_range = self.server, self.headers.get("Range")
         if self.path.startswith("/datasets/"):
-            hub.asked.append((self.command, self.path, asked))
+            hub.requests.append((self.command, self.path, byte_range))
         content = hub.files.get(self.path)
         if content is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
             content = b""
         else:
-            begin = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-            self.send_response(206 if asked else 200)
-            if asked:
+            begin = int(byte_range.removeprefix("bytes=").removesuffix("-")) if byte_range else 0
+            self.send_response(206 if byte_range else 200)
+            if byte_range:
                 self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
             self.send_header("ETag", f'"{hashlib.sha256(hub.published[self.path]).hexdigest()}"')
             content = content[begin:]

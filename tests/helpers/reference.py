@@ -1,4 +1,4 @@
-"""An operation beside its naive twin: what the tests of operations have in common."""
+"""Compare an operation with its reference implementation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,22 +11,22 @@ from cat.types import Tokens
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers in float64, the same for the same arguments; the global random state is untouched."""
+    """Standard normal values in float64, the same at every call. The global random state is not used."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def naive_continuation(model: SequenceModel, prompt: Tokens, count: int) -> Tokens:
-    """The `count` tokens that follow upon each prompt, each the most likely one after all before it, which are read anew."""
-    read = prompt
+    """Reference implementation of greedy decoding: `count` tokens, each from a full forward pass without a cache."""
+    tokens = prompt
     for _ in range(count):
-        read = torch.cat([read, model(read)[:, -1:].argmax(-1)], dim=1)
-    return read[:, prompt.shape[1] :]
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
+    return tokens[:, prompt.shape[1] :]
 
 
 def in_parts(
     step: Callable[..., tuple[Tensor, Any]], inputs: Sequence[Tensor], parts: list[int], *, dim: int
 ) -> tuple[Tensor, Any]:
-    """The outputs and the last state of `step(*inputs, state=...)` of one part of the tokens after the other."""
+    """Apply `step(*inputs, state=...)` to consecutive parts of the tokens. Returns the outputs and the last state."""
     state, outputs = None, []
     for part in zip(*(x.split(parts, dim=dim) for x in inputs), strict=True):
         out, state = step(*part, state=state)
@@ -34,8 +34,8 @@ def in_parts(
     return torch.cat(outputs, dim=dim), state
 
 
-def assert_twins(operation: Callable[..., Tensor], naive: Callable[..., Tensor], *inputs: Tensor) -> None:
-    """Asserts that the two agree on `inputs`: the output, and the gradient of every input."""
+def assert_matches_reference(operation: Callable[..., Tensor], naive: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """Assert that both functions agree on `inputs`: the output and the gradient of every input."""
     inputs = tuple(x.detach().requires_grad_() for x in inputs)
     actual, expected = operation(*inputs), naive(*inputs)
     close(actual, expected)
@@ -45,5 +45,5 @@ def assert_twins(operation: Callable[..., Tensor], naive: Callable[..., Tensor],
 
 
 def close(actual: Tensor | tuple[Tensor, ...], expected: Tensor | tuple[Tensor, ...]) -> None:
-    """Asserts equality up to the rounding of float64."""
+    """Assert equality up to the rounding of float64."""
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)

@@ -1,4 +1,4 @@
-"""A tiny study in the working folder: the smoke preset with fewer tasks and steps."""
+"""A tiny study in the working directory: the smoke preset with fewer tasks and steps."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def stage(*arguments):
-    """Runs a command of `python -m pipeline` in this process."""
+    """Run a command of `python -m pipeline` in this process."""
     main(arguments, standalone_mode=False)
 
 
@@ -27,19 +27,19 @@ def write_params(raw):
 
 
 def edit(**changes):
-    """Sets dotted keys of params.yaml."""
+    """Set dotted keys of params.yaml."""
     raw = read_params()
     for dotted, value in changes.items():
         *path, last = dotted.split(".")
-        at = raw
-        for step in path:
-            at = at[step]
-        at[last] = value
+        owner = raw
+        for key in path:
+            owner = owner[key]
+        owner[last] = value
     write_params(raw)
 
 
 def finished_study(folder, *, tasks):
-    """Every stage but the store of MLflow, for the tasks named, of which `copying` is one."""
+    """Run every stage except `track` on `tasks`, which must contain `copying`."""
     tiny_study(folder, tasks=tasks)
     stage("plan")
     for task in tasks:
@@ -54,21 +54,21 @@ def finished_study(folder, *, tasks):
 
 
 def tiny_study(folder, *, tasks):
-    """The parameters and stages of a tiny study on the tasks named, of which `copying` is one."""
+    """Write the parameters and stages of a tiny study on `tasks`, which must contain `copying`."""
     shutil.copy(ROOT / "dvc.yaml", folder)
     shutil.copy(ROOT / "claims.yaml", folder)
     raw = YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml")
-    raw["threads"] = 1
+    raw["parallel_runs"] = 1
     raw["tasks"] = {name: raw["tasks"][name] for name in tasks}
     for task in raw["tasks"].values():
-        task["train"]["steps"] = 5
+        task["training"]["steps"] = 5
     raw["ablations"]["depth"]["tasks"] = ["copying"]
     for ablation in raw["ablations"].values():
-        inside = not ablation["tasks"]  # of models that other questions train
+        trains_nothing = not ablation["tasks"]
         ablation["tasks"] = [task for task in ablation["tasks"] if task in tasks]
-        ablation["across"] = [task for task in ablation.get("across", ()) if task in tasks]
-        if not ablation["across" if inside else "tasks"]:
-            ablation |= {"variants": [], "beside": [], "across": []}
+        ablation["reference_tasks"] = [task for task in ablation.get("reference_tasks", ()) if task in tasks]
+        if not ablation["reference_tasks" if trains_nothing else "tasks"]:
+            ablation |= {"variants": [], "reference_variants": [], "reference_tasks": []}
     trained = {variant for ablation in raw["ablations"].values() for variant in ablation["variants"]}
-    raw["variants"] = {name: line for name, line in raw["variants"].items() if name in trained}
+    raw["variants"] = {name: config for name, config in raw["variants"].items() if name in trained}
     write_params(raw)

@@ -1,4 +1,4 @@
-"""The benchmarks on tiny sizes: every row runs, its two sides agree, and what is written says so; how fast, no test says."""
+"""The benchmarks at tiny sizes: every row runs, its two sides agree, and the results are written. No test asserts a speed."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from benchmarks.attention import landmark
 from benchmarks.convolution import filters, long_convolution, short_convolution
 from benchmarks.data import all_at_once, data, mqar, one_by_one
 from benchmarks.generation import generation
-from benchmarks.measure import COST, POWER, SECONDS, SPEEDUP, Benchmark, Case, Place, Question, answer, compared
+from benchmarks.measure import COST, POWER, SECONDS, SPEEDUP, Benchmark, Case, Comparison, Place, compared, make_figure
 from benchmarks.recurrence import scan
 from benchmarks.training import replicas, step
 from pipeline.config.grid import cells
@@ -45,11 +45,11 @@ TINY = {
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The suite at tiny sizes, each side measured twice by one call and without processes of its own."""
+    """The suite at tiny sizes: two repeats of one call per side, and no process per side."""
     monkeypatch.setattr(suite, "SUITE", TINY)
     monkeypatch.setattr(suite, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "REPEATS", 2)
-    monkeypatch.setattr(measure, "SHORTEST", 0)
+    monkeypatch.setattr(measure, "MIN_SECONDS", 0)
     monkeypatch.setattr(measure, "peak", lambda setup, place: 1_000_000 if pickle.dumps(setup) else 0)
     return tmp_path
 
@@ -65,7 +65,7 @@ def only(folder, suffix):
     return path
 
 
-def test_every_row_has_a_tiny_form_here_or_a_test_of_its_own():
+def test_every_row_has_a_tiny_version_or_its_own_test():
     kinds = {re.sub(r"_\d+$", "", name) for name in suite.SUITE}
     assert kinds == {re.sub(r"_\d+$", "", name) for name in TINY} | {"startup"}
     assert [name for name in suite.SUITE if name.startswith("filters")] == [f"filters_{n}" for n in (128, 512, 1024, 4096)]
@@ -100,30 +100,30 @@ def test_every_row_is_measured_and_written(tiny):
     assert only(tiny, ".md").read_text() == shown
 
 
-def test_rows_that_are_not_named_stay_as_they_were(tiny):
+def test_other_rows_keep_their_results(tiny):
     run("data", "replicas")
     path = only(tiny, ".json")
     results = json.loads(path.read_text())
     assert list(results["rows"]) == ["data", "replicas"]
-    results["rows"]["data"]["what"] = "as it was"
+    results["rows"]["data"]["what"] = "old"
     results["rows"]["gone"] = results["rows"]["data"]
     path.write_text(json.dumps(results))
     shown = run("step_32", "--threads", "2")
     rows = json.loads(path.read_text())["rows"]
     assert list(rows) == ["step_32", "data", "replicas"]
     assert [row["threads"] for row in rows.values()] == [2, 1, 1]
-    assert rows["data"]["what"] == "as it was"
+    assert rows["data"]["what"] == "old"
     assert f"2 threads, torch {torch.__version__};" in shown
     assert f"1 thread, torch {torch.__version__};" in shown
     run("data")
     assert json.loads(path.read_text())["rows"]["data"]["what"] == TINY["data"].what
 
 
-def test_rows_are_listed_and_others_refused(tiny, monkeypatch):
+def test_rows_are_listed_and_unknown_ones_refused(tiny, monkeypatch):
     assert [line.split()[0] for line in run("--list").splitlines()[2:]] == list(TINY)
     assert list(tiny.iterdir()) == []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    for arguments, fault in ((["nothing"], "no row is called nothing"), (["--device", "cuda"], "there is no GPU here")):
+    for arguments, fault in ((["nothing"], "no row is called nothing"), (["--device", "cuda"], "this machine has no GPU")):
         result = CliRunner().invoke(main, arguments)
         assert result.exit_code == 2
         assert fault in result.output
@@ -135,20 +135,21 @@ def test_rows_are_listed_and_others_refused(tiny, monkeypatch):
 )
 def test_a_target_is_met_or_not(unit, value, met, missed):
     for target, verdict in ((met, True), (missed, False), (None, None)):
-        figure = answer(Question(name="q", sides=("a", "b"), unit=unit, target=target), [8.0, 8.0], [2.0, 2.0], memory=(1, 2))
+        comparison = Comparison(name="q", sides=("a", "b"), unit=unit, target=target)
+        figure = make_figure(comparison, [8.0, 8.0], [2.0, 2.0], memory=(1, 2))
         assert (figure.value, figure.met) == (pytest.approx(value), verdict)
 
 
 def test_a_figure_is_the_median_of_its_repeats_and_shows_their_range():
-    question = Question(name="q", sides=("a", "b"), count=(300, "tokens"))
-    figure = answer(question, [1.0, 3.0, 2.0], [10.0, 60.0, 80.0], memory=(1, 2))
+    comparison = Comparison(name="q", sides=("a", "b"), count=(300, "tokens"))
+    figure = make_figure(comparison, [1.0, 3.0, 2.0], [10.0, 60.0, 80.0], memory=(1, 2))
     assert (figure.low, figure.value, figure.high) == (10, 20, 40)
     assert dataclasses.astuple(figure.ours) == ("a", 2, 1, 3, 1)
     assert dataclasses.astuple(figure.other) == ("b", 60, 10, 80, 2)
     assert figure.rate == "150 tokens"
 
 
-def test_two_ways_take_turns_and_what_is_fast_is_called_often(monkeypatch):
+def test_two_sides_take_turns_and_a_fast_one_is_called_more_often(monkeypatch):
     now, calls = 0.0, []
 
     def work(name, cost):
@@ -158,7 +159,7 @@ def test_two_ways_take_turns_and_what_is_fast_is_called_often(monkeypatch):
         return torch.ones(1)
 
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
-    monkeypatch.setattr(measure, "SHORTEST", 1.0)
+    monkeypatch.setattr(measure, "MIN_SECONDS", 1.0)
     monkeypatch.setattr(measure, "REPEATS", 2)
     ours, other = (partial(work, name, cost) for name, cost in (("a", 0.25), ("b", 4.0)))
     times = measure.in_turn(ours, other, agree=measure.same_numbers, device="cpu")
@@ -170,7 +171,7 @@ def constant(value, device):
     return partial(list, value)
 
 
-def test_what_disagrees_is_not_measured(tiny):
+def test_sides_that_disagree_are_not_measured(tiny):
     def case(ours, other):
         return Case(name="c", sides=("a", "b"), ours=partial(constant, ours), other=partial(constant, other))
 
@@ -186,17 +187,17 @@ def test_what_disagrees_is_not_measured(tiny):
 
 
 def allocate(size, device):
-    """A megabyte that stays, and work that needs `size` megabytes for a moment."""
+    """Hold one megabyte; the work needs `size` megabytes for a moment."""
     kept = torch.zeros(1 << 18)
     return lambda: kept.sum() + torch.ones(size << 18).sum()
 
 
-def test_memory_is_that_of_a_call_at_its_peak():
+def test_memory_is_the_peak_of_a_call():
     assert 63 < measure.peak(partial(allocate, 64), CPU) / (1 << 20) < 72
 
 
 @pytest.mark.parametrize("way", [all_at_once, one_by_one])
-def test_both_ways_of_drawing_recall_ask_what_the_oracle_answers(way):
+def test_both_ways_of_generating_recall_agree_with_the_oracle(way):
     task = mqar(32)
     assert task.vocabulary == 32
     examples = way(32, 20, "cpu")()
@@ -204,35 +205,35 @@ def test_both_ways_of_drawing_recall_ask_what_the_oracle_answers(way):
     assert ((examples.targets >= 0).sum(1) == 4).all()
 
 
-def test_zoology_s_setting_is_the_one_measured():
+def test_the_measured_setting_is_zoology_s():
     task = mqar(8192)
     assert (task.vocabulary, task.length, task.pairs, task.query_gap) == (8192, 64, 4, "power")
 
 
-# What DVC and Python cost.
+# Start-up times of DVC and Python.
 
 
-def test_the_study_that_dvc_is_measured_on_is_one_and_has_as_many_cells(tmp_path):
+def test_the_study_for_measuring_dvc_is_valid_and_has_the_wanted_number_of_cells(tmp_path):
     raw = startup.enlarged(YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml"), 100, CPU)
     with (tmp_path / "params.yaml").open("w") as file:
         YAML().dump(raw, file)
     study = load_study(tmp_path / "params.yaml")
     assert 100 <= len(cells(study)) < 110
-    assert startup.CELL in [(cell.task, cell.variant) for cell in cells(study) if cell.ablation == "streams"]
+    assert startup.CELL in [(cell.task, cell.variant) for cell in cells(study) if cell.ablation == "qkv_subsets"]
     assert study.parallel_runs == 1
 
 
-def test_a_command_s_seconds_memory_and_words_are_its_own(tmp_path):
+def test_a_command_is_measured_in_its_own_process(tmp_path):
     run = startup.python(tmp_path, "-c", "x = bytearray(200 << 20); x[::4096] = b'1' * len(x[::4096]); print('done')")
     assert 200 <= run.bytes / (1 << 20) < 300
     assert run.seconds > 0
     assert run.output.strip() == "done"
     assert Path(startup.python(tmp_path, "-c", "import os; print(os.getcwd())").output.strip()) == tmp_path
-    with pytest.raises(RuntimeError, match="no such luck"):
-        startup.python(tmp_path, "-c", "raise SystemExit('no such luck')")
+    with pytest.raises(RuntimeError, match="it failed"):
+        startup.python(tmp_path, "-c", "raise SystemExit('it failed')")
 
 
-def test_startup_is_what_a_command_takes_besides_training(monkeypatch):
+def test_startup_is_the_time_of_a_command_without_training(monkeypatch):
     commands = []
 
     def python(folder, *arguments):
@@ -259,31 +260,31 @@ def test_startup_is_what_a_command_takes_besides_training(monkeypatch):
         (5.0, 5.0, 2.0, 5, True),
         (5.0, 5.0, 2.0, None, None),
     ]
-    assert commands[0] == ("study", ("-m", "dvc", "repro", "--force", "--single-item", "train_streams@ar-k"))
+    assert commands[0] == ("study", ("-m", "dvc", "repro", "--force", "--single-item", "train_qkv_subsets@ar-k"))
     assert commands[-2] == ("study", ("-m", "pipeline", "run"))
     assert len(commands) == 4 * 3 * 2
     assert [folder for folder, _ in commands] == ["study", "empty"] * 12
 
 
-def test_a_study_that_is_not_at_rest_is_not_measured():
+def test_a_study_with_stages_to_run_is_not_measured():
     rest = startup.Run(1.0, 1, "Stage 'plan' didn't change, skipping\n")
     assert startup.at_rest(rest) is rest
-    with pytest.raises(RuntimeError, match="render ran where there was nothing to do"):
+    with pytest.raises(RuntimeError, match="render ran"):
         startup.at_rest(startup.Run(1.0, 1, rest.output + "\nRunning stage 'render':"))
 
 
-def test_replicas_together_are_those_one_after_the_other():
-    """Two steps: the second has the weights that the first one made."""
-    ways = [way(3, 4, "cpu") for way in (training.together, training.one_by_one)]
+def test_an_ensemble_step_equals_the_steps_one_by_one():
+    """Two steps: the second uses the weights of the first."""
+    ways = [way(3, 4, "cpu") for way in (training.ensemble_step, training.one_by_one)]
     for _ in range(2):
         torch.testing.assert_close(*(way() for way in ways))
 
 
-# What a cell costs besides its training.
+# The cost of a cell besides its training.
 
 
 @pytest.mark.parametrize("count", [1, 40])
-def test_the_trivial_study_has_as_many_cells(tmp_path, count):
+def test_the_trivial_study_has_the_wanted_number_of_cells(tmp_path, count):
     raw = trivial.trivial(YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml"), count)
     with (tmp_path / "params.yaml").open("w") as file:
         YAML().dump(raw, file)
@@ -294,13 +295,13 @@ def test_the_trivial_study_has_as_many_cells(tmp_path, count):
 
 def test_every_part_of_a_trivial_study_is_measured(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one in the user's home
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray writes one to the home folder
     figures = trivial.in_project(2)
     assert set(figures) == {*trivial.PARTS, "bytes"}
     assert all(value > 0 for value in figures.values())
 
 
-def test_what_many_cells_take_is_on_the_power_law_or_the_line():
+def test_many_cells_are_extrapolated_by_a_power_law_or_a_line():
     assert trivial.extrapolate([10, 100, 500], [7.0, 1e2, 2.5e3]) == pytest.approx((2, 1e6))
     assert trivial.extrapolate([100, 500], [12.0, 20.0])[1] == pytest.approx(210)
     sizes = {str(size): dict.fromkeys([*trivial.PARTS, "bytes"], size * 0.02) for size in (10, 100)}

@@ -8,12 +8,15 @@ from cat.config import QKVConfig
 
 
 class AttentionConfig(QKVConfig):
-    """Softmax attention, dense and causal. Without a filter it is the transformer, with filters it is CAT."""
+    """Dense causal softmax attention: the transformer, or CAT with convolutions."""
 
     mixer: Literal["attention"]
 
     @property
     def only_keys_convolved(self) -> bool:
-        """Whether recall hangs on one filter a head, on the keys: one layer, no other filter, no positions, no qk_norm."""
+        """Whether one kernel per head on the keys decides recall.
+
+        True for one layer without other convolutions, positions or qk_norm.
+        """
         bare = (self.layers, self.position, self.qk_norm) == (1, "none", False)
         return bare and self.kernel_sizes.keys() == {"k"} and self.sharing == "head" and not self.filter_bias

@@ -1,6 +1,6 @@
-"""CAT: out = softmax(mask(Q K^T / sqrt(C))) V with Q, K and V each the filtered projection of the input.
+"""CAT: out = softmax(mask(Q K^T / sqrt(C))) V.
 
-Without a filter this is the transformer's attention.
+Q, K and V are convolved projections of the input. Without convolutions this is the transformer's attention.
 """
 
 from jaxtyping import Float
@@ -14,33 +14,32 @@ from cat.types import Heads, Positions, Queries, Values
 
 
 class CausalAttention(QKVMixer):
-    """Dense causal attention over (B, L, D) with a filter on the streams that its configuration names."""
+    """Dense causal softmax attention over (B, L, D) with optional convolutions."""
 
     supports_positions = True
 
     def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
-        return attend(*self._placed(q, k, positions=positions), v, scale=self.scale, alibi=self.alibi, positions=positions)
+        return attend(*self._rotated(q, k, positions=positions), v, scale=self.scale, alibi=self.alibi, positions=positions)
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
-        return logits(*self._placed(q, k), scale=self.scale, alibi=self.alibi)
+        return logits(*self._rotated(q, k), scale=self.scale, alibi=self.alibi)
 
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
-        """Keeps the keys and values of all tokens as they are attended to."""
+        """Cache the rotated keys and the values of all tokens."""
         q, k, v = qkv
-        q, k = self._placed(q, k, start=cache.length)
+        q, k = self._rotated(q, k, start=cache.length)
         keys, values = append_to_cache(cache, "keys", k, dim=2), append_to_cache(cache, "values", v, dim=2)
-        attended = attend if q.shape[2] == keys.shape[2] else attend_last
-        return attended(q, keys, values, scale=self.scale, alibi=self.alibi), {"keys": keys, "values": values}
+        attention = attend if q.shape[2] == keys.shape[2] else attend_last
+        return attention(q, keys, values, scale=self.scale, alibi=self.alibi), {"keys": keys, "values": values}
 
     @property
     def alibi(self) -> bool:
-        """Whether scores fall with the distance."""
         return self.config.position == "alibi"
 
-    def _placed(self, q: Queries, k: Heads, *, start: int = 0, positions: Positions | None = None) -> tuple[Queries, Heads]:
-        """Both turned by their positions where these are rotary; the first key is token `start`.
+    def _rotated(self, q: Queries, k: Heads, *, start: int = 0, positions: Positions | None = None) -> tuple[Queries, Heads]:
+        """Apply rotary positions if configured.
 
-        The queries are those `at`, or the last ones as many as there are.
+        The first key is token `start`. The queries are at `positions`, or they are the last tokens.
         """
         if self.config.position == "rotary":
             return rotate(q, start=start + k.shape[2] - q.shape[2], positions=positions), rotate(k, start=start)

@@ -10,17 +10,20 @@ from cat.config import Count, QKVConfig
 
 
 class BasedConfig(QKVConfig):
-    """Softmax attention to a window of tokens, and to all tokens before it through the second-order Taylor features of exp."""
+    """Softmax attention within a window, Taylor features for all earlier tokens.
+
+    The features are those of the second-order Taylor polynomial of exp.
+    """
 
     mixer: Literal["based"]
     window: Count
-    """Tokens that are read exactly: the present one and those right before it."""
+    """Tokens with exact attention: the current token and those immediately before it."""
 
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
-        return self._refuse_alibi("is added to the scores before a softmax, and Taylor features have none")
+        return self._refuse_alibi("needs a softmax, which Taylor features replace")
 
     def check_length(self, length: int) -> None:
         super().check_length(length)
         if self.window >= length:
-            raise ValueError(f"window = {self.window} leaves nothing to Taylor features in the training length of {length}")
+            raise ValueError(f"window = {self.window} must be smaller than the training length of {length}")

@@ -1,6 +1,7 @@
-"""Based: exact softmax attention to a window of tokens, and to all before it through second-order Taylor features of exp.
+"""Based: exact attention within a window, Taylor features for earlier tokens.
 
-After arXiv 2402.18668; the formula, and how it differs from the paper's layers, are in cat/mixers/based/op.py.
+The features are those of the second-order Taylor polynomial of exp. After arXiv 2402.18668; op.py has the formula and the
+differences from the paper's layers.
 """
 
 from jaxtyping import Float
@@ -8,14 +9,17 @@ from torch import Tensor
 
 from cat.mixers.base import Cache
 from cat.mixers.based.config import BasedConfig
-from cat.mixers.based.op import Past, taylor_attend, taylor_attend_next
+from cat.mixers.based.op import Past, taylor_attend, taylor_attend_step
 from cat.mixers.qkv import Attended, QKVMixer
 from cat.ops.position import rotate
 from cat.types import Heads, Positions, Queries, Values
 
 
 class Based(QKVMixer):
-    """Causal attention over (B, L, D), exact for `window` tokens, with a filter on the streams that its configuration names."""
+    """Causal attention over (B, L, D), exact within a window.
+
+    Convolutions on q, k and v are optional.
+    """
 
     supports_positions = True
 
@@ -29,11 +33,11 @@ class Based(QKVMixer):
         return taylor_attend(q, k, v, scale=self.scale, window=self.window, positions=positions)
 
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
-        """Keeps the last keys and values, and a sum over all tokens before them."""
+        """Cache the last keys and values, and a sum over all earlier tokens."""
         q, k, v = qkv
         if self.config.position == "rotary":
             q, k = rotate(q, start=cache.length + k.shape[2] - q.shape[2]), rotate(k, start=cache.length)
-        kept = cache.state
-        before = Past(kept["keys"], kept["values"], kept.get("far")) if cache.length else None
-        heads, past = taylor_attend_next(q, k, v, state=before, length=cache.length, scale=self.scale, window=self.window)
+        state = cache.state
+        before = Past(state["keys"], state["values"], state.get("far")) if cache.length else None
+        heads, past = taylor_attend_step(q, k, v, state=before, length=cache.length, scale=self.scale, window=self.window)
         return heads, {name: x for name, x in past._asdict().items() if x is not None}

@@ -10,21 +10,25 @@ from cat.config import QKVConfig
 
 
 class DeltaConfig(QKVConfig):
-    """A linear recurrence by the delta rule: each token corrects what the state holds under its key."""
+    """A linear recurrence with the delta rule.
+
+    Each token corrects the value that the state stores for its key.
+    """
 
     mixer: Literal["delta"]
     gate: bool = False
-    """Let the state decay by a share that each token decides."""
+    """Let the state decay by a factor that depends on the token."""
 
     @property
     def has_attention(self) -> bool:
-        return False  # weights of either sign, and of any sum
+        return False  # weights can be negative and have any sum
 
     @model_validator(mode="after")
-    def _no_scores(self) -> Self:
+    def _no_softmax_settings(self) -> Self:
         if self.position == "rotary":
-            raise ValueError("rotary position turns keys that the delta rule compares; use none, learned or sinusoidal")
+            problem = "position = rotary would rotate the keys that the delta rule compares"
+            raise ValueError(f"{problem}. Fix: use none, learned or sinusoidal")
         if self.qk_norm or self.temperature:
             key = "qk_norm" if self.qk_norm else "temperature"
-            raise ValueError(f"{key} = true: the delta rule has unit keys and queries always, and no temperature")
-        return self._refuse_alibi("is added to the scores before a softmax, and the delta rule has none")
+            raise ValueError(f"{key} = true: the delta rule always has unit queries and keys, and no temperature. Fix: remove it")
+        return self._refuse_alibi("needs a softmax, which the delta rule does not have")

@@ -1,11 +1,11 @@
-"""DeltaNet (arXiv 2406.06484): a linear recurrence by the delta rule; with a gate, Gated DeltaNet (arXiv 2412.06464).
+"""DeltaNet (arXiv 2406.06484); with a gate, Gated DeltaNet (arXiv 2412.06464):
 
     beta = sigmoid(X W_beta)    log alpha = -rate * softplus(X W_step + b_step)
     out = delta_rule(q / |q|, k / |k|, v, beta, alpha)
 
-The formula is in op.py. The streams are those of every mixer: the papers' layers have short convolutions and silu before
-the rule, on every stream, and a norm after it; the second paper's an output gate too. The norm takes back the 1 / sqrt(C) of
-their code on the queries, so there is none here: a key reads back the value that was written under it, not a small share.
+op.py has the recurrence. Unlike the papers' layers, this layer has the study's optional convolutions. The papers have short
+convolutions and silu on q, k and v before the rule, and a norm after it; the second paper also has an output gate. Their code
+scales queries by 1 / sqrt(C), which the norm cancels. Here is neither, so a key retrieves the stored value at its full size.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cat.mixers.base import Cache
 from cat.mixers.delta.config import DeltaConfig
-from cat.mixers.delta.op import Rates, delta_rule, delta_rule_next
+from cat.mixers.delta.op import Rates, delta_rule, delta_rule_step
 from cat.mixers.qkv import Attended, Projection, QKVMixer
 from cat.ops.l2norm import l2_normalize
 from cat.ops.position import gather_positions
@@ -25,7 +25,7 @@ from cat.types import Heads, Positions, Queries, Values
 
 
 class DeltaRule(QKVMixer):
-    """The delta rule over (B, L, D) with a filter on the streams that its configuration names, and a gate if it says so."""
+    """The delta rule over (B, L, D) with optional convolutions and an optional gate."""
 
     def __init__(self, config: DeltaConfig, length: int):
         super().__init__(config, length)
@@ -34,7 +34,7 @@ class DeltaRule(QKVMixer):
         if config.gate:
             self.dt_proj = nn.Linear(config.width, config.heads)
             # As in the code of Mamba-2 (arXiv 2405.21060): rates between 1 and 16, and steps log-uniform between 0.001 and 0.1
-            # before the input has a say.
+            # at zero input.
             self.log_rate = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
             with torch.no_grad():
                 self.dt_proj.bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_()  # the inverse of softplus
@@ -49,16 +49,16 @@ class DeltaRule(QKVMixer):
         return gather_positions(delta_rule(q, k, v, *rates), positions)
 
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
-        """Keeps the state."""
-        heads, state = delta_rule_next(*qkv, state=cache.state.get("state"))
+        """Cache the state."""
+        heads, state = delta_rule_step(*qkv, state=cache.state.get("state"))
         return heads, {"state": state}
 
     def scale_qk(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
-        """Both of unit length."""
+        """Scale q and k to unit length."""
         return l2_normalize(q), l2_normalize(k)
 
     def split_projection(self, projected: Projection) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
-        """What queries, keys and values are made of; beta, and log alpha where there is a gate."""
+        """Split into q, k and v (concatenated), beta and, with a gate, log alpha."""
         width = self.projection.out_features
         strength, *step = projected[..., width:].split(self.config.heads, dim=-1)
         return projected[..., :width], [strength.sigmoid().mT, *((-self.log_rate.exp() * F.softplus(s)).mT for s in step)]

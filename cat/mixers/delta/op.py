@@ -1,9 +1,11 @@
-"""The delta rule (arXiv 2406.06484, section 2.2) with a gate (arXiv 2412.06464, equation 10), a state S of C x C numbers a head:
+"""The delta rule with a gate and a C x C state S per head.
+
+The rule is of arXiv 2406.06484, section 2.2; the gate is of arXiv 2412.06464, equation 10:
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        out_t = S_t^T q_t        S_0 = 0
 
-For a unit key k_t it is the step of size beta_t from alpha_t S_{t-1} that brings the value under k_t, S^T k_t, towards v_t. What
-is added to alpha_t S_{t-1} is k_t u_t^T, and within a chunk that begins with the state S the u_t solve a triangular system, with
+For a unit key k_t, the update moves the value stored for k_t, S^T k_t, from that of alpha_t S_{t-1} towards v_t with step size
+beta_t. It adds k_t u_t^T to alpha_t S_{t-1}. Within a chunk with initial state S, the u_t solve a triangular system, with
 g_t = log alpha_1 + .. + log alpha_t counted from the chunk's first token:
 
     u_t + beta_t sum_{j < t} e^(g_t - g_j) <k_t, k_j> u_j = beta_t (v_t - e^(g_t) S^T k_t)
@@ -19,33 +21,37 @@ from cat.ops.common import without_autocast
 from cat.types import Heads, State, Values
 
 CHUNK = 32
-"""Tokens of a triangular system at most; between two of them the state is carried."""
+"""Maximum number of tokens per triangular system; the state is carried from chunk to chunk."""
 
 Rates = Float[Tensor, "B H L"]
 
 
 def delta_rule(q: Heads, k: Heads, v: Values, beta: Rates, log_decay: Rates | None = None) -> Values:
-    """The outputs for strengths `beta` and log alpha `log_decay` <= 0, 0 if None, at a cost of L (chunk + C) C a head.
+    """Return the outputs; costs L (chunk + C) C per head.
 
-    States and systems are in float32 at least, under autocast too.
+    `beta` is the step size, `log_decay` <= 0 is log alpha; None is 0. States and systems are in at least float32, also under
+    autocast.
     """
-    return delta_rule_next(q, k, v, beta, log_decay, state=None)[0]
+    return delta_rule_step(q, k, v, beta, log_decay, state=None)[0]
 
 
-def delta_rule_next(
+def delta_rule_step(
     q: Heads, k: Heads, v: Values, beta: Rates, log_decay: Rates | None = None, *, state: State | None
 ) -> tuple[Values, State]:
-    """The outputs of tokens that follow upon those of `state`, None before the first one; and the state after all of them."""
-    wide = torch.promote_types(v.dtype, torch.float32)
+    """Return the outputs of the tokens after those of `state`, and the new state.
+
+    `state` is None before the first token.
+    """
+    dtype = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(q):
         log_decay = beta.new_zeros(1, 1, q.shape[2]) if log_decay is None else log_decay
-        q, k, values, strength, log_decay = (x.to(wide) for x in (q, k, v, beta[..., None], log_decay[..., None]))
+        q, k, values, strength, log_decay = (x.to(dtype) for x in (q, k, v, beta[..., None], log_decay[..., None]))
         outputs, end = _by_chunks(q, k, values, strength, log_decay, state)
     return outputs.to(v.dtype), end
 
 
 def naive_delta_rule(q: Heads, k: Heads, v: Values, beta: Rates, log_decay: Rates | None = None) -> Values:
-    """The definition, one token at a time; the twin that `delta_rule` is tested against."""
+    """Reference implementation of `delta_rule`, one token at a time."""
     state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3])
     identity = torch.eye(q.shape[3], dtype=q.dtype, device=q.device)
     outputs = []
@@ -62,9 +68,9 @@ def naive_delta_rule(q: Heads, k: Heads, v: Values, beta: Rates, log_decay: Rate
 def _by_chunks(
     q: Heads, k: Heads, v: Values, beta: Float[Tensor, "B H L 1"], log_decay: Float[Tensor, "#B #H L 1"], state: State | None
 ) -> tuple[Values, State]:
-    """Chunks as equal as can be: one token too many for a chunk does not fill a second with padding.
+    """Compute in chunks of nearly equal length.
 
-    A place that no token takes leaves the state as it is.
+    One token more than a chunk then does not need a second chunk of padding. Padding leaves the state unchanged.
     """
     length = q.shape[2]
     count = -(-length // CHUNK)
@@ -74,13 +80,13 @@ def _by_chunks(
     )
     total = log_decay.cumsum(3)
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
-    # Masked before exp: it overflows for what is to come, and zero times infinity has no gradient.
+    # Masked before exp: exp overflows for future tokens, and the gradient of zero times infinity is NaN.
     decay = (total - total.mT).masked_fill(future, float("-inf")).exp()
 
     state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state
     outputs = []
     for q_, k_, v_, beta_, carry, decay_ in zip(*(x.unbind(2) for x in (q, k, v, beta, total.exp(), decay)), strict=True):
-        system = beta_ * (k_ @ k_.mT) * decay_  # its diagonal is taken for ones, what is above is zero
+        system = beta_ * (k_ @ k_.mT) * decay_  # the diagonal is taken as ones, the upper triangle is zero
         u = torch.linalg.solve_triangular(system, beta_ * (v_ - carry * (k_ @ state)), upper=False, unitriangular=True)
         outputs.append(carry * (q_ @ state) + (q_ @ k_.mT * decay_) @ u)
         state = carry[:, :, -1:] * state + (k_ * decay_[:, :, -1, :, None]).mT @ u

@@ -10,29 +10,34 @@ from cat.config import Count, QKVConfig
 
 
 class GLAConfig(QKVConfig):
-    """Linear attention without a feature map, each channel of whose state decays by a share that each token decides."""
+    """Linear attention without a feature map, with a decay per state channel.
+
+    The decay depends on the token.
+    """
 
     mixer: Literal["gla"]
     gate_rank: Count
-    """Rank of the map from a token to what it leaves of each channel."""
+    """Rank of the linear map from a token to the decay of each channel."""
     output_gate: bool = False
-    """Multiply what a head has read by a gate a channel, of the token that reads it."""
+    """Multiply the output of each head by one gate per channel, computed from the query's token."""
 
     @property
     def has_attention(self) -> bool:
-        return False  # weights of either sign, and of any sum
+        return False  # weights can be negative and have any sum
 
     @model_validator(mode="after")
-    def _rank_is_low(self) -> Self:
+    def _rank_is_at_most_width(self) -> Self:
         if self.gate_rank > self.width:
-            raise ValueError(f"gate_rank = {self.gate_rank} is more than width = {self.width}, the rank of any map of a token")
+            raise ValueError(f"gate_rank = {self.gate_rank} must be at most width = {self.width}")
         return self
 
     @model_validator(mode="after")
-    def _no_scores(self) -> Self:
+    def _no_softmax_settings(self) -> Self:
         if self.position == "rotary":
-            raise ValueError("rotary position turns pairs of channels that decay apart; use none, learned or sinusoidal")
+            problem = "position = rotary would rotate channels that decay at different rates"
+            raise ValueError(f"{problem}. Fix: use none, learned or sinusoidal")
         if self.qk_norm or self.temperature:
             key = "qk_norm" if self.qk_norm else "temperature"
-            raise ValueError(f"{key} = true: gated linear attention normalises what it reads, which undoes any temperature")
-        return self._refuse_alibi("is added to the scores before a softmax, and gated linear attention has none")
+            reason = "gated linear attention normalizes its output, which cancels a temperature"
+            raise ValueError(f"{key} = true: {reason}. Fix: remove it")
+        return self._refuse_alibi("needs a softmax, which gated linear attention does not have")

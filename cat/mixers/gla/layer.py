@@ -1,10 +1,12 @@
-"""Gated linear attention (arXiv 2312.06635, section 4.4): each token decides how much of each key channel is forgotten.
+"""Gated linear attention (arXiv 2312.06635, section 4.4).
+
+Each token sets the decay of each key channel:
 
     alpha = sigmoid(X W_1 W_2 + b)^(1/16)        heads = attend(q, k, v, alpha)
     out = (heads / rms(heads) * silu(X W_gate + b_gate)) W_out
 
-The formula is in cat/mixers/gla/op.py; the gate on the output is there if the configuration says so. The streams are
-those of every mixer, where the paper's keys have half as many channels. The gains of its norm are left to W_out.
+op.py has the recurrence; the output gate is optional. Keys have as many channels as values; the paper's keys have half as many.
+The norm has no learned gain, because W_out can express it.
 """
 
 import torch
@@ -14,14 +16,14 @@ from torch import Tensor, nn
 
 from cat.mixers.base import Cache
 from cat.mixers.gla.config import GLAConfig
-from cat.mixers.gla.op import gated_linear_attend, gated_linear_attend_next
+from cat.mixers.gla.op import gated_linear_attend, gated_linear_attend_step
 from cat.mixers.qkv import Attended, Projection, QKVMixer
 from cat.ops.position import gather_positions
 from cat.types import Heads, Positions, Values
 
 
 class GatedLinearAttention(QKVMixer):
-    """Gated linear attention over (B, L, D) with a filter on the streams that its configuration names."""
+    """Gated linear attention over (B, L, D) with optional convolutions on q, k and v."""
 
     def __init__(self, config: GLAConfig, length: int):
         super().__init__(config, length)
@@ -39,22 +41,27 @@ class GatedLinearAttention(QKVMixer):
     ) -> Float[Tensor, "B H _ E"]:
         log_decay, *output_gate = gates
         heads = gated_linear_attend(q, k, v, log_decay, scale=self.scale)
-        return self._gated(gather_positions(heads, positions), *(gather_positions(gate, positions) for gate in output_gate))
+        return self._normalize_and_gate(
+            gather_positions(heads, positions), *(gather_positions(gate, positions) for gate in output_gate)
+        )
 
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
-        """Keeps the state."""
+        """Cache the state."""
         q, k, v, log_decay, *output_gate = qkv
-        heads, state = gated_linear_attend_next(q, k, v, log_decay, state=cache.state.get("state"), scale=self.scale)
-        return self._gated(heads, *output_gate), {"state": state}
+        heads, state = gated_linear_attend_step(q, k, v, log_decay, state=cache.state.get("state"), scale=self.scale)
+        return self._normalize_and_gate(heads, *output_gate), {"state": state}
 
     def split_projection(self, projected: Projection) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
-        """What queries, keys and values are made of; log alpha, and what the gate on the output is made of where there is one."""
+        """Split into q, k and v (concatenated), log alpha, and the output gate if any.
+
+        The output gate is before its silu.
+        """
         width = self.config.width
         gates = (x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for x in projected[..., 3 * width :].split(width, -1))
         log_decay, *output_gate = gates
         return projected[..., : 3 * width], [F.logsigmoid(log_decay) / 16, *output_gate]
 
     @staticmethod
-    def _gated(heads: Float[Tensor, "B H _ E"], *gate: Float[Tensor, "B H _ E"]) -> Float[Tensor, "B H _ E"]:
+    def _normalize_and_gate(heads: Float[Tensor, "B H _ E"], *gate: Float[Tensor, "B H _ E"]) -> Float[Tensor, "B H _ E"]:
         heads = F.rms_norm(heads, heads.shape[-1:], eps=1e-5)
         return heads * F.silu(gate[0]) if gate else heads

@@ -10,21 +10,27 @@ from cat.config import Count, KernelSize, QKVConfig
 
 
 class LandmarkConfig(QKVConfig):
-    """Softmax attention over the query's own block of tokens and the earlier blocks whose landmarks match it best."""
+    """Softmax attention to the query's own block and the best earlier blocks.
+
+    The best blocks are those whose landmarks match the query best.
+    """
 
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v", "summary")
     renamed_keys: ClassVar = {**QKVConfig.renamed_keys, "summary": "conv_summary"}
     mixer: Literal["landmark"]
     block: Count
-    """Tokens of a block."""
+    """Tokens per block."""
     top: Count
-    """Blocks that a query retrieves."""
+    """Earlier blocks that each query retrieves."""
     conv_summary: KernelSize | None = None
-    """The filter that sums up the filtered keys of a block, at its last token; without it, that token's key is the landmark."""
+    """Kernel size of the convolution whose output at a block's last token is the landmark; None: that token's key is.
+
+    It acts on the convolved keys.
+    """
 
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
-        return self._refuse_alibi("makes landmarks compete by distance, not by content; landmark attention has none")
+        return self._refuse_alibi("would choose landmarks by distance instead of content")
 
     def check_length(self, length: int) -> None:
         super().check_length(length)

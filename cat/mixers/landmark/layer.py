@@ -1,6 +1,6 @@
-"""Landmark CAT: a long filter on the keys sums up a block at its last token, and a query reads the blocks that match it best.
+"""Landmark CAT: attention to the blocks whose landmarks match the query best.
 
-Figure 3 of arXiv 2407.05591; the formula is in cat/mixers/landmark/op.py.
+A long convolution on the keys summarizes each block at its last token. Figure 3 of arXiv 2407.05591; op.py has the formula.
 """
 
 from typing import cast
@@ -21,11 +21,11 @@ from cat.types import Heads, Positions, Queries, Values
 
 
 class LandmarkAttention(QKVMixer):
-    """Causal attention over (B, L, D) that reads `top + 1` blocks of `block` tokens a query, filters as its configuration names.
+    """Causal attention over (B, L, D) to `top + 1` blocks of tokens per query.
 
-    Landmarks are filtered keys; with a `summary` filter, what that makes of them before they are scaled, so that a block is
-    summed up with the weights that its tokens have by their length. Blocks overlap by what the longest filter on queries, keys
-    and values carries over their end, at most by a block.
+    Landmarks are convolved keys. With `conv_summary`, they are the output of that convolution on the keys before these are
+    scaled, so that the norm of a token's key weights the token in the summary. Blocks overlap by the reach of the longest
+    convolution on queries, keys and values, at most by one block.
     """
 
     supports_positions = True
@@ -33,15 +33,20 @@ class LandmarkAttention(QKVMixer):
     def __init__(self, config: LandmarkConfig, length: int):
         super().__init__(config, length)
         self.block, self.top = config.block, config.top
-        lags = [
-            (t - 1) * config.dilation if isinstance(t, int) else length for s, t in config.kernel_sizes.items() if s != "summary"
+        reaches = [
+            (size - 1) * config.dilation if isinstance(size, int) else length
+            for projection, size in config.kernel_sizes.items()
+            if projection != "summary"
         ]
-        self.reach = min(self.block, max(lags, default=0))
+        self.reach = min(self.block, max(reaches, default=0))
         if config.filter_init == "identity" and (isinstance(config.conv_summary, int) or config.conv_summary == "full"):
             cast(ExplicitFilter, self.filters["summary"]).init_moving_sum(self.block)
 
     def prepare(self, projected: Projection, positions: Positions | None = None) -> tuple[Float[Tensor, "B H _ C"], ...]:
-        """Filtered q, k and v, q and k scaled, then the landmarks; q at every position or at positions `at`."""
+        """Return convolved q, k and v, q and k scaled, and the landmarks.
+
+        q is at every position or at `positions`.
+        """
         q, k, v = self.convolve(projected, positions)
         if "summary" in self.filters:
             landmarks = cast(Filter, self.filters["summary"]).at_block_ends(k, self.block)
@@ -62,18 +67,21 @@ class LandmarkAttention(QKVMixer):
         )
 
     def prepare_step(self, projected: Projection, cache: Cache, *, last: bool) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """The landmarks are those of blocks that end among these tokens."""
-        q, k, v, rows = self.convolve_step(projected, cache, last=last)
+        """Return the inputs of `attend_step` and the inputs to cache.
+
+        The landmarks are of the blocks that end among the new tokens.
+        """
+        q, k, v, inputs = self.convolve_step(projected, cache, last=last)
         landmarks = k
         if "summary" in self.filters:
-            landmarks, rows["summary"] = self.filter_step("summary", k, cache)
+            landmarks, inputs["summary"] = self.filter_step("summary", k, cache)
         landmarks = landmarks[:, :, -(cache.length + 1) % self.block :: self.block]
         if self.config.qk_norm:
             landmarks = l2_normalize(landmarks)
-        return (*self.scale_qk(q, k), v, landmarks), rows
+        return (*self.scale_qk(q, k), v, landmarks), inputs
 
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
-        """Keeps the landmarks, and the keys and values of all tokens, as they are attended to."""
+        """Cache the landmarks and the keys, both rotated, and the values of all tokens."""
         q, k, v, landmarks = qkv
         start, length = cache.length, cache.length + k.shape[2]
         first = length - q.shape[2]
@@ -81,14 +89,15 @@ class LandmarkAttention(QKVMixer):
             end = start + -(start + 1) % self.block
             q, k, landmarks = rotate(q, start=first), rotate(k, start=start), rotate(landmarks, start=end, step=self.block)
         added = {"keys": k, "values": v, "landmarks": landmarks}
-        kept = {name: append_to_cache(cache, name, x, dim=2) for name, x in added.items()}
-        at = torch.arange(first, length, device=q.device).expand(len(q), -1) if first else None
-        return landmark_attend(
-            q, *kept.values(), scale=self.scale, block=self.block, top=self.top, reach=self.reach, positions=at
-        ), kept
+        state = {name: append_to_cache(cache, name, x, dim=2) for name, x in added.items()}
+        positions = torch.arange(first, length, device=q.device).expand(len(q), -1) if first else None
+        heads = landmark_attend(
+            q, *state.values(), scale=self.scale, block=self.block, top=self.top, reach=self.reach, positions=positions
+        )
+        return heads, state
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
-        """Whichever blocks are read."""
+        """Return the scores of all tokens, whether or not their block is chosen."""
         if self.config.position == "rotary":
             q, k = rotate(q), rotate(k)
         return logits(q, k, scale=self.scale)

@@ -1,19 +1,19 @@
-"""Landmark attention: softmax attention over the query's own block of tokens and the `top` earlier blocks that match it best.
+"""Landmark attention: softmax attention to the own block and `top` earlier ones:
 
-    landmark_n = s at the last token of block n              (arXiv 2407.05591, figure 3: a long filter on k sums up the block)
+    landmark_n = s at the last token of block n     (arXiv 2407.05591, figure 3: a long convolution on k summarizes the block)
     chosen_i   = the `top` largest <q_i, landmark_n> over the blocks n that end before the block of i begins
     weight_ij  ~ exp <q_i, k_j>                                              token j <= i of the own block
                ~ exp <q_i, landmark_n> softmax_{j in n} <q_i, k_j>           token j of a chosen block n
 
-The choice is hard, and the landmark's score also says how much of the attention its block gets: the grouped softmax of landmark
-attention (arXiv 2305.16300, section 3.1), and the gradient by which landmarks are learnt. A query that reads every earlier block
-has chosen nothing, and its weights are exp <q_i, k_j> throughout: dense attention.
+The choice is hard. The landmark's score also decides how much attention its block gets: this is the grouped softmax of landmark
+attention (arXiv 2305.16300, section 3.1), and it gives landmarks their gradient. A query that attends to every earlier block has
+no choice, and all its weights are exp <q_i, k_j>: dense attention.
 
-A landmark is a sum over the tokens of its block. It tells which tokens are there, not which stood side by side: a key of two
-tokens is found by the blocks that have both, and where many have, `top` must be larger than for keys of one token.
+A landmark is a sum over the tokens of its block. It shows which tokens the block has, but not which are adjacent. A key of two
+tokens matches all blocks with both tokens, so if there are many such blocks, `top` must be larger than for keys of one token.
 
-Filters carry what belongs together over the end of a block, so a chosen block is read on by `reach` tokens; a token that is in
-two of the blocks counts once.
+Convolutions carry information over the end of a block. A chosen block is therefore extended by the next `reach` tokens. A token
+that is in two chosen blocks counts once.
 """
 
 import math
@@ -32,10 +32,10 @@ from cat.types import Heads, Positions, Queries, Values
 Landmarks = Float[Tensor, "B H N C"]
 Chosen = Int[Tensor, "B H A T"]
 Own = Int[Tensor, "#B A"]
-"""The block that each query stands in."""
-MANY = {"all": 3, "asked": 8}
-"""Up to so many windows for each that is read, every query is computed with all of them, in one large product; with more, queries
-are sorted by the window that they read. Of `all` queries of a sequence, or of those `asked`."""
+"""Index of the block of each query."""
+DENSE_RATIO = {"all": 3, "positions": 8}
+"""Maximum ratio of windows to chosen windows for which every query is multiplied with all windows in one large product. Above it,
+queries are sorted by window. For `all` queries of a sequence, or only for those at given `positions`."""
 
 
 def landmark_attend(
@@ -50,11 +50,9 @@ def landmark_attend(
     reach: int,
     positions: Positions | None = None,
 ) -> Float[Tensor, "B H _ E"]:
-    """Landmark attention at a cost of A (L / block + (top + 1) block) C a head.
+    """Compute landmark attention; costs A (L / block + (top + 1) block) C per head.
 
-    Of all queries or of those at positions `at`, which are then all there are in `q`.
-
-    0 <= reach <= block. `s` has the landmarks of all whole blocks.
+    `s` has the landmarks of all whole blocks, and 0 <= reach <= block. With `positions`, q has only the queries there.
     """
     length = k.shape[2]
     if length <= block:
@@ -62,30 +60,36 @@ def landmark_attend(
     earlier = (length - 1) // block
     k_blocks, v_blocks = (in_blocks(x, block) for x in (k, v))
     q = scale * (in_blocks(q, block).flatten(2, 3) if positions is None else q)
-    place = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
-    own = place // block
+    query_positions = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
+    own = query_positions // block
     chosen, matches = choose(q, s[:, :, :earlier], own, top=top)
 
-    near_seen = (place % block + 1)[:, None, :, None]
-    far_seen = block + reach * continues(chosen, own)
+    # Numbers of tokens that a query attends to, in its own block and in each chosen window.
+    own_visible = (query_positions % block + 1)[:, None, :, None]
+    far_visible = block + reach * continues(chosen, own)
     own = own[:, None, :, None]
 
-    # A block and what is read on behind it: (B, H, N, block + reach, C).
+    # A window is a block and the `reach` tokens after it: (B, H, N, block + reach, C).
     k_windows, v_windows = (torch.cat([x, F.pad(x[:, :, 1:, :reach], (0, 0, 0, 0, 0, 1))], dim=3) for x in (k_blocks, v_blocks))
-    if positions is None:  # the queries of a block are all there and in order
-        near, its_log, *_ = _AttendFirst.apply(q.unflatten(2, (-1, block)), k_blocks, v_blocks, near_seen.view(-1, block), 1)
-        near, its_log = near.flatten(2, 3), its_log.flatten(2, 3)[..., None]
-        far, logs = attend_windows(q, k_windows, v_windows, chosen, seen=far_seen, always=block, many=MANY["all"])
+    if positions is None:  # each block has all its queries, in order
+        near, near_log, *_ = _AttendFirst.apply(q.unflatten(2, (-1, block)), k_blocks, v_blocks, own_visible.view(-1, block), 1)
+        near, near_log = near.flatten(2, 3), near_log.flatten(2, 3)[..., None]
+        far, logs = attend_windows(
+            q, k_windows, v_windows, chosen, visible=far_visible, always=block, dense_ratio=DENSE_RATIO["all"]
+        )
     else:
-        # A query with fewer blocks before its own than there are to choose may have got that as well.
-        far_seen = torch.where(chosen == own, near_seen, far_seen)
-        windows, seen = (torch.cat([x.expand_as(y[..., :1]), y], dim=-1) for x, y in ((own, chosen), (near_seen, far_seen)))
-        out, logs = attend_windows(q, k_windows, v_windows, windows, seen=seen, always=1, many=MANY["asked"])
-        near, far, its_log, logs = out[:, :, :, 0], out[:, :, :, 1:], logs[..., :1], logs[..., 1:]
+        # A query with fewer than `top` earlier blocks may also have its own block among the chosen ones.
+        far_visible = torch.where(chosen == own, own_visible, far_visible)
+        pairs = ((own, chosen), (own_visible, far_visible))
+        windows, visible = (torch.cat([x.expand_as(y[..., :1]), y], dim=-1) for x, y in pairs)
+        out, logs = attend_windows(
+            q, k_windows, v_windows, windows, visible=visible, always=1, dense_ratio=DENSE_RATIO["positions"]
+        )
+        near, far, near_log, logs = out[:, :, :, 0], out[:, :, :, 1:], logs[..., :1], logs[..., 1:]
 
-    # Where there is nothing to choose a window counts by its tokens, and that of a later block not at all: its match is -inf.
+    # Without a choice, a window's share follows from its tokens. A later block has no share: its match is -inf.
     logs = torch.where((own > top) | (chosen >= own), matches.to(logs.dtype), logs)
-    share = torch.cat([its_log, logs], dim=-1).softmax(-1)[..., None].to(far.dtype)
+    share = torch.cat([near_log, logs], dim=-1).softmax(-1)[..., None].to(far.dtype)
     return (share[..., 0, :] * near + (share[..., 1:, :] * far).sum(3))[:, :, :length]
 
 
@@ -101,7 +105,7 @@ def naive_landmark_attend(
     reach: int,
     positions: Positions | None = None,
 ) -> Float[Tensor, "B H _ E"]:
-    """The definition, one query at a time; the twin that `landmark_attend` is tested against."""
+    """Reference implementation of `landmark_attend`, one query at a time."""
     out = v.new_empty(*q.shape[:3], v.shape[3])
     for b, h, a in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
         i = a if positions is None else int(positions[b, a])
@@ -121,20 +125,20 @@ def naive_landmark_attend(
 
 
 def block_ends(x: Heads, block: int) -> Landmarks:
-    """The last tokens of whole blocks."""
+    """Return the last token of each whole block."""
     return x[:, :, block - 1 :: block]
 
 
 def in_blocks(x: Heads, block: int) -> Float[Tensor, "B H N block C"]:
-    """Zeros in the last one's place of tokens that are not there."""
+    """Split tokens into blocks, the last one padded with zeros."""
     missing = -x.shape[2] % block
     return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, block))
 
 
 def choose(q: Float[Tensor, "B H A C"], landmarks: Landmarks, own: Own, *, top: int) -> tuple[Chosen, Float[Tensor, "B H A T"]]:
-    """The blocks that each query retrieves, and how well they match.
+    """Return the blocks that each query retrieves, and their matches <q, landmark>.
 
-    A query that has fewer blocks before its own than there are to choose gets later ones too, whose match is -inf.
+    A query with fewer than `top` earlier blocks also gets later blocks, with a match of -inf.
     """
     matches = q @ landmarks.mT
     later = torch.arange(landmarks.shape[2], device=q.device) >= own[:, None, :, None]
@@ -143,23 +147,27 @@ def choose(q: Float[Tensor, "B H A C"], landmarks: Landmarks, own: Own, *, top: 
 
 
 def continues(chosen: Chosen, own: Own) -> Bool[Tensor, "B H A T"]:
-    """Whether a query reads on behind a chosen block: not into one that it reads anyway."""
+    """Whether a query also attends to the tokens after a chosen block.
+
+    It does not if their block is its own or also chosen.
+    """
     after = chosen + 1
     return ~((after >= own[:, None, :, None]) | (after[..., None] == chosen[..., None, :]).any(-1))
 
 
 class _AttendFirst(Operation):
-    """Each query reads the first `seen` tokens, `always` at least: what it reads, log sum exp <q, k>, and what gradients need.
+    """Attend to the first `visible` tokens, at least `always`.
 
-    In powers of two: MKL's exp takes many times as long where it is 0.
+    Returns the outputs, log sum exp <q, k>, and tensors for the gradient. Uses powers of two, because MKL's exp takes many times
+    as long if its result is 0.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, always: int) -> tuple[Tensor, ...]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, always: int) -> tuple[Tensor, ...]:
         scores = (q / math.log(2)) @ k.mT
-        hidden = torch.arange(always, k.shape[-2], device=k.device) >= seen[..., None]
+        hidden = torch.arange(always, k.shape[-2], device=k.device) >= visible[..., None]
         scores[..., always:].masked_fill_(hidden, float("-inf"))
         peak = scores.amax(-1, keepdim=True)
         weights = scores.sub_(peak).exp2_()
@@ -174,12 +182,12 @@ class _AttendFirst(Operation):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_out: Tensor, of_log: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, weights, total = (saved.to(of_out.dtype) for saved in ctx.saved_tensors)  # as autocast did
-        of_out = of_out / total
-        rest = of_log[..., None].to(of_out.dtype) / total - (of_out * out).sum(-1, keepdim=True)
-        of_scores = (of_out @ v.mT).add_(rest).mul_(weights)
-        return of_scores @ k, of_scores.mT @ q, weights.mT @ of_out, None, None
+    def backward(ctx: Any, grad_out: Tensor, grad_log: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, weights, total = (saved.to(grad_out.dtype) for saved in ctx.saved_tensors)  # the dtype that autocast chose
+        grad_out = grad_out / total
+        rest = grad_log[..., None].to(grad_out.dtype) / total - (grad_out * out).sum(-1, keepdim=True)
+        grad_scores = (grad_out @ v.mT).add_(rest).mul_(weights)
+        return grad_scores @ k, grad_scores.mT @ q, weights.mT @ grad_out, None, None
 
 
 def attend_windows(
@@ -188,35 +196,38 @@ def attend_windows(
     v: Float[Tensor, "B H N W E"],
     chosen: Chosen,
     *,
-    seen: Int[Tensor, "B H A T"],
+    visible: Int[Tensor, "B H A T"],
     always: int,
-    many: int,
+    dense_ratio: int,
 ) -> tuple[Float[Tensor, "B H A T E"], Float[Tensor, "B H A T"]]:
-    """`_AttendFirst` of each window that was chosen for a query; of all windows if there are at most `many` times as many."""
+    """Apply `_AttendFirst` to each query and its chosen windows.
+
+    If there are at most `dense_ratio` times as many windows as chosen ones, apply it to each query and all windows.
+    """
     batch, heads, windows = k.shape[:3]
     sequences = torch.arange(batch * heads, device=q.device).view(batch, heads, 1, 1)
     window, queries, (k, v) = sequences * windows + chosen, q.shape[2], (x.flatten(0, 2) for x in (k, v))
-    if windows <= many * chosen.shape[3]:  # one large product is sooner done than many small ones
+    if windows <= dense_ratio * chosen.shape[3]:  # one large product is faster than many small ones
         rows = q[:, :, None].expand(-1, -1, windows, -1, -1).flatten(0, 2)
         place = (window * queries + torch.arange(queries, device=q.device)[:, None]).flatten()
     else:
         place, owner, size = in_tiles(window.flatten(), len(k))
         rows = q[:, :, :, None].expand(*chosen.shape, -1).flatten(0, 3)
         rows = rows.new_zeros(len(owner) * size, rows.shape[1]).index_copy(0, place, rows).unflatten(0, (-1, size))
-        # What an embedding is: its gradient is summed row by row.
+        # F.embedding, because its gradient is summed row by row.
         k, v = (F.embedding(owner, x.flatten(1)).unflatten(1, x.shape[1:]) for x in (k, v))
-    # What no query asked for, it reads whole.
-    first = seen.new_full((rows.shape[:2].numel(),), k.shape[1]).index_copy(0, place, seen.flatten()).view(rows.shape[:2])
-    step = _AttendFirst.apply(rows, k, v, first, always)[:2]
-    out, log = (x.flatten(0, 1).index_select(0, place).unflatten(0, chosen.shape) for x in step)
+    # Rows that belong to no query attend to the whole window; their results are not used.
+    first = visible.new_full((rows.shape[:2].numel(),), k.shape[1]).index_copy(0, place, visible.flatten()).view(rows.shape[:2])
+    results = _AttendFirst.apply(rows, k, v, first, always)[:2]
+    out, log = (x.flatten(0, 1).index_select(0, place).unflatten(0, chosen.shape) for x in results)
     return out, log
 
 
 def in_tiles(group: Int[Tensor, " P"], groups: int) -> tuple[Int[Tensor, " P"], Int[Tensor, " tiles"], int]:
-    """Rows laid out group by group in tiles of one size, each group beginning a new tile: one batched product for all groups.
+    """Lay out rows in tiles of equal size, each with rows of one group.
 
-    The place of each row among those of all tiles, the group of each tile, and its size. How many tiles there are does not depend
-    on how the rows fall into groups.
+    One batched product then computes all groups. `group` is the group of each row. Returns the place of each row in the tiles,
+    the group of each tile, and the tile size. The number of tiles does not depend on the sizes of the groups.
     """
     if len(group) <= groups:
         return torch.arange(len(group), device=group.device), group, 1
@@ -227,6 +238,6 @@ def in_tiles(group: Int[Tensor, " P"], groups: int) -> tuple[Int[Tensor, " P"], 
     order = group.argsort(stable=True)
     rank = torch.arange(len(group), device=group.device) - (count.cumsum(0) - count)[group[order]]
     place = torch.empty_like(group).index_copy(0, order, begin[group[order]] * size + rank)
-    tiles = len(group) // size + groups  # as many as there can be
+    tiles = len(group) // size + groups  # an upper bound
     owner = end.new_zeros(tiles + 1).scatter(0, end, 1).cumsum(0)[:-1].clamp(max=groups - 1)
     return place, owner, size

@@ -10,14 +10,14 @@ from cat.config import QKVConfig
 
 
 class LinearConfig(QKVConfig):
-    """Linear attention, elu + 1: with filters it is LinCAT."""
+    """Linear attention with the feature map elu + 1; with convolutions it is LinCAT."""
 
     mixer: Literal["linear"]
 
     @property
     def has_attention(self) -> bool:
-        return self.position != "rotary"  # features that are turned multiply to weights of either sign
+        return self.position != "rotary"  # rotated features can have negative products
 
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
-        return self._refuse_alibi("is added to the scores before a softmax, and linear attention has none")
+        return self._refuse_alibi("needs a softmax, which linear attention does not have")

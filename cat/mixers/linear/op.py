@@ -1,9 +1,9 @@
-"""Causal linear attention with the feature map phi = elu + 1 (arXiv 2006.16236, equations 7 to 9):
+"""Causal linear attention with phi = elu + 1 (arXiv 2006.16236, equations 7 to 9):
 
     out_i = sum_{j <= i} <phi(q_i), phi(k_j)> v_j / sum_{j <= i} <phi(q_i), phi(k_j)>
 
-With rotary position the features of the numerator are turned, those of the denominator are not (arXiv 2104.09864, equation 19):
-the denominator stays positive, and a weight depends on its distance alone.
+With rotary positions, the features in the numerator are rotated and those in the denominator are not (arXiv 2104.09864, equation
+19). The denominator stays positive, and the numerator depends on positions only through their distance.
 """
 
 from typing import NamedTuple
@@ -18,11 +18,14 @@ from cat.ops.position import rotate
 from cat.types import Heads, State, Values
 
 CHUNK = 64
-"""Tokens between two states: inside a chunk the sum is taken as a masked product, between chunks it is carried."""
+"""Tokens per chunk: within a chunk the sum is a masked product, between chunks it is a carried state."""
 
 
 def linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:
-    """Linear attention at a cost of L (chunk + C) C a head, in float32 at least, under autocast too."""
+    """Compute linear attention in at least float32, also under autocast.
+
+    Costs L (chunk + C) C per head.
+    """
     with without_autocast(q):
         q, k = features(to_float32(q)), features(to_float32(k))
         total = (q * k.cumsum(2)).sum(-1, keepdim=True)
@@ -32,18 +35,18 @@ def linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Val
 
 
 class Sums(NamedTuple):
-    """What linear attention needs of the tokens so far, however many they are."""
+    """State of linear attention: sums over all tokens so far."""
 
     keys: Float[Tensor, "B H 1 C"]
-    """Of phi(k_j)."""
+    """Sum of phi(k_j)."""
     products: State
-    """Of phi(k_j) v_j^T, with turned features where there is rotary position."""
+    """Sum of phi(k_j) v_j^T; with rotary positions, of the rotated features."""
 
 
-def linear_attend_next(
+def linear_attend_step(
     q: Heads, k: Heads, v: Values, *, state: Sums | None, start: int, rotary: bool = False
 ) -> tuple[Values, Sums]:
-    """Linear attention of tokens from `start` on, to themselves and to those of `state`; and the sums of all.
+    """Return the outputs after the `start` tokens of `state`, and the new state.
 
     `state` is None before the first token.
     """
@@ -60,30 +63,36 @@ def linear_attend_next(
 
 
 def naive_linear_attend(q: Heads, k: Heads, v: Values, *, rotary: bool = False) -> Values:
-    """The definition, one query at a time; the twin that `linear_attend` is tested against."""
+    """Reference implementation of `linear_attend`, one query at a time."""
     q, k = features(q), features(k)
-    turned_q, turned_k = (rotate(q), rotate(k)) if rotary else (q, k)
+    rotated_q, rotated_k = (rotate(q), rotate(k)) if rotary else (q, k)
     outputs = []
     for i in range(q.shape[2]):
         total = (k[:, :, : i + 1] @ q[:, :, i, :, None]).sum(2)
-        weights = turned_k[:, :, : i + 1] @ turned_q[:, :, i, :, None]
+        weights = rotated_k[:, :, : i + 1] @ rotated_q[:, :, i, :, None]
         outputs.append((weights * v[:, :, : i + 1]).sum(2) / total)
     return torch.stack(outputs, dim=2)
 
 
 def features(x: Heads) -> Heads:
-    """elu(x) + 1, with e^x itself below zero: 1 + (e^x - 1) rounds to zero there, and a row of zeros has no mean."""
+    """Return elu(x) + 1, computed as e^x below zero.
+
+    There, 1 + (e^x - 1) would round to zero, and all-zero weights have no mean.
+    """
     positive = x.relu()
     return positive + (x - positive).exp()
 
 
 def causal_sum(q: Float[Tensor, "B H L F"], k: Float[Tensor, "B H L F"], v: Values) -> Values:
-    """sum_{j <= i} <q_i, k_j> v_j: within a chunk as a masked product, over all chunks before it through their sum of k v^T."""
+    """Return sum_{j <= i} <q_i, k_j> v_j.
+
+    Uses a masked product within a chunk, and a sum of k v^T for all earlier chunks.
+    """
     length = q.shape[2]
     chunk = min(CHUNK, length)
     q, k, v = (F.pad(x, (0, 0, 0, -length % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
     within = (q @ k.mT).tril() @ v
-    # The state before chunk n is the sum over chunks 0 .. n - 1, shifted and not subtracted: no rounding of what is to come.
+    # The state before chunk n, the sum over chunks 0 .. n - 1, is shifted and not subtracted: later tokens cause no rounding.
     states = (k.mT @ v).cumsum(2)
     before = F.pad(states[:, :, :-1], (0, 0, 0, 0, 1, 0))
     return (within + q @ before).flatten(2, 3)[:, :, :length]

@@ -1,9 +1,11 @@
-"""The selective state space (arXiv 2312.00752, equation 2 and algorithm 2), E channels with S numbers of state each:
+"""The selective state space model (arXiv 2312.00752, equation 2, algorithm 2).
+
+Each of E channels has a state of S numbers:
 
     h_t = exp(delta_t A) h_{t-1} + delta_t b_t x_t        y_t = <c_t, h_t>
 
-What is of the size of a state is computed for a few tokens at a time, and computed anew for the gradient: only the states
-themselves are kept for it. On a GPU the kernel of the package mamba_ssm does the same in one pass, where it is installed.
+Tensors with the size of a state are computed for a few tokens at a time and recomputed for the gradient; only the states are
+saved for it. On a GPU, the kernel of the package mamba_ssm does the same in one pass if it is installed.
 """
 
 import functools
@@ -18,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from cat.ops.common import Operation, merge_vmap_dim
 
-NUMBERS_AT_ONCE = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""In the states of a chunk of tokens: on a CPU, so few that they stay in the cache of a core."""
+MAX_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Maximum number of state elements per chunk of tokens; on a CPU, they then fit into the cache of one core."""
 
 Inner = Float[Tensor, "B L E"]
 Rates = Float[Tensor, "E S"]
@@ -28,16 +30,22 @@ State = Float[Tensor, "B E S"]
 
 
 def selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
-    """The outputs y of `x` with step sizes `delta` > 0, rates `a` < 0, input and output vectors `b` and `c`."""
-    # In the precision of `a`, a weight: under autocast the inputs have less, and a state adds many of them up.
+    """Return the outputs y.
+
+    `delta` > 0 are step sizes, `a` < 0 rates, `b` input vectors and `c` output vectors.
+    """
+    # Computed in the dtype of `a`, a weight: under autocast the inputs have lower precision, and a state is a long sum of them.
     x, delta, b, c = (t.to(a.dtype) for t in (x, delta, b, c))
     if kernel := fused_scan(a.device.type, a.dtype, a.shape[1]):
         return kernel(x.mT, delta.mT, a, b.mT, c.mT).mT
     return _scan(x, delta, a, b, c, x.new_zeros(len(x), *a.shape))[0]
 
 
-def selective_scan_next(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors, *, state: State | None) -> tuple[Inner, State]:
-    """The outputs of tokens that follow upon those of `state`, None before the first one; and the state after all of them."""
+def selective_scan_step(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors, *, state: State | None) -> tuple[Inner, State]:
+    """Return the outputs of the tokens after those of `state`, and the new state.
+
+    `state` is None before the first token.
+    """
     x, delta, b, c = (t.to(a.dtype) for t in (x, delta, b, c))
     return _scan(x, delta, a, b, c, x.new_zeros(len(x), *a.shape) if state is None else state)
 
@@ -48,7 +56,7 @@ def _scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors, start: State
 
 
 def naive_selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
-    """The definition, one token at a time; the twin that `selective_scan` is tested against."""
+    """Reference implementation of `selective_scan`, one token at a time."""
     state = x.new_zeros(x.shape[0], *a.shape)
     outputs = []
     for t in range(x.shape[1]):
@@ -60,7 +68,10 @@ def naive_selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vector
 
 @functools.cache
 def fused_scan(device: str, dtype: torch.dtype, size: int) -> Callable[..., Tensor] | None:
-    """mamba_ssm's kernel, f(x, delta, a, b, c) with L as the last axis, where it is there and takes states of `size` numbers."""
+    """Return mamba_ssm's kernel, None if not installed or not supported.
+
+    It supports CUDA, float32 and states of at most 256 numbers. The kernel is f(x, delta, a, b, c) with L as the last axis.
+    """
     if device != "cuda" or dtype != torch.float32 or size > 256:
         return None
     try:
@@ -70,16 +81,20 @@ def fused_scan(device: str, dtype: torch.dtype, size: int) -> Callable[..., Tens
 
 
 class _Scan(Operation):
-    """One operation a token, on the states of all sequences; its gradient is a scan backwards in time.
+    """One operation per token on the states of all sequences.
 
-    The rates are those of each sequence, (B, E, S). Within, tokens come first and channels last: states are (L, B, S, E).
+    The gradient is a scan backwards in time. The rates `a` are per sequence, (B, E, S). Internally, tokens are the first axis and
+    channels the last: states (L, B, S, E).
     """
 
     @staticmethod
     def forward(
         x: Inner, delta: Inner, a: Tensor, b: Vectors, c: Vectors, start: State, keep: bool
     ) -> tuple[Inner, State, Tensor]:
-        """The outputs, the last state, and the states from h_0 = `start` on, or nothing of use without `keep`."""
+        """Return the outputs, the last state, and the states from h_0 = `start` on.
+
+        Without `keep`, the third output is a scratch buffer.
+        """
         x, delta, b, c = (_tokens_first(t) for t in (x, delta, b, c))
         a, y, inputs, end = a.mT.contiguous(), torch.empty_like(x), delta * x, start
         chunks = _chunks(len(x), a)
@@ -92,13 +107,13 @@ class _Scan(Operation):
             new = torch.mul(b[chunk].mT, inputs[chunk], out=states[first + 1 :][:size])
             torch.mul(delta[chunk], a, out=decays[:size]).exp_()
             each_new = each_state[first + 1 : first + size + 1]
-            for state, decay, before in zip(each_new, each_decay, each_state[first:], strict=False):
-                state.addcmul_(decay, before)
+            for state, decay, previous in zip(each_new, each_decay, each_state[first:], strict=False):
+                state.addcmul_(decay, previous)
             torch.matmul(c[chunk], new, out=y[chunk])
             if not keep:
                 states[0] = new[-1]
             end = new[-1].mT
-        return _tokens_second(y), end.clone(), states
+        return _batch_first(y), end.clone(), states
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Inner, State, Tensor]) -> None:
@@ -108,11 +123,11 @@ class _Scan(Operation):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Inner | None, of_end: State | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Inner | None, grad_end: State | None, _: None) -> tuple[Tensor | None, ...]:
         x, *others, states = ctx.saved_tensors
-        gradient = torch.zeros_like(x) if gradient is None else gradient
-        of_end = states.new_zeros(states.shape[1:]).mT if of_end is None else of_end
-        return *_ScanGradients.apply(x, *others, states, gradient, of_end), None
+        grad_y = torch.zeros_like(x) if grad_y is None else grad_y
+        grad_end = states.new_zeros(states.shape[1:]).mT if grad_end is None else grad_end
+        return *_ScanGradients.apply(x, *others, states, grad_y, grad_end), None
 
     @staticmethod
     def vmap(info: Any, mapped: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
@@ -123,40 +138,43 @@ class _Scan(Operation):
 
 
 class _ScanGradients(Operation):
-    """Those of `_Scan`; an operation too, or torch.vmap would not take gradients of one sequence after the other."""
+    """Gradients of `_Scan`.
+
+    A separate operation, because torch.vmap of per-sequence gradients needs one.
+    """
 
     @staticmethod
     def forward(
-        x: Inner, delta: Inner, a: Tensor, b: Vectors, c: Vectors, states: Tensor, gradient: Inner, of_end: State
+        x: Inner, delta: Inner, a: Tensor, b: Vectors, c: Vectors, states: Tensor, grad_y: Inner, grad_end: State
     ) -> tuple[Tensor, ...]:
-        x, delta, b, c, of_y = (_tokens_first(t) for t in (x, delta, b, c, gradient))
+        x, delta, b, c, grad_y = (_tokens_first(t) for t in (x, delta, b, c, grad_y))
         a, inputs = a.mT.contiguous(), delta * x
-        of_x, of_delta, of_b, of_c = (torch.empty_like(t) for t in (x, delta, b, c))
-        of_a, later = torch.zeros_like(a), of_end.mT.clone(memory_format=torch.contiguous_format)
+        grad_x, grad_delta, grad_b, grad_c = (torch.empty_like(t) for t in (x, delta, b, c))
+        grad_a, later = torch.zeros_like(a), grad_end.mT.clone(memory_format=torch.contiguous_format)
         chunks = _chunks(len(x), a)
         decays = a.new_empty(chunks[0].stop, *a.shape)
-        # Of state t: g_t = c_t of_y_t + decay_{t+1} g_{t+1}.
-        of_states = torch.empty_like(decays)
-        each = of_states.unbind()
+        # The gradient of state t: g_t = c_t grad_y_t + decay_{t+1} g_{t+1}.
+        grad_states = torch.empty_like(decays)
+        each = grad_states.unbind()
         steps = list(zip(each, decays.unbind()[1:], each[1:], strict=False))[::-1]
         for chunk in reversed(chunks):
             size = chunk.stop - chunk.start
             decay = torch.mul(delta[chunk], a, out=decays[:size]).exp_()
-            g = torch.mul(c[chunk].mT, of_y[chunk], out=of_states[:size])
+            g = torch.mul(c[chunk].mT, grad_y[chunk], out=grad_states[:size])
             g[-1] += later
-            for its_g, its_decay, its_later in steps[len(steps) + 1 - size :]:
-                its_g.addcmul_(its_decay, its_later)
+            for g_t, next_decay, next_g in steps[len(steps) + 1 - size :]:
+                g_t.addcmul_(next_decay, next_g)
             torch.mul(decay[0], g[0], out=later)
-            torch.matmul(of_y[chunk], states[1:][chunk].mT, out=of_c[chunk])
-            torch.matmul(inputs[chunk], g.mT, out=of_b[chunk])
-            torch.matmul(b[chunk], g, out=of_x[chunk])
-            of_rate = g.mul_(states[chunk]).mul_(decay)  # of delta_t a
-            torch.sum(torch.mul(of_rate, a, out=decay), 2, keepdim=True, out=of_delta[chunk])
-            of_a += of_rate.mul_(delta[chunk]).sum(0)
-        of_delta.addcmul_(of_x, x)
-        of_x *= delta
-        of_x, of_delta, of_b, of_c = (_tokens_second(t) for t in (of_x, of_delta, of_b, of_c))
-        return of_x, of_delta, of_a.mT, of_b, of_c, later.mT
+            torch.matmul(grad_y[chunk], states[1:][chunk].mT, out=grad_c[chunk])
+            torch.matmul(inputs[chunk], g.mT, out=grad_b[chunk])
+            torch.matmul(b[chunk], g, out=grad_x[chunk])
+            grad_rate = g.mul_(states[chunk]).mul_(decay)  # the gradient of delta_t a
+            torch.sum(torch.mul(grad_rate, a, out=decay), 2, keepdim=True, out=grad_delta[chunk])
+            grad_a += grad_rate.mul_(delta[chunk]).sum(0)
+        grad_delta.addcmul_(grad_x, x)
+        grad_x *= delta
+        grad_x, grad_delta, grad_b, grad_c = (_batch_first(t) for t in (grad_x, grad_delta, grad_b, grad_c))
+        return grad_x, grad_delta, grad_a.mT, grad_b, grad_c, later.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -174,11 +192,11 @@ def _tokens_first(x: Float[Tensor, "B L N"]) -> Float[Tensor, "L B 1 N"]:
     return x.transpose(0, 1)[:, :, None].contiguous()
 
 
-def _tokens_second(x: Float[Tensor, "L B 1 N"]) -> Float[Tensor, "B L N"]:
+def _batch_first(x: Float[Tensor, "L B 1 N"]) -> Float[Tensor, "B L N"]:
     return x[:, :, 0].transpose(0, 1)
 
 
 def _chunks(length: int, state: Tensor) -> list[slice]:
-    """The first is not shorter than any."""
-    size = max(1, NUMBERS_AT_ONCE.get(state.device.type, NUMBERS_AT_ONCE["cuda"]) // max(1, state.numel()))
+    """Split `length` tokens into chunks; none is longer than the first."""
+    size = max(1, MAX_CHUNK_ELEMENTS.get(state.device.type, MAX_CHUNK_ELEMENTS["cuda"]) // max(1, state.numel()))
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

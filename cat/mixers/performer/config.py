@@ -10,12 +10,12 @@ from cat.config import Count, QKVConfig
 
 
 class PerformerConfig(QKVConfig):
-    """Linear attention with positive random features of exp, drawn once with the weights."""
+    """Linear attention with positive random features, drawn once at initialization."""
 
     mixer: Literal["performer"]
     features: Count
-    """Random features a head."""
+    """Random features per head."""
 
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
-        return self._refuse_alibi("is added to the scores before a softmax, and random features have none")
+        return self._refuse_alibi("needs a softmax, which random features replace")

@@ -1,6 +1,6 @@
-"""Performer: linear attention with positive orthogonal random features of exp, drawn once with the weights.
+"""Performer: linear attention with positive orthogonal random features of exp.
 
-FAVOR+ of arXiv 2009.14794; the formula is in cat/mixers/performer/op.py.
+The features are drawn once at initialization. FAVOR+ of arXiv 2009.14794; op.py has the formula.
 """
 
 from jaxtyping import Float
@@ -8,14 +8,17 @@ from torch import Tensor
 
 from cat.mixers.base import Cache
 from cat.mixers.performer.config import PerformerConfig
-from cat.mixers.performer.op import Sums, orthogonal_directions, performer_attend, performer_attend_next
+from cat.mixers.performer.op import Sums, orthogonal_directions, performer_attend, performer_attend_step
 from cat.mixers.qkv import Attended, QKVMixer
 from cat.ops.position import gather_positions, rotate
 from cat.types import Heads, Positions, Values
 
 
 class Performer(QKVMixer):
-    """Causal linear attention over (B, L, D) with random features, and a filter on the streams that its configuration names."""
+    """Causal linear attention over (B, L, D) with random features.
+
+    Convolutions on q, k and v are optional.
+    """
 
     directions: Tensor
 
@@ -29,10 +32,10 @@ class Performer(QKVMixer):
         return gather_positions(performer_attend(q, k, v, scale=self.scale, directions=self.directions), positions)
 
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
-        """Keeps a sum over all tokens, and by how much it is divided."""
+        """Cache a sum over all tokens and the log of its scale."""
         q, k, v = qkv
         if self.config.position == "rotary":
             q, k = rotate(q, start=cache.length), rotate(k, start=cache.length)
-        before = Sums(cache.state["highest"], cache.state["products"]) if cache.length else None
-        heads, sums = performer_attend_next(q, k, v, state=before, scale=self.scale, directions=self.directions)
+        before = Sums(cache.state["log_max"], cache.state["products"]) if cache.length else None
+        heads, sums = performer_attend_step(q, k, v, state=before, scale=self.scale, directions=self.directions)
         return heads, sums._asdict()

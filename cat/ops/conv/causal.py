@@ -1,7 +1,10 @@
-"""Causal filters: y_i = sum_{j < W} F_j x_{i - j dilation}, with zeros before the first token (arXiv 2407.05591, section 2).
+"""Causal convolution: y_i = sum_{j < W} F_j x_{i - j dilation}, with zeros before the first token (arXiv 2407.05591, section 2).
 
-One filter a head has the same taps for every channel of it, so that filtering commutes with the projection of the head. One
-filter a channel is the depthwise convolution; filters from every head to every head are those of multi-head CAT.
+    filter_heads     one kernel per head, shared by its channels: the convolution commutes with the projection of the head
+    filter_channels  one kernel per channel: the depthwise convolution
+    mix_heads        one kernel from each head to each head: the convolution of multi-head CAT
+
+Each function chooses the fastest of three algorithms: direct.py, toeplitz.py or fft.py.
 """
 
 import functools
@@ -17,15 +20,27 @@ from cat.ops.conv import torch_backend
 from cat.ops.conv.direct import DirectConvolution, backend_for, filter_direct, mix_direct, uses_numba
 from cat.ops.conv.fft import filter_fft, mix_fft
 from cat.ops.conv.toeplitz import filter_channels_toeplitz, filter_heads_toeplitz, mix_toeplitz, toeplitz
-from cat.types import ChannelKernel, GroupedHeads, GroupedKernel, HeadKernel, HeadMixingKernel, Heads, Positions, Queries, Sources
+from cat.types import (
+    ChannelKernel,
+    GroupedHeads,
+    GroupedKernel,
+    HeadKernel,
+    HeadMixingKernel,
+    Heads,
+    InputHeads,
+    Positions,
+    Queries,
+)
 
 
 class Limits(NamedTuple):
-    """Which of three algorithms applies a filter. They agree to rounding; that of the FFT, unlike the others', is not causal.
+    """Limits by which an algorithm is chosen for kernel size W, sequence length L and `numel` values in x.
 
-    At most `taps` taps are summed as shifted copies, unless the sequence has at most `tokens` tokens and either fewer than `part`
-    of them a tap, or numbers times tokens below `work`. Any other filter is a Toeplitz matrix up to `tokens` tokens, and applied
-    by FFT beyond.
+        direct    if W <= kernel_size and W <= ceil(L / dilation), unless L <= tokens and (W ratio > L or numel L < work)
+        Toeplitz  otherwise, if L <= tokens
+        FFT       otherwise
+
+    The algorithms agree up to rounding. Only the FFT is not exactly causal: rounding carries later tokens into earlier outputs.
     """
 
     kernel_size: int
@@ -35,32 +50,33 @@ class Limits(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """The limits where shifted copies are summed by PyTorch and where by loops: measured on one CPU thread, with gradients."""
+    """Limits for the PyTorch and the Numba backend of the direct algorithm, measured on one CPU thread with gradients."""
 
     torch: Limits
     numba: Limits
 
-    def here(self, x: Tensor) -> Limits:
-        """Those where `x` is; a kernel sums the taps of short sequences as well."""
+    def for_device(self, x: Tensor) -> Limits:
         if uses_numba(x):
             return self.numba
+        # The Triton backend also takes short sequences, so no ratio.
         return self.torch if backend_for(x) is torch_backend else self.torch._replace(ratio=0)
 
 
 MAX_MATRIX = 1024
-"""The longest sequence for which the matrix of a filter is written out to take some of its rows."""
+"""Longest sequence for which `filter_heads_at` builds the Toeplitz matrix."""
 HEAD_LIMITS = Tuning(Limits(12, 128, ratio=24), Limits(32, 128, work=12 << 20))
 CHANNEL_LIMITS = Tuning(Limits(12, 96, ratio=2), Limits(32, 96))
 MIXING_LIMITS = Limits(12, 96, ratio=16)
 
 
 def filter_heads(x: Heads, kernel: HeadKernel, *, dilation: int = 1) -> Heads:
-    """Filters head h of `x` (B, H, L, C) along L with row h of `taps` (H, W); any W >= 1, longer than L too."""
-    return _filter(x, kernel[:, None], dilation, HEAD_LIMITS.here(x), filter_direct, filter_heads_toeplitz, filter_fft)
+    """Convolve head h of `x` (B, H, L, C) along L with `kernel[h]`, (H, W). W >= 1 may exceed L."""
+    limits = HEAD_LIMITS.for_device(x)
+    return _convolve(x, kernel[:, None], dilation, limits, filter_direct, filter_heads_toeplitz, filter_fft)
 
 
 def filter_heads_at(x: Heads, kernel: HeadKernel, positions: Positions, *, dilation: int = 1) -> Queries:
-    """`filter_heads` at positions `at` alone: these rows of the filter's matrix times `x`."""
+    """Compute `filter_heads` only at `positions`: these rows of the Toeplitz matrix times `x`."""
     length = x.shape[2]
     matrix = toeplitz(_within_length(kernel, length, dilation), length)
     rows = F.embedding(positions, matrix.transpose(0, 1).flatten(1)).unflatten(2, (len(kernel), length))
@@ -68,19 +84,19 @@ def filter_heads_at(x: Heads, kernel: HeadKernel, positions: Positions, *, dilat
 
 
 def is_sparse(x: Heads, positions: Positions) -> bool:
-    """Whether `filter_heads_at` is faster than the filter at every position: its matrix must be small beside `x`."""
+    """Whether `filter_heads_at` is faster than `filter_heads`: its matrix must be small compared with `x`."""
     return x.shape[2] <= MAX_MATRIX and 2 * positions.shape[1] <= x.shape[2]
 
 
 def filter_channels(x: Heads, kernel: ChannelKernel, *, dilation: int = 1) -> Heads:
-    """Filters channel c of head h of `x` (B, H, L, C) along L with `taps[h, c]`."""
-    # Loops are faster than a small product a channel, however many the taps.
-    by_matrix = functools.partial(filter_direct, dilation=1) if uses_numba(x) else filter_channels_toeplitz
-    return _filter(x, kernel, dilation, CHANNEL_LIMITS.here(x), filter_direct, by_matrix, filter_fft)
+    """Convolve channel c of head h of `x` (B, H, L, C) along L with `kernel[h, c]`."""
+    # The Numba backend is faster than one small matrix product per channel, for every kernel size.
+    by_toeplitz = functools.partial(filter_direct, dilation=1) if uses_numba(x) else filter_channels_toeplitz
+    return _convolve(x, kernel, dilation, CHANNEL_LIMITS.for_device(x), filter_direct, by_toeplitz, filter_fft)
 
 
 def filter_groups(x: GroupedHeads, kernel: GroupedKernel, *, dilation: int = 1) -> tuple[Heads, ...]:
-    """`filter_heads`, or `filter_channels`, of each of up to three groups, at once: faster if `few_taps`."""
+    """Apply `filter_heads` or `filter_channels` to each of up to three groups in one call. It is faster if `is_short`."""
     return tuple(
         y.squeeze(0)
         for y in DirectConvolution.apply(autocast_to_compute_dtype(x)[None], autocast_to_compute_dtype(kernel)[None], dilation)
@@ -88,46 +104,49 @@ def filter_groups(x: GroupedHeads, kernel: GroupedKernel, *, dilation: int = 1) 
 
 
 def is_short(x: Float[Tensor, "B L _"], kernel: Tensor, channels: int, *, dilation: int = 1) -> bool:
-    """Whether taps (H, W) or (H, C, W) are so few that they are summed, for tokens of so many `channels` in all heads."""
-    numbers = x.shape[0] * x.shape[1] * channels
-    return _is_short(kernel, x.shape[1], numbers, dilation, (HEAD_LIMITS if kernel.dim() == 2 else CHANNEL_LIMITS).here(x))
+    """Whether a kernel (H, W) or (H, C, W) is short enough for the direct algorithm.
+
+    `x` gives the number of tokens and the device. `channels` is the number of channels of all heads.
+    """
+    numel = x.shape[0] * x.shape[1] * channels
+    return _is_direct(kernel, x.shape[1], numel, dilation, (HEAD_LIMITS if kernel.dim() == 2 else CHANNEL_LIMITS).for_device(x))
 
 
-def mix_heads(x: Sources, kernel: HeadMixingKernel, *, dilation: int = 1) -> Heads:
-    """Head h of the outcome is the sum over heads g of `x` (B, G, L, C), filtered with `taps[h, g]`."""
-    return _filter(x, kernel, dilation, MIXING_LIMITS, mix_direct, mix_toeplitz, mix_fft)
+def mix_heads(x: InputHeads, kernel: HeadMixingKernel, *, dilation: int = 1) -> Heads:
+    """Sum the heads g of `x` (B, G, L, C), each convolved with `kernel[h, g]`, to output head h."""
+    return _convolve(x, kernel, dilation, MIXING_LIMITS, mix_direct, mix_toeplitz, mix_fft)
 
 
 def dilate(kernel: Tensor, dilation: int) -> Tensor:
-    """The same filter with every tap written out, those between two taps zero."""
+    """Write out a dilated kernel: insert `dilation` - 1 zeros between its values."""
     if dilation == 1:
         return kernel
     return F.pad(kernel[..., None], (0, dilation - 1)).flatten(-2)[..., : 1 - dilation]
 
 
-def _filter(
-    x: Sources,
+def _convolve(
+    x: InputHeads,
     kernel: Tensor,
     dilation: int,
     limits: Limits,
-    by_shifts: Callable[[Sources, Tensor, int], Heads],
-    by_matrix: Callable[[Sources, Tensor], Heads],
-    by_fft: Callable[[Sources, Tensor], Heads],
+    direct: Callable[[InputHeads, Tensor, int], Heads],
+    by_toeplitz: Callable[[InputHeads, Tensor], Heads],
+    by_fft: Callable[[InputHeads, Tensor], Heads],
 ) -> Heads:
     x, kernel, length = autocast_to_compute_dtype(x), autocast_to_compute_dtype(kernel), x.shape[2]
-    if _is_short(kernel, length, x.numel(), dilation, limits):
-        return by_shifts(x, kernel, dilation)
+    if _is_direct(kernel, length, x.numel(), dilation, limits):
+        return direct(x, kernel, dilation)
     kernel = _within_length(kernel, length, dilation)
-    return by_matrix(x, kernel) if length <= limits.tokens else by_fft(x, kernel)
+    return by_toeplitz(x, kernel) if length <= limits.tokens else by_fft(x, kernel)
 
 
 def _within_length(kernel: Tensor, length: int, dilation: int) -> Tensor:
-    """Every tap written out, but those that reach back beyond the first token."""
+    """Write out a dilated kernel without the values that reach before the first token."""
     return dilate(kernel[..., : -(-length // dilation)], dilation)
 
 
-def _is_short(kernel: Tensor, length: int, numbers: int, dilation: int, limits: Limits) -> bool:
-    """Whether they are summed as shifted copies."""
+def _is_direct(kernel: Tensor, length: int, numel: int, dilation: int, limits: Limits) -> bool:
+    """Whether `limits` choose the direct algorithm."""
     width = kernel.shape[-1]
-    by_matrix = length <= limits.tokens and (width * limits.ratio > length or numbers * length < limits.work)
-    return width <= min(limits.kernel_size, -(-length // dilation)) and not by_matrix
+    is_small = length <= limits.tokens and (width * limits.ratio > length or numel * length < limits.work)
+    return width <= min(limits.kernel_size, -(-length // dilation)) and not is_small

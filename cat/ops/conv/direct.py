@@ -1,4 +1,7 @@
-"""Causal convolution as a sum of shifted copies."""
+"""Causal convolution as a sum of shifted copies: y = sum_{j < W} F_j shift(x, j dilation).
+
+PyTorch, Numba (CPU) and Triton (GPU) each have a backend for it.
+"""
 
 import functools
 from types import ModuleType
@@ -12,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from cat.ops.common import Operation, merge_vmap_dim
 from cat.ops.conv import torch_backend
-from cat.types import ChannelKernel, HeadMixingKernel, Heads, Replicated, Sources, StackedHeads, StackedKernel
+from cat.types import ChannelKernel, HeadMixingKernel, Heads, InputHeads, MemberHeads, StackedHeads, StackedKernel
 
 
 def filter_direct(x: Heads, kernel: ChannelKernel, dilation: int) -> Heads:
@@ -20,37 +23,37 @@ def filter_direct(x: Heads, kernel: ChannelKernel, dilation: int) -> Heads:
 
 
 class DirectConvolution(Operation):
-    """The sum of a few shifted copies, of each of the groups. What vmap maps over are replicas."""
+    """Direct convolution of every group. vmap maps over the members of an ensemble."""
 
     @staticmethod
-    def forward(x: StackedHeads, kernel: StackedKernel, dilation: int) -> tuple[Replicated, ...]:
+    def forward(x: StackedHeads, kernel: StackedKernel, dilation: int) -> tuple[MemberHeads, ...]:
         return backend_for(x).filter_stacks(x, kernel, dilation).unbind(1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[StackedHeads, StackedKernel, int], output: tuple[Replicated, ...]) -> None:
-        x, taps, ctx.dilation = inputs
-        ctx.save_for_backward(x, taps)
+    def setup_context(ctx: Any, inputs: tuple[StackedHeads, StackedKernel, int], output: tuple[MemberHeads, ...]) -> None:
+        x, kernel, ctx.dilation = inputs
+        ctx.save_for_backward(x, kernel)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Replicated) -> tuple[StackedHeads, StackedKernel, None]:
+    def backward(ctx: Any, *gradients: MemberHeads) -> tuple[StackedHeads, StackedKernel, None]:
         return *DirectGradients.apply(*ctx.saved_tensors, ctx.dilation, *gradients), None
 
     @staticmethod
     def vmap(
         info: Any, mapped: tuple[int | None, ...], x: Tensor, kernel: Tensor, dilation: int
     ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        stacks, rows = (merge_vmap_dim(t, axis, info.batch_size, into=0) for t, axis in zip((x, kernel), mapped, strict=False))
-        outputs = DirectConvolution.apply(stacks, rows, dilation)
+        x, kernel = (merge_vmap_dim(t, axis, info.batch_size, into=0) for t, axis in zip((x, kernel), mapped, strict=False))
+        outputs = DirectConvolution.apply(x, kernel, dilation)
         return tuple(y.unflatten(0, (info.batch_size, -1)) for y in outputs), (0,) * len(outputs)
 
 
 class DirectGradients(Operation):
-    """Those of `_Shifts`; an operation too, or torch.vmap would not take gradients of one sequence after the other."""
+    """Gradients of `DirectConvolution`. They are an operation of their own so that torch.vmap can map the backward pass."""
 
     @staticmethod
     def forward(
-        x: StackedHeads, kernel: StackedKernel, dilation: int, *gradients: Replicated
+        x: StackedHeads, kernel: StackedKernel, dilation: int, *gradients: MemberHeads
     ) -> tuple[StackedHeads, StackedKernel]:
         return backend_for(x).filter_gradients(x, kernel, gradients, dilation)
 
@@ -64,13 +67,14 @@ class DirectGradients(Operation):
     ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
         tensors, axes = (x, kernel, *gradients), (*mapped[:2], *mapped[3:])
         x, kernel, *others = (merge_vmap_dim(t, axis, info.batch_size, into=0) for t, axis in zip(tensors, axes, strict=True))
-        of_x, of_taps = DirectGradients.apply(x, kernel, dilation, *others)
-        return (of_x.unflatten(0, (info.batch_size, -1)), of_taps.unflatten(0, (info.batch_size, -1))), (0, 0)
+        grad_x, grad_kernel = DirectGradients.apply(x, kernel, dilation, *others)
+        return (grad_x.unflatten(0, (info.batch_size, -1)), grad_kernel.unflatten(0, (info.batch_size, -1))), (0, 0)
 
 
 def backend_for(x: Tensor) -> ModuleType:
-    """The module that sums shifted copies where `x` is. Numba takes time to import, and many models have no filters."""
+    """Return the backend for the device of `x`."""
     if uses_numba(x):
+        # Imported only here: Numba takes time to import, and many models have no convolution.
         from cat.ops.conv import numba_backend
 
         return numba_backend
@@ -78,13 +82,13 @@ def backend_for(x: Tensor) -> ModuleType:
 
 
 def uses_numba(x: Tensor) -> bool:
-    """Whether loops do that; torch.compile sees through none of Numba's."""
+    """Whether Numba computes the direct convolution of `x`. torch.compile cannot trace Numba's functions."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 @functools.cache
 def triton_or_torch() -> ModuleType:
-    """Triton's, where PyTorch has brought Triton along: for a GPU on Linux."""
+    """Return the Triton backend if Triton is installed. PyTorch installs it for a GPU on Linux."""
     try:
         from cat.ops.conv import triton_backend
     except ImportError:
@@ -92,39 +96,39 @@ def triton_or_torch() -> ModuleType:
     return triton_backend
 
 
-def mix_direct(x: Sources, kernel: HeadMixingKernel, dilation: int) -> Heads:
+def mix_direct(x: InputHeads, kernel: HeadMixingKernel, dilation: int) -> Heads:
     return MixedConvolution.apply(x, kernel, dilation)
 
 
 class MixedConvolution(Operation):
-    """One product with the shifted copies of all heads, forwards and for each gradient."""
+    """One matrix product with the shifted copies of all heads, for the output and for each gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Sources, kernel: HeadMixingKernel, dilation: int) -> Heads:
+    def forward(x: InputHeads, kernel: HeadMixingKernel, dilation: int) -> Heads:
         span = (kernel.shape[2] - 1) * dilation
         return (kernel.flip(2).flatten(1) @ _shifted_copies(F.pad(x, (0, 0, span, 0)), kernel, dilation)).unflatten(
             2, x.shape[2:]
         )
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Sources, HeadMixingKernel, int], output: Heads) -> None:
-        x, taps, ctx.dilation = inputs
-        ctx.save_for_backward(x, taps)
+    def setup_context(ctx: Any, inputs: tuple[InputHeads, HeadMixingKernel, int], output: Heads) -> None:
+        x, kernel, ctx.dilation = inputs
+        ctx.save_for_backward(x, kernel)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Heads) -> tuple[Sources, HeadMixingKernel, None]:
-        x, taps = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)  # as autocast did
-        span = (taps.shape[2] - 1) * ctx.dilation
-        later = _shifted_copies(F.pad(gradient, (0, 0, 0, span)), taps, ctx.dilation)
-        of_x = (taps.transpose(0, 1).flatten(1) @ later).unflatten(2, x.shape[2:])
-        of_taps = (x.flatten(2) @ later.mT).sum(0).unflatten(1, (len(taps), -1)).transpose(0, 1)
-        return of_x, of_taps, None
+    def backward(ctx: Any, gradient: Heads) -> tuple[InputHeads, HeadMixingKernel, None]:
+        x, kernel = (saved.to(gradient.dtype) for saved in ctx.saved_tensors)  # as autocast did in the forward pass
+        span = (kernel.shape[2] - 1) * ctx.dilation
+        later = _shifted_copies(F.pad(gradient, (0, 0, 0, span)), kernel, ctx.dilation)
+        grad_x = (kernel.transpose(0, 1).flatten(1) @ later).unflatten(2, x.shape[2:])
+        grad_kernel = (x.flatten(2) @ later.mT).sum(0).unflatten(1, (len(kernel), -1)).transpose(0, 1)
+        return grad_x, grad_kernel, None
 
 
 def _shifted_copies(padded: Float[Tensor, "B N P C"], kernel: HeadMixingKernel, dilation: int) -> Float[Tensor, "B NW LC"]:
-    """Of each head as many copies as there are taps, each begun `dilation` tokens later."""
-    rows, step = padded.flatten(2), dilation * padded.shape[3]
-    return rows.unfold(2, rows.shape[2] - (kernel.shape[2] - 1) * step, step).flatten(1, 2)
+    """Return W copies of each head, each starting `dilation` tokens later than the previous one."""
+    flat, step = padded.flatten(2), dilation * padded.shape[3]
+    return flat.unfold(2, flat.shape[2] - (kernel.shape[2] - 1) * step, step).flatten(1, 2)

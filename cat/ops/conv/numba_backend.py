@@ -1,7 +1,8 @@
-"""Compiled loops for a CPU: what triton_backend.py computes on a GPU, of the same tensors, in one pass over the sequence.
+"""Direct causal convolution for a CPU in compiled loops, one pass over the sequence: y_i = sum_{j < W} F_j x_{i - j dilation}.
 
-The numbers of all groups, heads and channels of a token lie side by side: a loop over them is one of the processor's vectors.
-Numba compiles the loops when they are first called, and keeps what it made beside this file.
+It computes the same as triton_backend.py does on a GPU. The N values of a token (all groups, heads and channels) are adjacent in
+memory, so the innermost loop runs over them and uses the vector instructions of the CPU. Numba compiles the loops at their first
+call and caches the machine code beside this file.
 """
 
 import functools
@@ -17,231 +18,237 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.types import Replicated, StackedHeads, StackedKernel
+from cat.types import MemberHeads, StackedHeads, StackedKernel
 
-TOKENS = 512
-"""Of a part, which one thread computes: of one sequence, or of several that are shorter."""
-SOME = 8
-"""Tokens whose numbers stay in the fastest cache."""
+CHUNK_TOKENS = 512
+"""Tokens per chunk, which one thread computes: a part of one sequence, or several shorter sequences."""
+TILE_TOKENS = 8
+"""Tokens per tile, whose values stay in the fastest cache."""
 
-Rows = Float[Tensor, "R B L N"]
-"""The N = G H C numbers of each token."""
+TokenVectors = Float[Tensor, "R B L N"]
+"""The N = G H C values of each token."""
 
 
 def filter_stacks(x: StackedHeads, kernel: StackedKernel, dilation: int) -> StackedHeads:
-    """y_i = sum_{j < W} taps_j x_{i - j dilation}, with zeros before the first token."""
-    kind = torch.promote_types(x.dtype, kernel.dtype)
-    rows = _rows(x, _wide(kind))
-    y = torch.empty(rows.shape, dtype=rows.dtype)
-    _in_threads(
-        _filter, _Parts.of(rows), _flat(rows), rows.stride(), _numbers(kernel, rows.dtype), dilation, x.shape[5], y.numpy()
-    )
-    return _heads(y.to(kind), x)
+    """Convolve every group of every ensemble member with its own kernel."""
+    dtype = torch.promote_types(x.dtype, kernel.dtype)
+    vectors = _to_token_vectors(x, _loop_dtype(dtype))
+    y = torch.empty(vectors.shape, dtype=vectors.dtype)
+    _run_chunks(
+        _filter, _Chunks.of(vectors), _memory(vectors), vectors.stride(), _kernel_array(kernel, vectors.dtype), dilation,
+        x.shape[5], y.numpy(),
+    )  # fmt: skip
+    return _to_heads(y.to(dtype), x)
 
 
 def filter_gradients(
-    x: StackedHeads, kernel: StackedKernel, gradients: Sequence[Replicated], dilation: int
+    x: StackedHeads, kernel: StackedKernel, gradients: Sequence[MemberHeads], dilation: int
 ) -> tuple[StackedHeads, StackedKernel]:
-    """Those of x and of the taps, given one of the outcome of each group; the same bits on every number of threads."""
-    kind = _wide(torch.promote_types(gradients[0].dtype, kernel.dtype))
-    rows = _rows(x, kind)
-    of_y = [gradient.to(kind) if gradient.stride(-1) == 1 else gradient.to(kind).contiguous() for gradient in gradients]
-    of_x, of_taps, parts = torch.empty(rows.shape, dtype=kind), torch.empty(kernel.shape, dtype=kind), _Parts.of(rows)
-    sums = np.empty((parts.in_all, kernel.shape[4], rows.shape[3]), of_x.numpy().dtype)
-    _in_threads(
-        _gradients, parts, _flat(rows), rows.stride(), _numbers(kernel, kind), dilation, x.shape[5], tuple(map(_flat, of_y)),
-        tuple(gradient.stride()[:-1] for gradient in of_y), of_x.numpy(), sums,
+    """Return the gradients of x and of the kernel, given the gradient of each group's output.
+
+    The result does not depend on the number of threads, to the bit.
+    """
+    dtype = _loop_dtype(torch.promote_types(gradients[0].dtype, kernel.dtype))
+    vectors = _to_token_vectors(x, dtype)
+    grad_y = [gradient.to(dtype) if gradient.stride(-1) == 1 else gradient.to(dtype).contiguous() for gradient in gradients]
+    grad_x, grad_kernel = torch.empty(vectors.shape, dtype=dtype), torch.empty(kernel.shape, dtype=dtype)
+    chunks = _Chunks.of(vectors)
+    sums = np.empty((chunks.total, kernel.shape[4], vectors.shape[3]), grad_x.numpy().dtype)
+    _run_chunks(
+        _gradients, chunks, _memory(vectors), vectors.stride(), _kernel_array(kernel, dtype), dilation, x.shape[5],
+        tuple(map(_memory, grad_y)), tuple(gradient.stride()[:-1] for gradient in grad_y), grad_x.numpy(), sums,
     )  # fmt: skip
-    _add(sums, of_taps.numpy())
-    return _heads(of_x.to(x.dtype), x), of_taps.to(kernel.dtype)
+    _reduce_kernel_gradients(sums, grad_kernel.numpy())
+    return _to_heads(grad_x.to(x.dtype), x), grad_kernel.to(kernel.dtype)
 
 
-class _Parts(NamedTuple):
-    """How the work is cut, whatever the number of threads."""
+class _Chunks(NamedTuple):
+    """Division of the work into chunks. It does not depend on the number of threads."""
 
     sequences: int
-    """Of a part, at most."""
+    """Most sequences per chunk."""
     tokens: int
-    """Of each of them, at most."""
-    of_replica: int
-    in_all: int
+    """Most tokens per sequence of a chunk."""
+    per_member: int
+    total: int
 
     @classmethod
-    def of(cls, rows: Rows) -> "_Parts":
-        replicas, batch, length, _ = rows.shape
-        tokens = max(1, min(length, TOKENS))
-        sequences = TOKENS // tokens
-        of_replica = -(-batch // sequences) * -(-length // tokens)
-        return cls(sequences, tokens, of_replica, replicas * of_replica)
+    def of(cls, vectors: TokenVectors) -> "_Chunks":
+        members, batch, length, _ = vectors.shape
+        tokens = max(1, min(length, CHUNK_TOKENS))
+        sequences = CHUNK_TOKENS // tokens
+        per_member = -(-batch // sequences) * -(-length // tokens)
+        return cls(sequences, tokens, per_member, members * per_member)
 
 
-def _wide(kind: torch.dtype) -> torch.dtype:
-    """NumPy has no bfloat16; and sums of it would be coarse."""
-    return torch.promote_types(kind, torch.float32)
+def _loop_dtype(dtype: torch.dtype) -> torch.dtype:
+    """NumPy has no bfloat16, and sums in it would be inexact."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _rows(x: StackedHeads, kind: torch.dtype) -> Rows:
-    """A view where the numbers of a token lie side by side."""
-    rows = x.to(kind).permute(0, 2, 4, 1, 3, 5).flatten(3)
-    return rows if rows.stride(3) == 1 else rows.contiguous()
+def _to_token_vectors(x: StackedHeads, dtype: torch.dtype) -> TokenVectors:
+    """Return a view, if possible, in which the values of a token are adjacent in memory."""
+    vectors = x.to(dtype).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    return vectors if vectors.stride(3) == 1 else vectors.contiguous()
 
 
-def _heads(rows: Rows, x: StackedHeads) -> StackedHeads:
-    return rows.unflatten(3, (x.shape[1], x.shape[3], x.shape[5])).permute(0, 3, 1, 4, 2, 5)
+def _to_heads(vectors: TokenVectors, x: StackedHeads) -> StackedHeads:
+    return vectors.unflatten(3, (x.shape[1], x.shape[3], x.shape[5])).permute(0, 3, 1, 4, 2, 5)
 
 
-def _numbers(kernel: StackedKernel, kind: torch.dtype) -> np.ndarray:
-    return kernel.detach().to(kind).contiguous().numpy()
+def _kernel_array(kernel: StackedKernel, dtype: torch.dtype) -> np.ndarray:
+    return kernel.detach().to(dtype).contiguous().numpy()
 
 
-def _flat(x: Tensor) -> np.ndarray:
-    """The memory from the first number of `x` to its last: loops find their way by the strides."""
+def _memory(x: Tensor) -> np.ndarray:
+    """Return the memory from the first to the last value of `x` as one axis. The loops index it by the strides."""
     size = 1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
     return x.as_strided((size,), (1,)).numpy()
 
 
-def _in_threads(loop: Callable[..., None], parts: _Parts, *args: Any) -> None:
-    """Does all parts, on as many threads as PyTorch takes."""
-    threads = min(torch.get_num_threads(), parts.in_all)
+def _run_chunks(loop: Callable[..., None], chunks: _Chunks, *args: Any) -> None:
+    """Run `loop` over all chunks, on as many threads as PyTorch uses."""
+    threads = min(torch.get_num_threads(), chunks.total)
     if threads <= 1:
-        return loop(0, parts.in_all, parts[:3], *args)
-    bounds = [parts.in_all * thread // threads for thread in range(threads + 1)]
-    others = (itertools.repeat(arg) for arg in (parts[:3], *args))
+        return loop(0, chunks.total, chunks[:3], *args)
+    bounds = [chunks.total * thread // threads for thread in range(threads + 1)]
+    others = (itertools.repeat(arg) for arg in (chunks[:3], *args))
     list(_pool(threads, os.getpid()).map(loop, bounds, bounds[1:], *others))
     return None
 
 
 @functools.cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """A forked process has none of its parent's threads."""
+    """Return the threads of a process. A forked process does not inherit the threads of its parent, hence `process`."""
     return ThreadPoolExecutor(threads, thread_name_prefix="filter")
 
 
 def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """The loop, compiled when it is called: for its types once, and once in every process if there is no place to keep it.
+    """Compile a loop at its first call with each set of argument types.
 
-    No `fastmath`, so that a number is the same on every kind of CPU: vectors are of channels, sums of one go on in their order.
+    Without a writable place for the cache, every process compiles it again. `fastmath` is off, so that results are equal to the
+    bit on every kind of CPU: vector instructions run over channels, and each sum keeps its order.
     """
     compiler = functools.partial(numba.njit, nogil=True, error_model="numpy")
     try:
         return compiler(cache=True)(loop)
-    except RuntimeError:  # neither beside this file nor in the user's home may anything be written
+    except RuntimeError:  # neither the folder of this file nor the user's home is writable
         return compiler()(loop)
 
 
 @compiled
-def _bounds(part, parts, batch, length):
-    """The replica of the part, and its sequences and tokens."""
-    sequences, tokens, of_replica = parts
-    replica, own = divmod(part, of_replica)
-    first, start = own // -(-length // tokens) * sequences, own % -(-length // tokens) * tokens
-    return replica, first, min(first + sequences, batch), start, min(start + tokens, length)
+def _chunk_bounds(chunk, chunks, batch, length):
+    """Return the ensemble member of a chunk, and the ranges of its sequences and tokens."""
+    sequences, tokens, per_member = chunks
+    member, index = divmod(chunk, per_member)
+    first, start = index // -(-length // tokens) * sequences, index % -(-length // tokens) * tokens
+    return member, first, min(first + sequences, batch), start, min(start + tokens, length)
 
 
 @compiled
-def _spread(kernel, channels, own):
-    """By tap what it multiplies each number of a token by."""
+def _expand_kernel(kernel, channels, weights):
+    """Fill `weights` (W, N) with the kernel value for each value of a token."""
     _, heads, _, width = kernel.shape
-    for n in range(own.shape[1]):
+    for n in range(weights.shape[1]):
         g, h, c = n // (heads * channels), n // channels % heads, n % channels
         for j in range(width):
-            own[j, n] = kernel[g, h, min(c, kernel.shape[2] - 1), j]
+            weights[j, n] = kernel[g, h, min(c, kernel.shape[2] - 1), j]
 
 
 @compiled
-def _filter(begin, end, parts, x, strides, kernel, dilation, channels, y):
-    _, batch, length, width = y.shape
+def _filter(begin, end, chunks, x, strides, kernel, dilation, channels, y):
+    _, batch, length, size = y.shape
     x_r, x_b, x_l, _ = strides
-    reach, spread = kernel.shape[4], -1
-    weights = np.empty((reach, width), kernel.dtype)
-    for part in range(begin, end):
-        r, first, last, start, stop = _bounds(part, parts, batch, length)
-        if r != spread:
-            _spread(kernel[r], channels, weights)
-            spread = r
+    width, expanded = kernel.shape[4], -1
+    weights = np.empty((width, size), kernel.dtype)
+    for chunk in range(begin, end):
+        r, first, last, start, stop = _chunk_bounds(chunk, chunks, batch, length)
+        if r != expanded:
+            _expand_kernel(kernel[r], channels, weights)
+            expanded = r
         for b in range(first, last):
             for i in range(start, stop):
-                out, at = y[r, b, i], r * x_r + b * x_b + i * x_l
-                own, row = weights[0], x[at : at + width]
-                for n in range(width):
-                    out[n] = own[n] * row[n]
-                for j in range(1, min(reach, i // dilation + 1)):
-                    before = at - j * dilation * x_l
-                    own, row = weights[j], x[before : before + width]
-                    for n in range(width):
-                        out[n] += own[n] * row[n]
-
-
-@compiled
-def _gradients(begin, end, parts, x, strides, kernel, dilation, channels, of_y, strides_of_y, of_x, sums):
-    _, batch, length, width = of_x.shape
-    x_r, x_b, x_l, _ = strides
-    reach, spread = kernel.shape[4], -1
-    weights = np.empty((reach, width), kernel.dtype)
-    span = (reach - 1) * dilation
-    some = max(SOME, span)
-    later = np.empty((min(some + span, length), width), kernel.dtype)
-    for part in range(begin, end):
-        r, first, last, start, stop = _bounds(part, parts, batch, length)
-        if r != spread:
-            _spread(kernel[r], channels, weights)
-            spread = r
-        sums[part] = 0
-        for b in range(first, last):
-            for low in range(start, stop, some):
-                high = min(low + some, stop)
-                # Of these tokens, and of the later ones that read them.
-                _gather(of_y, strides_of_y, kernel.shape[2], channels, r, b, low, min(high + span, length), later)
-                for i in range(low, high):
-                    out, own, row = of_x[r, b, i], weights[0], later[i - low]
-                    for n in range(width):
-                        out[n] = own[n] * row[n]
-                    for j in range(1, min(reach, (length - 1 - i) // dilation + 1)):
-                        own, row = weights[j], later[i - low + j * dilation]
-                        for n in range(width):
-                            out[n] += own[n] * row[n]
-                for j in range(reach):
-                    total, end = sums[part, j], min(high, length - j * dilation)
-                    for i in range(low, end - 1, 2):  # two tokens each time that the sums are read and written
-                        at, to = r * x_r + b * x_b + i * x_l, i - low + j * dilation
-                        own, row = x[at : at + width], later[to]
-                        next_own, next_row = x[at + x_l : at + x_l + width], later[to + 1]
-                        for n in range(width):
-                            total[n] += own[n] * row[n] + next_own[n] * next_row[n]
-                    if end > low and (end - low) % 2:
-                        at = r * x_r + b * x_b + (end - 1) * x_l
-                        own, row = x[at : at + width], later[end - 1 - low + j * dilation]
-                        for n in range(width):
-                            total[n] += own[n] * row[n]
-
-
-@compiled
-def _gather(of_y, strides, heads, channels, r, b, start, stop, later):
-    """Lays the gradients of all groups side by side."""
-    for g in range(len(of_y)):
-        flat, (s_r, s_b, s_h, s_l) = of_y[g], strides[g]
-        together = heads if s_h == channels else 1
-        for h in range(0, heads, together):
-            first, size = (g * heads + h) * channels, together * channels
-            for i in range(start, stop):
-                at = r * s_r + b * s_b + h * s_h + i * s_l
-                out, row = later[i - start, first : first + size], flat[at : at + size]
+                out, offset = y[r, b, i], r * x_r + b * x_b + i * x_l
+                weight, token = weights[0], x[offset : offset + size]
                 for n in range(size):
-                    out[n] = row[n]
+                    out[n] = weight[n] * token[n]
+                for j in range(1, min(width, i // dilation + 1)):
+                    before = offset - j * dilation * x_l
+                    weight, token = weights[j], x[before : before + size]
+                    for n in range(size):
+                        out[n] += weight[n] * token[n]
 
 
 @compiled
-def _add(sums, of_taps):
-    """The sums of all parts of a replica, and of all channels that share their taps."""
-    replicas, groups, heads, own, width = of_taps.shape
-    channels, of_replica = sums.shape[2] // max(1, groups * heads), len(sums) // max(1, replicas)
-    of_taps[:] = 0
+def _gradients(begin, end, chunks, x, strides, kernel, dilation, channels, grad_y, grad_y_strides, grad_x, sums):
+    _, batch, length, size = grad_x.shape
+    x_r, x_b, x_l, _ = strides
+    width, expanded = kernel.shape[4], -1
+    weights = np.empty((width, size), kernel.dtype)
+    span = (width - 1) * dilation
+    tile = max(TILE_TOKENS, span)
+    later = np.empty((min(tile + span, length), size), kernel.dtype)
+    for chunk in range(begin, end):
+        r, first, last, start, stop = _chunk_bounds(chunk, chunks, batch, length)
+        if r != expanded:
+            _expand_kernel(kernel[r], channels, weights)
+            expanded = r
+        sums[chunk] = 0
+        for b in range(first, last):
+            for low in range(start, stop, tile):
+                high = min(low + tile, stop)
+                # Output gradients of this tile, and of the later tokens whose outputs depend on it.
+                _gather_gradients(grad_y, grad_y_strides, kernel.shape[2], channels, r, b, low, min(high + span, length), later)
+                for i in range(low, high):
+                    out, weight, gradient = grad_x[r, b, i], weights[0], later[i - low]
+                    for n in range(size):
+                        out[n] = weight[n] * gradient[n]
+                    for j in range(1, min(width, (length - 1 - i) // dilation + 1)):
+                        weight, gradient = weights[j], later[i - low + j * dilation]
+                        for n in range(size):
+                            out[n] += weight[n] * gradient[n]
+                for j in range(width):
+                    total, limit = sums[chunk, j], min(high, length - j * dilation)
+                    for i in range(low, limit - 1, 2):  # two tokens each time that the sums are loaded and stored
+                        offset, place = r * x_r + b * x_b + i * x_l, i - low + j * dilation
+                        token, gradient = x[offset : offset + size], later[place]
+                        next_token, next_gradient = x[offset + x_l : offset + x_l + size], later[place + 1]
+                        for n in range(size):
+                            total[n] += token[n] * gradient[n] + next_token[n] * next_gradient[n]
+                    if limit > low and (limit - low) % 2:
+                        offset = r * x_r + b * x_b + (limit - 1) * x_l
+                        token, gradient = x[offset : offset + size], later[limit - 1 - low + j * dilation]
+                        for n in range(size):
+                            total[n] += token[n] * gradient[n]
+
+
+@compiled
+def _gather_gradients(grad_y, strides, heads, channels, r, b, start, stop, later):
+    """Fill `later` with the output gradients of tokens `start` to `stop`, those of all groups adjacent."""
+    for g in range(len(grad_y)):
+        memory, (s_r, s_b, s_h, s_l) = grad_y[g], strides[g]
+        adjacent = heads if s_h == channels else 1  # heads that can be copied at once
+        for h in range(0, heads, adjacent):
+            first, size = (g * heads + h) * channels, adjacent * channels
+            for i in range(start, stop):
+                offset = r * s_r + b * s_b + h * s_h + i * s_l
+                out, values = later[i - start, first : first + size], memory[offset : offset + size]
+                for n in range(size):
+                    out[n] = values[n]
+
+
+@compiled
+def _reduce_kernel_gradients(sums, grad_kernel):
+    """Sum over the chunks of each ensemble member, and over the channels that share a kernel."""
+    members, groups, heads, kernels, width = grad_kernel.shape
+    channels, per_member = sums.shape[2] // max(1, groups * heads), len(sums) // max(1, members)
+    grad_kernel[:] = 0
     total = np.empty(sums.shape[1:], sums.dtype)
-    for r in range(replicas):
+    for r in range(members):
         total[:] = 0
-        for part in range(r * of_replica, (r + 1) * of_replica):
-            total += sums[part]
+        for chunk in range(r * per_member, (r + 1) * per_member):
+            total += sums[chunk]
         for n in range(total.shape[1]):
             g, h, c = n // (heads * channels), n // channels % heads, n % channels
             for j in range(width):
-                of_taps[r, g, h, min(c, own - 1), j] += total[j, n]
+                grad_kernel[r, g, h, min(c, kernels - 1), j] += total[j, n]

@@ -1,6 +1,7 @@
-"""What triton_backend.py and numba_backend.py compute, of the same tensors, by PyTorch's own operations: one pass over x a tap.
+"""Direct causal convolution in PyTorch operations, one pass over x per kernel value: y_i = sum_{j < W} F_j x_{i - j dilation}.
 
-For other devices than theirs, and for torch.compile, which fuses the passes.
+It computes the same as triton_backend.py and numba_backend.py, for all other devices. It also serves torch.compile, which fuses
+the passes.
 """
 
 from collections.abc import Sequence
@@ -9,42 +10,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.types import Replicated, StackedHeads, StackedKernel
+from cat.types import MemberHeads, StackedHeads, StackedKernel
 
 
 def filter_stacks(x: StackedHeads, kernel: StackedKernel, dilation: int) -> StackedHeads:
-    """y_i = sum_{j < W} taps_j x_{i - j dilation}, with zeros before the first token."""
-    first, *others = _rows(kernel)
+    """Convolve every group of every ensemble member with its own kernel."""
+    first, *others = _kernel_values(kernel)
     y = x * first
-    for j, row in enumerate(others, 1):
-        y[..., j * dilation :, :].addcmul_(_before(x, j * dilation), row)
+    for j, value in enumerate(others, 1):
+        y[..., j * dilation :, :].addcmul_(_drop_last(x, j * dilation), value)
     return y
 
 
 def filter_gradients(
-    x: StackedHeads, kernel: StackedKernel, gradients: Sequence[Replicated], dilation: int
+    x: StackedHeads, kernel: StackedKernel, gradients: Sequence[MemberHeads], dilation: int
 ) -> tuple[StackedHeads, StackedKernel]:
-    """Those of x and of the taps, given one of the outcome of each group."""
-    of_y = torch.stack(list(gradients), dim=1)
-    first, *others = _rows(kernel)
-    of_x, of_taps = of_y * first, [_sum(of_y * x, kernel)]
-    for j, row in enumerate(others, 1):
-        later = of_y[..., j * dilation :, :]
-        _before(of_x, j * dilation).addcmul_(later, row)
-        of_taps.append(_sum(later * _before(x, j * dilation), kernel))
-    return of_x.to(x.dtype), torch.stack(of_taps, dim=-1).to(kernel.dtype)
+    """Return the gradients of x and of the kernel, given the gradient of each group's output."""
+    grad_y = torch.stack(list(gradients), dim=1)
+    first, *others = _kernel_values(kernel)
+    grad_x, grad_kernel = grad_y * first, [_sum_to_kernel(grad_y * x, kernel)]
+    for j, value in enumerate(others, 1):
+        later = grad_y[..., j * dilation :, :]
+        _drop_last(grad_x, j * dilation).addcmul_(later, value)
+        grad_kernel.append(_sum_to_kernel(later * _drop_last(x, j * dilation), kernel))
+    return grad_x.to(x.dtype), torch.stack(grad_kernel, dim=-1).to(kernel.dtype)
 
 
-def _rows(kernel: StackedKernel) -> list[Tensor]:
-    """What each tap multiplies the channels by, (R, G, 1, H, 1, C)."""
-    return [row[:, :, None, :, None] for row in kernel.unbind(-1)]
+def _kernel_values(kernel: StackedKernel) -> list[Tensor]:
+    """Return F_0, F_1, ..., each as (R, G, 1, H, 1, C)."""
+    return [value[:, :, None, :, None] for value in kernel.unbind(-1)]
 
 
-def _before(x: StackedHeads, shift: int) -> Float[Tensor, "R G B H _ C"]:
-    """What so many later tokens read: all but the last tokens."""
-    return x[..., : max(0, x.shape[4] - shift), :]
+def _drop_last(x: StackedHeads, count: int) -> Float[Tensor, "R G B H _ C"]:
+    """Return all tokens but the last `count`."""
+    return x[..., : max(0, x.shape[4] - count), :]
 
 
-def _sum(products: Float[Tensor, "R G B H _ C"], kernel: StackedKernel) -> Tensor:
-    """Over sequences and tokens, and over channels that share their taps."""
+def _sum_to_kernel(products: Float[Tensor, "R G B H _ C"], kernel: StackedKernel) -> Tensor:
+    """Sum over sequences, tokens and the channels that share a kernel."""
     return products.sum((2, 4), dtype=torch.promote_types(kernel.dtype, torch.float32)).sum_to_size(kernel.shape[:-1])

@@ -1,4 +1,4 @@
-"""Attention by features: of the linear kind, Taylor's with a window of exact attention, and random ones."""
+"""Tests of attention with features: linear attention, Taylor features with a window, random features."""
 
 import math
 from functools import partial
@@ -16,27 +16,27 @@ from cat.mixers.based.op import (
     features,
     naive_taylor_attend,
     taylor_attend,
-    taylor_attend_next,
+    taylor_attend_step,
 )
 from cat.mixers.build import build_mixer
-from cat.mixers.linear.op import linear_attend, linear_attend_next
-from cat.mixers.performer.op import naive_performer_attend, orthogonal_directions, performer_attend, performer_attend_next
+from cat.mixers.linear.op import linear_attend, linear_attend_step
+from cat.mixers.performer.op import naive_performer_attend, orthogonal_directions, performer_attend, performer_attend_step
 from cat.mixers.registry import AnyModel
 from cat.ops.attention import naive_attend
 from cat.ops.position import rotate
-from tests.helpers.reference import assert_twins, close, in_parts, normal
+from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
 
 BASED = {"mixer": "based", "heads": 3, "position": "none", "window": 5}
 PERFORMER = {"mixer": "performer", "heads": 3, "position": "none", "features": 11}
 both_forms = pytest.mark.parametrize("form", [attend_by_scores, attend_by_features])
 
 
-def streams(length: int, *, heads: int = 3, channels: int = 5) -> tuple[Tensor, ...]:
+def qkv(length: int, *, heads: int = 3, channels: int = 5) -> tuple[Tensor, ...]:
     return tuple(normal(2, heads, length, channels, seed=s) for s in range(3))
 
 
 def directions(heads: int, features: int, channels: int) -> Tensor:
-    """Always the same, in float64."""
+    """Draw the same directions at every call, in float64."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return orthogonal_directions(heads, features, channels).double()
@@ -56,17 +56,17 @@ def assert_finite(attend, *inputs: Tensor) -> None:
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), inputs))
 
 
-def assert_blind_to_what_comes(attend, length: int) -> None:
-    """The bits of earlier outputs do not change with later tokens, however large these are."""
-    x = streams(length)
+def assert_causal(attend, length: int) -> None:
+    """Assert that earlier outputs are equal to the bit for other, large later tokens."""
+    x = qkv(length)
     for i in (1, length // 2, length - 1):
-        later = [torch.cat([stream[:, :, :i], 30 * stream[:, :, i:].flip(1)], dim=2) for stream in x]
+        later = [torch.cat([part[:, :, :i], 30 * part[:, :, i:].flip(1)], dim=2) for part in x]
         assert torch.equal(attend(*x)[:, :, :i], attend(*later)[:, :, :i])
         assert not torch.equal(attend(*x)[:, :, i:], attend(*later)[:, :, i:])
 
 
 def assert_precise_under_autocast(attend, *inputs: Tensor) -> None:
-    """Nothing is rounded to bfloat16 but what comes in and goes out so."""
+    """Assert that only bfloat16 inputs and outputs are rounded to bfloat16."""
     rough = [x.bfloat16() for x in inputs]
     exact = attend(*(x.float() for x in rough))
     with torch.autocast("cpu", torch.bfloat16):
@@ -75,66 +75,66 @@ def assert_precise_under_autocast(attend, *inputs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("rotary", [False, True])
-def test_linear_attention_adds_up_in_float32(rotary):
-    def from_the_sums(q, k, v):
+def test_linear_attention_sums_in_float32(rotary):
+    def from_state(q, k, v):
         start = q.shape[2] // 2
-        first, state = linear_attend_next(*(x[:, :, :start] for x in (q, k, v)), state=None, start=0, rotary=rotary)
-        rest, _ = linear_attend_next(*(x[:, :, start:] for x in (q, k, v)), state=state, start=start, rotary=rotary)
+        first, state = linear_attend_step(*(x[:, :, :start] for x in (q, k, v)), state=None, start=0, rotary=rotary)
+        rest, _ = linear_attend_step(*(x[:, :, start:] for x in (q, k, v)), state=state, start=start, rotary=rotary)
         return torch.cat([first, rest], dim=2)
 
-    for attend in (partial(linear_attend, rotary=rotary), from_the_sums):
-        assert_precise_under_autocast(attend, *streams(997, channels=6))
+    for attend in (partial(linear_attend, rotary=rotary), from_state):
+        assert_precise_under_autocast(attend, *qkv(997, channels=6))
 
 
 # Taylor features and a window.
 
 
 @pytest.mark.parametrize("window", [1, 5, 70])
-def test_taylor_attention_of_some_queries_is_the_definition_and_does_not_compute_the_others(window):
-    q, k, v = streams(13, channels=2)
-    at = torch.tensor([[0, 5, 12], [1, 6, 7]])
-    sizes = {"scale": 0.7, "window": window, "at": at}
-    assert_twins(partial(taylor_attend, **sizes), partial(naive_taylor_attend, **sizes), q[:, :, :3], k, v)
+def test_taylor_attention_at_positions_matches_its_reference_implementation(window):
+    q, k, v = qkv(13, channels=2)
+    positions = torch.tensor([[0, 5, 12], [1, 6, 7]])
+    sizes = {"scale": 0.7, "window": window, "positions": positions}
+    assert_matches_reference(partial(taylor_attend, **sizes), partial(naive_taylor_attend, **sizes), q[:, :, :3], k, v)
 
 
-@pytest.mark.parametrize("parts", [[1] * 40, [9, 1, 30], [1, 2, 37], [40]], ids=str)
+@pytest.mark.parametrize("parts", [[1] * 40, [9, 1, 30], [40]], ids=str)
 @pytest.mark.parametrize("window", [1, 3, 50])
-def test_taylor_attention_goes_on_from_the_window_and_a_sum(parts, window):
-    """Two channels have six features: as many tokens out of the window become one sum, and then the next."""
-    inputs, sizes = streams(40, channels=2), {"scale": 0.7, "window": window}
+def test_taylor_attention_continues_from_a_window_and_a_sum(parts, window):
+    """Two channels have six features: every six tokens outside the window are added to the sum."""
+    inputs, sizes = qkv(40, channels=2), {"scale": 0.7, "window": window}
     lengths = iter(accumulate(parts, initial=0))
 
     def step(*x, state):
-        return taylor_attend_next(*x, state=state, length=next(lengths), **sizes)
+        return taylor_attend_step(*x, state=state, length=next(lengths), **sizes)
 
     _, past = in_parts(step, inputs, parts, dim=2)
     assert past.keys.shape[2] < window + count_features(2)
     assert (past.far is None) == (window == 50)
     lengths = iter(accumulate(parts, initial=0))
-    assert_twins(lambda *x: in_parts(step, x, parts, dim=2)[0], partial(naive_taylor_attend, **sizes), *inputs)
+    assert_matches_reference(lambda *x: in_parts(step, x, parts, dim=2)[0], partial(naive_taylor_attend, **sizes), *inputs)
 
 
 @both_forms
 @pytest.mark.parametrize("window", [1, 5, 64, 70, 200])
-@pytest.mark.parametrize("length", [1, 2, 13, 64, 65, 131])
-def test_taylor_attention_is_the_definition(form, length, window):
-    assert_twins(partial(form, window=window), partial(naive_taylor_attend, scale=1.0, window=window), *streams(length))
+@pytest.mark.parametrize("length", [1, 64, 65, 131])
+def test_taylor_attention_matches_its_reference_implementation(form, length, window):
+    assert_matches_reference(partial(form, window=window), partial(naive_taylor_attend, scale=1.0, window=window), *qkv(length))
 
 
 @pytest.mark.parametrize(("length", "form"), [(1, "attend_by_scores"), (12, "attend_by_scores"), (13, "attend_by_features")])
-def test_scores_are_cheaper_up_to_twice_as_many_tokens_as_features(length, form, monkeypatch):
-    taken = []
+def test_scores_are_used_up_to_twice_as_many_tokens_as_features(length, form, monkeypatch):
+    calls = []
     for name, function in {"attend_by_scores": attend_by_scores, "attend_by_features": attend_by_features}.items():
         monkeypatch.setattr(
-            f"cat.mixers.based.op.{name}", lambda *x, f=function, n=name, **options: taken.append(n) or f(*x, **options)
+            f"cat.mixers.based.op.{name}", lambda *x, f=function, n=name, **options: calls.append(n) or f(*x, **options)
         )
     sizes = {"scale": 0.7, "window": 3}
-    assert_twins(partial(taylor_attend, **sizes), partial(naive_taylor_attend, **sizes), *streams(length, channels=2))
-    assert taken == [form]
+    assert_matches_reference(partial(taylor_attend, **sizes), partial(naive_taylor_attend, **sizes), *qkv(length, channels=2))
+    assert calls == [form]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7])
-def test_taylor_features_multiply_to_the_polynomial(channels):
+def test_products_of_taylor_features_are_the_polynomial(channels):
     x, y = normal(1, 1, 1, 13, channels), normal(1, 1, 1, 17, channels, seed=1)
     scores = x @ y.mT
     assert features(x).shape[-1] == count_features(channels)
@@ -154,12 +154,12 @@ def test_the_token_before_the_window_has_the_weight_of_the_polynomial(form, scor
 @both_forms
 @pytest.mark.parametrize("window", [97, 131])
 def test_a_window_of_all_tokens_is_dense_attention(form, window):
-    close(form(*streams(97), window=window), naive_attend(*streams(97), scale=1.0))
+    close(form(*qkv(97), window=window), naive_attend(*qkv(97), scale=1.0))
 
 
 @both_forms
-def test_what_taylor_leaves_out_is_of_the_third_order(form):
-    q, k, v = streams(97)
+def test_the_taylor_error_is_of_third_order(form):
+    q, k, v = qkv(97)
     errors = [(form(x, k, v, window=3) - naive_attend(x, k, v, scale=1.0)).norm() for x in (0.02 * q, 0.01 * q)]
     assert errors[0] / errors[1] == pytest.approx(8, rel=0.1)
 
@@ -167,62 +167,62 @@ def test_what_taylor_leaves_out_is_of_the_third_order(form):
 @both_forms
 @pytest.mark.parametrize("size", [-1e4, 1e-4, 1.0, 1e4])
 def test_taylor_attention_is_stable(form, size):
-    q, k, v = (x.float() for x in streams(131))
+    q, k, v = (x.float() for x in qkv(131))
     assert_finite(partial(form, window=3), size * q, k, v)
     assert_finite(partial(form, window=70), size * k, k, v)
 
 
-def test_taylor_features_that_cancel_one_another_are_no_negative_weight():
-    q, k, v = (1e4 * x.float() for x in streams(997, channels=2))
+def test_taylor_features_that_cancel_have_no_negative_weight():
+    q, k, v = (1e4 * x.float() for x in qkv(997, channels=2))
     axis = torch.tensor([0.6, -0.8])
-    q, k = q[..., :1] * axis, k[..., :1] * axis.flip(0).abs()  # every score is zero, the square of a rounded one is not
+    q, k = q[..., :1] * axis, k[..., :1] * axis.flip(0).abs()  # every score is zero, but the square of a rounded one is not
     assert_finite(partial(attend_by_features, window=3), q, k, v)
 
 
 @both_forms
-def test_a_query_reads_its_own_key_where_that_is_the_only_match(form):
+def test_a_query_attends_to_its_only_match(form):
     q, v = torch.eye(67)[None, None], normal(1, 1, 67, 67).float()
     torch.testing.assert_close(form(1e3 * q, q, v, window=3), v)
 
 
 @both_forms
 def test_taylor_attention_is_causal(form):
-    assert_blind_to_what_comes(partial(form, window=5), 131)
+    assert_causal(partial(form, window=5), 131)
 
 
 @pytest.mark.parametrize("channels", [4, 31])  # by features, by scores
-def test_taylor_attention_adds_up_in_float32(channels):
-    assert_precise_under_autocast(partial(taylor_attend, scale=0.1, window=5), *streams(997, channels=channels))
+def test_taylor_attention_sums_in_float32(channels):
+    assert_precise_under_autocast(partial(taylor_attend, scale=0.1, window=5), *qkv(997, channels=channels))
 
 
-def test_based_turns_queries_and_keys():
-    q, k, v = streams(19, channels=6)
+def test_based_rotates_queries_and_keys():
+    q, k, v = qkv(19, channels=6)
     mixer = build(**{**BASED, "position": "rotary"})
-    close(mixer.mix(q, k, v), naive_taylor_attend(rotate(q), rotate(k), v, scale=6**-0.5, window=5))
-    close(build(**BASED).mix(q, k, v), naive_taylor_attend(q, k, v, scale=6**-0.5, window=5))
+    close(mixer.attend(q, k, v), naive_taylor_attend(rotate(q), rotate(k), v, scale=6**-0.5, window=5))
+    close(build(**BASED).attend(q, k, v), naive_taylor_attend(q, k, v, scale=6**-0.5, window=5))
 
 
 def test_based_with_a_window_of_all_tokens_is_the_transformer():
-    based = build(**{**BASED, "position": "rotary", "window": 29, "k": 3})
-    transformer = build(mixer="attention", heads=3, position="rotary", k=3)
+    based = build(**{**BASED, "position": "rotary", "window": 29, "conv_k": 3})
+    transformer = build(mixer="attention", heads=3, position="rotary", conv_k=3)
     transformer.load_state_dict(based.state_dict())
-    assert_twins(based, transformer, normal(2, 29, 18))
+    assert_matches_reference(based, transformer, normal(2, 29, 18))
 
 
 # Random features.
 
 
-@pytest.mark.parametrize("length", [1, 2, 13, 64, 65, 131])
-def test_performer_attention_is_the_definition(length):
+@pytest.mark.parametrize("length", [1, 13, 64, 65, 131])
+def test_performer_attention_matches_its_reference_implementation(length):
     sizes = {"scale": 0.7, "directions": directions(3, 13, 5)}
-    assert_twins(partial(performer_attend, **sizes), partial(naive_performer_attend, **sizes), *streams(length))
+    assert_matches_reference(partial(performer_attend, **sizes), partial(naive_performer_attend, **sizes), *qkv(length))
 
 
 @pytest.mark.parametrize("parts", [[1] * 5, [1, 130], [70, 1, 60, 5]], ids=str)
-def test_performer_attention_goes_on_from_a_sum(parts):
-    inputs, sizes = streams(sum(parts)), {"scale": 0.7, "directions": directions(3, 11, 5)}
-    assert_twins(
-        lambda *x: in_parts(lambda *y, state: performer_attend_next(*y, state=state, **sizes), x, parts, dim=2)[0],
+def test_performer_attention_continues_from_a_sum(parts):
+    inputs, sizes = qkv(sum(parts)), {"scale": 0.7, "directions": directions(3, 11, 5)}
+    assert_matches_reference(
+        lambda *x: in_parts(lambda *y, state: performer_attend_step(*y, state=state, **sizes), x, parts, dim=2)[0],
         partial(naive_performer_attend, **sizes),
         *inputs,
     )
@@ -230,17 +230,17 @@ def test_performer_attention_goes_on_from_a_sum(parts):
 
 @pytest.mark.parametrize("small", [slice(70), slice(70, None), slice(None)], ids=["first", "last", "all"])
 def test_the_sum_of_performer_attention_keeps_the_range_of_float32(small):
-    """Some keys are so long that their features are far too small for float32 beside those of others."""
-    q, k, v = (x.float() for x in streams(75))
+    """Some keys are so long that their features are far below the float32 range of the others."""
+    q, k, v = (x.float() for x in qkv(75))
     sizes = {"scale": 0.7, "directions": directions(3, 11, 5).float()}
     k[:, :, small] *= 1e3
-    out, _ = in_parts(lambda *x, state: performer_attend_next(*x, state=state, **sizes), (q, k, v), [70, 5], dim=2)
+    out, _ = in_parts(lambda *x, state: performer_attend_step(*x, state=state, **sizes), (q, k, v), [70, 5], dim=2)
     torch.testing.assert_close(out, performer_attend(q, k, v, **sizes))
     assert out[:, :, -1].abs().amin() > 0
 
 
 def test_random_features_approach_softmax_attention_with_their_number():
-    q, k, v = streams(29, heads=17)
+    q, k, v = qkv(29, heads=17)
     exact = naive_attend(q, k, v, scale=0.1)
     errors = [
         (performer_attend(q, k, v, scale=0.1, directions=directions(17, n, 5)) - exact).norm() / exact.norm()
@@ -251,7 +251,7 @@ def test_random_features_approach_softmax_attention_with_their_number():
     assert errors[2] < 0.03
 
 
-def test_directions_are_orthogonal_by_blocks_and_of_the_lengths_of_normal_vectors():
+def test_directions_are_orthogonal_in_blocks_with_the_norms_of_normal_vectors():
     drawn = directions(500, 17, 7)
     for block in drawn.split(7, dim=1):
         products = block @ block.mT
@@ -262,18 +262,18 @@ def test_directions_are_orthogonal_by_blocks_and_of_the_lengths_of_normal_vector
     rows = drawn.flatten(0, 1)
     assert rows.mean(0).abs().max() < 0.05
     assert (rows.mT @ rows / len(rows) - torch.eye(7)).abs().max() < 0.05
-    assert ((drawn[:, 0] * drawn[:, 7]).sum(-1).abs() > 1e-3).all()  # of two blocks
+    assert ((drawn[:, 0] * drawn[:, 7]).sum(-1).abs() > 1e-3).all()  # between two blocks
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 10.0, 1e3])
 def test_performer_attention_is_stable(size):
-    q, k, v = (x.float() for x in streams(131))
+    q, k, v = (x.float() for x in qkv(131))
     attend = partial(performer_attend, scale=0.7, directions=directions(3, 13, 5).float())
     assert_finite(attend, size * q, size * k, v)
     assert_finite(attend, q, size * k, v)
 
 
-def test_keys_that_are_directions_do_not_overflow():
+def test_keys_equal_to_directions_do_not_overflow():
     w = directions(1, 67, 257).float()
     assert w.square().sum(-1).amax() / 2 > 100  # e^100 is infinite in float32
     q, k, v = w[None], w[None], normal(1, 1, 67, 257).float()
@@ -282,9 +282,9 @@ def test_keys_that_are_directions_do_not_overflow():
 
 
 @pytest.mark.parametrize(("channels", "size"), [(5, 10.0), (64, 6.0), (300, 1.0), (300, 4.0)])
-def test_performer_attention_holds_for_wide_heads_and_long_rows(channels, size):
-    """Features that are e^100 apart, and queries none of whose keys is near the largest that there could be."""
-    q, k, v = streams(131, channels=channels)
+def test_performer_attention_is_exact_for_wide_heads_and_long_vectors(channels, size):
+    """Features that differ by e^100, and queries whose keys are all far from the largest possible weight."""
+    q, k, v = qkv(131, channels=channels)
     q, k, w = size * q, size * k, directions(3, 13, channels)
     attend = partial(performer_attend, scale=channels**-0.5)
     exact = naive_performer_attend(q, k, v, scale=channels**-0.5, directions=w)
@@ -294,26 +294,26 @@ def test_performer_attention_holds_for_wide_heads_and_long_rows(channels, size):
 
 
 def test_performer_attention_is_causal():
-    assert_blind_to_what_comes(partial(performer_attend, scale=0.7, directions=directions(3, 13, 5)), 131)
+    assert_causal(partial(performer_attend, scale=0.7, directions=directions(3, 13, 5)), 131)
 
 
-def test_performer_attention_adds_up_in_float32():
+def test_performer_attention_sums_in_float32():
     sizes = {"scale": 0.1, "directions": directions(3, 13, 5).float()}
-    assert_precise_under_autocast(partial(performer_attend, **sizes), *streams(997))
+    assert_precise_under_autocast(partial(performer_attend, **sizes), *qkv(997))
 
 
-def test_performer_attention_adds_up_in_float32_where_its_weights_are_half():
-    q, k, v = (6 * x.half() for x in streams(997))
+def test_performer_attention_sums_in_float32_if_its_weights_are_float16():
+    q, k, v = (6 * x.half() for x in qkv(997))
     rows = directions(3, 13, 5).half()
     exact = performer_attend(q.float(), k.float(), v.float(), scale=5**-0.5, directions=rows.float())
     assert torch.equal(performer_attend(q, k, v, scale=5**-0.5, directions=rows), exact.half())
 
 
-def test_performer_turns_queries_and_keys():
-    q, k, v = streams(19, channels=6)
+def test_performer_rotates_queries_and_keys():
+    q, k, v = qkv(19, channels=6)
     for position, turn in (("none", lambda x: x), ("rotary", rotate)):
         mixer = build(**{**PERFORMER, "position": position})
-        close(mixer.mix(q, k, v), naive_performer_attend(turn(q), turn(k), v, scale=6**-0.5, directions=mixer.directions))
+        close(mixer.attend(q, k, v), naive_performer_attend(turn(q), turn(k), v, scale=6**-0.5, directions=mixer.directions))
 
 
 def test_directions_are_drawn_once_and_saved_with_the_weights():

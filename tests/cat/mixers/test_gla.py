@@ -1,4 +1,4 @@
-"""Gated linear attention: its two forms, what it means, and the mixer that is made of it."""
+"""Tests of gated linear attention: its two implementations, its properties, and its mixer."""
 
 import math
 from functools import partial
@@ -10,10 +10,10 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from cat.mixers.build import build_mixer
-from cat.mixers.gla.op import CHUNK, gated_linear_attend, gated_linear_attend_next, naive_gated_linear_attend
+from cat.mixers.gla.op import CHUNK, gated_linear_attend, gated_linear_attend_step, naive_gated_linear_attend
 from cat.mixers.linear.op import causal_sum
 from cat.mixers.registry import AnyModel
-from tests.helpers.reference import assert_twins, close, in_parts, normal
+from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, VALUES, WIDTH, RANK = 2, 3, 5, 7, 18, 4
 attend, naive_attend = (partial(form, scale=0.3) for form in (gated_linear_attend, naive_gated_linear_attend))
@@ -22,7 +22,7 @@ gated = pytest.mark.parametrize("output_gate", [False, True])
 
 
 def inputs(length: int, size: float = 1.0) -> tuple[Tensor, ...]:
-    """q, k, v and log alpha, a mean of some 0.8 times `size`."""
+    """q, k, v and log alpha; the mean of -log alpha is about 0.8 times `size`."""
     q, k, log_decay = (normal(BATCH, HEADS, length, CHANNELS, seed=s) for s in range(3))
     return q, k, normal(BATCH, HEADS, length, VALUES, seed=3), -F.softplus(log_decay) * size
 
@@ -34,41 +34,41 @@ def build(**parameters: object) -> nn.Module:
         return build_mixer(TypeAdapter(AnyModel).validate_python(config), 13).double()
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 131])
-def test_gated_linear_attention_is_the_definition(length):
-    assert_twins(attend, naive_attend, *inputs(length))
+@pytest.mark.parametrize("length", [1, 2, 3, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1, 131])
+def test_gated_linear_attention_matches_its_reference_implementation(length):
+    assert_matches_reference(attend, naive_attend, *inputs(length))
 
 
 @pytest.mark.parametrize("parts", [[1] * 5, [CHUNK + 1, 1, 2 * CHUNK], [2, 70]], ids=str)
-def test_it_goes_on_from_a_state(parts):
-    step = partial(gated_linear_attend_next, scale=0.3)
+def test_gated_linear_attention_continues_from_a_state(parts):
+    step = partial(gated_linear_attend_step, scale=0.3)
     naive = partial(naive_gated_linear_attend, scale=0.3)
-    assert_twins(lambda *x: in_parts(step, x, parts, dim=2)[0], naive, *inputs(sum(parts)))
+    assert_matches_reference(lambda *x: in_parts(step, x, parts, dim=2)[0], naive, *inputs(sum(parts)))
 
 
-@pytest.mark.parametrize("places", [slice(None), slice(17, 18), slice(None, None, 7)])
+@pytest.mark.parametrize("tokens", [slice(None), slice(17, 18), slice(None, None, 7)])
 @pytest.mark.parametrize("channels", [slice(None), slice(2, 4)])
 @pytest.mark.parametrize("decay", [50.0, 1e4, math.inf])
-def test_strong_decay_forgets_and_nothing_else(places, channels, decay):
-    streams = inputs(67, size=1 / 16)
-    streams[-1][:, :, places, channels] = -decay
-    assert_twins(attend, naive_attend, *streams)
+def test_strong_decay_clears_the_state_and_nothing_else(tokens, channels, decay):
+    x = inputs(67, size=1 / 16)
+    x[-1][:, :, tokens, channels] = -decay
+    assert_matches_reference(attend, naive_attend, *x)
 
-    single = [x.float().requires_grad_() for x in streams]
+    single = [x.float().requires_grad_() for x in x]
     out = attend(*single)
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(out.sum(), single))
-    torch.testing.assert_close(out, attend(*streams).float(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out, attend(*x).float(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-3, 1.0, 100.0])
-def test_float32_holds_over_a_long_sequence(size):
-    streams = inputs(2003, size)
-    exact = attend(*streams).float()
-    error = attend(*(x.float() for x in streams)) - exact
+def test_float32_is_precise_over_a_long_sequence(size):
+    x = inputs(2003, size)
+    exact = attend(*x).float()
+    error = attend(*(x.float() for x in x)) - exact
     assert error.norm() < 5e-6 * exact.norm()
 
 
-def test_weights_are_in_float32_under_autocast():
+def test_weights_use_float32_under_autocast():
     rough = [x.bfloat16() for x in inputs(997, size=0.01)]
     exact = attend(*(x.float() for x in rough))
     with torch.autocast("cpu", torch.bfloat16):
@@ -76,33 +76,33 @@ def test_weights_are_in_float32_under_autocast():
         assert torch.equal(attend(*rough), exact.bfloat16())
 
 
-def test_outputs_do_not_change_with_later_tokens():
-    streams = inputs(131)
+def test_gated_linear_attention_is_causal():
+    x = inputs(131)
     for i in (1, 65, 130):
-        later = [torch.cat([x[:, :, :i], x[:, :, i:].flip(1)], dim=2) for x in streams]
-        assert torch.equal(attend(*streams)[:, :, :i], attend(*later)[:, :, :i])
-        assert not torch.equal(attend(*streams)[:, :, i:], attend(*later)[:, :, i:])
+        later = [torch.cat([x[:, :, :i], x[:, :, i:].flip(1)], dim=2) for x in x]
+        assert torch.equal(attend(*x)[:, :, :i], attend(*later)[:, :, :i])
+        assert not torch.equal(attend(*x)[:, :, i:], attend(*later)[:, :, i:])
 
 
 @pytest.mark.parametrize("mapped", [(0, 0, 0, 0), (1, None, 3, None), (None, None, None, 2)])
-def test_it_is_mapped_over_any_of_its_inputs(mapped):
-    streams = inputs(37)
-    stacked = [x if axis is None else torch.stack([x, x / 2, 3 * x], axis) for x, axis in zip(streams, mapped, strict=True)]
+def test_vmap_over_any_of_its_inputs(mapped):
+    x = inputs(37)
+    stacked = [x if axis is None else torch.stack([x, x / 2, 3 * x], axis) for x, axis in zip(x, mapped, strict=True)]
     rows = [[x] * 3 if axis is None else x.unbind(axis) for x, axis in zip(stacked, mapped, strict=True)]
     close(torch.vmap(attend, mapped)(*stacked), torch.stack([attend(*row) for row in zip(*rows, strict=True)]))
 
 
-# What it means.
+# Properties.
 
 
 @both_forms
-def test_without_decay_it_is_linear_attention_without_features_and_without_a_mean(form):
+def test_without_decay_it_is_linear_attention_without_features_and_normalizer(form):
     q, k, v, log_decay = inputs(131)
     close(form(q, k, v, torch.zeros_like(log_decay)), 0.3 * causal_sum(q, k, v))
 
 
 @both_forms
-def test_a_decay_that_all_channels_share_weighs_by_distance(form):
+def test_a_decay_shared_by_all_channels_depends_on_the_distance(form):
     q, k, v, _ = inputs(67)
     distance = torch.arange(67)[:, None] - torch.arange(67)
     log_decay = torch.full_like(q, math.log(0.9))
@@ -110,27 +110,27 @@ def test_a_decay_that_all_channels_share_weighs_by_distance(form):
 
 
 @both_forms
-def test_each_channel_of_the_keys_is_forgotten_at_its_own_rate(form):
+def test_each_key_channel_decays_at_its_own_rate(form):
     length = 2 * CHUNK + 3
     values, log_decay = normal(1, 1, length, VALUES), -normal(1, 1, length, CHANNELS, seed=1).exp() / 20
     keys = torch.zeros(1, 1, length, CHANNELS).double()
-    keys[:, :, 0] = 1  # the first token alone is written, under every channel
+    keys[:, :, 0] = 1  # only the first token is stored, for every channel
     for channel in range(CHANNELS):
         query = torch.eye(CHANNELS).double()[channel].expand(1, 1, length, -1)
-        kept = (log_decay[0, 0, :, channel].cumsum(0) - log_decay[0, 0, 0, channel]).exp()
-        close(form(query, keys, values, log_decay)[0, 0], 0.3 * kept[:, None] * values[0, 0, 0])
+        decay = (log_decay[0, 0, :, channel].cumsum(0) - log_decay[0, 0, 0, channel]).exp()
+        close(form(query, keys, values, log_decay)[0, 0], 0.3 * decay[:, None] * values[0, 0, 0])
 
 
 # The mixer.
 
 
 @gated
-def test_the_mixer_takes_its_gates_from_its_input_and_normalises_what_is_read(output_gate):
-    mixer = build(gate_rank=RANK, q=2, k=3, output_gate=output_gate)
-    plain = build(mixer="attention", q=2, k=3)
+def test_the_mixer_computes_its_gates_from_its_input_and_normalizes_its_output(output_gate):
+    mixer = build(gate_rank=RANK, conv_q=2, conv_k=3, output_gate=output_gate)
+    plain = build(mixer="attention", conv_q=2, conv_k=3)
     plain.load_state_dict(mixer.state_dict(), strict=False)
     x = normal(BATCH, 41, WIDTH)
-    q, k, v = plain.filtered(plain.project(x))
+    q, k, v = plain.convolve(plain.project(x))
     low = x @ mixer.decay[0].weight.T
     decay = torch.sigmoid(low @ mixer.decay[1].weight.T + mixer.decay[1].bias) ** (1 / 16)
     log_decay = decay.log().unflatten(-1, (HEADS, -1)).transpose(1, 2)
@@ -143,7 +143,7 @@ def test_the_mixer_takes_its_gates_from_its_input_and_normalises_what_is_read(ou
     close(mixer(x), out @ mixer.output.weight.T)
 
 
-def test_the_map_to_the_gates_has_the_rank_of_its_configuration():
+def test_the_map_to_the_gates_has_its_configured_rank():
     mixer = build(gate_rank=RANK)
     slopes = torch.autograd.functional.jacobian(mixer.decay, normal(WIDTH))
     assert torch.linalg.matrix_rank(slopes) == RANK

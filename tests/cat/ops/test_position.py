@@ -9,7 +9,7 @@ from cat.ops.position import alibi_bias, gather_positions, rotate, sinusoidal
 from tests.helpers.reference import close, normal
 
 
-def test_rotary_scores_depend_on_differences_only():
+def test_rotary_scores_depend_only_on_position_differences():
     length, channels = 11, 6
     q, k = (normal(1, 1, 1, channels, seed=s).expand(1, 1, length, channels) for s in (0, 1))
     scores = (rotate(q) @ rotate(k).mT)[0, 0]
@@ -18,22 +18,22 @@ def test_rotary_scores_depend_on_differences_only():
     assert (distinct > 1e-6).all()
 
 
-def test_rotary_turns_each_pair_of_channels_by_its_angle():
+def test_rotary_rotates_each_channel_pair_by_its_angle():
     x = normal(2, 3, 7, 10)
-    turned = rotate(x)
+    rotated = rotate(x)
     for i in range(7):
         for c in range(5):
             angle = i * 10_000 ** (-2 * c / 10)
             pair = torch.complex(x[:, :, i, c], x[:, :, i, c + 5]) * complex(math.cos(angle), math.sin(angle))
-            close(turned[:, :, i, [c, c + 5]], torch.view_as_real(pair))
+            close(rotated[:, :, i, [c, c + 5]], torch.view_as_real(pair))
 
 
-def test_rotary_turns_what_stands_at_a_position_as_it_does_among_all():
-    x, at = normal(2, 3, 7, 10), torch.tensor([[0, 3, 6], [2, 2, 5]])
-    close(rotate(gather_positions(x, at), positions=at), gather_positions(rotate(x), at))
+def test_rotary_at_positions_equals_rotary_of_all_tokens():
+    x, positions = normal(2, 3, 7, 10), torch.tensor([[0, 3, 6], [2, 2, 5]])
+    close(rotate(gather_positions(x, positions), positions=positions), gather_positions(rotate(x), positions))
 
 
-def test_nothing_is_taken_of_no_sequences():
+def test_gather_positions_of_an_empty_batch():
     assert gather_positions(normal(0, 3, 7, 10), torch.zeros(0, 2, dtype=torch.long)).shape == (0, 3, 2, 10)
 
 
@@ -60,6 +60,6 @@ def test_sinusoidal_alternates_sines_and_cosines(width):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_positions_follow_the_type_of_what_they_are_added_to(dtype):
+def test_position_schemes_keep_the_dtype(dtype):
     like = normal(1, 1, 3, 4).to(dtype)
     assert {rotate(like).dtype, alibi_bias(2, torch.arange(3), 3, like).dtype, sinusoidal(3, 5, like).dtype} == {dtype}

@@ -1,4 +1,4 @@
-"""Corpora: WikiText-103 from a folder and from the hub, and text of one's own; what is wrong with any is said in one line."""
+"""Corpora: WikiText-103 from a folder and from the hub, and local text. Every problem is one line."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from cat.tasks import corpus as corpora
-from cat.tasks.corpus import PLACE, REPOSITORY, REVISION, WIKITEXT_103, Published, corpus, digests, ends_a_word, read
+from cat.tasks.corpus import FOLDER, REPOSITORY, REVISION, WIKITEXT_103, Published, corpus, digests, ends_a_word, read
 from cat.tasks.registry import Text
 from pipeline.stages.generate import generate
 from pipeline.storage.paths import DATA, HELDOUT
@@ -24,7 +24,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def wiki(seed, lines):
-    """Lines as WikiText has them: a blank at both ends, and lines of nothing but a blank."""
+    """Lines as in WikiText: a space at both ends; some lines are only a space."""
     rng = np.random.Generator(np.random.PCG64(seed))
     words = ["the", "<unk>", "@-@", "naïve", "=", ",", "1999", "ñandú"]
     rows = [" " + "".join(f"{words[i]} " for i in rng.integers(0, len(words), size=rng.integers(0, 9))) for _ in range(lines)]
@@ -37,7 +37,7 @@ WORDS = {split: sum(len(row.split()) + 1 for row in rows) for split, rows in ROW
 
 
 def parquet(rows, folder):
-    """A file of the hub, where a line of nothing but a blank is an empty row."""
+    """A file of the hub, where a line that is only a space is an empty row."""
     path = folder / "made.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [row if row.strip() else "" for row in rows]}), path)
     return path.read_bytes()
@@ -45,7 +45,7 @@ def parquet(rows, folder):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Content of every file on the hub: the training split in two."""
+    """The content of each file on the hub; the training split has two files."""
     folder = tmp_path_factory.mktemp("parquet")
     first, second = WIKITEXT_103["train"].parquet
     (valid,), (test,) = WIKITEXT_103["valid"].parquet, WIKITEXT_103["test"].parquet
@@ -55,7 +55,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def published(files, monkeypatch):
-    """What would be published if WikiText-103 were as small as it is here."""
+    """Replace the published facts by those of this small corpus."""
     small = {
         split: Published(
             WORDS[split],
@@ -77,14 +77,14 @@ def folder(tmp_path):
     return tmp_path
 
 
-def fault(call, *arguments):
-    """The one line that a call is refused with."""
-    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as refused:
+def error_of(call, *arguments):
+    """The ValueError of a call, which must be one line."""
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
         call(*arguments)
-    return str(refused.value)
+    return str(error.value)
 
 
-def test_the_splits_of_a_folder_are_those_of_the_data_set(folder):
+def test_a_folder_gives_the_splits_of_the_data_set(folder):
     for split in SPLITS:
         text = read("wikitext-103", str(folder), split)
         assert bytes(text) == TEXT[split]
@@ -102,7 +102,7 @@ def test_the_real_splits_have_the_published_number_of_words(split, words, monkey
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a", " a", "a\n\n b\tc \r\n", " = ñ = \n \n \u00a0x\u3000y"])
-def test_words_stand_between_white_space_and_a_line_ends_in_one(text):
+def test_words_are_separated_by_white_space_and_each_line_end_is_a_word(text):
     data = text.encode()
     naive = [word for line in data.splitlines(keepends=True) for word in line.replace(b"\n", b" <eos>").split()]
     ends = np.flatnonzero(ends_a_word(np.frombuffer(data, np.uint8))) + 1
@@ -112,12 +112,12 @@ def test_words_stand_between_white_space_and_a_line_ends_in_one(text):
 
 def missing(path):
     path.unlink()
-    return f"{path}: is missing; put that split of WikiText-103 there, or leave folder out to fetch it"
+    return f"{path}: is missing"
 
 
 def truncated(path):
     path.write_bytes(path.read_bytes()[:300])
-    return f"{path}: has {WORDS_OF_300} words, not the {WORDS['valid']} of WikiText-103: it is truncated or altered; get it"
+    return f"{path}: has {WORDS_OF_300} words, not the {WORDS['valid']} of WikiText-103: it is truncated or altered"
 
 
 WORDS_OF_300 = len(TEXT["valid"][:300].split()) + TEXT["valid"][:300].count(b"\n")
@@ -125,41 +125,47 @@ WORDS_OF_300 = len(TEXT["valid"][:300].split()) + TEXT["valid"][:300].count(b"\n
 
 def altered(path):
     path.write_bytes(path.read_bytes().replace(b"1999", b"1998", 1))
-    return f"{path}: is not that of WikiText-103, whose SHA-256 is {hashlib.sha256(TEXT['valid']).hexdigest()}: it is truncated"
+    return f"{path}: differs from WikiText-103, whose SHA-256 is {hashlib.sha256(TEXT['valid']).hexdigest()}"
 
 
 def latin(path):
     path.write_bytes(path.read_bytes().decode().encode("latin-1"))
-    place = TEXT["valid"].decode().encode("latin-1").find("ï".encode("latin-1"))
-    other = TEXT["valid"].decode().encode("latin-1").find("ñ".encode("latin-1"))
-    return f"{path}: byte {min(place, other)} is not UTF-8"
+    text = TEXT["valid"].decode().encode("latin-1")
+    return f"{path}: byte {min(text.find(letter.encode('latin-1')) for letter in 'ïñ')} is not UTF-8"
 
 
 def huge(path):
     path.write_bytes(path.read_bytes() * 10)
     corpora.LIMIT = 5000
-    return f"{path}: {10 * len(TEXT['valid']):,} bytes of text, more than the 5,000 that are read at once"
+    return f"{path}: has {10 * len(TEXT['valid']):,} bytes of text, more than the limit of 5,000"
 
 
-@pytest.mark.parametrize("spoil", [missing, truncated, altered, latin, huge])
-def test_a_spoilt_split_is_refused_in_one_line_and_nothing_is_written(spoil, folder, monkeypatch):
-    monkeypatch.setattr(corpora, "LIMIT", corpora.LIMIT)  # is put back
+@pytest.mark.parametrize("damage", [missing, truncated, altered, latin, huge])
+def test_a_damaged_split_is_refused_in_one_line_and_nothing_is_written(damage, folder, monkeypatch):
+    monkeypatch.setattr(corpora, "LIMIT", corpora.LIMIT)  # restores it after `huge`
     monkeypatch.chdir(folder)
-    words = spoil(folder / "wiki.valid.tokens")
+    message = damage(folder / "wiki.valid.tokens")
     task = Text(
-        kind="text", source="wikitext-103", folder=str(folder), length=8, multiples=(1,), train_examples=3, valid_examples=3, test_examples=3,
+        kind="text",
+        source="wikitext-103",
+        folder=str(folder),
+        length=8,
+        multiples=(1,),
+        train_examples=3,
+        valid_examples=3,
+        test_examples=3,
         tokens="words",
-    )  # fmt: skip
-    assert fault(generate, "wiki", task, 0).startswith(words)
+    )
+    assert error_of(generate, "wiki", task, 0).startswith(message)
     assert [*DATA.rglob("*"), *HELDOUT.rglob("*")] == []
 
 
 def fetch(hub, home, *splits, **environment):
-    """`splits` read in a process of its own, with its settings from the environment: texts, or the line it is refused with."""
+    """Read `splits` in a new process that gets its settings from the environment. Returns the texts or the error line."""
     script = (
         "import sys, json, time; time.sleep = lambda seconds: None\n"
         "from cat.tasks import corpus as corpora\n"
-        "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 64\n"  # what it keeps of a cut connection
+        "from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 64\n"  # the granularity at which it resumes
         "table = json.loads(sys.argv[1])\n"
         "corpora.WIKITEXT_103 = {split: corpora.Published(*row) for split, row in table.items()}\n"
         "try: [sys.stdout.buffer.write(bytes(corpora.read('wikitext-103', None, split))) for split in sys.argv[2:]]\n"
@@ -177,109 +183,112 @@ def fetch(hub, home, *splits, **environment):
     return line
 
 
-def place(name):
-    return f"/datasets/{REPOSITORY}/resolve/{REVISION}/{PLACE}/{name}"
+def url_path(name):
+    return f"/datasets/{REPOSITORY}/resolve/{REVISION}/{FOLDER}/{name}"
 
 
 @pytest.fixture
 def hub(files):
-    with serving({place(name): content for name, content in files.items()}, REVISION) as hub:
+    with serving({url_path(name): content for name, content in files.items()}, REVISION) as hub:
         yield hub
 
 
 TEST = next(iter(WIKITEXT_103["test"].parquet))
 
 
-def test_the_hub_gives_what_a_folder_gives_at_the_pinned_revision_and_once(hub, tmp_path):
+def test_the_hub_gives_the_same_text_as_a_folder_and_is_contacted_once(hub, tmp_path):
     assert fetch(hub, tmp_path, *SPLITS) == b"".join(TEXT.values())
-    assert {path for _, path, _ in hub.asked} == set(hub.files)
-    hub.asked.clear()
+    assert {path for _, path, _ in hub.requests} == set(hub.files)
+    hub.requests.clear()
     assert fetch(hub, tmp_path, *SPLITS, HF_HUB_OFFLINE="1") == b"".join(TEXT.values())
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_a_connection_that_is_cut_is_taken_up_where_it_ended(hub, tmp_path):
-    hub.cut = 1
+def test_a_cut_download_resumes_where_it_ended(hub, tmp_path):
+    hub.responses_to_cut = 1
     assert fetch(hub, tmp_path, "test") == TEXT["test"]
-    half = len(hub.files[place(TEST)]) // 2 // 64 * 64
-    assert [asked for method, _, asked in hub.asked if method == "GET"] == [None, f"bytes={half}-"]
+    half = len(hub.files[url_path(TEST)]) // 2 // 64 * 64
+    assert [byte_range for method, _, byte_range in hub.requests if method == "GET"] == [None, f"bytes={half}-"]
 
 
-WHAT_TO_DO = "; try again, set HF_ENDPOINT to a mirror of the hub, or put wiki.train.tokens, wiki.valid.tokens and"
+FIX = "Fix: try again, set HF_ENDPOINT to a mirror of the hub, or put wiki.train.tokens, wiki.valid.tokens and"
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"), ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "Connection refused")],
 )
-def test_without_a_network_one_line_says_what_to_do(settings, reason, hub, tmp_path):
+def test_without_a_network_one_line_says_how_to_fix_it(settings, reason, hub, tmp_path):
     line = fetch(hub, tmp_path, "test", **settings)
-    assert line.startswith(f"{REPOSITORY}/{PLACE}/{TEST}: cannot be fetched (")
+    assert line.startswith(f"{REPOSITORY}/{FOLDER}/{TEST}: cannot be downloaded (")
     assert reason in line
-    assert WHAT_TO_DO in line
-    assert hub.asked == []
+    assert FIX in line
+    assert hub.requests == []
     assert not list(tmp_path.rglob("*.incomplete"))
 
 
-def test_a_file_that_the_hub_has_not_is_named(hub, tmp_path):
-    del hub.files[place(TEST)]
+def test_a_file_missing_on_the_hub_is_named(hub, tmp_path):
+    del hub.files[url_path(TEST)]
     line = fetch(hub, tmp_path, "test")
-    assert line.startswith(f"{REPOSITORY}/{PLACE}/{TEST}: cannot be fetched (")
+    assert line.startswith(f"{REPOSITORY}/{FOLDER}/{TEST}: cannot be downloaded (")
     assert "404 Not Found" in line
-    assert WHAT_TO_DO in line
+    assert FIX in line
 
 
 def test_a_file_of_another_size_or_digest_is_refused(hub, tmp_path):
-    content = hub.files[place(TEST)]
-    hub.files[place(TEST)] = content[:-4] + b"PAR2"
+    content = hub.files[url_path(TEST)]
+    hub.files[url_path(TEST)] = content[:-4] + b"PAR2"
     line = fetch(hub, tmp_path / "a", "test")
     digest = hashlib.sha256(content).hexdigest()
-    assert line.startswith(f"{REPOSITORY}/{PLACE}/{TEST}: its SHA-256 is not {digest[:8]}...: it is altered; delete ")
-    hub.files[place(TEST)] = content[:-1]
+    assert line.startswith(f"{REPOSITORY}/{FOLDER}/{TEST}: its SHA-256 is not {digest[:8]}...: it is altered. Fix: delete ")
+    hub.files[url_path(TEST)] = content[:-1]
     line = fetch(hub, tmp_path / "b", "test")
-    assert f"{TEST}: has {len(content) - 1:,} bytes, not {len(content):,}: it is truncated or altered; delete " in line
+    assert f"{TEST}: has {len(content) - 1:,} bytes, not {len(content):,}: it is truncated or altered. Fix: delete " in line
 
 
-def test_a_spoilt_cache_is_noticed_and_fetched_again_once_it_is_deleted(hub, tmp_path):
+def test_a_damaged_cache_is_detected_and_downloaded_again_after_deletion(hub, tmp_path):
     fetch(hub, tmp_path, "test")
-    digest = hashlib.sha256(hub.files[place(TEST)]).hexdigest()
+    digest = hashlib.sha256(hub.files[url_path(TEST)]).hexdigest()
     (blob,) = tmp_path.rglob(digest)
     content = bytearray(blob.read_bytes())
     content[40] ^= 1
     blob.write_bytes(content)
     line = fetch(hub, tmp_path, "test", HF_HUB_OFFLINE="1")
-    assert line.endswith(f"it is altered; delete {blob} and try again")
+    assert line.endswith(f"it is altered. Fix: delete {blob} and try again")
     blob.unlink()
     assert fetch(hub, tmp_path, "test") == TEXT["test"]
 
 
-def test_rows_that_are_none_or_too_many_are_refused_before_they_are_read_whole(tmp_path, monkeypatch):
+def test_an_invalid_or_too_large_parquet_file_is_refused_before_all_of_it_is_read(tmp_path, monkeypatch):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"no parquet")
-    assert fault(corpora._parquet, [path]).startswith(f"{path}: is no parquet file with a column of text (")
+    assert error_of(corpora._read_parquet, [path]).startswith(f"{path}: is not a parquet file with a column named text (")
     pyarrow.parquet.write_table(pyarrow.table({"words": ["a"]}), path)
-    assert fault(corpora._parquet, [path]).startswith(f"{path}: is no parquet file with a column of text (")
+    assert error_of(corpora._read_parquet, [path]).startswith(f"{path}: is not a parquet file with a column named text (")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 1000] * 9000}), path)
     monkeypatch.setattr(corpora, "LIMIT", 100_000)
     assert path.stat().st_size < corpora.LIMIT
-    assert fault(corpora._parquet, [path]) == f"{path}: 4,096,000 bytes of text, more than the 100,000 that are read at once"
+    assert error_of(corpora._read_parquet, [path]) == f"{path}: has 4,096,000 bytes of text, more than the limit of 100,000"
 
 
-def test_a_folder_of_too_much_text_and_what_is_no_file_are_refused(tmp_path, monkeypatch):
+def test_a_too_large_folder_and_a_device_are_refused(tmp_path, monkeypatch):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text("x" * 40)
     monkeypatch.setattr(corpora, "LIMIT", 100)
-    assert fault(corpus, str(tmp_path)) == f"{tmp_path}: 120 bytes of text, more than the 100 that are read at once"
-    assert fault(corpus, "/dev/null") == "/dev/null: is not a file"
+    assert error_of(corpus, str(tmp_path)) == f"{tmp_path}: has 120 bytes of text, more than the limit of 100"
+    assert error_of(corpus, "/dev/null") == "/dev/null: is not a file"
 
 
-@pytest.mark.parametrize("letters", range(40, 60))
-def test_a_single_file_is_cut_between_characters(letters, tmp_path):
-    text = "ab€" * letters + "x" * (letters % 7)
-    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
-    corpus.cache_clear()
-    splits = corpus(str(tmp_path / "one.txt"))
-    assert "".join(bytes(splits[split]).decode() for split in SPLITS) == text
+def test_a_single_file_is_cut_between_characters(tmp_path):
+    inside = set()
+    for count in range(40, 60):
+        text = "ab€" * count + "x" * (count % 7)
+        (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+        corpus.cache_clear()
+        splits = corpus(str(tmp_path / "one.txt"))
+        assert "".join(bytes(splits[split]).decode() for split in SPLITS) == text
+        inside.add(text.encode()[len(text.encode()) * 8 // 10] & 0xC0 == 0x80)
+    assert inside == {True, False}, "the cut must fall inside and between characters"
 
 
 def test_the_digests_are_those_of_the_files(folder):

@@ -1,4 +1,4 @@
-"""Tokenizers lose nothing, come out the same every time, and know what each token stands for; scores tell them apart fairly."""
+"""Tokenizers lose no text, train deterministically and know what each token stands for; scores compare them fairly."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ from pipeline.config.grid import cells
 from pipeline.config.load import load_study
 from pipeline.stages.evaluate import _sequences, metrics
 from pipeline.stages.generate import generate
-from pipeline.stages.plan import of_other_files
+from pipeline.stages.plan import changed_sources
 from pipeline.storage.files import read_json
 from pipeline.storage.paths import DATA, HELDOUT, RESULTS, SCORES
 from pipeline.storage.task_data import read_meta, read_split, read_training
@@ -44,7 +44,7 @@ def array(text):
 
 
 @functools.cache
-def learnt(name):
+def trained(name):
     train = array(PROSE)
     return {
         "bytes": Bytes,
@@ -56,14 +56,14 @@ def learnt(name):
 
 @functools.cache
 def library(name):
-    """What was learnt, as the library that the file is for reads it."""
-    return Tokenizer.from_str(learnt(name).save())
+    """The saved tokenizer, loaded by the `tokenizers` library."""
+    return Tokenizer.from_str(trained(name).save())
 
 
 @functools.cache
 def restored(name):
-    """What was learnt, saved and loaded again."""
-    return load(learnt(name).save())
+    """The saved tokenizer, loaded again by this project."""
+    return load(trained(name).save())
 
 
 ALL = pytest.mark.parametrize("name", ["bytes", "bpe", "words", "few"])
@@ -71,8 +71,8 @@ TEXTS = st.text(st.sampled_from("ab é\n\t€ <unk>\u00a0🐈cats"), max_size=60
 
 
 @given(TEXTS)
-def test_bpe_gives_every_text_back(text):
-    tokenizer, saved = learnt("bpe"), library("bpe")
+def test_bpe_decodes_to_the_encoded_text(text):
+    tokenizer, saved = trained("bpe"), library("bpe")
     tokens = tokenizer.encode(array(text))
     assert saved.decode(tokens.tolist()) == text
     ends = np.cumsum(tokenizer.sizes(array(text), tokens))
@@ -85,24 +85,24 @@ def test_bpe_gives_every_text_back(text):
 
 
 @given(TEXTS)
-def test_words_are_those_between_white_space_or_unknown(text):
+def test_word_tokens_are_the_words_between_white_space_or_unknown(text):
     data = array(text)
     naive = [word for line in text.encode().splitlines(True) for word in line.split() + [b"<eos>"] * line.endswith(b"\n")]
     for name in ("words", "few"):
-        tokenizer = learnt(name)
+        tokenizer = trained(name)
         tokens, saved = tokenizer.encode(data), library(name)
         known = saved.get_vocab()
         assert [saved.id_to_token(token).encode() for token in tokens] == [w if w.decode() in known else b"<unk>" for w in naive]
-        lost = [0 if word.decode() in known else len(word) for word in naive]
-        np.testing.assert_array_equal(tokenizer.unknown(data, tokens), lost)
+        unknown = [0 if word.decode() in known else len(word) for word in naive]
+        np.testing.assert_array_equal(tokenizer.unknown(data, tokens), unknown)
         ends = np.cumsum(tokenizer.sizes(data, tokens))
         for word, end in zip(naive, ends, strict=True):
             assert text.encode()[:end].endswith(b"\n" if word == b"<eos>" else word)
 
 
 @ALL
-def test_a_saved_tokenizer_is_one_of_the_library(name):
-    tokenizer, saved = learnt(name), learnt(name).save()
+def test_a_saved_tokenizer_works_in_the_tokenizers_library(name):
+    tokenizer, saved = trained(name), trained(name).save()
     if name == "bytes":
         assert saved is None
         return
@@ -113,9 +113,9 @@ def test_a_saved_tokenizer_is_one_of_the_library(name):
 
 
 @given(TEXTS)
-def test_a_tokenizer_that_is_loaded_gives_the_same_tokens(text):
+def test_a_loaded_tokenizer_gives_the_same_tokens(text):
     for name in ("bpe", "words", "few"):
-        tokenizer, loaded = learnt(name), restored(name)
+        tokenizer, loaded = trained(name), restored(name)
         tokens = tokenizer.encode(array(text))
         np.testing.assert_array_equal(loaded.encode(array(text)), tokens)
         assert loaded.encode(array(text)).dtype == tokens.dtype
@@ -124,8 +124,8 @@ def test_a_tokenizer_that_is_loaded_gives_the_same_tokens(text):
 
 
 @given(TEXTS)
-def test_tokens_give_their_text_back(text):
-    for tokenizer in (learnt("bytes"), restored("bpe")):
+def test_decoding_restores_the_text(text):
+    for tokenizer in (trained("bytes"), restored("bpe")):
         assert "".join(tokenizer.decode(tokenizer.encode(array(text)).tolist())) == text
     words = restored("words")
     known = words.encode(array(text)).tolist()
@@ -134,9 +134,9 @@ def test_tokens_give_their_text_back(text):
     assert all(line == " ".join(line.split()) for line in decoded.split("\n"))
 
 
-def test_text_comes_as_soon_as_its_characters_are_whole():
-    assert list(learnt("bytes").decode("aé€\n".encode())) == ["a", "", "é", "", "", "€", "\n", ""]
-    assert list(learnt("bytes").decode(b"\xe2\x82a\xff\xe2\x82")) == ["", "", "\ufffda", "\ufffd", "", "", "\ufffd"]
+def test_decoding_yields_text_as_soon_as_its_characters_are_complete():
+    assert list(trained("bytes").decode("aé€\n".encode())) == ["a", "", "é", "", "", "€", "\n", ""]
+    assert list(trained("bytes").decode(b"\xe2\x82a\xff\xe2\x82")) == ["", "", "\ufffda", "\ufffd", "", "", "\ufffd"]
     words = restored("words")
     cat, mat, end, unknown = [*words.encode(array("cat mat\ndog")).tolist()[:2], 1, 0]
     assert list(words.decode([cat, mat, end, end, mat, unknown])) == ["cat", " mat", "\n", "\n", "mat", " <unk>", ""]
@@ -144,21 +144,21 @@ def test_text_comes_as_soon_as_its_characters_are_whole():
     assert next(words.decode([cat], after=end)) == "cat"
 
 
-def test_sizes_of_vocabularies():
+def test_vocabulary_sizes():
     train = array(PROSE)
-    assert learnt("bytes").size == 256
-    assert learnt("bpe").size == 300
+    assert trained("bytes").size == 256
+    assert trained("bpe").size == 300
     assert BPE.learn(array("ab ab"), 300).size < 300, "nothing more to merge"
     counts = pd.Series([w for line in PROSE.splitlines() for w in line.split()]).value_counts()
-    assert learnt("words").size == len({*counts.index, "<unk>"}) + 1
+    assert trained("words").size == len({*counts.index, "<unk>"}) + 1
     frequent = sorted(counts.index.drop("<unk>"), key=lambda word: (-counts[word], word.encode()))
-    vocabulary = Tokenizer.from_str(learnt("few").save()).get_vocab()
+    vocabulary = Tokenizer.from_str(trained("few").save()).get_vocab()
     assert sorted(vocabulary, key=vocabulary.get) == ["<unk>", "<eos>", *frequent[:7]]
-    assert Words.learn(train, 10_000).size == learnt("words").size
-    assert [learnt(n).encode(train).dtype for n in ("bytes", "bpe", "words")] == [np.uint8, np.uint16, np.uint8]
+    assert Words.learn(train, 10_000).size == trained("words").size
+    assert [trained(n).encode(train).dtype for n in ("bytes", "bpe", "words")] == [np.uint8, np.uint16, np.uint8]
 
 
-def test_what_is_learnt_is_the_same_in_every_process():
+def test_training_gives_the_same_tokenizer_in_every_process():
     script = (
         "import sys, numpy; from cat.tasks.tokenizer import BPE, Words\n"
         "text = numpy.frombuffer(sys.stdin.buffer.read(), numpy.uint8)\n"
@@ -166,12 +166,12 @@ def test_what_is_learnt_is_the_same_in_every_process():
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, input=PROSE.encode(), capture_output=True, check=True)
-    assert done.stdout.decode() == f"{learnt('bpe').save()} {learnt('few').save()}\n"
+    assert done.stdout.decode() == f"{trained('bpe').save()} {trained('few').save()}\n"
 
 
 @pytest.fixture
 def source(tmp_path):
-    """A text whose later tenths have words that its first eight have not."""
+    """A text whose validation and test parts contain words that its training part does not."""
     lines = [f"Line {i} of the text , with <unk> and {'new' if i > 160 else 'old'}{i % 13} words .\n" for i in range(200)]
     path = tmp_path / "lines.txt"
     path.write_text("".join(lines))
@@ -181,13 +181,13 @@ def source(tmp_path):
 def task(source, name, **changes):
     kinds = {"bytes": {}, "bpe": {"tokens": "bpe", "vocabulary_size": 320}, "words": {"tokens": "words"}}
     kinds["few"] = {"tokens": "words", "vocabulary_size": 12}
-    sizes = {"length": 12, "multiples": (0.5, 1, 2), "train": 7, "valid": 5, "test": 9}
+    sizes = {"length": 12, "multiples": (0.5, 1, 2), "train_examples": 7, "valid_examples": 5, "test_examples": 9}
     return Text(**{"kind": "text", "source": str(source), **sizes, **kinds[name], **changes})
 
 
 @ALL
-def test_extents_are_the_bytes_and_words_that_the_scored_tokens_stand_for(name, source):
-    """By another way: what the tokens up to a place spell, and the places where a pattern finds that words end."""
+def test_extents_are_the_bytes_and_words_behind_the_targets(name, source):
+    """Computed in another way: from decoded prefixes, and from a regular expression that finds the ends of words."""
     text = task(source, name)
     extents, saved = text.extents(), text.tokenizer()
     whole = source.read_bytes()[len(source.read_bytes()) * 9 // 10 :]
@@ -196,16 +196,16 @@ def test_extents_are_the_bytes_and_words_that_the_scored_tokens_stand_for(name, 
     lines = whole.decode().splitlines(keepends=True)
     tokens = [i for line in lines for i in reader.encode(line).ids] if reader else list(whole)
 
-    def offset(place):
+    def offset(count):
         if name in ("words", "few"):
-            return found[place - 1].end()
-        return len(reader.decode(tokens[:place])) if reader else place
+            return found[count - 1].end()
+        return len(reader.decode(tokens[:count])) if reader else count
 
-    shown = [text.examples("test", length, 9, generator(0, "x", "test")).targets for length in text.lengths]
+    targets = [text.examples("test", length, 9, generator(0, "x", "test")).targets for length in text.lengths]
     for i in range(9):
         after = 24 + i * (len(tokens) - 24) // 9 + 1
         before = after - 3
-        assert all(row[i, -3:].tolist() == tokens[before:after] and (row[i, :-3] == IGNORE).all() for row in shown)
+        assert all(row[i, -3:].tolist() == tokens[before:after] and (row[i, :-3] == IGNORE).all() for row in targets)
         assert extents.bytes[i] == offset(after) - offset(before)
         assert extents.words[i] == sum(offset(before) < word.end() <= offset(after) for word in found)
         spelt = [word[0] for word in found[before:after]] if name in ("words", "few") else []
@@ -214,81 +214,83 @@ def test_extents_are_the_bytes_and_words_that_the_scored_tokens_stand_for(name, 
     assert (extents.unknown.sum() > 0) == (name in ("words", "few"))
 
 
-def test_the_words_of_bytes_are_counted_where_they_end(tmp_path):
+def test_words_of_a_byte_text_count_where_they_end(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("ab cde\n" * 400)
-    text = task(path, "bytes", length=14, multiples=(1,), test=100)
+    text = task(path, "bytes", length=14, multiples=(1,), test_examples=100)
     extents = text.extents()
     np.testing.assert_array_equal(extents.bytes, 7)
     np.testing.assert_array_equal(extents.words, 3)  # in every period of seven bytes: ab, cde, and the end of the line
 
 
 @ALL
-def test_the_data_of_a_task_have_its_tokenizer_its_extents_and_where_they_are_from(name, source, tmp_path, monkeypatch):
+def test_the_data_of_a_task_include_its_tokenizer_extents_and_source_digests(name, source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = task(source, name)
     generate("text", text, 0)
-    folder, apart = DATA / "text", HELDOUT / "text"
-    meta, of_test = read_json(folder / "meta.json"), read_json(apart / "meta.json")
-    assert meta["origin"] == of_test["origin"] == {"lines.txt": hashlib.sha256(source.read_bytes()).hexdigest()}
+    folder, heldout = DATA / "text", HELDOUT / "text"
+    meta, test_meta = read_json(folder / "meta.json"), read_json(heldout / "meta.json")
+    assert meta["origin"] == test_meta["origin"] == {"lines.txt": hashlib.sha256(source.read_bytes()).hexdigest()}
     assert (folder / "tokenizer.json").exists() == (name != "bytes")
     if name != "bytes":
         saved = (folder / "tokenizer.json").read_bytes()
         assert meta["tokenizer"] == hashlib.sha256(saved).hexdigest()
         assert read_meta("text").vocabulary == Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-    with np.load(apart / "extents.npz") as arrays:
-        assert {key: int(arrays[key].sum()) for key in arrays} == of_test["extents"]
-    largest = [read_split("text", split).inputs.max() for split in ("valid", *of_test["splits"])]
+    with np.load(heldout / "extents.npz") as arrays:
+        assert {key: int(arrays[key].sum()) for key in arrays} == test_meta["extents"]
+    largest = [read_split("text", split).inputs.max() for split in ("valid", *test_meta["splits"])]
     assert max(*largest, read_training("text").tokens.max()) < meta["vocabulary"] == text.vocabulary
 
 
-def tally(seed, rows=5, tokens=7):
+def make_totals(seed, rows=5, tokens=7):
     rng = torch.Generator().manual_seed(seed)
-    asked = torch.full((rows,), tokens, dtype=torch.float64)
+    targets = torch.full((rows,), tokens, dtype=torch.float64)
     loss = torch.rand(rows, generator=rng, dtype=torch.float64) * 3 * tokens
-    return SequenceTotals(loss, torch.ones(rows, dtype=torch.float64), asked)
+    return SequenceTotals(loss, torch.ones(rows, dtype=torch.float64), targets)
 
 
-def test_of_bytes_the_metrics_are_to_the_bit_those_of_the_tokens():
-    answered = tally(0)
+def test_with_byte_tokens_the_metrics_equal_those_of_the_tokens_to_the_bit():
+    totals = make_totals(0)
     extents = Extents(np.full(5, 7), np.array([1, 0, 2, 1, 3]), np.zeros(5, int))
-    found, scores = metrics(answered, extents, autoregressive=False), Scores.of(answered)
+    found, scores = metrics(totals, extents, autoregressive=False), Scores.of(totals)
     assert (found["loss"], found["perplexity"], found["bits_per_byte"]) == (scores.loss, scores.perplexity, scores.bits)
-    assert found["word_perplexity"] == pytest.approx(math.exp(answered.loss.sum() / 7))
+    assert found["word_perplexity"] == pytest.approx(math.exp(totals.loss.sum() / 7))
 
 
-def test_of_other_tokens_bits_are_shared_by_bytes_and_nats_by_words():
-    """Two tokenizers that give a text the same probability have the same bits per byte and perplexity per word."""
-    loss = tally(0).loss
+def test_with_other_tokens_bits_are_per_byte_and_perplexity_is_per_word():
+    """Two tokenizers that give a text the same probability have equal bits per byte and word perplexity."""
+    loss = make_totals(0).loss
     extents = Extents(np.array([20, 31, 17, 25, 22]), np.array([4, 5, 3, 6, 4]), np.zeros(5, int))
     many, few = (SequenceTotals(loss, loss, torch.full((5,), float(n), dtype=torch.float64)) for n in (11, 6))
-    a, b = (metrics(answered, extents, autoregressive=False) for answered in (many, few))
+    a, b = (metrics(totals, extents, autoregressive=False) for totals in (many, few))
     assert a["perplexity"] < b["perplexity"]
     for metric, value in (("bits_per_byte", loss.sum() / math.log(2) / 115), ("word_perplexity", math.exp(loss.sum() / 22))):
         assert a[metric] == pytest.approx(b[metric]) == pytest.approx(float(value))
 
 
 def test_a_word_outside_the_vocabulary_costs_eight_bits_a_byte():
-    answered, unknown = tally(0), np.array([0, 9, 0, 5, 0])
+    totals, unknown = make_totals(0), np.array([0, 9, 0, 5, 0])
     extents = Extents(np.full(5, 23), np.full(5, 7), unknown)
-    told, untold = (metrics(answered, e, autoregressive=False) for e in (extents._replace(unknown=0 * unknown), extents))
-    assert untold["bits_per_byte"] - told["bits_per_byte"] == pytest.approx(8 * 14 / 115)
-    assert untold["word_perplexity"] == told["word_perplexity"], "as published ones, in which <unk> is a word"
+    known_words, unknown_words = (
+        metrics(totals, e, autoregressive=False) for e in (extents._replace(unknown=0 * unknown), extents)
+    )
+    assert unknown_words["bits_per_byte"] - known_words["bits_per_byte"] == pytest.approx(8 * 14 / 115)
+    assert unknown_words["word_perplexity"] == known_words["word_perplexity"], "as in published results, in which <unk> is a word"
 
 
 @pytest.mark.parametrize("unknown", [0, 3])
-def test_bits_and_bytes_sequence_by_sequence_give_bits_per_byte(unknown):
+def test_bits_and_bytes_per_sequence_give_bits_per_byte(unknown):
     extents = Extents(np.array([20, 31, 17, 25, 22]), np.full(5, 4), np.full(5, unknown))
-    bits, sizes = _sequences(tally(1), extents)
-    assert bits.sum() / sizes.sum() == pytest.approx(metrics(tally(1), extents, autoregressive=False)["bits_per_byte"])
+    bits, sizes = _sequences(make_totals(1), extents)
+    assert bits.sum() / sizes.sum() == pytest.approx(metrics(make_totals(1), extents, autoregressive=False)["bits_per_byte"])
 
 
-def test_no_word_that_ends_in_what_is_scored_leaves_the_word_perplexity_infinite():
+def test_without_a_word_end_among_the_targets_the_word_perplexity_is_infinite():
     extents = Extents(np.full(5, 7), np.zeros(5, int), np.zeros(5, int))
-    assert metrics(tally(0), extents, autoregressive=False)["word_perplexity"] == math.inf
+    assert metrics(make_totals(0), extents, autoregressive=False)["word_perplexity"] == math.inf
 
 
-def test_a_study_of_a_text_of_ones_own_in_pieces_of_words(source, tmp_path, monkeypatch):
+def test_a_study_of_a_local_text_with_bpe_tokens(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_study(tmp_path, tasks=["copying", "text"])
     edit(**{"tasks.text.data.source": "lines.txt", "tasks.text.data.tokens": "bpe", "tasks.text.data.vocabulary_size": 280})
@@ -309,23 +311,21 @@ def test_a_study_of_a_text_of_ones_own_in_pieces_of_words(source, tmp_path, monk
             assert row["perplexity"] == pytest.approx(2 ** (bits.sum() / (32 * 8)), rel=1e-4)
 
 
-def test_data_of_other_files_are_noticed(source, tmp_path, monkeypatch):
+def test_changed_sources_are_reported(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_study(tmp_path, tasks=["copying", "text"])
     edit(**{"tasks.text.data.source": "lines.txt"})
     study = load_study()
-    assert list(of_other_files(study)) == []
+    assert list(changed_sources(study)) == []
     stage("generate", "text")
-    assert list(of_other_files(study)) == []
+    assert list(changed_sources(study)) == []
     source.write_text(source.read_text() + "More .\n")
-    (line,) = of_other_files(study)
-    assert line == (
-        "tasks.text.data.source: its files are not those that data/text was made of;"
-        " run `dvc repro -f generate@text`, then `dvc repro`"
-    )
+    (line,) = changed_sources(study)
+    assert line.startswith("tasks.text.data.source: ")
+    assert "dvc repro -f generate@text" in line
     result = CliRunner().invoke(main, ["validate"])
     assert (result.exit_code, result.stderr.splitlines()[0]) == (0, f"params.yaml: {line}")
-    edit(**{"tasks.text.data.test": 31})
-    assert list(of_other_files(load_study())) == [], "DVC generates these again in any case"
+    edit(**{"tasks.text.data.test_examples": 31})
+    assert list(changed_sources(load_study())) == [], "DVC regenerates these data anyway"
     source.unlink()
-    assert list(of_other_files(study)) == []
+    assert list(changed_sources(study)) == []

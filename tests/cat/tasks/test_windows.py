@@ -1,4 +1,4 @@
-"""Training windows of text: cut when their turn comes from tokens that are kept once, in a file that is mapped into memory."""
+"""Training windows of text: cut on demand from one memory-mapped file of tokens."""
 
 import shutil
 from pathlib import Path
@@ -39,7 +39,7 @@ def text_split_of(windows):
 
 @pytest.fixture
 def text(tmp_path, monkeypatch):
-    """A task whose data are in the working folder."""
+    """A task with its data in the working directory."""
     monkeypatch.chdir(tmp_path)
     Path("prose.txt").write_bytes(np.random.default_rng(0).integers(97, 123, 3001, dtype=np.uint8).tobytes())
     task = Text(kind="text", source="prose.txt", length=13, multiples=(1,), train_examples=29, valid_examples=3, test_examples=5)
@@ -49,62 +49,62 @@ def text(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
 @pytest.mark.parametrize("length", [1, 7])
-def test_a_window_is_the_same_however_it_is_cut(dtype, length):
-    kept = windows(dtype, length=length)
+def test_windows_cut_on_demand_equal_stored_examples(dtype, length):
+    data = windows(dtype, length=length)
     index = torch.tensor([5, 0, 22, 5])
-    for one, other in zip(text_split_of(kept).rows(index), split_of(kept).rows(index), strict=True):
-        assert (one.dtype, one.stride()) == (other.dtype, other.stride())
-        assert torch.equal(one, other)
+    for cut, stored in zip(text_split_of(data).rows(index), split_of(data).rows(index), strict=True):
+        assert (cut.dtype, cut.stride()) == (stored.dtype, stored.stride())
+        assert torch.equal(cut, stored)
 
 
 def test_the_last_window_ends_with_the_last_token():
-    kept = windows()._replace(starts=np.array([211 - 8]))
-    assert text_split_of(kept).rows(torch.tensor([0])).answers[0].tolist() == kept.tokens[-7:].tolist()
+    data = windows()._replace(starts=np.array([211 - 8]))
+    assert text_split_of(data).rows(torch.tensor([0])).answers[0].tolist() == data.tokens[-7:].tolist()
 
 
-def test_training_on_windows_is_training_on_examples_to_the_bit():
-    kept, valid = windows(), split_of(windows(count=5))
-    schedule = TrainingConfig(steps=5, batch=4, learning_rates=(0.01,))
-    protocol = OptimizerConfig(
+def test_training_on_windows_equals_training_on_examples_to_the_bit():
+    data, valid = windows(), split_of(windows(count=5))
+    training_config = TrainingConfig(steps=5, batch=4, learning_rates=(0.01,))
+    optimizer_config = OptimizerConfig(
         weight_decay=0.1, grad_clip=1, warmup=0.2, eval_every=3, early_stop_accuracy=1, early_stop_patience=1
     )
 
-    def trained(together, train):
+    def train_on(train, *, ensemble):
         config = AttentionConfig(mixer="attention", width=8, layers=1, heads=2, position="none", conv_k=3)
         models = [build_model(config, vocabulary=256, length=7, seed=seed) for seed in (0, 1)]
-        about = {"protocol": protocol, "schedule": schedule, "stop_early": False}
-        if together:
-            return fit_ensemble(models, train, valid, learning_rates=[0.01] * 2, seeds=[0, 1], **about)
-        return [fit(models[0], train, valid, learning_rate=0.01, seed=0, **about)]
+        settings = {"optimizer_config": optimizer_config, "training_config": training_config, "stop_early": False}
+        if ensemble:
+            return fit_ensemble(models, train, valid, learning_rates=[0.01] * 2, seeds=[0, 1], **settings)
+        return [fit(models[0], train, valid, learning_rate=0.01, seed=0, **settings)]
 
-    for together in (False, True):
-        one, other = (trained(together, train) for train in (text_split_of(kept), split_of(kept)))
-        assert [run.history for run in one] == [run.history for run in other]
+    for ensemble in (False, True):
+        cut, stored = (train_on(train, ensemble=ensemble) for train in (text_split_of(data), split_of(data)))
+        assert [run.history for run in cut] == [run.history for run in stored]
 
 
-def test_the_windows_of_a_task_are_its_training_examples(text):
-    again = text.examples("train", text.length, text.train, generator(0, "prose", "train"))
-    read = read_training("prose")
-    for one, other in zip(read.rows(), again, strict=True):
-        np.testing.assert_array_equal(one, other)
+def test_the_windows_of_a_task_equal_its_training_examples(text):
+    examples = text.examples("train", text.length, text.train_examples, generator(0, "prose", "train"))
+    stored = read_training("prose")
+    for actual, expected in zip(stored.rows(), examples, strict=True):
+        np.testing.assert_array_equal(actual, expected)
     for row, index in zip(runs.training_split("prose", CPU).rows(torch.tensor([11, 3])).inputs, (11, 3), strict=True):
-        assert row.tolist() == again.inputs[index].tolist()
+        assert row.tolist() == examples.inputs[index].tolist()
 
 
-def test_the_tokens_are_kept_once_and_mapped(text):
+def test_the_tokens_are_stored_once_and_memory_mapped(text):
     meta = read_json(DATA / "prose" / "meta.json")
     assert meta["tokens"] == sha256(DATA / "prose" / "tokens.npy")
-    read = read_training("prose")
-    assert isinstance(read.tokens, np.memmap)
-    assert (read.tokens.dtype, len(read.tokens), read.starts.shape) == (np.uint8, 2400, (29,))
+    stored = read_training("prose")
+    assert isinstance(stored.tokens, np.memmap)
+    assert (stored.tokens.dtype, len(stored.tokens), stored.starts.shape) == (np.uint8, 2400, (29,))
     with np.load(DATA / "prose" / "train.npz") as arrays:
         assert set(arrays) == {"starts", "length"}
     assert read_split("prose", "valid").inputs.shape == (3, 13)
 
 
-def test_a_file_larger_than_the_memory_in_use_is_not_read_into_it(text):
+def test_a_large_file_is_not_read_into_memory(text):
     path, size = DATA / "prose" / "tokens.npy", 1 << 27
-    tokens = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(size,))  # of which nothing is on the disk
+    tokens = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(size,))  # a sparse file
     tokens[-14:] = np.arange(14)
     tokens.flush()
     del tokens
@@ -116,7 +116,7 @@ def test_a_file_larger_than_the_memory_in_use_is_not_read_into_it(text):
     assert psutil.Process().memory_info().rss - before < size // 8
 
 
-def cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -126,35 +126,40 @@ def flip(path):
     path.write_bytes(content)
 
 
-def objects(path):
+def store_objects(path):
     np.save(path, np.array([None], dtype=object), allow_pickle=True)
 
 
 @pytest.mark.parametrize(
-    ("file", "damage", "words"),
+    ("file", "damage", "problem"),
     [
-        *(("tokens.npy", damage, "is not the tokens of a training split, or damaged") for damage in (cut, flip, objects)),
-        ("tokens.npy", Path.unlink, "is missing; run `dvc repro`"),
-        ("train.npz", cut, "is not a split of a task's data, or damaged"),
+        *(
+            ("tokens.npy", damage, "is not the tokens of a training split, or damaged")
+            for damage in (truncate, flip, store_objects)
+        ),
+        ("tokens.npy", Path.unlink, "is missing"),
+        ("train.npz", truncate, "is not a split of a task's data, or damaged"),
         ("train.npz", lambda path: np.savez(path, starts=np.zeros(3, int)), "is not a split of a task's data, or damaged"),
     ],
 )
-def test_damaged_data_are_named_in_one_line(text, file, damage, words):
+def test_damaged_data_are_one_line_with_the_file(text, file, damage, problem):
     damage(DATA / "prose" / file)
-    with pytest.raises(ValueError, match=words) as refused:
+    with pytest.raises(ValueError, match=problem) as error:
         runs.training_split("prose", CPU)
-    assert str(refused.value).startswith(f"data/prose/{file}: ")
-    assert "\n" not in str(refused.value)
+    assert str(error.value).startswith(f"data/prose/{file}: ")
+    assert "\n" not in str(error.value)
 
 
-def test_other_tasks_keep_their_examples(text):
+def test_other_tasks_store_their_examples(text):
     shutil.copy(DATA / "prose" / "valid.npz", DATA / "prose" / "train.npz")
     assert isinstance(runs.training_split("prose", CPU), Split)
 
 
-@pytest.mark.parametrize(("kept", "there"), [("uint8", "uint8"), ("uint16", "int32"), ("uint32", "int64"), ("int16", "int16")])
-def test_on_another_device_rows_of_tokens_can_be_taken(kept, there):
-    """On a GPU PyTorch takes no rows of what is unsigned and wider than a byte."""
-    tokens = torch.arange(5).to(getattr(torch, kept))
-    assert runs._indexable(tokens, torch.device("meta")).dtype == getattr(torch, there)
+@pytest.mark.parametrize(
+    ("stored", "on_device"), [("uint8", "uint8"), ("uint16", "int32"), ("uint32", "int64"), ("int16", "int16")]
+)
+def test_tokens_have_an_indexable_type_on_other_devices(stored, on_device):
+    """On a GPU, PyTorch cannot index unsigned types wider than a byte."""
+    tokens = torch.arange(5).to(getattr(torch, stored))
+    assert runs._indexable(tokens, torch.device("meta")).dtype == getattr(torch, on_device)
     assert runs._indexable(tokens, CPU) is tokens

@@ -1,4 +1,4 @@
-"""Replicas trained together against each of them trained alone: the same histories, weights and ends, whatever the mixer."""
+"""Members of an ensemble against models trained alone: the same histories, weights and stop reasons, for every mixer."""
 
 import math
 
@@ -11,27 +11,27 @@ from cat.config import OptimizerConfig, TrainingConfig
 from cat.evaluation.scores import Split
 from cat.mixers.mamba.op import selective_scan
 from cat.ops.conv.causal import filter_heads
-from cat.training.ensemble import Ensemble, _project, _tokens_a_sum, can_ensemble, fit_ensemble
+from cat.training.ensemble import Ensemble, _project, _tokens_per_sum, can_ensemble, fit_ensemble
 from cat.training.fit import batch_indices, build_model, fit
 from tests.cat.mixers.test_mixers import BATTERY, configure
-from tests.helpers.reference import assert_twins, normal
+from tests.helpers.reference import assert_matches_reference, normal
 
 VOCABULARY, LENGTH = 11, 67  # longer than the chunks of every mixer
-PROTOCOL = OptimizerConfig(
+OPTIMIZER = OptimizerConfig(
     weight_decay=0.5, grad_clip=0.2, warmup=0.3, eval_every=2, early_stop_accuracy=1.0, early_stop_patience=2
 )
 GRID = [(1, 0.01), (0, 0.003)]
-"""Seed and learning rate of each replica."""
-CAT = {"mixer": "attention", "width": 12, "heads": 2, "position": "learned", "k": 3}
+"""Seed and learning rate of each member."""
+CAT = {"mixer": "attention", "width": 12, "heads": 2, "position": "learned", "conv_k": 3}
 
 
 @pytest.fixture(autouse=True)
 def _without_mamba_ssm(monkeypatch):
-    monkeypatch.setattr("cat.mixers.mamba.op.fused_scan", lambda *about: None)
+    monkeypatch.setattr("cat.mixers.mamba.op.fused_scan", lambda *arguments: None)
 
 
 def successor(count, *, length=LENGTH, seed=0, tokens=VOCABULARY):
-    """The next number at every other token; of some examples, one question less is asked."""
+    """The target at every other token is its number plus one; some examples have one target fewer."""
     inputs = torch.randint(tokens, (count, length), generator=torch.Generator().manual_seed(seed))
     targets = torch.full_like(inputs, -100)
     targets[:, 2::2] = (inputs[:, 2::2] + 1) % tokens
@@ -39,53 +39,57 @@ def successor(count, *, length=LENGTH, seed=0, tokens=VOCABULARY):
     return Split.of(inputs, targets)
 
 
-def train_both(parameters, *, grid=GRID, steps=3, length=LENGTH, train=None, spoil=lambda models: None, batch=4, **options):
-    """The runs of a grid of (seed, learning rate), together and each alone, and what those who trained were told."""
+def train_both(parameters, *, grid=GRID, steps=3, length=LENGTH, train=None, change=lambda models: None, batch=4, **options):
+    """Train a grid of (seed, learning rate) as an ensemble and one by one.
+
+    Returns the runs of both, and per member the progress calls of both.
+    """
     train = successor(18, length=length) if train is None else train
     valid = successor(7, length=length, seed=1, tokens=VOCABULARY - 1)
-    options = {"protocol": PROTOCOL, "stop_early": False, **options}
-    options["schedule"] = TrainingConfig(steps=steps, batch=batch, learning_rates=[0.1])
+    options = {"optimizer_config": OPTIMIZER, "stop_early": False, **options}
+    options["training_config"] = TrainingConfig(steps=steps, batch=batch, learning_rates=[0.1])
 
     def build():
         models = [build_model(configure(**parameters), vocabulary=VOCABULARY, length=length, seed=seed) for seed, _ in grid]
-        spoil(models)
+        change(models)
         return models
 
-    told = [[[], []] for _ in grid]
+    calls = [([], []) for _ in grid]
     seeds, rates = zip(*grid, strict=True)
     models = build()
-    together = fit_ensemble(
+    ensemble = fit_ensemble(
         models,
         train,
         valid,
         learning_rates=rates,
         seeds=seeds,
-        progress=lambda place, *news: told[place][0].append(news),
+        progress=lambda index, *call: calls[index][0].append(call),
         **options,
     )
-    assert all(run.model is model for run, model in zip(together, models, strict=True))
+    assert all(run.model is model for run, model in zip(ensemble, models, strict=True))
     alone = [
-        fit(model, train, valid, learning_rate=rate, seed=seed, progress=lambda *news, own=own: own[1].append(news), **options)
-        for model, (seed, rate), own in zip(build(), grid, told, strict=True)
+        fit(model, train, valid, learning_rate=rate, seed=seed, progress=lambda *call, own=own: own[1].append(call), **options)
+        for model, (seed, rate), own in zip(build(), grid, calls, strict=True)
     ]
-    return together, alone, told
+    return ensemble, alone, calls
 
 
-def assert_same(together, alone, told, *, rtol=1e-4, atol=1e-4):
-    for ours, theirs, (our_news, their_news) in zip(together, alone, told, strict=True):
+def assert_same(ensemble, alone, calls, *, rtol=1e-4, atol=1e-4):
+    for ours, theirs, (our_calls, their_calls) in zip(ensemble, alone, calls, strict=True):
         assert (ours.stop, ours.steps) == (theirs.stop, theirs.steps)
-        assert [row.step for row in ours.history] == [row.step for row in theirs.history]
-        for ours_, theirs_ in zip(ours.history, theirs.history, strict=True):
-            assert (ours_.train_loss, ours_.valid_loss) == pytest.approx((theirs_.train_loss, theirs_.valid_loss), rel=rtol)
-            assert ours_.valid_accuracy == pytest.approx(theirs_.valid_accuracy, abs=max(0.005, rtol))
-        assert [(step, row and row.step) for step, row in our_news] == [(step, row and row.step) for step, row in their_news]
-        assert [row for _, row in our_news if row] == ours.history
+        assert [record.step for record in ours.history] == [record.step for record in theirs.history]
+        for record, expected in zip(ours.history, theirs.history, strict=True):
+            assert (record.train_loss, record.valid_loss) == pytest.approx((expected.train_loss, expected.valid_loss), rel=rtol)
+            assert record.valid_accuracy == pytest.approx(expected.valid_accuracy, abs=max(0.005, rtol))
+        our_steps, their_steps = ([(step, record and record.step) for step, record in c] for c in (our_calls, their_calls))
+        assert our_steps == their_steps
+        assert [record for _, record in our_calls if record] == ours.history
         weights = ours.model.state_dict(), theirs.model.state_dict()
         torch.testing.assert_close(*weights, rtol=rtol, atol=atol, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", BATTERY)
-def test_every_mixer_that_can_be_stacked_trains_as_it_does_alone(name):
+def test_every_mixer_trains_in_an_ensemble_as_it_does_alone(name):
     assert can_ensemble(configure(**BATTERY[name]))
     assert_same(*train_both({**BATTERY[name], "mlp": 2}, steps=2))
 
@@ -100,7 +104,7 @@ def test_every_seed_with_every_learning_rate(name):
 @pytest.mark.parametrize(
     ("name", "length"), [("attention_channel", 131), ("attention_mixing", 257), ("hyena", 131), ("delta", 5), ("gla", 5)]
 )
-def test_lengths_at_which_other_algorithms_run(name, length):
+def test_lengths_with_other_convolution_algorithms(name, length):
     assert_same(*train_both(BATTERY[name], length=length))
 
 
@@ -110,23 +114,23 @@ def test_lengths_at_which_other_algorithms_run(name, length):
         {"tied": True, "layers": 2},
         {"position": "none"},
         {"position": "alibi", "layers": 2},
-        {"mlp": 3, "k": "full"},
+        {"mlp": 3, "conv_k": "full"},
         {"mlp": 2, "activation": "swiglu", "norm": "rms"},
     ],
 )
-def test_tied_weights_and_blocks_that_look_projections_up(changes):
+def test_tied_weights_and_projection_look_up(changes):
     assert_same(*train_both({**CAT, **changes}))
 
 
-def test_mamba_ssm_s_kernel_cannot_be_stacked(monkeypatch):
+def test_the_kernel_of_mamba_ssm_cannot_be_ensembled(monkeypatch):
     class Kernel(torch.autograd.Function):
-        """As that of the package: without a rule for vmap."""
+        """Like the kernel of the package, without a vmap rule."""
 
         @staticmethod
         def forward(ctx, x, *others):
             return x.clone()
 
-    monkeypatch.setattr("cat.mixers.mamba.op.fused_scan", lambda *about: Kernel.apply)
+    monkeypatch.setattr("cat.mixers.mamba.op.fused_scan", lambda *arguments: Kernel.apply)
     refused = {name for name in BATTERY if not can_ensemble(configure(**BATTERY[name]))}
     assert refused == {"mamba", "mamba_small", "mamba_single"}
     with pytest.raises(RuntimeError, match="vmap"):
@@ -135,99 +139,100 @@ def test_mamba_ssm_s_kernel_cannot_be_stacked(monkeypatch):
 
 @pytest.mark.parametrize(("name", "length"), [("attention_all", 29), ("attention_k", 257), ("landmark_q", 29), ("mamba", 29)])
 def test_bfloat16_trains_float32_weights_as_it_does_alone(name, length):
-    grid = [(1, 0.01), (0, 0.0)]  # weights that stay as they are differ by nothing but the precision
+    grid = [(1, 0.01), (0, 0.0)]  # at learning rate 0, only the precision differs
     rough, exact = (train_both(BATTERY[name], length=length, grid=grid, precision=p) for p in ("bfloat16", "float32"))
     assert all(weight.dtype == torch.float32 for run in rough[0] for weight in run.model.state_dict().values())
     assert_same(*rough, rtol=0.02, atol=0.05)
-    for row, its_exact in zip(rough[0][1].history, exact[0][1].history, strict=True):
-        assert row.train_loss != its_exact.train_loss
-        assert row.valid_loss != its_exact.valid_loss
+    for record, exact_record in zip(rough[0][1].history, exact[0][1].history, strict=True):
+        assert record.train_loss != exact_record.train_loss
+        assert record.valid_loss != exact_record.valid_loss
 
 
-def test_scores_of_a_few_sequences_at_a_time_are_those_of_all(monkeypatch):
-    monkeypatch.setitem(cat.training.ensemble.TOKENS_AT_ONCE, "cpu", 3 * len(GRID) * LENGTH)  # seven by threes: the last is short
+def test_scores_in_chunks_equal_scores_at_once(monkeypatch):
+    monkeypatch.setitem(cat.training.ensemble.TOKENS_AT_ONCE, "cpu", 3 * len(GRID) * LENGTH)  # chunks of 3, 3 and 1
     assert_same(*train_both(CAT))
 
 
-# How it ends.
+# The end of a run.
 
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """How many models each step had."""
+    """Number of members in each step."""
     sizes, step = [], Ensemble.step
 
-    def record(stack, *arguments):
-        sizes.append(len(stack.weights))
-        return step(stack, *arguments)
+    def record(ensemble, *arguments):
+        sizes.append(len(ensemble.weights))
+        return step(ensemble, *arguments)
 
     monkeypatch.setattr(Ensemble, "step", record)
     return sizes
 
 
-def test_a_replica_stops_early_and_leaves_the_others_to_go_on(sizes):
-    protocol = PROTOCOL.model_copy(update={"weight_decay": 0.0, "clip": 1.0, "warmup": 0.1, "stop_at": 0.6})
+def test_members_that_stop_early_leave_the_others_training(sizes):
+    changes = {"weight_decay": 0.0, "grad_clip": 1.0, "warmup": 0.1, "early_stop_accuracy": 0.6}
+    optimizer = OPTIMIZER.model_copy(update=changes)
     grid = [(0, 1e-5), (1, 0.03), (2, 1e-4), (3, 0.06)]
     runs = train_both(
-        CAT, grid=grid, steps=21, batch=16, length=7, train=successor(96, length=7), protocol=protocol, stop_early=True
+        CAT, grid=grid, steps=21, batch=16, length=7, train=successor(96, length=7), optimizer_config=optimizer, stop_early=True
     )
     assert_same(*runs, atol=1e-3)
     assert [run.stop for run in runs[0]] == ["steps", "accuracy", "steps", "accuracy"]
     assert sizes == [sum(step < run.steps for run in runs[0]) for step in range(21)]
 
 
-def test_it_ends_with_its_last_replica(sizes):
-    protocol = PROTOCOL.model_copy(update={"stop_at": 1e-9})
-    runs = train_both(CAT, steps=9, length=7, protocol=protocol, stop_early=True)
+def test_training_ends_with_the_last_member(sizes):
+    optimizer = OPTIMIZER.model_copy(update={"early_stop_accuracy": 1e-9})
+    runs = train_both(CAT, steps=9, length=7, optimizer_config=optimizer, stop_early=True)
     assert_same(*runs)
     assert sizes == [len(GRID)] * 4
 
 
-def test_a_replica_that_diverges_leaves_the_others_as_they_are_alone(sizes):
+def test_a_diverged_member_does_not_change_the_others(sizes):
     runs = train_both(BATTERY["performer_state"], grid=[(0, 0.01), (1, 1e30), (2, 0.003)], steps=7)
     assert [run.stop for run in runs[0]] == ["steps", "diverged", "steps"]
-    assert_same(*([of[place] for place in (0, 2)] for of in runs))
+    assert_same(*([entries[index] for index in (0, 2)] for entries in runs))
     assert (runs[0][1].steps, runs[0][1].history) == (runs[1][1].steps, runs[1][1].history)
     assert sizes == [3] * 2 + [2] * 5
 
 
-def test_divergence_is_found_at_a_look_and_recorded_with_its_step(sizes):
-    """One model has no vector for a token that stands in one example, of its third batch: no finite loss from there."""
+def test_divergence_is_found_at_validation_and_recorded_with_its_step(sizes):
+    """One model has a nan embedding for a token of its third batch: its loss is not finite from there on."""
     train = successor(18, tokens=VOCABULARY - 1)
     batches = batch_indices(18, 4, seed=1)
     third = [next(batches) for _ in range(3)][-1]
     train.inputs[third[0], 3] = VOCABULARY - 1
 
-    def spoil(models):
+    def insert_nan(models):
         models[1].embedding.token.weight.data[VOCABULARY - 1] = math.nan
 
-    runs = train_both(CAT, grid=[(0, 0.01), (1, 0.01), (2, 0.003)], steps=7, train=train, spoil=spoil)
+    runs = train_both(CAT, grid=[(0, 0.01), (1, 0.01), (2, 0.003)], steps=7, train=train, change=insert_nan)
     assert_same(*runs)
     diverged = runs[0][1]
     assert (diverged.stop, diverged.steps, [row.step for row in diverged.history]) == ("diverged", 3, [2])
     assert sizes == [3] * 4 + [2] * 3
 
 
-# Operations of our own under vmap.
+# Custom operations under vmap.
 
 
-@pytest.mark.parametrize("length", [29, 67, 131])  # by a matrix, by shifts, by FFT
+@pytest.mark.parametrize("length", [29, 67, 131])  # Toeplitz matrix, direct, FFT
 @pytest.mark.parametrize("mapped", [(0, 0), (1, None), (None, 2)])
-def test_a_filter_is_mapped_over_sequences_and_over_taps(mapped, length):
-    x, taps = normal(2, 3, length, 5), normal(3, 19 if length == 131 else 4, seed=1)
-    stacked = [t if axis is None else torch.stack([t, -2 * t, t + 1], axis) for t, axis in zip((x, taps), mapped, strict=True)]
-    assert_twins(torch.vmap(filter_heads, mapped), one_by_one(filter_heads, mapped), *stacked)
+def test_vmap_of_a_filter_over_sequences_and_kernels(mapped, length):
+    x, kernel = normal(2, 3, length, 5), normal(3, 19 if length == 131 else 4, seed=1)
+    stacked = [t if axis is None else torch.stack([t, -2 * t, t + 1], axis) for t, axis in zip((x, kernel), mapped, strict=True)]
+    assert_matches_reference(torch.vmap(filter_heads, mapped), one_by_one(filter_heads, mapped), *stacked)
 
 
 @pytest.mark.parametrize("mapped", [(0, 0, 0, 0, 0), (1, None, None, 3, 0), (None, 3, 1, None, 2), (None, None, 0, None, None)])
-def test_a_selective_scan_is_mapped_over_any_of_its_inputs(mapped):
+def test_vmap_of_a_selective_scan_over_any_of_its_inputs(mapped):
     inputs = normal(2, 7, 5), normal(2, 7, 5, seed=1), normal(5, 3, seed=2), normal(2, 7, 3, seed=3), normal(2, 7, 3, seed=4)
     stacked = [t if axis is None else torch.stack([t, -t / 2, t + 1], axis) for t, axis in zip(inputs, mapped, strict=True)]
-    assert_twins(torch.vmap(selective_scan, mapped), one_by_one(selective_scan, mapped), *stacked)
+    assert_matches_reference(torch.vmap(selective_scan, mapped), one_by_one(selective_scan, mapped), *stacked)
 
 
 def one_by_one(operation, mapped):
-    """torch.vmap without vmap."""
+    """Reference implementation of torch.vmap."""
 
     def run(*inputs):
         rows = [[x] * 3 if axis is None else x.unbind(axis) for x, axis in zip(inputs, mapped, strict=True)]
@@ -236,12 +241,12 @@ def one_by_one(operation, mapped):
     return run
 
 
-@pytest.mark.parametrize("outcomes", [cat.training.ensemble.MANY, 1])
+@pytest.mark.parametrize("max_weights", [cat.training.ensemble.MAX_SPLIT_WEIGHTS, 1])
 @pytest.mark.parametrize("tokens", [(7,), (3, 5), (4, 256)])
 @pytest.mark.parametrize("mapped", [(0, 0, 0), (None, 0, 0), (2, 1, None), (0, None, 0)])
-def test_a_linear_map_on_a_gpu_is_the_linear_map(mapped, tokens, outcomes, monkeypatch):
-    """Its gradient in parts where there are enough tokens, and at once where there are not or it is large."""
-    monkeypatch.setattr(cat.training.ensemble, "MANY", outcomes)
+def test_the_linear_map_for_gpus_equals_the_linear_map(mapped, tokens, max_weights, monkeypatch):
+    """With a gradient in partial sums, and in one sum for few tokens or a large weight."""
+    monkeypatch.setattr(cat.training.ensemble, "MAX_SPLIT_WEIGHTS", max_weights)
     shapes = [(*tokens, 6), (5, 6), (5,)]
     whole = [normal(*shape, seed=n) for n, shape in enumerate(shapes)]
     stacked = [t if axis is None else torch.stack([t, -2 * t, t + 1], axis) for t, axis in zip(whole, mapped, strict=True)]
@@ -257,11 +262,11 @@ def test_a_linear_map_on_a_gpu_is_the_linear_map(mapped, tokens, outcomes, monke
             torch.testing.assert_close(ours, theirs)
 
 
-def test_what_is_summed_at_a_time_is_a_part_of_all_tokens_where_that_pays():
-    assert [_tokens_a_sum(*about) for about in [(8192, 64), (1000, 64), (192, 64), (8192, 1 << 20)]] == [512, 1000, 64, 8192]
+def test_partial_sums_divide_the_tokens_if_they_pay():
+    assert [_tokens_per_sum(*sizes) for sizes in [(8192, 64), (1000, 64), (192, 64), (8192, 1 << 20)]] == [512, 1000, 64, 8192]
 
 
-def test_a_weight_alone_has_a_gradient():
+def test_the_linear_map_gives_a_gradient_to_the_weight_only():
     x, weight = normal(128, 6), normal(3, 5, 6, seed=1).requires_grad_()
     y = torch.vmap(_project, (None, 0))(x, weight)
     (ours,) = torch.autograd.grad(y.sum(), weight)

@@ -1,4 +1,4 @@
-"""Training and evaluation: reproducible, early stop, divergence, schedules; scores against counting by hand."""
+"""Training: reproducibility, early stopping, divergence, learning-rate schedule. Scores against counting by hand."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import cat.evaluation.scores
 import cat.training.fit
 from cat.config import OptimizerConfig, TrainingConfig
 from cat.evaluation.scores import Scores, Split, score
@@ -17,17 +18,19 @@ from cat.training.fit import batch_indices, build_model, fit, lr_scale, split_by
 from cat.training.optimizer import AdamW
 
 VOCABULARY, LENGTH = 11, 7
-PROTOCOL = OptimizerConfig(
+OPTIMIZER = OptimizerConfig(
     weight_decay=0.0, grad_clip=1.0, warmup=0.1, eval_every=5, early_stop_accuracy=1.0, early_stop_patience=2
 )
 
 
 def config(**changes):
-    return AttentionConfig(**{"mixer": "attention", "width": 12, "layers": 1, "heads": 2, "position": "none", "k": 3, **changes})
+    return AttentionConfig(
+        **{"mixer": "attention", "width": 12, "layers": 1, "heads": 2, "position": "none", "conv_k": 3, **changes}
+    )
 
 
 def successor(count=96, seed=0):
-    """An easy task: at every other token, the next number."""
+    """An easy task: the target at every other token is its number plus one."""
     return Split.of(*examples(count, seed))
 
 
@@ -38,23 +41,24 @@ def examples(count=96, seed=0):
     return inputs, targets
 
 
-def run(*, seed=0, steps=30, rate=0.03, batch=16, protocol=PROTOCOL, stop_early=True, how=None, **changes):
-    model = build_model(config(**changes), vocabulary=VOCABULARY, length=LENGTH, seed=seed)
-    schedule = TrainingConfig(steps=steps, batch=batch, learning_rates=[rate], **(how or {}))
-    valid = successor(32, seed=1)
+def build(seed=0, **changes):
+    return build_model(config(**changes), vocabulary=VOCABULARY, length=LENGTH, seed=seed)
+
+
+def run(*, seed=0, steps=30, rate=0.03, batch=16, optimizer=OPTIMIZER, stop_early=True, training=None, **changes):
     return fit(
-        model,
+        build(seed, **changes),
         successor(),
-        valid,
-        optimizer_config=protocol,
-        training_config=schedule,
+        successor(32, seed=1),
+        optimizer_config=optimizer,
+        training_config=TrainingConfig(steps=steps, batch=batch, learning_rates=[rate], **(training or {})),
         learning_rate=rate,
         seed=seed,
         stop_early=stop_early,
     )
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
     first, again, other = run(), run(), run(seed=1)
     assert first.history == again.history
     assert first.history != other.history
@@ -71,34 +75,32 @@ def test_global_random_state_is_neither_used_nor_changed():
     assert run(steps=5).history == first.history
 
 
-def test_learns_and_stops_early_after_looks_in_a_row():
+def test_learns_and_stops_early_after_consecutive_validations():
     trained = run(steps=400)
     assert trained.stop == "accuracy"
     assert trained.steps < 400
-    reached = [row.valid_accuracy >= PROTOCOL.early_stop_accuracy for row in trained.history]
-    assert list(itertools.pairwise(reached)).index((True, True)) == len(reached) - PROTOCOL.early_stop_patience
+    reached = [row.valid_accuracy >= OPTIMIZER.early_stop_accuracy for row in trained.history]
+    assert list(itertools.pairwise(reached)).index((True, True)) == len(reached) - OPTIMIZER.early_stop_patience
     assert trained.history[-1].step == trained.steps
 
 
-def test_runs_to_the_end_where_nothing_stops_it():
+def test_runs_to_the_last_step_without_early_stopping():
     trained = run(steps=123, stop_early=False)
     assert (trained.stop, trained.steps) == ("steps", 123)
     assert [row.step for row in trained.history] == [*range(5, 123, 5), 123]
 
 
 def test_divergence_is_recorded_with_its_step(monkeypatch):
-    trained = run(rate=1.0, protocol=PROTOCOL.model_copy(update={"clip": 1e30}), steps=12)
-    assert trained.stop == "steps"  # a rate that is merely bad is no divergence
-
-    import cat.training.fit
+    trained = run(rate=1.0, optimizer=OPTIMIZER.model_copy(update={"grad_clip": 1e30}), steps=12)
+    assert trained.stop == "steps"  # a bad learning rate alone is no divergence
 
     cross_entropy, calls = cat.training.fit.cross_entropy, []
 
-    def breaks_at_seven(*arguments):
+    def nan_at_seven(*arguments):
         calls.append(None)
         return cross_entropy(*arguments) * (math.nan if len(calls) == 7 else 1.0)
 
-    monkeypatch.setattr(cat.training.fit, "cross_entropy", breaks_at_seven)
+    monkeypatch.setattr(cat.training.fit, "cross_entropy", nan_at_seven)
     monkeypatch.setattr(cat.training.fit, "score", lambda *_, **__: Scores(1.0, 0.5, 0.5))
     diverged = run(steps=30)
     assert (diverged.stop, diverged.steps) == ("diverged", 7)
@@ -106,17 +108,16 @@ def test_divergence_is_recorded_with_its_step(monkeypatch):
 
 
 def test_bfloat16_trains_float32_weights():
-    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
-    schedule = TrainingConfig(steps=5, batch=8, learning_rates=[0.01])
-    options = {"protocol": PROTOCOL, "schedule": schedule, "learning_rate": 0.01, "seed": 0, "stop_early": False}
-    half = fit(model, successor(), successor(16), precision="bfloat16", **options)
+    training = TrainingConfig(steps=5, batch=8, learning_rates=[0.01])
+    options = {"optimizer_config": OPTIMIZER, "training_config": training, "learning_rate": 0.01, "seed": 0, "stop_early": False}
+    half = fit(build(), successor(), successor(16), precision="bfloat16", **options)
     assert all(weight.dtype == torch.float32 for weight in half.model.state_dict().values())
-    full = fit(build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0), successor(), successor(16), **options)
+    full = fit(build(), successor(), successor(16), **options)
     assert half.history != full.history
     assert half.history[-1].valid_loss == pytest.approx(full.history[-1].valid_loss, rel=0.05)
 
 
-def test_rate_rises_in_a_line_and_falls_in_a_cosine():
+def test_learning_rate_has_linear_warmup_and_cosine_decay():
     rates = [lr_scale(step, 100, 0.1) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert rates[54] == pytest.approx(0.5)
@@ -125,7 +126,7 @@ def test_rate_rises_in_a_line_and_falls_in_a_cosine():
     assert lr_scale(1, 100, 0.0) == pytest.approx(1, abs=1e-3)
 
 
-def test_an_epoch_has_every_example_once_in_a_new_order():
+def test_an_epoch_has_each_example_at_most_once_in_a_new_order():
     batches = batch_indices(20, 6, seed=3)
     epochs = [torch.cat([next(batches) for _ in range(3)]) for _ in range(2)]
     for epoch in epochs:
@@ -136,8 +137,8 @@ def test_an_epoch_has_every_example_once_in_a_new_order():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_weight_decay_is_on_linear_maps_alone(tied):
-    model = build_model(config(tied=tied, mlp=2, position="learned", qk_norm=True), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+def test_weight_decay_is_only_on_linear_maps(tied):
+    model = build(tied=tied, mlp=2, position="learned", qk_norm=True)
     decayed, others = split_by_weight_decay(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)] for p in decayed} == {
@@ -147,46 +148,44 @@ def test_weight_decay_is_on_linear_maps_alone(tied):
     assert len(decayed) + len(others) == len(names)
 
 
-def test_answers_are_the_logits_at_the_asked_positions():
-    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+def test_logits_at_are_the_logits_at_the_target_positions():
+    model = build()
     inputs, targets = examples(5)
-    targets[2, 4] = -100  # one question less than the others have
+    targets[2, 4] = -100  # one target fewer than the others
     split = Split.of(inputs, targets)
     assert split.positions.tolist() == [[2, 4, 6]] * 2 + [[0, 2, 6]] + [[2, 4, 6]] * 2
     assert split.answers.tolist() == targets.gather(1, split.positions.long()).tolist()
     logits = model(inputs)
-    expected = torch.stack([logits[row, at] for row, at in enumerate(split.positions)])
+    expected = torch.stack([logits[row, positions] for row, positions in enumerate(split.positions)])
     torch.testing.assert_close(model.logits_at(inputs, split.positions.long()), expected)
 
 
 def test_scores_are_those_counted_by_hand(monkeypatch):
-    import cat.evaluation.scores
-
-    monkeypatch.setitem(cat.evaluation.scores.TOKENS_AT_ONCE, "cpu", 3 * LENGTH)  # several batches, the last one short
-    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    monkeypatch.setitem(cat.evaluation.scores.TOKENS_AT_ONCE, "cpu", 3 * LENGTH)  # several chunks, the last one smaller
+    model = build()
     inputs, targets = examples(23)
-    targets[3, 2] = -1  # below zero, nothing is asked
+    targets[3, 2] = -1  # negative: no target
     split = Split.of(inputs, targets)
     logits = model(inputs)
-    losses, rights, all_right = [], [], 0
+    losses, correct, correct_sequences = [], [], 0
     for row in range(23):
-        good = True
-        for at in range(LENGTH):
-            if (target := int(targets[row, at])) >= 0:
-                losses.append(-logits[row, at].log_softmax(-1)[target].item())
-                rights.append(int(logits[row, at].argmax()) == target)
-                good &= rights[-1]
-        all_right += good
+        all_correct = True
+        for position in range(LENGTH):
+            if (target := int(targets[row, position])) >= 0:
+                losses.append(-logits[row, position].log_softmax(-1)[target].item())
+                correct.append(int(logits[row, position].argmax()) == target)
+                all_correct &= correct[-1]
+        correct_sequences += all_correct
     scores = score(model, split)
     assert scores.loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert scores.accuracy == sum(rights) / len(rights)
-    assert scores.sequence_accuracy == all_right / 23
+    assert scores.accuracy == sum(correct) / len(correct)
+    assert scores.sequence_accuracy == correct_sequences / 23
     assert scores.perplexity == pytest.approx(math.exp(scores.loss))
     assert scores.bits == pytest.approx(scores.loss / math.log(2))
 
 
-def test_what_is_not_asked_is_neither_right_nor_wrong():
-    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+def test_positions_without_target_do_not_count():
+    model = build()
     inputs, targets = examples(6)
     targets = model(inputs).argmax(-1).masked_fill(targets < 0, -100)
     targets[2, 4] = -100
@@ -195,13 +194,13 @@ def test_what_is_not_asked_is_neither_right_nor_wrong():
     assert score(model, Split.of(inputs, targets))[1:] == (16 / 17, 5 / 6)
 
 
-def test_autoregressive_scores_read_the_model_s_own_answers():
-    model = build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=2)
+def test_autoregressive_scores_use_the_model_s_own_answers_as_inputs():
+    model = build(2)
     inputs = successor(9).inputs
     first = 4
     own = inputs.clone()
-    for at in range(first, LENGTH - 1):
-        own[:, at + 1] = model(own)[:, at].argmax(-1)
+    for position in range(first, LENGTH - 1):
+        own[:, position + 1] = model(own)[:, position].argmax(-1)
     assert not torch.equal(own, inputs)
 
     targets = torch.full_like(inputs, -100)
@@ -213,98 +212,97 @@ def test_autoregressive_scores_read_the_model_s_own_answers():
     assert score(model, Split.of(inputs, targets)).accuracy < scores.accuracy
 
 
-def test_learned_positions_say_how_far_they_reach():
-    model = build_model(config(position="learned"), vocabulary=VOCABULARY, length=LENGTH, seed=0)
+def test_learned_positions_limit_the_length():
+    model = build(position="learned")
     assert model.max_length == LENGTH
     with pytest.raises(ValueError, match=f"reach {LENGTH} tokens, not {LENGTH + 1}"):
         model(torch.zeros(2, LENGTH + 1, dtype=torch.long))
-    assert build_model(config(), vocabulary=VOCABULARY, length=LENGTH, seed=0).max_length is None
+    assert build().max_length is None
 
 
-def test_a_filter_longer_than_the_training_sequence_is_refused():
-    with pytest.raises(ValueError, match="k = 8 taps is longer than the training length of 7"):
-        build_model(config(k=8), vocabulary=VOCABULARY, length=LENGTH, seed=0)
-    full = build_model(config(k="full"), vocabulary=VOCABULARY, length=LENGTH, seed=0)
-    assert full.blocks[0].mixer.filters["k"].taps.shape == (2, LENGTH)
+def test_a_kernel_longer_than_the_training_sequence_is_refused():
+    with pytest.raises(ValueError, match="conv_k = 8"):
+        build(conv_k=8)
+    assert build(conv_k="full").blocks[0].mixer.filters["k"].kernel.shape == (2, LENGTH)
 
 
-@pytest.mark.parametrize("clip", [0.05, 1e9])
-def test_a_step_is_that_of_torch(clip):
-    """Twenty steps of the same gradients, some of them missing, at a learning rate that changes."""
+@pytest.mark.parametrize("grad_clip", [0.05, 1e9])
+def test_the_optimizer_equals_torch_adamw(grad_clip):
+    """Twenty steps with the same gradients, one of them missing, at a changing learning rate."""
     shapes = [(3, 4), (5,), (2, 1), ()]
     first = [torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))) for shape in shapes]
     second = [torch.nn.Parameter(p.detach().clone()) for p in first]
-    ours = AdamW(first[:2], first[2:], weight_decay=0.3, clip=clip)
+    ours = AdamW(first[:2], first[2:], weight_decay=0.3, grad_clip=grad_clip)
     theirs = torch.optim.AdamW(
         [{"params": second[:2], "weight_decay": 0.3}, {"params": second[2:], "weight_decay": 0.0}], lr=1.0, foreach=False
     )
     generator = torch.Generator().manual_seed(7)
     for step in range(20):
-        for mine, other in zip(first, second, strict=True):
-            mine.grad = torch.randn(mine.shape, generator=generator)
-            other.grad = mine.grad.clone()
+        for our_parameter, their_parameter in zip(first, second, strict=True):
+            our_parameter.grad = torch.randn(our_parameter.shape, generator=generator)
+            their_parameter.grad = our_parameter.grad.clone()
         first[3].grad = None
         second[3].grad = torch.zeros(())
         ours.step(0.01 * (step + 1))
         assert all(p.grad is None for p in first)
-        torch.nn.utils.clip_grad_norm_(second, clip)
+        torch.nn.utils.clip_grad_norm_(second, grad_clip)
         for group in theirs.param_groups:
             group["lr"] = 0.01 * (step + 1)
         theirs.step()
     torch.testing.assert_close(first, second)
 
 
-def test_gradients_of_micro_batches_add_up_to_that_of_the_batch(monkeypatch):
-    sizes, answers = [], SequenceModel.logits_at
+def test_gradients_of_micro_batches_sum_to_that_of_the_batch(monkeypatch):
+    sizes, logits_at = [], SequenceModel.logits_at
 
-    def counted(model, tokens, at):
+    def counted(model, tokens, positions):
         sizes.append(len(tokens))
-        return answers(model, tokens, at)
+        return logits_at(model, tokens, positions)
 
     whole = run(steps=6)
-    monkeypatch.setattr(SequenceModel, "answers", counted)
-    parts = run(steps=6, how={"micro_batch": 6})
+    monkeypatch.setattr(SequenceModel, "logits_at", counted)
+    split = run(steps=6, training={"micro_batch": 6})
     assert sizes[:3] == [6, 6, 4]
-    assert parts.micro_batch == 6
-    for mine, theirs in zip(parts.history, whole.history, strict=True):
-        assert mine.train_loss == pytest.approx(theirs.train_loss, rel=1e-4)
-        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
+    assert split.micro_batch == 6
+    for actual, expected in zip(split.history, whole.history, strict=True):
+        assert actual.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
+        assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
 
 
 COMPILED = """
 from tests.cat.training.test_fit import run
 
-plain, *compiled = run(steps=6), run(steps=6, how={"compile": True}), run(steps=6, how={"compile": True, "micro_batch": 6})
-for one in compiled:
-    for mine, theirs in zip(one.history, plain.history, strict=True):
-        assert abs(mine.train_loss - theirs.train_loss) < 1e-4 * theirs.train_loss, (mine, theirs)
-        assert abs(mine.valid_loss - theirs.valid_loss) < 1e-3 * theirs.valid_loss, (mine, theirs)
+plain = run(steps=6)
+for training in ({"compile": True}, {"compile": True, "micro_batch": 6}):
+    for actual, expected in zip(run(steps=6, training=training).history, plain.history, strict=True):
+        assert abs(actual.train_loss - expected.train_loss) < 1e-4 * expected.train_loss, (actual, expected)
+        assert abs(actual.valid_loss - expected.valid_loss) < 1e-3 * expected.valid_loss, (actual, expected)
 """
 
 
 @pytest.mark.long
-def test_a_compiled_step_is_the_same_step():
-    # By itself, since shapes that are checked as in these tests are not known to the compiler.
+def test_a_compiled_step_equals_the_step():
+    # In a process of its own: the compiler cannot trace the shape checks of the tests.
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
 
 
-def test_a_look_tells_what_became_of_the_steps_before_it(monkeypatch):
+def test_a_record_has_the_metrics_of_the_steps_before_it(monkeypatch):
     losses, norms = [], []
     step, backward = AdamW.step, cat.training.fit.backward
 
-    def seen(*arguments, **options):
+    def record_loss(*arguments, **options):
         loss, micro_batch = backward(*arguments, **options)
         losses.append(loss.item())
         return loss, micro_batch
 
-    def measured(optimizer, rate):
+    def record_norm(optimizer, learning_rate):
         norms.append(torch.cat([p.grad.flatten() for p in optimizer.parameters if p.grad is not None]).norm().item())
-        return step(optimizer, rate)
+        return step(optimizer, learning_rate)
 
-    monkeypatch.setattr(cat.training.fit, "backward", seen)
-    monkeypatch.setattr(AdamW, "step", measured)
-    for look, row in enumerate(run(steps=10, protocol=PROTOCOL.model_copy(update={"clip": 1e-3})).history):
-        here = slice(5 * look, 5 * look + 5)
-        assert row.train_loss == pytest.approx(sum(losses[here]) / 5)
-        assert row.max_loss == max(losses[here])
-        assert row.grad_norm == pytest.approx(max(norms[here]), rel=1e-5)  # of all of it, before it is clipped
+    monkeypatch.setattr(cat.training.fit, "backward", record_loss)
+    monkeypatch.setattr(AdamW, "step", record_norm)
+    for index, record in enumerate(run(steps=10, optimizer=OPTIMIZER.model_copy(update={"grad_clip": 1e-3})).history):
+        steps = slice(5 * index, 5 * index + 5)
+        assert record.train_loss == pytest.approx(sum(losses[steps]) / 5)
+        assert record.max_loss == max(losses[steps])
+        assert record.grad_norm == pytest.approx(max(norms[steps]), rel=1e-5)  # the norm before clipping

@@ -1,7 +1,8 @@
-"""`python -m pipeline new-variant`: two insertions into params.yaml and nothing else, or one clear line and nothing at all."""
+"""`python -m pipeline add-variant` adds a line and a name to params.yaml, or refuses in one line and writes nothing."""
 
 import difflib
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +12,6 @@ from click.testing import CliRunner
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from cat.mixers.attention.config import AttentionConfig
 from pipeline.cli import main
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
@@ -31,63 +31,74 @@ def study(tmp_path, monkeypatch):
     return tmp_path
 
 
-def new_variant(*arguments):
-    return CliRunner().invoke(main, ["new-variant", *arguments])
+def add_variant(*arguments):
+    return CliRunner().invoke(main, ["add-variant", *arguments])
 
 
 def added(*arguments):
-    """What is said when the variant is added."""
-    done = new_variant(*arguments)
-    assert done.exit_code == 0, done.output
-    return done.stdout
+    """The output of a command that succeeds."""
+    result = add_variant(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def refused(*arguments):
-    """The lines that are said when it is not; the folder must be as it was to the byte."""
+    """The errors of a command that fails; it must not change any file."""
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    done = new_variant(*arguments)
-    assert (done.exit_code, done.stdout) == (2, "")
+    result = add_variant(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
     assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
-    return done.stderr.splitlines()
+    return result.stderr.splitlines()
 
 
-def test_the_line_is_copied_with_its_alignment_and_named_after_its_source(study):
-    before = SMOKE.splitlines()
-    (source,) = (line for line in before if line.startswith("  qk_d2:"))
-    at = before.index("  theory:     {mixer: theory}")
-    new = source.replace("qk_d2", "qk_d4").replace("dilation: 2", "dilation: 4")
-    expected = [*before[: at + 1], new, *before[at + 1 :]]
+def test_the_line_is_copied_with_its_alignment_and_the_list_names_it_after_its_source(study):
+    expected = SMOKE.splitlines()
+    (source,) = (line for line in expected if line.startswith("  qk_d2:"))
+    (last,) = (row for row, line in enumerate(expected) if line.startswith("  construction: "))
+    expected.insert(last + 1, source.replace("qk_d2", "qk_d4").replace("dilation: 2", "dilation: 4"))
     expected[expected.index("    variants: [qk_d2]")] = "    variants: [qk_d2, qk_d4]"
     added(*D4)
     assert (study / "params.yaml").read_text().splitlines() == expected
 
 
-def test_the_name_stands_after_its_source_or_last(study):
-    added("wide", "--from", "learned", "--set", "position=sinusoidal", "--set", "width=32", "--ablation", "kinds")
+def test_the_study_of_the_repository_changes_by_two_lines(study):
+    shutil.copy(ROOT / "params.yaml", study)
+    before = (study / "params.yaml").read_text().splitlines()
+    added("qk_w16", "--from", "qk_w8", "--set", "conv_q=16", "--set", "conv_k=16")
+    diff = difflib.ndiff(before, (study / "params.yaml").read_text().splitlines())
+    assert [line[0] for line in diff if line[0] in "+-"] == ["+", "-", "+"]
+
+
+def test_the_list_names_it_after_its_source_or_last(study):
+    settings = ("--set", "position=sinusoidal", "--set", "width=32")
+    added("wide", "--from", "learned", *settings, "--ablation", "parametrization")
     added("deep", "--from", "qk_mixing", "--set", "layers=2")
-    assert read_params()["ablations"]["kinds"]["variants"] == ["qk_channel", "qk_mixing", "deep", "qk_network", "wide"]
+    expected = ["qk_channel", "qk_mixing", "deep", "qk_network", "wide"]
+    assert read_params()["ablations"]["parametrization"]["variants"] == expected
 
 
 def crlf(text):
     return text.replace("\n", "\r\n")
 
 
-def with_byte_order_mark(text):
+def byte_order_mark(text):
     return "\ufeff" + text
 
 
-def variants_last_without_a_final_newline(text):
+def no_final_newline(text):
+    """The variants are the last section."""
     head, variants, rest = text.partition("\nvariants:\n")
     lines, _, others = rest.partition("\n\n")
     return f"{head}\n{others}{variants}{lines}  # no more"
 
 
-def remarks_everywhere(text):
-    text = text.replace("  theory:     {mixer: theory}\n", "  theory:     {mixer: theory}  # of the theorem\n  # none follows\n")
+def comments(text):
+    (last,) = (line for line in text.splitlines() if line.startswith("  construction: "))
+    text = text.replace(f"{last}\n", f"{last}  # by hand\n  # the end\n")
     return text.replace("    variants: [qk_d2]\n", "    variants:  # further apart\n      [ qk_d2 # two\n      ]\n")
 
 
-def one_key_a_line(text):
+def block_style(text):
     lines = text.splitlines(keepends=True)
     at = next(n for n, line in enumerate(lines) if line.startswith("  qk_d2:"))
     pairs = lines[at].partition("{")[2].rstrip("}\n").split(", ")
@@ -96,170 +107,163 @@ def one_key_a_line(text):
 
 
 def written_by_a_program(text):
-    raw = YAML(typ="safe").load(text)
-    write_params(raw)
+    write_params(YAML(typ="safe").load(text))
     return Path("params.yaml").read_text()
 
 
-@pytest.mark.parametrize(
-    "style",
-    [
-        crlf,
-        with_byte_order_mark,
-        variants_last_without_a_final_newline,
-        remarks_everywhere,
-        one_key_a_line,
-        written_by_a_program,
-    ],
-)
-def test_all_else_stays_as_it_is_to_the_byte(study, style):
-    file = study / "params.yaml"
-    file.write_bytes(style(SMOKE).encode())
-    before = file.read_bytes().decode()
-    expected = read_params()
-    added(*D4)
-    after = file.read_bytes().decode()
-    expected["variants"]["qk_d4"] = expected["variants"]["qk_d2"] | {"dilation": 4}
-    expected["ablations"]["dilation"]["variants"] = ["qk_d2", "qk_d4"]
-    assert read_params() == expected
-    # New lines, and in at most one old line a name.
-    diff = list(difflib.unified_diff(before.split("\n"), after.split("\n"), n=0, lineterm=""))[2:]
-    gone, new = ([line[1:] for line in diff if line[0] == sign] for sign in "-+")
-    assert gone == [line.replace(", qk_d4", "") for line in new if ", qk_d4" in line]
-    assert len(gone) <= 1
-    assert (after.count("\r\n") == after.count("\n")) == ("\r" in before)
-
-
 def one_list_for_two_ablations(text):
-    text = text.replace("    variants: [qk_d2]\n    beside: [qk]\n", "    variants: &apart [qk_d2]\n    beside: [qk]\n")
-    head, kinds, rest = text.partition("  kinds:\n")
-    return head + kinds + rest.replace("    beside: [qk]\n", "    beside: *apart\n", 1)
+    text = text.replace(
+        "    variants: [qk_d2]\n    reference_variants: [qk]\n", "    variants: &a [qk_d2]\n    reference_variants: [qk]\n"
+    )
+    head, ablation, rest = text.partition("  parametrization:\n")
+    return head + ablation + rest.replace("    reference_variants: [qk]\n", "    reference_variants: *a\n", 1)
 
 
-def one_mapping_of_variants(text):
-    return text[: text.index("variants:\n")] + one_line(text, "variants") + text[text.index("\n\nablations:") :]
+def variants_in_one_line(text):
+    head, _, rest = text.partition("\nvariants:\n")
+    line = json.dumps(YAML(typ="safe").load(text)["variants"])
+    return f"{head}\nvariants: {line}{rest[rest.index(chr(10) + chr(10)) :]}"
 
 
-def a_list_that_is_merged_in(text):
+def merge_key(text):
     return text.replace("    variants: [qk_d2]\n", "    <<: {variants: [qk_d2]}\n")
 
 
-def one_line(text, section):
-    return f"{section}: {json.dumps(YAML(typ='safe').load(text)[section])}"
+def last_variant_in_two_lines(text):
+    return text.replace("{mixer: construction}", "{mixer:\n    construction}")
 
 
-@pytest.mark.parametrize("style", [one_list_for_two_ablations, one_mapping_of_variants, a_list_that_is_merged_in])
-def test_a_file_in_which_that_cannot_be_done_is_left_alone(study, style):
-    (study / "params.yaml").write_text(style(SMOKE))
-    load_study()
-    assert refused(*D4) == [
-        "params.yaml: variants or ablations.dilation.variants do not have a line each; add qk_d4: {mixer: attention, width: 16,"
-        " layers: 1, heads: 2, position: none, qk_norm: true, q: 3, k: 3, dilation: 4} by hand"
-    ]
+@pytest.mark.parametrize(
+    "layout",
+    [
+        crlf,
+        byte_order_mark,
+        no_final_newline,
+        comments,
+        block_style,
+        written_by_a_program,
+        one_list_for_two_ablations,
+        variants_in_one_line,
+        merge_key,
+        last_variant_in_two_lines,
+    ],
+)
+def test_any_layout_keeps_its_comments_and_all_other_values(study, layout):
+    file = study / "params.yaml"
+    file.write_bytes(layout(SMOKE).encode())
+    before, expected = file.read_text(), read_params()
+    added(*D4)
+    expected["variants"]["qk_d4"] = expected["variants"]["qk_d2"] | {"dilation": 4}
+    expected["ablations"]["dilation"] = expected["ablations"]["dilation"] | {"variants": ["qk_d2", "qk_d4"]}
+    after = read_params()
+    assert after == expected
+    assert list(after["variants"]) == list(expected["variants"])
+    assert sorted(re.findall("#.*", file.read_text())) == sorted(re.findall("#.*", before))
 
 
 @pytest.mark.parametrize("value", ["", "null", "~", "none"])
-def test_a_key_is_taken_out(study, value):
-    added("q", "--from", "qk_learned", "--ablation", "kinds", "--set", f"k={value}", "--set", "position=none")
+def test_a_key_is_removed(study, value):
+    added("q", "--from", "qk_learned", "--ablation", "parametrization", "--set", f"conv_k={value}", "--set", "position=none")
     assert read_params()["variants"]["q"] == {
-        "mixer": "attention", "width": 16, "layers": 1, "heads": 2, "position": "none", "q": 3, "filter_norm": True,
+        "mixer": "attention", "width": 16, "layers": 1, "heads": 2, "position": "none", "conv_q": 3, "filter_norm": True,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("arguments", "lines"),
+    ("arguments", "lines"),  # how each line begins
     [
-        (("qk", "--from", "k"), ["params.yaml: variants.qk: is there already"]),
+        (("qk", "--from", "k"), ["params.yaml: variants.qk: exists already"]),
         (("qk-5", "--from", "k"), [f"params.yaml: variants: 'qk-5' {PATTERNS[NAME]}"]),
         (("a\nb", "--from", "k"), [f"params.yaml: variants: 'a\\nb' {PATTERNS[NAME]}"]),
         (("new", "--from", "lerned"), ["params.yaml: variants.lerned: is missing; did you mean 'learned'?"]),
         (
-            ("new", "--from", "k", "--set", "k=5"),
-            ["params.yaml: variants.k: is trained by the ablations streams, rates; name one with --ablation"],
+            ("new", "--from", "k", "--set", "conv_k=5"),
+            ["params.yaml: variants.k: the ablations qkv_subsets, learning_rates train it. Fix: choose one with --ablation"],
         ),
         (
-            ("new", "--from", "k", "--set", "k=5", "--ablation", "rate"),
-            ["params.yaml: ablations.rate: is missing; did you mean 'rates'?"],
+            ("new", "--from", "k", "--set", "conv_k=5", "--ablation", "learning_rate"),
+            ["params.yaml: ablations.learning_rate: is missing; did you mean 'learning_rates'?"],
         ),
         (
-            ("new", "--from", "k", "--set", "taps=5", "--set", "q=-5"),
+            ("new", "--from", "k", "--set", "size=5", "--set", "conv_q=-5"),
             [
-                "params.yaml: variants.new.q = -5: must be greater than or equal to 1,"
-                " and is not full or network or decay or state",
-                "params.yaml: variants.new.taps = 5: unknown key; known are " + ", ".join(AttentionConfig.model_fields),
+                "params.yaml: variants.new.conv_q = -5: must be greater than or equal to 1",
+                "params.yaml: variants.new.size = 5: unknown key",
             ],
         ),
-        (("new", "--from", "k", "--set", "q"), ["--set 'q': is not key=value"]),
+        (("new", "--from", "k", "--set", "conv_q"), ["--set 'conv_q': is not key=value"]),
         (("new", "--from", "qk_d2"), ["params.yaml: variants.new: is the same as variants.qk_d2"]),
         (("new", "--from", "qk_d2", "--set", "tied=false"), ["params.yaml: variants.new: is the same as variants.qk_d2"]),
         (("new", "--from", "qk_d2", "--set", "dilation="), ["params.yaml: variants.new: is the same as variants.qk"]),
         (
-            ("new", "--from", "qk_d2", "--set", "q=3", "--set", "v=", "--set", "position=none"),
+            ("new", "--from", "qk_d2", "--set", "conv_q=3", "--set", "conv_v=", "--set", "position=none"),
             [
-                "--set 'q=3': changes nothing, variants.qk_d2 has q = 3",
-                "--set 'v=': changes nothing, variants.qk_d2 has no v",
+                "--set 'conv_q=3': changes nothing, variants.qk_d2 has conv_q = 3",
+                "--set 'conv_v=': changes nothing, variants.qk_d2 has no conv_v",
                 "--set 'position=none': changes nothing, variants.qk_d2 has position = none",
             ],
         ),
         (
-            ("new", "--from", "qk_d2", "--set", "q", "--set", "=3", "--set", "k=[", "--set", "v=2", "--set", "v=4"),
+            ("new", "--from", "qk_d2", "--set", "q", "--set", "=3", "--set", "k=[", "--set", "conv_v=2", "--set", "conv_v=4"),
             [
                 "--set 'q': is not key=value",
                 "--set '=3': is not key=value",
                 "--set 'k=[': '[' is not YAML",
-                "--set 'v=4': sets v a second time",
+                "--set 'conv_v=4': sets conv_v a second time",
             ],
         ),
         (
-            ("new", "--from", "qk_d2", "--set", "q=four", "--set", "widht=32"),
+            ("new", "--from", "qk_d2", "--set", "conv_q=four", "--set", "widht=32"),
             [
-                'params.yaml: variants.new.q = "four": is not a whole number, and is not full or network or decay or state;'
-                " did you mean 'full'?",
+                'params.yaml: variants.new.conv_q = "four": ',
                 "params.yaml: variants.new.widht = 32: unknown key; did you mean 'width'?",
             ],
         ),
         (("new", "--from", "qk_d2", "--set", "width="), ["params.yaml: variants.new.width: is missing"]),
         (
-            ("new", "--from", "qk_d2", "--set", "v=3"),
-            ["params.yaml: ablations.dilation.x = \"dilation\": does not tell variant 'new' from 'qk_d2'"],
+            ("new", "--from", "qk_d2", "--set", "conv_v=3"),
+            ['params.yaml: ablations.dilation.x = "dilation": '],
         ),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_written(study, arguments, lines):
-    assert refused(*arguments) == lines
+def test_errors_are_one_line_each_and_nothing_is_written(study, arguments, lines):
+    errors = refused(*arguments)
+    assert len(errors) == len(lines)
+    assert all(error.startswith(line) for error, line in zip(errors, lines, strict=True)), errors
 
 
-def test_an_ablation_that_is_switched_off_trains_nothing(study):
+def test_an_ablation_without_tasks_cannot_train_it(study):
     raw = read_params()
-    raw["ablations"]["rates"] |= {"tasks": [], "variants": [], "figure": "heatmap"}
+    raw["ablations"]["learning_rates"] |= {"tasks": [], "variants": [], "plot": "heatmap"}
     del raw["tasks"]["ar_rates"]
     write_params(raw)
-    assert refused("new", "--from", "qk_d2", "--set", "v=3", "--ablation", "rates") == [
-        "params.yaml: variants.new: belongs to no ablation, so it would not be trained; name it in one or take it out"
-    ]
+    (line,) = refused("new", "--from", "qk_d2", "--set", "conv_v=3", "--ablation", "learning_rates")
+    assert line.startswith("params.yaml: variants.new: ")
+    assert "no ablation" in line
 
 
-def test_an_ablation_that_is_switched_off_does_not_count(study):
+def test_the_default_ablation_is_one_with_tasks(study):
     raw = read_params()
-    raw["ablations"]["rates"]["tasks"] = []
+    raw["ablations"]["learning_rates"]["tasks"] = []
     del raw["tasks"]["ar_rates"]
     write_params(raw)
-    added("k5", "--from", "k", "--set", "k=5")
-    assert read_params()["ablations"]["streams"]["variants"] == ["none", "k", "k5", "qk"]
+    added("k5", "--from", "k", "--set", "conv_k=5")
+    assert read_params()["ablations"]["qkv_subsets"]["variants"] == ["none", "k", "k5", "qk"]
 
 
-def test_a_study_that_is_wrong_already_is_said_to_be(study):
+def test_a_study_with_errors_is_refused(study):
     (study / "params.yaml").write_text(SMOKE.replace("device: cpu", "device: gpu"))
-    assert refused(*D4) == ['params.yaml: device = "gpu": is not auto, cpu, cuda or cuda:N, N from 0 to 99']
+    (line,) = refused(*D4)
+    assert line.startswith('params.yaml: device = "gpu": ')
     (study / "params.yaml").write_text(SMOKE)
     (study / "dvc.yaml").write_text((ROOT / "dvc.yaml").read_text().replace("train_dilation:", "train_holes:"))
     assert any(line.startswith("params.yaml: ablations.dilation: dvc.yaml has no stage for it") for line in refused(*D4))
 
 
 def test_a_dry_run_shows_what_would_be_written(study):
-    said = new_variant(*D4, "--dry-run").stdout
+    output = add_variant(*D4, "--dry-run").stdout
     assert (study / "params.yaml").read_text() == SMOKE
-    patch, _, plan = said.partition("\n\n`dvc repro` will run")
+    patch, _, plan = output.partition("\n\n`dvc repro` will run")
     assert plan in added(*D4)
     written = (study / "params.yaml").read_text()
     (study / "params.yaml").write_text(SMOKE)
@@ -267,36 +271,36 @@ def test_a_dry_run_shows_what_would_be_written(study):
     assert (study / "params.yaml").read_text() == written != SMOKE
 
 
-def test_the_stages_are_those_of_dvc_and_their_times_those_of_the_source(study):
+def test_the_printed_stages_are_dvc_s_and_the_times_the_source_s(study):
     old = cells(load_study())
     for task, text in {"ar": json.dumps({"seconds": 61.2}), "copying": json.dumps({"seconds": 1.5}), "text": "{"}.items():
         (study / "logs" / task).mkdir(parents=True)
         (study / "logs" / task / "k.json").write_text(text)
-    said = added("k5", "--from", "k", "--set", "k=5", "--ablation", "streams")
+    output = added("k5", "--from", "k", "--set", "conv_k=5", "--ablation", "qkv_subsets")
     Repo.init(no_scm=True)
     stages = {stage.addressing for stage in Repo().index.stages}
     after = [stage.addressing for stage in Repo().index.stages if stage.addressing.isalpha() and stage.addressing != "plan"]
-    rows = [line.split(maxsplit=2) for line in said.splitlines() if line.split(maxsplit=1)[:1] and line.split()[0] in stages]
+    rows = [line.split(maxsplit=2) for line in output.splitlines() if line.split(maxsplit=1)[:1] and line.split()[0] in stages]
     assert rows == [
         ["plan"],
-        ["train_streams@ar-k5", "0:01:02", "logs/ar/k.json"],
-        ["train_streams@nar-k5", "unknown", "no time in logs/nar/k.json"],
-        ["train_streams@copying-k5", "0:00:02", "logs/copying/k.json"],
-        ["train_streams@text-k5", "unknown", "no time in logs/text/k.json"],
+        ["train_qkv_subsets@ar-k5", "0:01:02", "logs/ar/k.json"],
+        ["train_qkv_subsets@nar-k5", "unknown", "no time in logs/nar/k.json"],
+        ["train_qkv_subsets@copying-k5", "0:00:02", "logs/copying/k.json"],
+        ["train_qkv_subsets@text-k5", "unknown", "no time in logs/text/k.json"],
         *([f"evaluate@{task}"] for task in ("ar", "nar", "copying", "text")),
         *([stage] for stage in after),
     ]
     assert {row[0] for row in rows if row[0].startswith("train")} == {
         f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in set(cells(load_study())) - set(old)
     }
-    assert said.splitlines()[-1] == (
-        "about 0:01:03 of training and 2 of 4 cells unknown, if a cell takes as long as that of k did;"
-        " starting stages, scoring and drawing come on top"
+    assert output.splitlines()[-1] == (
+        "about 0:01:03 of training and 2 of 4 cells unknown, if each cell takes as long as that of k;"
+        " starting stages, evaluation and figures take more time"
     )
 
 
-def test_no_log_no_estimate(study):
-    said = added(*D4)
-    assert said.splitlines()[-1] == "no time is known: qk_d2 has not been trained here"
-    assert "unknown" not in said
-    assert "\ntrain_dilation@nar-qk_d4\n" in said
+def test_without_logs_there_is_no_estimate(study):
+    output = added(*D4)
+    assert output.splitlines()[-1] == "no time is known: qk_d2 was not trained in this folder"
+    assert "unknown" not in output
+    assert "\ntrain_dilation@nar-qk_d4\n" in output

@@ -1,4 +1,4 @@
-"""`python -m pipeline diff`: what changed since a revision, for a study that may lie in a folder of a repository."""
+"""`python -m pipeline diff`: changes since a revision, for a study in a folder of a repository."""
 
 import json
 import re
@@ -16,19 +16,19 @@ from pipeline.commands.diff import Section, compare, resolve, show
 PARAMETERS = """\
 seeds: [0, 1]
 variants:
-  k:  {position: none, k: 3}
-  qk: {position: none, q: 3, k: 3}
+  k:  {position: none, conv_k: 3}
+  qk: {position: none, conv_q: 3, conv_k: 3}
 ablations:
-  streams: {variants: [k, qk]}
+  qkv_subsets: {variants: [k, qk]}
 """
 METRICS = {
     "k": {"ar": {"accuracy_1x": 0.5, "accuracy_8x": 0.25}, "text": {"bits_per_byte_1x": 3.5}},
     "qk": {"ar": {"accuracy_1x": 1.0, "accuracy_8x": 0.75}},
 }
 VERDICTS = """\
-claim,says,source,verdict,reason,effect,low,high,p,seeds,comparisons,figure
-solves,"k solves recall, always.",paper,supported,k against 1 on ar,-0.25,-0.5,0,0.01,3,8,streams
-null,n/a,ours,undecided,too few seeds: 1 of 3,,,,,3,8,streams
+claim,statement,source,verdict,reason,effect,low,high,p,seeds,comparisons,ablation
+solves,"k solves recall, always.",paper,supported,k against 1 on ar,-0.25,-0.5,0,0.01,3,8,qkv_subsets
+null,n/a,ours,undecided,too few seeds: 1 of 3,,,,,3,8,qkv_subsets
 """
 
 
@@ -55,7 +55,7 @@ def commit():
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A study with a commit, in a folder of its repository, the working folder of the test."""
+    """The working folder: a committed study in a folder of its repository."""
     (tmp_path / "study").mkdir()
     monkeypatch.chdir(tmp_path)
     git("init", "--quiet")
@@ -65,14 +65,14 @@ def study(tmp_path, monkeypatch):
     return tmp_path / "study"
 
 
-def said(*arguments):
+def output_of(*arguments):
     done = CliRunner().invoke(main, ["diff", *arguments])
     assert done.exit_code == 0, done.output
     return done.stdout
 
 
 def refused(*arguments):
-    """The one line of a command that must be refused."""
+    """The one error line of a command that fails."""
     done = CliRunner().invoke(main, ["diff", *arguments])
     assert (done.exit_code, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
@@ -80,24 +80,30 @@ def refused(*arguments):
 
 
 def test_nothing_changed(study):
-    assert said("HEAD") == "parameters: nothing changed\nresults: nothing changed\nverdicts: nothing changed\n"
+    assert output_of("HEAD") == "parameters: nothing changed\nresults: nothing changed\nverdicts: nothing changed\n"
     parts = ["## parameters", "nothing changed", "## results", "nothing changed", "## verdicts", "nothing changed"]
-    assert said("HEAD", "--md") == "\n\n".join(parts) + "\n"
+    assert output_of("HEAD", "--md") == "\n\n".join(parts) + "\n"
 
 
 def test_parameters_by_their_keys(study):
-    new = PARAMETERS.replace("[0, 1]", "[0, 1, 2]").replace("qk: {position: none, q: 3, k: 3}", "qk: {position: rotary, q: 3}")
-    write(new.replace("ablations:", "  v: {position: none, v: 3}\nablations:").replace("  streams: {variants: [k, qk]}", "  {}"))
+    new = PARAMETERS.replace("[0, 1]", "[0, 1, 2]").replace(
+        "qk: {position: none, conv_q: 3, conv_k: 3}", "qk: {position: rotary, conv_q: 3}"
+    )
+    write(
+        new.replace("ablations:", "  v: {position: none, conv_v: 3}\nablations:").replace(
+            "  qkv_subsets: {variants: [k, qk]}", "  {}"
+        )
+    )
     assert compare("HEAD")[0].rows == [
         ("seeds", "[0, 1]", "[0, 1, 2]"),
         ("variants.qk.position", "none", "rotary"),
-        ("variants.qk.k", "3", "-"),
-        ("variants.v", "-", "{position: none, v: 3}"),
-        ("ablations.streams", "{variants: [k, qk]}", "-"),
+        ("variants.qk.conv_k", "3", "-"),
+        ("variants.v", "-", "{position: none, conv_v: 3}"),
+        ("ablations.qkv_subsets", "{variants: [k, qk]}", "-"),
     ]
 
 
-def test_results_by_the_size_of_their_difference(study):
+def test_results_are_sorted_by_the_size_of_their_difference(study):
     k = {"ar": {"accuracy_1x": 0.500001, "accuracy_8x": 0.125}, "text": {"bits_per_byte_1x": 4.0}}
     qk = {"ar": {"accuracy_1x": 1.0000004, "accuracy_8x": 0.75}}
     write(metrics={"k": k, "qk": qk})
@@ -113,7 +119,7 @@ def test_results_by_the_size_of_their_difference(study):
     )
 
 
-def test_cells_and_lengths_that_are_new_or_gone_are_summed_up(study):
+def test_new_and_removed_cells_and_lengths_are_summarised(study):
     both = {"accuracy_1x": 0.5, "accuracy_4x": 0.25}
     write(metrics={"k": {"ar": both, "copying": both}, "qk": {"ar": {"accuracy_1x": 1.0, "accuracy_4x": 0.7}}, "v": {"ar": both}})
     section = compare("HEAD")[1]
@@ -127,9 +133,9 @@ def test_cells_and_lengths_that_are_new_or_gone_are_summed_up(study):
     ]
 
 
-def test_verdicts_that_changed_are_new_or_gone(study):
+def test_changed_new_and_removed_verdicts(study):
     new = VERDICTS.replace("supported,k against 1 on ar,-0.25,-0.5,0,", "contradicted,k against 1 on ar,-0.75,-1,-0.5,")
-    write(verdicts=re.sub("null.*", "other,it may be.,ours,undecided,not significant,0.125,0,1,0.5,3,8,streams", new))
+    write(verdicts=re.sub("null.*", "other,it may be.,ours,undecided,not significant,0.125,0,1,0.5,3,8,qkv_subsets", new))
     assert compare("HEAD")[2].rows == [
         (
             "k solves recall, always. (paper)",
@@ -143,7 +149,7 @@ def test_verdicts_that_changed_are_new_or_gone(study):
     ]
 
 
-def test_a_verdict_that_stands_is_not_told_of_however_its_effect_moved(study):
+def test_an_unchanged_verdict_is_not_listed_even_if_its_effect_moved(study):
     write(verdicts=VERDICTS.replace("-0.25,-0.5", "-0.125,-0.5"))
     assert compare("HEAD")[2].notes == ["nothing changed"]
 
@@ -157,13 +163,13 @@ def test_a_study_without_claims(study):
 
 def test_the_terminal_and_markdown_have_the_same_rows(study, capsys):
     write(
-        PARAMETERS.replace("[0, 1]", "[red]").replace("none, k", "'a|b', k"),
+        PARAMETERS.replace("[0, 1]", "[red]").replace("none, conv_k", "'a|b', conv_k"),
         {"k": METRICS["k"], "v": METRICS["k"]},
         VERDICTS.replace("supported", "contradicted"),
     )
     sections = compare("HEAD")
     show(sections, Console(width=200, color_system=None))
-    terminal, text = capsys.readouterr().out, said("HEAD", "--md")
+    terminal, text = capsys.readouterr().out, output_of("HEAD", "--md")
     for section in sections:
         assert section.rows or section.notes != ["nothing changed"]
         for row in section.rows:
@@ -176,29 +182,31 @@ def test_the_terminal_and_markdown_have_the_same_rows(study, capsys):
 
 def test_an_experiment_by_its_name(study):
     base = git("rev-parse", "HEAD")
-    write(PARAMETERS.replace("k: 3}", "k: 5}"))
+    write(PARAMETERS.replace("conv_k: 3}", "conv_k: 5}"))
     git("add", ".")
     git("commit", "--quiet", "--message", "an experiment")
     git("update-ref", f"refs/exps/{base[:2]}/{base[2:]}/wider-keys", "HEAD")
     git("update-ref", "refs/exps/exec/EXEC_HEAD", "HEAD")
     git("reset", "--quiet", "--hard", base)
-    assert compare("wider-keys")[0].rows == [("variants.k.k", "5", "3"), ("variants.qk.k", "5", "3")]
+    assert compare("wider-keys")[0].rows == [("variants.k.conv_k", "5", "3"), ("variants.qk.conv_k", "5", "3")]
     assert "EXEC_HEAD" in refused("EXEC_HEAD")
 
 
-def test_of_experiments_of_one_name_that_of_this_commit(study):
+def test_of_several_experiments_with_one_name_this_commit_s_is_taken(study):
     bases = [git("rev-parse", "HEAD"), commit(), commit()]
     for base in bases[:2]:
         git("update-ref", f"refs/exps/{base[:2]}/{base[2:]}/twice", base)
     names = [f"refs/exps/{base[:2]}/{base[2:]}/twice" for base in bases[:2]]
-    assert refused("twice") == f"diff: 'twice' is the name of 2 experiments; say which: {', '.join(sorted(names))}"
+    line = refused("twice")
+    assert line.startswith("diff: 'twice' is the name of 2 experiments")
+    assert line.endswith(", ".join(sorted(names)))
     for name, base in zip(names, bases, strict=False):
         assert resolve(name) == base
         git("checkout", "--quiet", base)
         assert resolve("twice") == base
 
 
-def test_a_branch_goes_before_an_experiment(study):
+def test_a_branch_has_priority_over_an_experiment(study):
     base = git("rev-parse", "HEAD")
     other = commit()
     git("branch", "same", base)
@@ -208,7 +216,7 @@ def test_a_branch_goes_before_an_experiment(study):
 
 @pytest.mark.parametrize("revision", ["nowhere", "HEAD:study/params.yaml", "HEAD..HEAD", "-1", ""])
 def test_an_unknown_revision(study, revision):
-    assert refused("--", revision) == f"diff: {revision!r} is neither a revision of git nor an experiment of DVC"
+    assert refused("--", revision) == f"diff: {revision!r} is neither a git revision nor a DVC experiment"
 
 
 def test_no_repository(tmp_path, monkeypatch):
@@ -223,7 +231,7 @@ FILES = ["params.yaml", "verdicts/claims.csv", "reports/metrics"]
 @pytest.mark.parametrize("file", FILES)
 def test_a_file_that_is_missing(study, file):
     shutil.rmtree(file) if Path(file).is_dir() else Path(file).unlink()
-    fault = "has no metrics; `dvc repro` writes them" if file == "reports/metrics" else "No such file or directory"
+    fault = "has no metrics. Fix: run `dvc repro`" if file == "reports/metrics" else "No such file or directory"
     assert refused("HEAD") == f"diff: {file}: {fault}"
     commit()
     write()
@@ -238,7 +246,7 @@ def test_a_file_that_is_missing(study, file):
         ("params.yaml", b"\xff", "'utf-8' codec can't decode byte 0xff"),
         ("reports/metrics/k.json", b"{", "Invalid JSON: EOF while parsing"),
         ("reports/metrics/k.json", b'{"ar": 1}', "Input should be an object"),
-        ("verdicts/claims.csv", b"claim,says\na,b\n", "lacks the column source"),
+        ("verdicts/claims.csv", b"claim,statement\na,b\n", "lacks the column source"),
         ("verdicts/claims.csv", VERDICTS.replace("0.25", "half").encode(), "could not convert string to float: '-half'"),
         ("verdicts/claims.csv", b"a\nb,c\n", "lacks the column claim"),
     ],

@@ -1,4 +1,4 @@
-"""Claims about what there is not: an error where no study has it, a line of `validate` where this one does not."""
+"""Claims that name something unknown: an error if no study can have it, a line of `validate` if only this study lacks it."""
 
 import shutil
 from pathlib import Path
@@ -19,15 +19,15 @@ RAW = YAML(typ="safe").load(ROOT / "claims.yaml")
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """The study's parameters and stages in the working folder."""
+    """params.yaml and dvc.yaml in the working directory."""
     for name in ("params.yaml", "dvc.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
-def ask(command="validate", **changes):
-    """What is said with some keys of claims changed, the grid aside."""
-    raw = {name: {**about, **changes.get(name, {})} for name, about in RAW.items()}
+def lines_of(command="validate", **changes):
+    """The exit code and the error lines of a command after some keys of claims change."""
+    raw = {name: {**claim, **changes.get(name, {})} for name, claim in RAW.items()}
     with Path("claims.yaml").open("w") as file:
         YAML().dump(raw, file)
     result = CliRunner().invoke(main, [command])
@@ -39,78 +39,79 @@ def ask(command="validate", **changes):
     ("change", "line"),
     [
         (
-            {"figure": "streems"},
-            "figure = \"streems\": is not among ablations, and is not cost; did you mean 'streams'?",
+            {"ablation": "qkv_subset"},
+            "ablation = \"qkv_subset\": must be an ablation or cost; did you mean 'qkv_subsets'?",
         ),
-        ({"figure": "zzz"}, 'figure = "zzz": is not among ablations, and is not cost'),
-        ({"metric": "acuracy"}, "metric = \"acuracy\": no task has it; did you mean 'accuracy'?"),
-        ({"metric": "attention_entropy"}, "metric = \"attention_entropy\": no task has it; did you mean 'attention_entropy_1'?"),
+        ({"ablation": "zzz"}, 'ablation = "zzz": must be an ablation or cost'),
+        ({"metric": "acuracy"}, "metric = \"acuracy\": unknown metric; did you mean 'accuracy'?"),
+        ({"metric": "attention_entropy"}, "metric = \"attention_entropy\": unknown metric; did you mean 'attention_entropy_1'?"),
         (
             {"metric": "attention_entropy_0"},
-            "metric = \"attention_entropy_0\": no task has it; did you mean 'attention_entropy_1'?",
+            "metric = \"attention_entropy_0\": unknown metric; did you mean 'attention_entropy_1'?",
         ),
     ],
 )
-def test_what_no_study_has_is_an_error(study, command, change, line):
-    assert ask(command, keys_decide_recall=change) == (2, [f"claims.yaml: keys_decide_recall.{line}"])
+def test_an_unknown_name_is_an_error(study, command, change, line):
+    assert lines_of(command, keys_decide_recall=change) == (2, [f"claims.yaml: keys_decide_recall.{line}"])
     assert not Path("plan").exists()
 
 
-def test_the_figure_of_a_claim_about_another_study_is_nothing_to_this_one(study):
-    assert ask(keys_decide_recall={"figure": "zzz", "tasks": ["art"]}) == (
+def test_a_claim_about_another_study_may_name_its_ablation(study):
+    assert lines_of(keys_decide_recall={"ablation": "zzz", "tasks": ["art"]}) == (
         0,
-        ["claims.yaml: keys_decide_recall: no task art here; did you mean 'ar'?"],
+        ["claims.yaml: keys_decide_recall: this study has no task art; did you mean 'ar'?"],
     )
 
 
-@pytest.mark.parametrize("change", [{}, {"figure": "cost"}, {"metric": "attention_on_answer_2"}])
-def test_nothing_is_said_of_what_can_be_decided(study, change):
-    assert ask(keys_decide_recall=change) == (0, [])
+@pytest.mark.parametrize("change", [{}, {"ablation": "cost"}, {"metric": "attention_on_answer_2"}])
+def test_decidable_claims_print_nothing(study, change):
+    assert lines_of(keys_decide_recall=change) == (0, [])
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"variants": ["kx"]}, "no variant kx here; did you mean 'k'?"),
-        ({"than": ["qkk"]}, "no variant qkk here; did you mean 'qk'?"),
-        ({"tasks": ["nar", "copyng"]}, "no task copyng here; did you mean 'copying'?"),
-        ({"variants": ["qk_l2"]}, "qk_l2 is not trained on ar here"),
-        ({"multiples": [3]}, "no multiple 3 of ar here; there are 0.5, 1, 2, 4, 8, 16"),
-        ({"than": None, "than_multiple": 32}, "no multiple 32 of ar here; there are 0.5, 1, 2, 4, 8, 16"),
-        ({"metric": "bits_per_byte"}, "no bits_per_byte of ar"),
-        ({"seeds": 9}, "3 of 9 seeds here"),
+        ({"variants": ["kx"]}, "this study has no variant kx; did you mean 'k'?"),
+        ({"baseline": ["qkk"]}, "this study has no variant qkk; did you mean 'qk'?"),
+        ({"tasks": ["nar", "copyng"]}, "this study has no task copyng; did you mean 'copying'?"),
+        ({"variants": ["qk_l2"]}, "this study does not train qk_l2 on ar"),
+        ({"multiples": [3]}, "task ar has no multiple 3, only 0.5, 1, 2, 4, 8, 16"),
+        ({"baseline": None, "baseline_multiple": 32}, "task ar has no multiple 32, only 0.5, 1, 2, 4, 8, 16"),
+        ({"metric": "bits_per_byte"}, "task ar has no metric bits_per_byte"),
+        ({"min_seeds": 9}, "this study has 3 seeds, fewer than min_seeds = 9"),
     ],
 )
-def test_what_this_study_does_not_have_is_told_of(study, change, reason):
-    code, said = ask(keys_decide_recall=change)
-    assert (code, said) == (0, [f"claims.yaml: keys_decide_recall: {reason}"])
+def test_what_this_study_lacks_is_reported(study, change, reason):
+    assert lines_of(keys_decide_recall=change) == (0, [f"claims.yaml: keys_decide_recall: {reason}"])
 
 
-def test_more_than_a_few_are_counted_and_named(study):
+def test_many_undecidable_claims_are_one_line(study):
     names = list(RAW)[:6]
-    wrong = {name: {"seeds": 9} for name in names}
-    assert ask(**wrong) == (
+    wrong = {name: {"min_seeds": 9} for name in names}
+    assert lines_of(**wrong) == (
         0,
-        [f"claims.yaml: 6 of {len(RAW)} claims cannot be decided by this study: {', '.join(names)}"],
+        [f"claims.yaml: this study cannot decide 6 of {len(RAW)} claims: {', '.join(names)}"],
     )
-    all_of_them = {name: {"seeds": 9} for name in RAW}
-    assert ask(**all_of_them) == (0, [f"claims.yaml: none of its {len(RAW)} claims can be decided by this study"])
+    all_wrong = {name: {"min_seeds": 9} for name in RAW}
+    assert lines_of(**all_wrong) == (0, [f"claims.yaml: this study can decide none of the {len(RAW)} claims"])
     del wrong[names[0]]
-    assert ask(**wrong) == (0, [f"claims.yaml: {name}: 3 of 9 seeds here" for name in names[1:]])
+    assert lines_of(**wrong) == (
+        0,
+        [f"claims.yaml: {name}: this study has 3 seeds, fewer than min_seeds = 9" for name in names[1:]],
+    )
 
 
-def test_the_stage_says_nothing_of_what_is_undecided(study):
-    assert ask("plan", keys_decide_recall={"variants": ["kx"]}) == (0, [])
+def test_plan_does_not_print_undecidable_claims(study):
+    assert lines_of("plan", keys_decide_recall={"variants": ["kx"]}) == (0, [])
 
 
 @pytest.mark.parametrize("folder", [ROOT, *sorted((ROOT / "presets" / "results").glob("*-*"))], ids=lambda folder: folder.name)
-def test_the_metrics_are_those_of_the_results(folder):
-    """A metric that evaluation came to write could not be claimed of otherwise."""
+def test_claims_may_use_every_metric_of_the_results(folder):
     goals = {}
     for path in sorted((folder / "results").glob("*.csv")):
         found = set(pd.read_csv(path)["metric"])
         goal = "loss" if "bits_per_byte" in found else "accuracy"
-        goals[goal] = goals.get(goal, set()) | {metric for metric in found if not claims.OF_A_LAYER.fullmatch(metric)}
+        goals[goal] = goals.get(goal, set()) | {metric for metric in found if not claims.LAYER_METRIC.fullmatch(metric)}
     assert goals
     for goal, found in goals.items():
         assert found <= set(claims.METRICS[goal])
@@ -118,5 +119,5 @@ def test_the_metrics_are_those_of_the_results(folder):
 
 
 @pytest.mark.parametrize("file", ["params.yaml", *(f"presets/{path.name}" for path in (ROOT / "presets").glob("*.yaml"))])
-def test_every_preset_has_the_figures_of_the_claims(file):
+def test_the_claims_fit_every_preset(file):
     claims.check(claims.load(ROOT / "claims.yaml"), load_study(ROOT / file))

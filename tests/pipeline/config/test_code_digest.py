@@ -1,8 +1,11 @@
-"""What DVC is told of the code of a stage: all that it runs, nothing else, and nothing that only people read."""
+"""Code digests cover all code that a stage runs, nothing else, and no comments or docstrings."""
+
+import functools
 
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.config import code_digest
 from pipeline.config.code_digest import ROOT, module_digest, modules_reached, read_source
 from pipeline.config.load import load_study
 from pipeline.stages.plan import PLAN, stage_modules, write
@@ -25,11 +28,6 @@ class Sized:
 '''
 
 
-def digest_of(text):
-    """What counts of a source: its code and its imports."""
-    return read_source(text)
-
-
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -40,22 +38,22 @@ def digest_of(text):
         ("\n\n\n", "\n"),
     ],
 )
-def test_what_only_people_read_changes_no_digest(old, new):
+def test_comments_docstrings_and_blank_lines_do_not_change_the_digest(old, new):
     assert old in SOURCE
-    assert digest_of(SOURCE.replace(old, new)) == digest_of(SOURCE)
+    assert read_source(SOURCE.replace(old, new)) == read_source(SOURCE)
 
 
 @pytest.mark.parametrize(("old", "new"), [("2 * x", "3 * x"), ("return 2", 'return "# 2"'), ("size = 3", 'size = "three"')])
-def test_what_is_run_changes_the_digest(old, new):
+def test_code_changes_the_digest(old, new):
     assert old in SOURCE
-    assert digest_of(SOURCE.replace(old, new)) != digest_of(SOURCE)
+    assert read_source(SOURCE.replace(old, new)) != read_source(SOURCE)
 
 
-def test_a_hash_in_a_string_is_no_comment():
-    assert digest_of('a = "b#c"') != digest_of('a = "b#d"')
+def test_a_hash_sign_in_a_string_is_not_a_comment():
+    assert read_source('a = "b#c"') != read_source('a = "b#d"')
 
 
-def test_what_is_imported_is_reached_but_for_declarations():
+def test_imports_are_reached_except_declarations():
     assert modules_reached(["cat.mixers.delta.layer"]) == {
         "cat.mixers.base",
         "cat.mixers.delta.layer",
@@ -78,7 +76,7 @@ def test_what_is_imported_is_reached_but_for_declarations():
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A project of two modules, of which the first imports the second."""
+    """A function that writes modules and returns the digest of `cat.first`, which imports `cat.second`."""
     monkeypatch.setattr("pipeline.config.code_digest.ROOT", tmp_path)
     module_digest.cache_clear()
 
@@ -97,7 +95,7 @@ def package(tmp_path, monkeypatch):
 USE = "import math\n{}\n\ndef first():\n    return math.pi * second()\n"
 
 
-def test_a_module_that_moves_changes_no_digest(package):
+def test_moving_a_module_does_not_change_the_digest(package):
     before = package(cat__first=USE.format("from cat.second import second"), cat__second="def second():\n    return 2\n")
     moved = USE.format("from cat.room.deeper.second import second")
     assert package(cat__first=moved, cat__room__deeper__second="def second():\n    return 2\n") == before
@@ -107,35 +105,36 @@ def test_a_module_that_moves_changes_no_digest(package):
 
 
 @pytest.mark.parametrize("use", [USE, "def first():\n    {}\n    return second()\n"])
-def test_what_an_import_runs_changes_the_digest_late_or_not(package, use):
+def test_imported_code_changes_the_digest_also_inside_a_function(package, use):
     before = package(cat__first=use.format("from cat.second import second"), cat__second="def second():\n    return 2\n")
     assert package(cat__second="def second():\n    return 2  # two\n") == before
     assert package(cat__second="def second():\n    return 3\n") != before
 
 
-def test_another_name_of_the_same_module_changes_the_digest(package):
+def test_importing_another_name_changes_the_digest(package):
     text = "def second():\n    return 2\n\n\ndef third():\n    return 3\n"
     before = package(cat__first=USE.format("from cat.second import second"), cat__second=text)
     assert package(cat__first=USE.format("from cat.second import third as second")) != before
 
 
-def test_an_import_for_types_is_nothing_to_the_digest(package):
+def test_an_import_for_type_checking_does_not_change_the_digest(package):
     typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from cat.second import second\n"
     before = package(cat__first=typed, cat__second="def second():\n    return 2\n")
     assert package(cat__second="def second():\n    return 3\n") == before
 
 
-def test_modules_named_after_their_package_are_found():
+def test_modules_in_packages_are_found():
     assert {"pipeline.runtime.workers", "pipeline.storage.runs"} <= modules_reached(["pipeline.stages.train"])
 
 
-def test_only_the_cell_of_a_theorem_depends_on_the_theory():
+def test_training_does_not_depend_on_the_theory():
     assert "cat.theory" not in modules_reached(["pipeline.stages.train"])
 
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(code_digest, "_read", functools.cache(code_digest._read))  # the sources do not change
     write_params(YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml"))
 
     def planned():
@@ -145,35 +144,35 @@ def plan(tmp_path, monkeypatch):
     return planned
 
 
-def test_a_variant_is_trained_again_for_its_own_mixer_alone(plan):
+def test_a_variant_depends_only_on_its_own_mixer(plan):
     plan()
     reached = {name: modules_reached(modules) for name, modules in stage_modules(load_study()).items()}
     users = {name for name, modules in reached.items() if "cat.mixers.mamba.layer" in modules}
     assert users == {"train/mamba", "train/mamba_qk", "evaluate/ar", "evaluate/text"}
-    assert "cat.theory" in reached["train/theory"]
+    assert "cat.theory" in reached["train/construction"]
     assert "cat.tasks.text" in reached["generate/text"]
-    assert not any("cat.tasks.text" in reached[f"train/{variant}"] for variant in ("k", "mamba", "theory"))
+    assert not any("cat.tasks.text" in reached[f"train/{variant}"] for variant in ("k", "mamba", "construction"))
 
 
-def test_a_new_cell_changes_the_evaluation_of_its_task_alone(plan):
+def test_a_new_cell_changes_only_the_evaluation_of_its_task(plan):
     before = plan()
     edit(**{"variants.added": dict(read_params()["variants"]["k"])})
-    edit(**{"ablations.kinds.variants": ["qk_channel", "qk_mixing", "qk_network", "added"]})
+    edit(**{"ablations.parametrization.variants": ["qk_channel", "qk_mixing", "qk_network", "added"]})
     after = plan()
     assert {name for name in after if after[name] != before.get(name)} == {"train/added.txt", "evaluate/nar.txt", "render.txt"}
 
 
-def test_what_a_configuration_leaves_to_defaults_is_listed_and_what_is_off_is_not(plan):
+def test_defaults_are_listed_unless_they_are_off(plan):
     def defaults(name):
         return [line for line in plan()[name].splitlines() if ": " in line]
 
-    assert defaults("train/mamba.txt") == ["activation: gelu", "norm: layer", "expand: 2", "state: 16", "conv: 4"]
+    assert defaults("train/mamba.txt") == ["activation: gelu", "norm: layer", "expand: 2", "state: 16", "conv_size: 4"]
     edit(**{"variants.mamba.state": 8})
-    assert defaults("train/mamba.txt") == ["activation: gelu", "norm: layer", "expand: 2", "conv: 4"]
+    assert defaults("train/mamba.txt") == ["activation: gelu", "norm: layer", "expand: 2", "conv_size: 4"]
     assert defaults("generate/text.txt") == ["tokens: bytes"]
 
 
-def test_figures_are_drawn_anew_when_variants_change_places(plan):
+def test_a_new_order_of_variants_redraws_the_figures(plan):
     before = plan()
     raw = read_params()
     raw["variants"] = dict(reversed(raw["variants"].items()))
@@ -183,18 +182,18 @@ def test_figures_are_drawn_anew_when_variants_change_places(plan):
     assert all(after[name] == before[name] for name in after if name.startswith("train/"))
 
 
-def test_a_theorem_s_weights_are_prescribed_again_for_other_lengths_and_nothing_is_trained(plan):
+def test_other_lengths_rebuild_the_construction_and_retrain_nothing(plan):
     before = plan()
-    edit(**{"tasks.copying.data.test": 31, "tasks.copying.data.multiples": [1, 2, 8]})
+    edit(**{"tasks.copying.data.test_examples": 31, "tasks.copying.data.multiples": [1, 2, 8]})
     after = plan()
-    assert {name for name in after if after[name] != before[name]} == {"train/theory.txt"}
-    edit(**{"tasks.copying.data.test": 30, "tasks.copying.data.multiples": [0.5, 1, 2, 8]})
+    assert {name for name in after if after[name] != before[name]} == {"train/construction.txt"}
+    edit(**{"tasks.copying.data.test_examples": 30, "tasks.copying.data.multiples": [0.5, 1, 2, 8]})
     assert plan() == after
 
 
 def test_the_schema_is_the_same_for_every_study(plan):
     plan()
     before = (PLAN.parent / "params.schema.json").read_text()
-    edit(seeds=[4], **{"variants.k.k": 2})
+    edit(seeds=[4], **{"variants.k.conv_k": 2})
     plan()
     assert (PLAN.parent / "params.schema.json").read_text() == before

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cat.evaluation.by_position import bins, loss_by_position, sample
+from cat.evaluation.by_position import bin_ends, loss_by_position, scored_windows
 from cat.evaluation.scores import Split, token_scores
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
@@ -60,8 +60,8 @@ def read_results():
 
 def test_bits_by_position_are_those_of_all_tokens_of_a_bin(study):
     table = pd.read_csv("results/positions/text.csv")
-    examples, ends = read_split("text", "test_64"), bins(TRAINED, 64)
-    assert len(sample(32, 64)) == 32
+    examples, ends = read_split("text", "test_64"), bin_ends(TRAINED, 64)
+    assert len(scored_windows(32, 64)) == 32
     assert ends == [8, 16, 24, 32, 40, 48, 56, 64]
     with np.load("heldout/text/spans.npz") as spans:
         size, unknown = spans["bytes"].astype(float), spans["unknown"].astype(float)

@@ -1,4 +1,4 @@
-"""`deterministic: true` gives the same bits on CPUs with other instructions; without it they differ, or this shows nothing."""
+"""`deterministic: true` gives the same bits on CPUs with other instruction sets; without it the bits differ."""
 
 import hashlib
 import os
@@ -13,22 +13,22 @@ import torch
 from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study
 
 OTHER_CPU = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-"""As PyTorch and MKL compute on a machine that lacks what this one has."""
-several_kinds = pytest.mark.skipif(
+"""Makes PyTorch and MKL compute as on a CPU with fewer instructions."""
+needs_newer_cpu = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX") or sys.platform != "linux",
-    reason="this CPU has nothing that another one could lack",
+    reason="this CPU has only the basic instruction set",
 )
 
 
 STAGES = (("train", "copying", "none"), ("train", "copying", "qk"), ("evaluate", "copying"))
 
 
-def digests(*more, **environment):
-    """Of all that stages write of what is trained, evaluated, and what `more` of them make of it, each in its own process."""
+def digests(*more_stages, **environment):
+    """Run STAGES and more stages, each in its own process, and return the digests of all files that they write."""
     for folder in ("runs", "results", "checkpoints", "verdicts", "reports"):
         shutil.rmtree(folder, ignore_errors=True)
     clean = {key: value for key, value in os.environ.items() if key not in OTHER_CPU}
-    for arguments in (*STAGES, *more):
+    for arguments in (*STAGES, *more_stages):
         command = [sys.executable, "-m", "pipeline", *arguments]
         subprocess.run(command, env={**clean, "PYTHONPATH": str(ROOT), **environment}, check=True, capture_output=True)
     written = [path for folder in ("results", "verdicts", "reports") for path in Path(folder).rglob("*") if path.is_file()]
@@ -40,31 +40,31 @@ def digests(*more, **environment):
 def study(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_study(tmp_path, tasks=["copying"])
-    lines = {name: read_params()["variants"][name] for name in ("none", "qk")}
-    question = {"question": "?", "tasks": ["copying"], "variants": list(lines), "figure": "lines"}
-    edit(variants=lines, ablations={"streams": question})
+    variants = {name: read_params()["variants"][name] for name in ("none", "qk")}
+    ablation = {"question": "?", "tasks": ["copying"], "variants": list(variants), "plot": "lines"}
+    edit(variants=variants, ablations={"qkv_subsets": ablation})
     Path("dvc.yaml").unlink()
     stage("plan")
     stage("generate", "copying")
 
 
-@several_kinds
-def test_bits_depend_on_the_kind_of_cpu_unless_they_are_pinned(study):
+@needs_newer_cpu
+def test_bits_depend_on_the_cpu_unless_deterministic(study):
     assert digests() != digests(**OTHER_CPU)
     edit(deterministic=True)
     assert digests() == digests(**OTHER_CPU)
 
 
-def test_time_zone_locale_hashes_and_threads_change_nothing(study):
-    more = (("judge",), ("render",))
-    here = digests(*more, TZ="UTC")
-    elsewhere = {"TZ": "Asia/Kolkata", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "3"}
-    edit(threads=2)
-    assert {"reports/svg/streams.svg", "verdicts/claims.csv", "results/copying.csv"} <= here.keys()
-    assert digests(*more, **elsewhere) == here
+def test_time_zone_locale_hash_seed_and_parallel_runs_change_nothing(study):
+    more_stages = (("judge",), ("render",))
+    expected = digests(*more_stages, TZ="UTC")
+    other_environment = {"TZ": "Asia/Kolkata", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "3"}
+    edit(parallel_runs=2)
+    assert {"reports/figures/qkv_subsets.svg", "verdicts/claims.csv", "results/copying.csv"} <= expected.keys()
+    assert digests(*more_stages, **other_environment) == expected
 
 
-def test_pinning_comes_too_late_once_torch_is_there(study):
+def test_the_environment_must_be_set_before_torch_is_imported(study):
     edit(deterministic=True)
-    with pytest.raises(RuntimeError, match="before it was pinned"):
+    with pytest.raises(RuntimeError, match="before the deterministic environment"):
         stage("train", "copying", "none")

@@ -1,4 +1,4 @@
-"""Many cells at a time: what `dvc repro` makes, to the byte; failures that stay alone; nothing recorded that is not so."""
+"""Parallel training gives the bytes of `dvc repro`, isolates failures and records only cells that are up to date."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from pipeline.config.load import load_study
 from pipeline.runtime import workers
 from pipeline.runtime.devices import made_on
 from pipeline.runtime.processes import available
-from pipeline.scheduling import scheduler
+from pipeline.scheduling import dvc_internals, scheduler
 from pipeline.scheduling.dvc_internals import exclusive_run, reproduce
 from pipeline.scheduling.progress import Progress
 from pipeline.storage.files import read_json
@@ -41,16 +41,16 @@ def dvc(*arguments):
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
-    """A tiny study under DVC, its plan and data there, nothing trained."""
+    """A tiny study under DVC with plan and data, not trained."""
     folder = tmp_path_factory.mktemp("planned")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         tiny_study(folder, tasks=["copying"])
         raw = read_params()
         for name, ablation in raw["ablations"].items():
-            ablation["variants"] = ablation["variants"][:2] if name == "streams" else []
+            ablation["variants"] = ablation["variants"][:2] if name == "qkv_subsets" else []
             ablation["tasks"] = ["copying"] if ablation["variants"] else []
-            ablation |= {"beside": [], "across": []}
+            ablation |= {"reference_variants": [], "reference_tasks": []}
         raw["variants"] = {n: v for n, v in raw["variants"].items() if any(n in a["variants"] for a in raw["ablations"].values())}
         write_params(raw)
         for package in ("cat", "pipeline"):
@@ -65,7 +65,7 @@ def planned(tmp_path_factory):
 
 @pytest.fixture
 def study(planned, tmp_path, monkeypatch):
-    """A copy of it to run, the working folder of the test; the commands of its stages find this Python first."""
+    """A copy of the planned study as working folder; its stages run with this Python."""
     shutil.copytree(planned, tmp_path / "study")
     monkeypatch.chdir(tmp_path / "study")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
@@ -85,20 +85,20 @@ def test_parallel_and_serial_give_the_same_lock_and_results(study, tmp_path):
     assert dvc("status") == "Data and pipelines are up to date.\n"
 
 
-def test_other_test_sequences_train_nothing_again(study):
+def test_changed_test_splits_do_not_retrain(study):
     scheduler.run(jobs=2)
-    for others in ({"test": 31}, {"multiples": [1, 2, 3]}):
-        edit(**{f"tasks.copying.data.{key}": value for key, value in others.items()})
+    for changes in ({"test_examples": 31}, {"multiples": [1, 2, 3]}):
+        edit(**{f"tasks.copying.data.{key}": value for key, value in changes.items()})
         assert not [name for name in json.loads(dvc("status", "--json")) if name.startswith("train_")]
         assert sorted(ran()) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"]
 
 
 def ran():
-    """The stages that `dvc repro` runs."""
+    """Run `dvc repro` and return the stages that it ran."""
     return re.findall(r"^Running stage '(.+)':$", dvc("repro"), flags=re.MULTILINE)
 
 
-def test_the_report_and_the_store_are_made_where_they_are_lost_or_of_something_else(study):
+def test_the_report_and_the_store_are_rebuilt_if_lost_or_outdated(study):
     scheduler.run(jobs=2)
     stamp, lock, report = (Path(name).read_bytes() for name in ("mlartifacts/stamp", "dvc.lock", "reports/report.md"))
     Path("mlflow.db").unlink()
@@ -106,7 +106,7 @@ def test_the_report_and_the_store_are_made_where_they_are_lost_or_of_something_e
     assert ran() == ["publish"]
     assert Path("mlflow.db").exists()
     text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text + "# A remark.\n")
+    Path("params.yaml").write_text(text + "# A comment.\n")
     assert ran() == ["plan", "publish"]
     assert Path("mlartifacts/stamp").read_bytes() != stamp
     assert Path("reports/report.md").read_bytes() != report
@@ -115,52 +115,50 @@ def test_the_report_and_the_store_are_made_where_they_are_lost_or_of_something_e
     assert (Path("mlartifacts/stamp").read_bytes(), Path("dvc.lock").read_bytes()) == (stamp, lock)
 
 
-def test_a_folder_without_the_stages_of_a_study_is_refused(study):
+def test_a_folder_without_stages_is_refused(study):
     Path("dvc.yaml").unlink()
-    with pytest.raises(ValueError, match=r"^dvc\.yaml has no stages of a study in this folder$"):
+    with pytest.raises(ValueError, match=r"^dvc\.yaml: has no stages"):
         scheduler.run(jobs=2)
 
 
-def test_another_pipeline_in_a_folder_below_is_left_alone_as_dvc_does(study):
+def test_a_pipeline_in_a_subfolder_is_ignored(study):
     Path("other").mkdir()
     Path("other/dvc.yaml").write_text("stages: {plan: {cmd: python -c 1/0}, more: {cmd: python -c 1/0}}\n")
     scheduler.run(jobs=2)
     assert ran() == []
 
 
-def test_only_what_is_stale_is_trained_and_what_the_cache_has_is_restored(study):
+def test_only_stale_cells_are_trained_and_cached_cells_are_restored(study):
     study = load_study()
-    named = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
-    assert [s.stage for s in scheduler.stale_cells()] == named
+    names = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
+    assert [s.stage for s in scheduler.stale_cells()] == names
     scheduler.run(jobs=2)
     assert scheduler.stale_cells() == []
-    edit(**{"variants.k.k": 2})
+    edit(**{"variants.k.conv_k": 2})
     stage("plan")
     (changed,) = scheduler.stale_cells()
     assert changed.cell[:2] == ("copying", "k")
-    edit(**{"variants.k.k": 3})
+    edit(**{"variants.k.conv_k": 3})
     stage("plan")
     shutil.rmtree("runs/copying/k")
-    assert scheduler.stale_cells() == []  # DVC has it
+    assert scheduler.stale_cells() == []  # in DVC's cache
     scheduler.run(jobs=2)
     assert Path("runs/copying/k/summary.json").exists()
 
 
-def test_a_cell_that_torchrun_has_trained_is_given_to_dvc(study):
+def test_a_cell_trained_by_torchrun_can_be_committed_to_dvc(study):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pipeline", "train", "copying", "k"]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert read_json(Path("runs/copying/k/summary.json"))["device"] == f"2 x {made_on(CPU)}"
-    dvc("commit", "--force", "train_streams@copying-k")
-    assert "up to date" in dvc("status", "train_streams@copying-k")
+    dvc("commit", "--force", "train_qkv_subsets@copying-k")
+    assert "up to date" in dvc("status", "train_qkv_subsets@copying-k")
     assert [stale.cell.variant for stale in scheduler.stale_cells()] == ["none"]
 
 
-def test_a_cell_that_fails_is_reported_while_the_others_are_recorded(study, monkeypatch):
-    monkeypatch.setattr(scheduler, "_run", breaks_on_k)
-    with pytest.raises(
-        scheduler.FailedCellsError, match=r"train_streams@copying-k: no such luck \(see logs/copying/k.error.txt\)"
-    ):
+def test_a_failed_cell_is_reported_and_the_others_are_recorded(study, monkeypatch):
+    monkeypatch.setattr(scheduler, "_run", fails_on_k)
+    with pytest.raises(scheduler.FailedCellsError, match=r"@copying-k: no such luck \(see logs/copying/k.error.txt\)"):
         scheduler.run(jobs=2)
     assert "ZeroDivisionError: no such luck" in Path("logs/copying/k.error.txt").read_text()
     assert not Path("runs/copying/k").exists()
@@ -172,25 +170,25 @@ def test_a_cell_that_fails_is_reported_while_the_others_are_recorded(study, monk
     assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
 
 
-def breaks_on_k(cell_and_jobs, device, report):
+def fails_on_k(cell_and_jobs, device, report):
     if cell_and_jobs[0].variant == "k":
         raise ZeroDivisionError("no such luck")
-    return scheduler._run(cell_and_jobs, device, report)  # in this process, it is what it was
+    return scheduler._run(cell_and_jobs, device, report)  # in a worker process it is not patched
 
 
-def test_a_cell_whose_parameters_change_meanwhile_is_not_recorded(study, monkeypatch):
+def test_a_cell_whose_parameters_change_during_training_is_not_recorded(study, monkeypatch):
     train = scheduler.train
 
     def edits(*arguments):
         yield from train(*arguments)
-        edit(**{"variants.k.k": 2})
+        edit(**{"variants.k.conv_k": 2})
 
     monkeypatch.setattr(scheduler, "train", edits)
     scheduler.run(jobs=2)
-    assert read_json(Path("runs/copying/k/summary.json"))["model"]["config"]["k"] == 2
+    assert read_json(Path("runs/copying/k/summary.json"))["model"]["config"]["conv_k"] == 2
 
 
-def test_what_is_trained_is_recorded_when_the_study_is_interrupted(study, monkeypatch):
+def test_trained_cells_are_recorded_when_the_study_is_interrupted(study, monkeypatch):
     train = scheduler.train
 
     def interrupted(*arguments):
@@ -206,85 +204,87 @@ def test_what_is_trained_is_recorded_when_the_study_is_interrupted(study, monkey
 
 
 @pytest.mark.parametrize(("ending", "code", "last"), [(workers.Stopped, 130, "interrupted"), (ValueError("lost"), 2, "lost")])
-def test_what_has_failed_is_told_of_when_the_study_is_interrupted(study, monkeypatch, ending, code, last):
+def test_failed_cells_are_reported_when_the_study_is_interrupted(study, monkeypatch, ending, code, last):
     def interrupted(stale, *_):
         yield stale[1], "no such luck (see logs/copying/k.error.txt)"
         raise ending
 
     monkeypatch.setattr(scheduler, "train", interrupted)
     result = CliRunner().invoke(main, ["run", "--jobs", "1"])
-    failed = ["failed:", "train_streams@copying-k: no such luck (see logs/copying/k.error.txt)"]
+    failed = ["failed:", "train_qkv_subsets@copying-k: no such luck (see logs/copying/k.error.txt)"]
     assert result.exit_code == code
     assert result.stderr.splitlines()[-3:] == [*failed, f"run: {last}"]
 
 
-def test_nothing_is_trained_while_what_is_done_is_recorded(study):
+def test_recording_does_not_train(study):
     (none, k) = scheduler.stale_cells()
     assert [failure for _, failure in scheduler.train([none, k], [CPU])] == [None, None]
     before = Path("runs/copying/k/summary.json").read_bytes()
-    edit(**{"variants.k.k": 2})
+    edit(**{"variants.k.conv_k": 2})
     given = {cell.stage: cell.declared for cell in (none, k)}
     reproduce(given, given)
     assert Path("runs/copying/k/summary.json").read_bytes() == before
     assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
 
 
-def test_what_is_trained_is_recorded_now_and_then(study, monkeypatch):
+def test_trained_cells_are_recorded_from_time_to_time(study, monkeypatch):
     recorded = []
-    monkeypatch.setattr(scheduler, "RECORDED", 0)
-    monkeypatch.setattr(scheduler, "SPARING", 0)
+    monkeypatch.setattr(scheduler, "RECORD_INTERVAL", 0)
+    monkeypatch.setattr(scheduler, "RECORD_RATIO", 0)
     monkeypatch.setattr(scheduler, "reproduce", lambda *a: recorded.append(list(a[0] or ())) or reproduce(*a))
     scheduler.run(jobs=2)
     assert recorded[0] == ["plan", "generate"]
-    assert sorted(recorded[1:3]) == [["train_streams@copying-k"], ["train_streams@copying-none"]]
+    assert sorted(recorded[1:3]) == [["train_qkv_subsets@copying-k"], ["train_qkv_subsets@copying-none"]]
     assert recorded[3:] == [[]]
     assert ran() == []
 
 
 def test_recording_takes_a_small_part_of_the_time(study, monkeypatch):
     recorded = []
-    monkeypatch.setattr(scheduler, "RECORDED", 0)
+    monkeypatch.setattr(scheduler, "RECORD_INTERVAL", 0)
     monkeypatch.setattr(scheduler, "reproduce", lambda *a: recorded.append(list(a[0] or ())) or time.sleep(0.1))
     monkeypatch.setattr(scheduler, "train", lambda *_: ((cell, None) for cell in scheduler.stale_cells()))
     scheduler.run(jobs=2)
-    assert recorded == [["plan", "generate"], ["train_streams@copying-none"], []]
+    assert recorded == [["plan", "generate"], ["train_qkv_subsets@copying-none"], []]
 
 
 def test_params_are_parsed_once_and_again_when_they_change(study, monkeypatch):
     reads = []
-    read = scheduler.param.read_param_file
-    monkeypatch.setattr(scheduler.param, "read_param_file", lambda *a, **k: reads.append(a) or read(*a, **k))
+    read = dvc_internals.param.read_param_file
+    monkeypatch.setattr(dvc_internals.param, "read_param_file", lambda *a, **k: reads.append(a) or read(*a, **k))
     before = [cell.declared for cell in scheduler.stale_cells()]
     assert len(reads) == 1
-    edit(**{"variants.k.k": 2})
+    edit(**{"variants.k.conv_k": 2})
     after = [cell.declared for cell in scheduler.stale_cells()]
     assert len(reads) == 2
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
 
 
 def test_parameters_that_change_while_they_are_read_are_refused(study, monkeypatch):
-    monkeypatch.setattr(scheduler, "_restorable", lambda *_: edit(**{"variants.k.k": 2}) or False)
-    with pytest.raises(ValueError, match=r"params.yaml was changed while it was read; run it again"):
+    monkeypatch.setattr(dvc_internals, "is_restorable", lambda *_: edit(**{"variants.k.conv_k": 2}) or False)
+    with pytest.raises(ValueError, match=r"params.yaml: changed while it was read"):
         scheduler.stale_cells()
 
 
-def test_two_at_once_are_refused_in_words(study):
-    with exclusive_run(), pytest.raises(ValueError, match="another `python -m pipeline run` is at work in this folder"):
+def test_two_runs_at_once_are_refused(study):
+    with exclusive_run(), pytest.raises(ValueError, match="another `python -m pipeline run` is running in this folder"):
         scheduler.run()
 
 
-def test_a_job_that_raises_or_is_killed_fails_alone():
-    told = []
-    outcomes = dict(workers.run_jobs(unlucky, range(1, 10), devices=[CPU, CPU], method="fork", report=lambda *a: told.append(a)))
+def test_if_a_job_raises_or_is_killed_the_others_continue():
+    reports = []
+    outcomes = dict(
+        workers.run_jobs(fails_on_2_and_4, range(1, 10), devices=[CPU, CPU], method="fork", report=lambda *a: reports.append(a))
+    )
     assert isinstance(outcomes.pop(1).error, ValueError)
-    assert str(outcomes.pop(3).error) == "its process ended by signal SIGKILL, as when memory runs out"
+    assert "signal SIGKILL" in str(outcomes.pop(3).error)
     assert outcomes == {job: (job + 1) ** 2 for job in (0, 2, 4, 5, 6, 7, 8)}
-    assert sorted(told) == [(i, i + 1) for i in range(9)]
+    assert sorted(reports) == [(i, i + 1) for i in range(9)]
 
 
-def unlucky(number, device, report):
+def fails_on_2_and_4(number, device, report):
     report(number)
-    time.sleep(0.05)  # so that the end of a process is noticed while there is still something to do
+    time.sleep(0.05)  # so that the end of a process is noticed while jobs are left
     if number == 2:
         raise ValueError("two is even")
     if number == 4:
@@ -296,7 +296,7 @@ def test_processes_end_with_the_one_that_started_them(tmp_path):
     script = (
         "import torch; from pipeline.runtime import workers; from tests.pipeline.scheduling.test_scheduler import waits\n"
         "devices = [torch.device('cpu')] * 2\n"
-        f"for _ in compute.work(waits, [{str(tmp_path)!r}] * 2, devices=devices, method='fork', report=print): pass"
+        f"for _ in workers.run_jobs(waits, [{str(tmp_path)!r}] * 2, devices=devices, method='fork', report=print): pass"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     deadline = time.monotonic() + 60
@@ -323,29 +323,29 @@ def alive(pid):
         return False
 
 
-def test_processes_are_spread_over_the_gpus():
+def test_processes_are_distributed_over_the_gpus():
     gpus = [torch.device("cuda", 0), torch.device("cuda", 1)]
     assert scheduler.assign(gpus, 5) == [gpus[0], gpus[1], gpus[0], gpus[1], gpus[0]]
     assert scheduler.assign(gpus, None) == gpus
     assert scheduler.assign([CPU], None) == [CPU] * available()
 
 
-def test_progress_shows_what_is_in_work_and_says_what_has_ended(study):
+def test_progress_shows_running_and_finished_cells(study):
     (none, k) = (stage.cell for stage in scheduler.stale_cells())
-    said = io.StringIO()
-    with Progress([none, k], 2, Console(file=said, width=100)) as progress:
+    output = io.StringIO()
+    with Progress([none, k], 2, Console(file=output, width=100)) as progress:
         progress.advance(none, 2, validation_record(2, [2.5], [1.0], 3.5, 0.25, None))
-        shown = io.StringIO()
-        Console(file=shown, width=100).print(progress.table())
-        assert re.search(r"copying none +2 of 10 +2.500 +0.250 +0:00 *\n0 of 2 cells, 10% of the steps", shown.getvalue())
-        assert "copying k" not in shown.getvalue()
+        table = io.StringIO()
+        Console(file=table, width=100).print(progress.table())
+        assert re.search(r"copying none +2 of 10 +2.500 +0.250 +0:00 *\n0 of 2 cells, 10% of the steps", table.getvalue())
+        assert "copying k" not in table.getvalue()
         progress.end(
             none, 1.25, [validation_record(2, [loss], [1.0], 3.5, accuracy, None) for loss, accuracy in ((2.0, 0.5), (1.0, 1.0))]
         )
-        progress.end(none, 9.0, [])  # once is enough
+        progress.end(none, 9.0, [])  # reported only once
         progress.fail(k)
         progress.fail(k)
-    assert said.getvalue().splitlines() == [
+    assert output.getvalue().splitlines() == [
         "2 cells to train, 2 runs at a time",
         "[1/2] copying none: trained in 1.2 s, loss 1.500, accuracy 0.750",
         "[2/2] copying k: failed",

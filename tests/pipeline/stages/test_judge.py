@@ -1,4 +1,4 @@
-"""Verdicts on planted results: each way to each verdict; chance decides nothing; bad claims are refused in one line."""
+"""Verdicts on planted results: every test and every verdict; noise decides nothing; bad claims give one-line errors."""
 
 import itertools
 import math
@@ -21,37 +21,38 @@ from pipeline.config.load import load_study
 from pipeline.reporting.verdicts import left_out, of_the_study, verdict_table
 from pipeline.stages.judge import Comparison, Evidence, compare, decide
 from pipeline.storage.results import read_results
-from tests.helpers.study import ROOT, finished_study, stage
+from tests.helpers.study import ROOT, stage
 
 STUDY = load_study(ROOT / "params.yaml")
-SEQUENCES, ASKED = 64, 8
+SEQUENCES, TARGETS = 64, 8
 
 
 def claim(**changes):
-    about = {
-        "says": "k beats none.", "source": "ours", "tasks": ("ar",), "multiples": (1.0,), "variants": ("k",), "than": ("none",),
-        "direction": "higher", "by": 0.1, "seeds": 3, "figure": "streams",
+    fields = {
+        "statement": "k beats none.", "source": "ours", "tasks": ("ar",), "multiples": (1.0,), "variants": ("k",),
+        "baseline": ("none",), "test": "superior", "margin": 0.1, "min_seeds": 3, "ablation": "qkv_subsets",
     }  # fmt: skip
-    return Claim(**(about | changes))
+    return Claim(**(fields | changes))
 
 
 def planted(scores, *, task="ar", length=36, metric="accuracy", noise=0.0, seed=0):
-    """Evidence in which each variant has these values by seed, its sequences scattered around them by `noise`."""
+    """Evidence with these values per variant and seed; `noise` scatters the scores of the sequences around them."""
     rng = np.random.default_rng(seed)
     rows, sequences = [], {}
-    for (variant, at), values in {(name if isinstance(name, tuple) else (name, length)): v for name, v in scores.items()}.items():
+    for name, values in scores.items():
+        variant, at_length = name if isinstance(name, tuple) else (name, length)
         for number, value in enumerate(values):
-            right = ASKED * (value + noise * rng.standard_normal(SEQUENCES))
-            right += ASKED * value - right.mean()
-            sequences[f"{variant}/{number}/{at}"] = np.stack([right, np.full(SEQUENCES, ASKED)])
-            rows.append((task, variant, number, at, metric, value))
+            correct = TARGETS * (value + noise * rng.standard_normal(SEQUENCES))
+            correct += TARGETS * value - correct.mean()
+            sequences[f"{variant}/{number}/{at_length}"] = np.stack([correct, np.full(SEQUENCES, TARGETS)])
+            rows.append((task, variant, number, at_length, metric, value))
     columns = ["task", "variant", "seed", "length", "metric", "value"]
     return Evidence(STUDY, pd.DataFrame(rows, columns=columns), {task: sequences})
 
 
 def verdict(evidence, **changes):
-    one = claim(**changes)
-    (row,) = decide({"it": one}, {"it": list(compare(evidence, "it", one))}).to_dict("records")
+    claims = {"it": claim(**changes)}
+    (row,) = decide(claims, {"it": list(compare(evidence, "it", claims["it"]))}).to_dict("records")
     return row
 
 
@@ -68,32 +69,32 @@ LOW, HIGH = [0.10, 0.12, 0.11], [0.90, 0.92, 0.91]
         ({"k": [0.90, 0.91], "none": [0.10, 0.11]}, {}, "undecided"),
         ({"k": [0.9, math.nan, 0.9], "none": LOW}, {}, "undecided"),
         ({"k": HIGH}, {}, "undecided"),
-        ({"k": LOW, "none": HIGH}, {"direction": "lower"}, "supported"),
-        ({"k": HIGH, "none": LOW}, {"direction": "lower"}, "contradicted"),
-        ({"k": [0.50, 0.52, 0.51], "none": [0.49, 0.51, 0.50]}, {"direction": "not_lower"}, "supported"),
-        ({"k": [0.50, 0.52, 0.51], "none": [0.49, 0.51, 0.50]}, {"direction": "not_higher"}, "supported"),
-        ({"k": LOW, "none": HIGH}, {"direction": "not_lower"}, "contradicted"),
-        ({"k": HIGH, "none": LOW}, {"direction": "not_higher"}, "contradicted"),
-        ({"k": HIGH}, {"than": 0.7}, "supported"),
-        ({"k": LOW}, {"than": 0.7}, "contradicted"),
-        ({"k": [0.7, 0.95, 0.8]}, {"than": 0.7}, "undecided"),
-        ({"k": [1.0, 1.0, 1.0]}, {"than": 1.0, "direction": "not_lower"}, "supported"),  # nothing varies, nothing to test
-        ({"k": [0.8, 0.8, 0.8]}, {"than": 1.0, "direction": "not_lower"}, "contradicted"),
+        ({"k": LOW, "none": HIGH}, {"test": "inferior"}, "supported"),
+        ({"k": HIGH, "none": LOW}, {"test": "inferior"}, "contradicted"),
+        ({"k": [0.50, 0.52, 0.51], "none": [0.49, 0.51, 0.50]}, {"test": "non_inferior"}, "supported"),
+        ({"k": [0.50, 0.52, 0.51], "none": [0.49, 0.51, 0.50]}, {"test": "non_superior"}, "supported"),
+        ({"k": LOW, "none": HIGH}, {"test": "non_inferior"}, "contradicted"),
+        ({"k": HIGH, "none": LOW}, {"test": "non_superior"}, "contradicted"),
+        ({"k": HIGH}, {"baseline": 0.7}, "supported"),
+        ({"k": LOW}, {"baseline": 0.7}, "contradicted"),
+        ({"k": [0.7, 0.95, 0.8]}, {"baseline": 0.7}, "undecided"),
+        ({"k": [1.0, 1.0, 1.0]}, {"baseline": 1.0, "test": "non_inferior"}, "supported"),  # nothing varies, nothing to test
+        ({"k": [0.8, 0.8, 0.8]}, {"baseline": 1.0, "test": "non_inferior"}, "contradicted"),
         (
             {"k": HIGH, ("k", 288): [0.89, 0.91, 0.90]},
-            {"than": None, "than_multiple": 8.0, "direction": "not_higher"},
+            {"baseline": None, "baseline_multiple": 8.0, "test": "non_superior"},
             "supported",
         ),
-        ({"k": HIGH, ("k", 288): LOW}, {"than": None, "than_multiple": 8.0, "direction": "not_higher"}, "contradicted"),
-        ({"k": HIGH, "none": LOW, "q": HIGH}, {"than": ("none", "q")}, "contradicted"),  # true of none, false of q
-        ({"k": HIGH, "none": LOW, "q": [0.2, 0.9, 0.5]}, {"than": ("none", "q")}, "undecided"),
+        ({"k": HIGH, ("k", 288): LOW}, {"baseline": None, "baseline_multiple": 8.0, "test": "non_superior"}, "contradicted"),
+        ({"k": HIGH, "none": LOW, "q": HIGH}, {"baseline": ("none", "q")}, "contradicted"),  # true of none, false of q
+        ({"k": HIGH, "none": LOW, "q": [0.2, 0.9, 0.5]}, {"baseline": ("none", "q")}, "undecided"),
     ],
 )
-def test_planted_results_get_the_verdict_that_was_planted(scores, changes, expected):
+def test_planted_results_get_the_planted_verdict(scores, changes, expected):
     assert verdict(planted(scores), **changes)["verdict"] == expected
 
 
-def test_what_is_undecided_says_why():
+def test_an_undecided_claim_has_a_reason():
     def reason(scores, **changes):
         return verdict(planted(scores), **changes)["reason"]
 
@@ -102,7 +103,7 @@ def test_what_is_undecided_says_why():
     assert reason({"k": HIGH}) == "the study has no accuracy of none on ar at 1x"
     assert reason({"k": HIGH}, tasks=("absent",)) == "the study has no score of k on absent at 1x"
     assert reason({"k": HIGH, "none": LOW}, multiples=(3.0,)) == "the study has no accuracy of k on ar at 3x"
-    assert reason({"k": [0.2, 0.9, 0.5], "none": [0.4, 0.1, 0.3]}).startswith("interval across the threshold: k against none")
+    assert reason({"k": [0.2, 0.9, 0.5], "none": [0.4, 0.1, 0.3]}).startswith("interval includes the threshold: k against none")
 
 
 def test_the_effect_is_the_difference_of_means_and_lies_in_its_interval():
@@ -118,24 +119,24 @@ def test_the_interval_and_the_test_count_sequences_as_well_as_seeds():
     assert noisy["p"] > 100 * still["p"]
 
 
-def test_an_interval_over_sequences_alone_is_that_of_students_test():
-    """Seeds and variants share the sequences, so that what is easy for all of them is no evidence."""
+def test_an_interval_over_sequences_only_is_that_of_the_paired_t_test():
+    """Seeds and variants share the sequences, so a sequence that is easy for all of them is no evidence."""
     evidence = planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=0.3)
-    right = [np.mean([evidence.sequences["ar"][f"{name}/{seed}/36"][0] for seed in range(3)], axis=0) for name in ("k", "none")]
-    expected = stats.ttest_rel(*(answers / ASKED for answers in right))
+    correct = [np.mean([evidence.sequences["ar"][f"{name}/{seed}/36"][0] for seed in range(3)], axis=0) for name in ("k", "none")]
+    expected = stats.ttest_rel(*(counts / TARGETS for counts in correct))
     row = verdict(evidence)
     assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval()), abs=0.005)
 
 
-def test_sequences_as_hard_for_both_sides_are_no_evidence():
+def test_sequences_equally_hard_for_both_sides_are_no_evidence():
     evidence = planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=0.3)
     for seed in range(3):
-        evidence.sequences["ar"][f"none/{seed}/36"] = evidence.sequences["ar"][f"k/{seed}/36"] - [[0.3 * ASKED], [0]]
+        evidence.sequences["ar"][f"none/{seed}/36"] = evidence.sequences["ar"][f"k/{seed}/36"] - [[0.3 * TARGETS], [0]]
     row = verdict(evidence)
     assert row["high"] - row["low"] == pytest.approx(0, abs=1e-9)
 
 
-def test_seeds_and_sequences_count_as_welch_and_satterthwaite_have_it():
+def test_degrees_of_freedom_are_those_of_welch_and_satterthwaite():
     values = {"k": [0.55, 0.61, 0.52], "none": [0.20, 0.23, 0.24]}
     evidence = planted(values, noise=0.5)
     sides = [evidence.sample("ar", "accuracy", name, 36) for name in values]
@@ -152,100 +153,100 @@ def test_seeds_and_sequences_count_as_welch_and_satterthwaite_have_it():
     ("scores", "changes", "test"),
     [
         ({"k": HIGH, "none": [0.1, 0.3, 0.2]}, {}, lambda k, none: stats.ttest_ind(k, none, equal_var=False)),
-        ({"k": HIGH, ("k", 288): [0.75, 0.85, 0.8]}, {"than": None, "than_multiple": 8.0}, stats.ttest_rel),
-        ({"k": HIGH}, {"than": 0.2}, lambda k: stats.ttest_1samp(k - 0.2, 0)),
+        ({"k": HIGH, ("k", 288): [0.75, 0.85, 0.8]}, {"baseline": None, "baseline_multiple": 8.0}, stats.ttest_rel),
+        ({"k": HIGH}, {"baseline": 0.2}, lambda k: stats.ttest_1samp(k - 0.2, 0)),
         ({"k": [0.3, 0.4, 0.6], "none": [0.2] * 3}, {}, lambda k, none: stats.ttest_1samp(k - none, 0)),
     ],
 )
 @pytest.mark.parametrize(("metric", "noise"), [(None, 0), ("attention_entropy_1", 0.5)])
-def test_where_seeds_alone_vary_or_count_it_is_students_test(scores, changes, test, metric, noise):
-    """Paired between two lengths; between variants Welch's, by which a variant that does not vary is as sure as a number."""
+def test_with_variance_over_seeds_only_it_is_the_t_test(scores, changes, test, metric, noise):
+    """Paired for two lengths; Welch's for two variants, where a variant without variance equals a number."""
     expected = test(*map(np.array, scores.values()))
-    evidence, one = planted(scores, metric=metric or "accuracy", noise=noise), claim(by=0.0, metric=metric, **changes)
-    (row,) = compare(evidence, "it", one)
+    evidence = planted(scores, metric=metric or "accuracy", noise=noise)
+    (row,) = compare(evidence, "it", claim(margin=0.0, metric=metric, **changes))
     assert (row.low, row.high) == pytest.approx(tuple(expected.confidence_interval()))
     assert 2 * min(row.p_for, row.p_against) == pytest.approx(expected.pvalue)
     assert row.p_for < row.p_against
 
 
 def test_the_interval_and_the_test_agree():
-    """The threshold is a bound of the interval just where p is half of what the interval leaves out."""
+    """If the threshold is a bound of the interval, p is half of 5 %."""
     evidence = planted({"k": HIGH, "none": [0.3, 0.4, 0.35]}, noise=0.3)
     (row,) = compare(evidence, "it", claim())
-    for direction, bound in (("higher", row.low), ("not_higher", row.high)):
-        (at,) = compare(evidence, "it", claim(by=bound, direction=direction))
-        assert at.p_for == pytest.approx(0.025)
+    for test, bound in (("superior", row.low), ("non_superior", row.high)):
+        (at_bound,) = compare(evidence, "it", claim(margin=bound, test=test))
+        assert at_bound.p_for == pytest.approx(0.025)
 
 
-def test_an_interval_over_many_seeds_covers_95_per_cent():
+def test_an_interval_over_many_seeds_has_95_percent_coverage():
     seeds = np.random.default_rng(0).standard_normal(200)
-    row = verdict(planted({"k": seeds}, metric="attention_entropy_1"), metric="attention_entropy_1", than=0.2)
+    row = verdict(planted({"k": seeds}, metric="attention_entropy_1"), metric="attention_entropy_1", baseline=0.2)
     assert row["high"] - row["low"] == pytest.approx(2 * 1.96 * seeds.std() / math.sqrt(len(seeds)), rel=0.01)
 
 
-def test_nothing_is_tested_where_no_seed_and_no_sequence_differs():
+def test_nothing_is_tested_if_no_seed_and_no_sequence_differs():
     (row,) = compare(planted({"k": [0.8] * 3, "none": [0.3] * 3}), "it", claim())
     assert (row.low, row.high) == (row.effect, row.effect)
     assert (row.verdict, math.isnan(row.p_for), math.isnan(row.p_against)) == ("supported", True, True)
     evidence = planted({"k": [0.9, 0.5, 0.1], ("k", 288): [0.9, 0.5, 0.1]})
-    row = verdict(evidence, than=None, than_multiple=8.0, direction="not_lower")
+    row = verdict(evidence, baseline=None, baseline_multiple=8.0, test="non_inferior")
     assert (row["low"], row["high"], row["verdict"]) == (0, 0, "supported")
     assert math.isnan(row["p"])
 
 
-def test_sequences_that_differ_are_tested_though_no_seed_does():
+def test_different_sequences_are_tested_even_if_seeds_are_equal():
     (row,) = compare(planted({"k": [0.8] * 3, "none": [0.3] * 3}, noise=0.1), "it", claim())
     assert row.low < row.effect < row.high
     assert 0 <= row.p_for < 0.001
 
 
-def test_a_claim_is_as_sure_as_its_least_sure_comparison_and_against_it_each_counts():
+def test_p_of_a_claim_is_the_largest_for_it_and_bonferroni_against_it():
     row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported")
     rows = [row._replace(p_for=0.001, p_against=0.3), row._replace(p_for=0.01, p_against=0.2)]
     against = [r._replace(p_for=0.9, p_against=p, verdict="contradicted") for r, p in zip(rows, (0.002, 0.2), strict=True)]
-    harmonic = 1 + 1 / 2  # two claims, of any dependence; what speaks for them apart from what speaks against them
+    harmonic = 1 + 1 / 2  # two claims of any dependence; p values for and against are corrected separately
     both = decide({"it": claim(), "not": claim()}, {"it": rows, "not": against})
     assert both["verdict"].tolist() == ["supported", "contradicted"]
     assert both["p"].tolist() == pytest.approx([0.01 * 2 * harmonic, 2 * 0.002 * 2 * harmonic])
 
 
-def test_a_claim_that_cannot_be_decided_changes_no_other():
+def test_an_undecidable_claim_changes_no_other():
     row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported", p_against=1.0)
     sure = [row._replace(p_for=0.004)]
     gap = [row._replace(p_for=1e-9), Comparison("it", "ar", "accuracy", 36, "q", "none", reason="too few seeds: 1 of 3")]
-    alone = decide({"it": claim()}, {"it": sure})
-    beside = decide({"it": claim(), "gap": claim()}, {"it": sure, "gap": gap})
-    assert alone["p"][0] == beside["p"][0]
-    assert beside["verdict"].tolist() == ["supported", "undecided"]
+    single = decide({"it": claim()}, {"it": sure})
+    both = decide({"it": claim(), "gap": claim()}, {"it": sure, "gap": gap})
+    assert single["p"][0] == both["p"][0]
+    assert both["verdict"].tolist() == ["supported", "undecided"]
 
 
-def test_what_is_not_sure_enough_is_shown_by_its_least_sure_comparison():
+def test_an_insignificant_claim_shows_its_least_significant_comparison():
     row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported", p_against=1.0)
     rows = [row._replace(effect=0.4, p_for=0.001), row._replace(variant="q", p_for=0.06), row._replace(effect=0.3)]
     table = decide({"it": claim()}, {"it": rows})
     assert table["verdict"].tolist() == ["undecided"]
-    assert table["reason"][0] == "not significant once corrected for all claims: q against none on ar at length 36"
+    assert table["reason"][0] == "not significant after correction for all claims: q against none on ar at length 36"
     assert table["effect"][0] == 0.5
 
 
-def test_many_claims_are_corrected_for():
+def test_p_values_are_corrected_for_many_claims():
     scores = {"k": [0.55, 0.60, 0.65], "none": [0.40, 0.36, 0.38]}
-    alone = claim()
-    rows = list(compare(planted(scores), "it", alone))
+    tested = claim()
+    rows = list(compare(planted(scores), "it", tested))
     assert rows[0].verdict == "supported"
-    chance = list(compare(planted({"k": [0.1, 0.5, 0.3], "none": [0.3, 0.5, 0.1]}), "it", alone))
-    table = decide({"it": alone, **dict.fromkeys("abcdefghi", alone)}, {"it": rows, **dict.fromkeys("abcdefghi", chance)})
+    chance = list(compare(planted({"k": [0.1, 0.5, 0.3], "none": [0.3, 0.5, 0.1]}), "it", tested))
+    table = decide({"it": tested, **dict.fromkeys("abcdefghi", tested)}, {"it": rows, **dict.fromkeys("abcdefghi", chance)})
     assert table["verdict"].tolist() == ["undecided"] * 10
-    assert table["reason"][0].startswith("not significant once corrected")
+    assert table["reason"][0].startswith("not significant after correction")
 
 
-def test_a_study_whose_variants_are_shuffled_decides_nothing():
-    """The committed results with the names of the variants exchanged within each seed, so that no name differs from another.
+def test_shuffled_variants_decide_nothing():
+    """The committed results with the variant names permuted within each seed, so that no variant differs from another.
 
-    Only of claims that set variants against each other: that a name reaches a number is false of exchanged names, not undecided.
+    Only claims that compare variants: a claim about a number is false for permuted names, not undecided.
     """
     results = pd.concat([pd.read_csv(ROOT / "results" / f"{task}.csv") for task in STUDY.tasks], ignore_index=True)
-    between = {name: one for name, one in claims.load(ROOT / "claims.yaml").items() if isinstance(one.baseline, tuple)}
+    between = {name: made for name, made in claims.load(ROOT / "claims.yaml").items() if isinstance(made.baseline, tuple)}
     verdicts = []
     for draw in range(8):
         rng = np.random.default_rng(draw)
@@ -254,11 +255,11 @@ def test_a_study_whose_variants_are_shuffled_decides_nothing():
             names = rows["variant"].unique()
             shuffled.append(rows.assign(variant=rows["variant"].map(dict(zip(names, rng.permutation(names), strict=True)))))
         evidence = Evidence(STUDY, pd.concat(shuffled), {})
-        verdicts += decide(between, {name: list(compare(evidence, name, one)) for name, one in between.items()})[
+        verdicts += decide(between, {name: list(compare(evidence, name, made)) for name, made in between.items()})[
             "verdict"
         ].tolist()
     decided = sum(verdict != "undecided" for verdict in verdicts)
-    assert decided <= 0.05 * len(verdicts), f"{decided} of {len(verdicts)} claims about exchanged names were decided"
+    assert decided <= 0.05 * len(verdicts), f"{decided} of {len(verdicts)} claims about permuted names were decided"
 
 
 # The file.
@@ -284,59 +285,61 @@ def file(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"says": None}, "little_on_text.says: is missing"),
-        ({"sayz": "x"}, "little_on_text.sayz = \"x\": unknown key; did you mean 'says'?"),
-        ({"direction": "up"}, 'little_on_text.direction = "up": is not higher or lower or not_lower or not_higher'),
-        ({"by": -1}, "little_on_text.by = -1: must be greater than or equal to 0"),
-        ({"seeds": 1}, "little_on_text.seeds = 1: must be greater than or equal to 2"),
-        ({"than": None}, "little_on_text: needs either than, variants or a number, or than_multiple, a length"),
-        ({"than": ["qk_rotary"]}, "little_on_text: 'qk_rotary' is under variants and under than"),
-        ({"than": None, "than_multiple": 1}, "little_on_text: than_multiple = 1 is among multiples"),
-        ({"multiples": []}, "little_on_text.multiples = []: is empty"),
-        ({"variants": ["qk", "qk"]}, "little_on_text: variants has 'qk' twice"),
-        ({"than": "none"}, 'little_on_text.than = "none": is not a list, and is not a number'),
+        ({"statement": None}, "little_on_text.statement: is missing"),
+        ({"statementz": "x"}, "little_on_text.statementz = \"x\": unknown key; did you mean 'statement'?"),
+        ({"says": "x"}, 'little_on_text.says = "x": renamed to statement'),
+        ({"test": "up"}, 'little_on_text.test = "up": '),
+        ({"margin": -1}, "little_on_text.margin = -1: "),
+        ({"min_seeds": 1}, "little_on_text.min_seeds = 1: "),
+        ({"baseline": None}, "little_on_text: needs "),
+        ({"baseline": ["qk_rotary"]}, "little_on_text: 'qk_rotary' is "),
+        ({"baseline": None, "baseline_multiple": 1}, "little_on_text: baseline_multiple = 1 is "),
+        ({"multiples": []}, "little_on_text.multiples = []: "),
+        ({"variants": ["qk", "qk"]}, "little_on_text: variants "),
+        ({"baseline": "none"}, 'little_on_text.baseline = "none": '),
     ],
 )
-def test_a_bad_claim_is_one_line_that_names_it(file, changes, line):
+def test_a_bad_claim_gives_one_line_with_its_name_and_key(file, changes, line):
     with pytest.raises(ParamsError) as error:
         claims.load(file(**changes))
     assert len(error.value.lines) == 1
     assert error.value.lines[0].split("claims.yaml: ")[1].startswith(line)
 
 
-def test_a_file_that_is_not_yaml_is_one_line(tmp_path):
+def test_invalid_yaml_gives_one_line(tmp_path):
     (tmp_path / "claims.yaml").write_text("a: [")
     with pytest.raises(ParamsError, match=r"claims\.yaml: "):
         claims.load(tmp_path / "claims.yaml")
     assert claims.load(tmp_path / "absent.yaml") == {}
 
 
-def test_every_claim_of_the_repository_is_about_cells_of_its_study():
-    """A misspelt name would be undecided for ever."""
-    for name, one in claims.load(ROOT / "claims.yaml").items():
-        assert one.ablation in STUDY.ablations, name
-        rivals = one.baseline if isinstance(one.baseline, tuple) else ()
-        for task, variant in itertools.product(one.tasks, (*one.variants, *rivals)):
+def test_every_claim_of_the_repository_names_cells_of_its_study():
+    """A misspelt name would always be undecided."""
+    for name, made in claims.load(ROOT / "claims.yaml").items():
+        assert made.ablation in STUDY.ablations, name
+        baselines = made.baseline if isinstance(made.baseline, tuple) else ()
+        for task, variant in itertools.product(made.tasks, (*made.variants, *baselines)):
             assert variant in variants_on(STUDY, task), (name, task, variant)
-        for task in one.tasks:
-            assert {*one.multiples, *filter(None, [one.baseline_multiple])} <= set(STUDY.tasks[task].data.multiples), (name, task)
+        for task in made.tasks:
+            assert {*made.multiples, *filter(None, [made.baseline_multiple])} <= set(STUDY.tasks[task].data.multiples), (
+                name,
+                task,
+            )
 
 
-def test_claims_that_are_left_out_are_named_where_they_are_few():
+def test_a_few_omitted_claims_are_listed_by_name():
     absent = "the study has no accuracy of kx on ar at 1x"
     verdicts = pd.DataFrame({"claim": [f"c{n}" for n in range(7)], "reason": [absent, "k against q", *[absent] * 5]})
-    assert left_out(verdicts) == "6 of 7 claims are about what this study does not train."
-    assert left_out(verdicts[:3]) == "2 of 3 claims (c0, c2) are about what this study does not train."
-    assert left_out(verdicts[:2]) == "1 of 2 claims (c0) is about what this study does not train."
+    assert left_out(verdicts) == "6 of 7 claims need variants, tasks or lengths that this study does not have."
+    assert left_out(verdicts[:3]) == "2 of 3 claims (c0, c2) need variants, tasks or lengths that this study does not have."
+    assert left_out(verdicts[:2]) == "1 of 2 claims (c0) needs variants, tasks or lengths that this study does not have."
     assert left_out(verdicts[1:2]) == ""
 
 
 # The stage.
 
 
-def test_the_stage_judges_and_the_report_and_the_terminal_tell(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    finished_study(tmp_path, tasks=["ar", "copying"])
+def test_the_stage_the_report_and_the_terminal_agree(study, capsys):
     verdicts = pd.read_csv("verdicts/claims.csv")
     assert verdicts["claim"].tolist() == list(claims.load())
     assert (verdicts["verdict"] == "undecided").all()  # two seeds, and most variants are not there
@@ -349,22 +352,24 @@ def test_the_stage_judges_and_the_report_and_the_terminal_tell(tmp_path, monkeyp
             variant, seed, length = name.split("/")
             mine = (results["variant"] == variant) & (results["seed"] == int(seed)) & (results["length"] == int(length))
             (value,) = results[mine & (results["metric"] == "accuracy") & (results["task"] == "ar")]["value"]
-            right, asked = arrays[name].sum(1)
-            assert right / asked == pytest.approx(value), name
+            correct, targets = arrays[name].sum(1)
+            assert correct / targets == pytest.approx(value), name
     for file in ("reports/report.md", "reports/headline.md"):
         text = Path(file).read_text(encoding="utf-8")
-        said = f"{known} claims: 0 supported, 0 contradicted, {known} undecided."
-        assert f"{said} {len(verdicts) - known} of {len(verdicts)} claims are about what this study does not train." in text
-        assert ("state space in the place" in text, "One layer whose keys are convolved" in text) == (False, True)
+        counts = f"{known} claims: 0 supported, 0 contradicted, {known} undecided."
+        assert f"{counts} {len(verdicts) - known} of {len(verdicts)} claims need " in text
+    statements = {name: claim.statement for name, claim in claims.load().items()}
+    report = Path("reports/report.md").read_text(encoding="utf-8")
+    assert (statements["state_is_as_good"] in report, statements["cat_solves_recall"] in report) == (False, True)
     capsys.readouterr()
     stage("show", "ar")
     shown = capsys.readouterr().out
-    assert "ar: accuracy over 2 seeds" in shown
-    assert "copying: " not in shown
+    assert "(ar): accuracy over 2 seeds" in shown
+    assert "(copying): " not in shown
     assert "undecided" in shown
 
 
-def test_the_terminal_shows_whole_names_and_from_where_to_where_seeds_go(monkeypatch):
+def test_the_terminal_shows_full_slugs_and_the_range_over_seeds(monkeypatch):
     monkeypatch.chdir(ROOT)
     results = read_results(STUDY)
     at = (results["task"] == "nar") & (results["variant"] == "qk_network") & (results["multiple"] == 8)
@@ -382,7 +387,7 @@ def test_the_terminal_shows_whole_names_and_from_where_to_where_seeds_go(monkeyp
             assert [row[column] for row in rows[first : first + 3]] == ["0.778", "0.340 to", "1.000"]
 
 
-def test_the_terminal_counts_the_seeds_that_diverged(monkeypatch):
+def test_the_terminal_counts_diverged_seeds(monkeypatch):
     monkeypatch.chdir(ROOT)
     results = read_results(STUDY)
     for variant, values in {"qk": [1.0, math.nan, 0.5], "k": [math.nan] * 3}.items():
@@ -397,13 +402,13 @@ def test_the_terminal_counts_the_seeds_that_diverged(monkeypatch):
     assert rows[names.index("k")][column] == "3 diverged"
 
 
-def test_nothing_is_printed_for_a_task_that_is_not_there(tmp_path, monkeypatch):
+def test_an_unknown_task_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as error:
         stage("show", "arr")
     assert error.value.code == 2
 
 
-def test_an_effect_of_nothing_is_a_dash():
+def test_a_missing_effect_is_a_dash():
     table = verdict_table(pd.DataFrame([verdict(planted({"k": HIGH}))]))
     assert table["effect (95 % interval)"].tolist() == ["-"]

@@ -1,4 +1,4 @@
-"""The report says what was found, what fails, and what was run; the figures of what is inside show the models as they are."""
+"""The report: results, failures, provenance; figures of single models show these models."""
 
 import json
 import os
@@ -18,85 +18,92 @@ from pipeline.config.errors import ParamsError
 from pipeline.config.load import load_study
 from pipeline.config.study import Ablation
 from pipeline.figures.cost import pareto_front
-from pipeline.figures.example import attention_on, read_example
+from pipeline.figures.example import query_attention, read_example
 from pipeline.figures.example_plot import example
 from pipeline.figures.filters import filters
-from pipeline.figures.stability import by_rate, every_run, stability
+from pipeline.figures.stability import full_stability_table, stability, stability_table
 from pipeline.figures.style import draw_line, errorbar
 from pipeline.reporting.diagnosis import diagnose
 from pipeline.stages import render
 from pipeline.storage import runs
-from pipeline.storage.results import CURVES, primary, read_results
+from pipeline.storage.results import primary, read_results
+from pipeline.storage.tables import CURVES
 from pipeline.storage.training_log import read_log
-from tests.helpers.study import edit, finished_study, stage
+from tests.helpers.study import ROOT, edit, stage
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        finished_study(folder, tasks=["ar", "copying"])
-    return folder
-
-
-def written():
+def page_text():
+    """The text of report.html, written anew."""
     stage("report")
-    return Path("reports/report.md").read_text()
+    return re.sub("<[^>]*>", "", Path("reports/report.html").read_text())
 
 
-def test_every_question_has_a_section_and_every_link_a_target(study):
+def test_every_ablation_has_a_section_and_every_link_a_target(study):
     text = Path("reports/report.md").read_text()
     anchors = re.findall(r'^<a id="(\w+)"></a>$', text, flags=re.MULTILINE)
-    assert anchors == ["claims", *(n for n, a in study.ablations.items() if a.variants or a.beside), "cost"]
+    assert anchors == ["claims", *(n for n, a in study.ablations.items() if a.variants or a.reference_variants), "cost"]
     assert set(re.findall(r"\]\(#(\w+)\)", text)) <= {*anchors, *(claim.ablation for claim in load_claims().values())}
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert {path for path in images if not (Path("reports") / path).exists()} == set()
-    assert {f"figures/{path.name}" for path in Path("reports/figures").iterdir()} | {"cost.png"} == set(images)
+    assert {f"figures/{path.name}" for path in Path("reports/figures").iterdir()} == set(images)
+    assert {path.suffix for path in Path("reports/figures").iterdir()} == {".svg"}
     links = set(re.findall(r"\]\((\.\./[^)]+)\)", text))
     assert links >= {"../results/ar.csv", "../results/copying.csv", "../results/filters/ar.csv"}
     assert all((Path("reports") / link).exists() for link in links)
 
 
-def test_what_was_run_is_what_the_logs_say(study):
+def test_the_page_has_the_times_dates_and_commits_of_the_logs(study):
     for path in Path("logs").rglob("*.json"):
         log = json.loads(path.read_text())
         path.write_text(json.dumps(log | {"commit": "abcdef0123456789", "dirty": False, "started": 0.0, "seconds": 100.0}))
     cells = len(list(Path("logs").rglob("*.json")))
-    text = written()
+    text = page_text()
     assert f"{cells} cells, seeds 0, 1, float32. Trained on CPU" in text
-    assert f"1970-01-01, by commit `abcdef0123`, in {100 * cells:,} seconds" in text
-    assert re.search(r"\| copying +\| k +\| +\d,?\d+ \| +50\.000 \|", text), "two runs took 100 seconds"
+    assert f"1970-01-01, commit abcdef0123, {100 * cells:,} seconds of training in all" in text
+    assert re.search(r"selective copying \(copying\)\s+CAT-K[^\n]*\(k\)\s+\d,?\d+\s+50\.000", text), "two runs took 100 seconds"
 
 
-def test_a_cell_that_was_not_trained_here_is_not_given_another_s_time(study):
+def test_the_report_in_git_does_not_depend_on_when_where_and_by_which_commit_it_was_trained(study):
+    before = Path("reports/report.md").read_text()
+    assert "seconds" not in before
+    shutil.rmtree("logs")
+    page_text()
+    assert Path("reports/report.md").read_text() == before
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    written = {f"/{path}" for path in Path("reports").iterdir() if path.is_file()}
+    assert written & set(ignored) == {"/reports/report.html", "/reports/cost_by_time.svg"}
+
+
+def test_a_restored_cell_has_no_time(study):
     summary = Path("runs/ar/k/summary.json")
     summary.write_text(summary.read_text() + "\n")
     assert read_log("ar", "k") is None
-    assert "; 1 restored from a cache." in written()
+    text = page_text()
+    assert "; 1 cells restored from a cache." in text
+    assert "score by training time" in Path("reports/report.html").read_text()
     shutil.rmtree("logs")
-    text = written()
+    text = page_text()
     assert "Trained on CPU" in text
-    assert "; not here, but restored from a cache." in text
-    assert "seconds a run" in text
+    assert "; restored from a cache, so without dates and times." in text
+    assert "score by training time" not in Path("reports/report.html").read_text()
 
 
 def test_the_preset_is_named(study):
-    assert "It is that of no preset" in Path("reports/report.md").read_text()
+    assert "matches no preset" in Path("reports/report.md").read_text()
     Path("presets").mkdir()
-    Path("presets/mine.yaml").write_text("# the same, but for a remark\n" + Path("params.yaml").read_text())
-    assert "It is that of presets/mine.yaml" in written()
+    Path("presets/mine.yaml").write_text("# the same, but for a comment\n" + Path("params.yaml").read_text())
+    assert "matches presets/mine.yaml" in page_text()
 
 
 def signs(study, results, variant="k", task="ar"):
     table = diagnose(study, results)
     here = table[(table["task"] == task) & (table["variant"] == variant)]
-    return dict(zip(here["signature"], here["evidence"], strict=True))
+    return dict(zip(here["failure_mode"], here["evidence"], strict=True))
 
 
 @pytest.fixture
 def planted(study):
-    """Results in which `k` on `ar` is without fault, and a function that says otherwise: of (seed, multiple), or of a metric."""
+    """Results in which `k` on `ar` has no failure, and a function that changes values of its rows."""
     results = read_results(study)
     of_k = (results["task"] == "ar") & (results["variant"] == "k")
     results.loc[of_k & (results["metric"] == "accuracy"), "value"] = 1.0
@@ -119,23 +126,24 @@ def planted(study):
     return results, plant
 
 
-def test_a_cell_without_fault_has_no_sign(study, planted):
+def test_a_sound_cell_has_no_failure(study, planted):
     assert signs(study, planted[0]) == {}
 
 
-def test_poor_recall_says_where_attention_is(study, planted):
+def test_poor_recall_shows_where_attention_is(study, planted):
     results, plant = planted
     plant(0.4)
     plant(0.25, metric="attention_on_answer_1")
     assert signs(study, results) == {
-        "poor recall": "accuracy 0.400 at the training length; attention on the answer's token 0.25: it looks elsewhere"
+        "poor recall": "accuracy 0.400 at the training length; attention on the answer's token 0.25:"
+        " the model attends to other tokens"
     }
     plant(0.75, metric="attention_on_answer_1")
-    assert signs(study, results)["poor recall"].endswith("0.75: it looks there and reads something else")
+    assert signs(study, results)["poor recall"].endswith("0.75: the model attends to it but gives another output")
     assert "poor copying" in signs(study, results, task="copying", variant="none")
 
 
-def test_limited_length_generalisation_says_from_where(study, planted):
+def test_limited_length_generalisation_shows_the_lengths(study, planted):
     results, plant = planted
     longest = max(study.tasks["ar"].data.multiples)
     plant(0.9, multiple=longest)
@@ -145,10 +153,10 @@ def test_limited_length_generalisation_says_from_where(study, planted):
     assert signs(study, results) == {}
     plant(0.4)
     plant(0.0, multiple=longest)
-    assert set(signs(study, results)) == {"poor recall"}, "what was not learnt cannot carry over"
+    assert set(signs(study, results)) == {"poor recall"}, "a task that was not learned cannot generalise"
 
 
-def test_seeds_apart_spikes_and_unfinished_training_are_seen(study, planted):
+def test_unstable_seeds_spikes_and_unfinished_training_are_failures(study, planted):
     results, plant = planted
     plant(0.85, seed=1)
     assert signs(study, results) == {
@@ -159,7 +167,7 @@ def test_seeds_apart_spikes_and_unfinished_training_are_seen(study, planted):
     history = pd.read_csv("runs/ar/k/history.csv")
     history.loc[(history["seed"] == 1) & (history["step"] == 50), "train_loss"] = 1.75
     history.to_csv("runs/ar/k/history.csv", index=False)
-    assert signs(study, results) == {"loss spikes": "training loss rises: seed 1 by 0.75 nats up to step 50"}
+    assert signs(study, results) == {"loss spikes": "training loss rose: seed 1 by 0.75 nats at step 50"}
     history["train_loss"] = 1.0
     history.loc[history["step"] < 100, "valid_accuracy"] = 0.9
     history.to_csv("runs/ar/k/history.csv", index=False)
@@ -167,11 +175,11 @@ def test_seeds_apart_spikes_and_unfinished_training_are_seen(study, planted):
     path = Path("runs/ar/k/summary.json")
     path.write_text(path.read_text().replace('"stop": "accuracy"', '"stop": "steps"'))
     assert signs(study, results) == {
-        "unfinished training": "validation accuracy still gained 0.100 in the last fifth of its steps"
+        "unfinished training": "validation accuracy still improved by 0.100 in the last fifth of the steps"
     }
 
 
-def test_only_what_is_gained_in_the_last_fifth_is_unfinished(study, planted):
+def test_only_a_gain_in_the_last_fifth_is_unfinished(study, planted):
     results, _ = planted
     path = Path("runs/ar/k/summary.json")
     path.write_text(path.read_text().replace('"stop": "accuracy"', '"stop": "steps"'))
@@ -191,128 +199,120 @@ def test_divergence_is_counted(study, planted):
     about = json.loads(path.read_text())
     next(r for r in about["runs"] if (r["seed"], r["learning_rate"]) == (1, about["learning_rate"]))["stop"] = "diverged"
     path.write_text(json.dumps(about))
-    assert signs(study, results) == {"diverged": "1 of 2 seeds: a loss that is not finite at step 100"}
+    assert signs(study, results) == {"diverged": "1 of 2 seeds: non-finite loss at step 100"}
 
 
-def test_the_front_is_what_pays():
+def test_the_front_has_the_best_variant_per_price():
     points = {"cheap": (1.0, 0.2), "worse": (2.0, 0.1), "same": (2.0, 0.202), "better": (3.0, 0.9), "dear": (4.0, 0.9)}
     assert pareto_front(points) == ["cheap", "better"]
     assert pareto_front({}) == []
 
 
-def test_a_theorem_reads_the_answers_and_the_frames_are_on_them(study):
-    one = read_example("ar")
-    weights = attention_on("ar", "theory", study.seeds, one)
+def test_a_construction_attends_to_the_answers_in_the_frames(study):
+    data = read_example("ar")
+    weights = query_attention("ar", "construction", study.seeds, data)
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
-    np.testing.assert_allclose(weights[np.arange(len(weights)), one.sources], 1, atol=1e-3)
-    ablation = Ablation(question="?", tasks=["ar"], variants=["theory"], plot="example")
+    np.testing.assert_allclose(weights[np.arange(len(weights)), data.answer_positions], 1, atol=1e-3)
+    ablation = Ablation(question="?", tasks=["ar"], variants=["construction"], plot="example")
     axes = example(study, ablation, read_results(study)).axes[0]
-    assert [tuple(map(int, frame.get_xy())) for frame in axes.patches] == list(zip(one.sources, range(len(weights)), strict=True))
+    frames = [tuple(map(int, frame.get_xy())) for frame in axes.patches]
+    assert frames == list(zip(data.answer_positions, range(len(weights)), strict=True))
     labels = [label.get_text() for label in axes.get_xticklabels()]
-    asked = [label.get_text() for label in axes.get_yticklabels()]
-    assert [labels[at - 1] for at in one.sources] == asked, "the answer follows its key"
-    assert axes.get_title() == "theory on ar: 1.00 on the answers"
+    queries = [label.get_text() for label in axes.get_yticklabels()]
+    assert [labels[position - 1] for position in data.answer_positions] == queries, "the answer follows its key"
+    assert axes.get_title() == "Construction, not trained on associative recall (ar): 1.00 of the attention on the answers"
 
 
-def test_of_seeds_that_diverged_none_is_looked_at(study):
+def test_a_diverged_seed_is_skipped(study):
     runs.weights_path("ar", "k", 0).unlink()
-    of_second = attention_on("ar", "k", [1], read_example("ar"))
-    np.testing.assert_array_equal(attention_on("ar", "k", study.seeds, read_example("ar")), of_second)
+    of_second = query_attention("ar", "k", [1], read_example("ar"))
+    np.testing.assert_array_equal(query_attention("ar", "k", study.seeds, read_example("ar")), of_second)
     runs.weights_path("ar", "k", 1).unlink()
-    assert attention_on("ar", "k", study.seeds, read_example("ar")) is None
+    assert query_attention("ar", "k", study.seeds, read_example("ar")) is None
 
 
-def test_filters_are_drawn_beside_the_theorem_s(study):
-    ablation = Ablation(question="?", tasks=["ar"], variants=["qk"], reference_variants=["theory"], plot="filters")
-    _, keys, values = filters(study, ablation, primary(study, read_results(study))).axes
+KERNELS = Ablation(question="?", tasks=["ar"], variants=["qk"], reference_variants=["construction"], plot="filters")
+
+
+def test_kernels_are_drawn_with_those_of_the_construction(study):
+    _, keys, values = filters(study, KERNELS, primary(study, read_results(study))).axes
     table = pd.read_csv("results/filters/ar.csv")
-    prescribed, *trained = [line for line in keys.lines if line.get_marker() not in ("None", "", None)]
-    np.testing.assert_allclose(prescribed.get_ydata(), [0, 1])
+    constructed, *trained = [line for line in keys.lines if line.get_marker() not in ("None", "", None)]
+    np.testing.assert_allclose(constructed.get_ydata(), [0, 1])
     heads_and_seeds = [(head, seed) for head in (0, 1) for seed in study.seeds]
     for (head, seed), line in zip(heads_and_seeds, trained, strict=True):
-        taps = table.query(f"variant == 'qk' and stream == 'k' and row == {head} and seed == {seed}")["value"].to_numpy()
-        np.testing.assert_allclose(line.get_ydata(), taps / taps[np.abs(taps).argmax()])
-    assert values.get_title() == "qk on ar: v, no filter"
+        rows = table.query(f"variant == 'qk' and projection == 'k' and head == {head} and seed == {seed}")
+        kernel = rows["value"].to_numpy()
+        np.testing.assert_allclose(line.get_ydata(), kernel / kernel[np.abs(kernel).argmax()])
+    assert values.get_title() == "CAT-QK, kernel 3: V, no kernel"
 
 
-def test_filters_of_which_no_run_is_left_are_an_empty_figure(study):
+def test_without_trained_kernels_the_figure_is_empty(study):
     pd.read_csv("results/filters/ar.csv").head(0).to_csv("results/filters/ar.csv", index=False)
-    ablation = Ablation(question="?", tasks=["ar"], variants=["qk"], reference_variants=["theory"], plot="filters")
-    axes = filters(study, ablation, primary(study, read_results(study))).axes
-    assert [a.get_title() for a in axes] == ["no seed of any variant has ended with a filter", "", ""]
+    axes = filters(study, KERNELS, primary(study, read_results(study))).axes
+    assert [a.get_title() for a in axes] == ["no trained kernel: every seed diverged", "", ""]
 
 
-def test_a_question_about_the_inside_needs_no_stage_and_must_make_sense(study):
-    edit(
-        **{
-            "ablations.inside": {
-                "question": "?",
-                "tasks": [],
-                "variants": [],
-                "across": ["ar"],
-                "beside": ["k"],
-                "figure": "filters",
-            }
-        }
-    )
+def test_a_plot_of_models_needs_no_stage_and_suitable_variants(study):
+    question = {"question": "?", "tasks": [], "variants": [], "reference_tasks": ["ar"]}
+    edit(**{"ablations.inside": {**question, "reference_variants": ["k"], "plot": "filters"}})
     stage("validate")
-    for change, line in (
-        ({"figure": "filters", "beside": ["none"]}, "figure = filters shows filters, and variant 'none' has none"),
-        ({"figure": "example", "beside": ["mamba"]}, "figure = example shows weights of attention, and variant 'mamba' has none"),
-        (
-            {"figure": "example", "across": ["copying"], "beside": ["k"]},
-            "figure = example shows one sequence of recall, which task 'copying' is not",
-        ),
+    for change, words in (
+        ({"plot": "filters", "reference_variants": ["none"]}, "'none'"),
+        ({"plot": "example", "reference_variants": ["mamba"]}, "'mamba'"),
+        ({"plot": "example", "reference_tasks": ["copying"], "reference_variants": ["k"]}, "'copying'"),
     ):
         edit(**{f"ablations.inside.{key}": value for key, value in change.items()})
         with pytest.raises(ParamsError) as error:
             load_study()
-        assert error.value.lines == [f"params.yaml: ablations.inside: {line}"]
+        (line,) = error.value.lines
+        assert line.startswith(f"params.yaml: ablations.inside: plot = {change['plot']}")
+        assert words in line
 
 
-def test_stability_is_of_every_run_and_says_what_it_went_through(study):
+def test_stability_has_the_measures_of_every_run(study):
     ablation = study.ablations["stability"]
-    assert (ablation.figure, ablation.across) == ("stability", ("ar",))
+    assert (ablation.plot, ablation.reference_tasks) == ("stability", ("ar",))
     path = Path("runs/ar/k/history.csv")
     about = json.loads(Path("runs/ar/k/summary.json").read_text())
-    rates = study.tasks["ar"].train.learning_rates
+    rates = study.tasks["ar"].training.learning_rates
     flat = {
         "train_loss": 2.0,
-        "peak_loss": 2.1,
-        "gradient_norm": 3.0,
+        "max_loss": 2.1,
+        "grad_norm": 3.0,
         "valid_loss": 2.0,
         "valid_accuracy": 0.5,
-        "largest_logit": 4.0,
+        "max_logit": 4.0,
     }
     steps = [1, 3, 5]
-    rows = [{"learning_rate": r, "seed": s, "step": at, **flat} for r in rates for s in study.seeds for at in steps]
+    rows = [{"learning_rate": r, "seed": s, "step": step, **flat} for r in rates for s in study.seeds for step in steps]
     history = pd.DataFrame(rows)
-    one = (history["learning_rate"] == rates[1]) & (history["seed"] == 1)
-    history.loc[one & (history["step"] == 3), "train_loss"] = 1.5
-    history.loc[one & (history["step"] == 5), ["peak_loss", "largest_logit"]] = [3.25, 50.0]
-    history.loc[history["step"] == 1, "gradient_norm"] = 9.0
+    spiking = (history["learning_rate"] == rates[1]) & (history["seed"] == 1)
+    history.loc[spiking & (history["step"] == 3), "train_loss"] = 1.5
+    history.loc[spiking & (history["step"] == 5), ["max_loss", "max_logit"]] = [3.25, 50.0]
+    history.loc[history["step"] == 1, "grad_norm"] = 9.0
     history.to_csv(path, index=False)
     for run in about["runs"]:
         run |= {"valid_loss": 2.0, "attention_entropy": [[1.0, 2.0]]}
         if (run["learning_rate"], run["seed"]) == (rates[0], 0):
             run |= {"stop": "diverged", "valid_loss": None, "attention_entropy": None}
     Path("runs/ar/k/summary.json").write_text(json.dumps(about))
-    table = every_run(study)
-    pd.testing.assert_frame_equal(table, stability(study, ablation), check_dtype=False)
-    assert set(table["variant"]) == set(ablation.beside)
-    here = table[table["variant"] == "k"].set_index(["learning_rate", "seed"])
-    assert len(here) == len(rates) * len(study.seeds)
-    calm, spiked, lost = here.loc[(rates[1], 0)], here.loc[(rates[1], 1)], here.loc[(rates[0], 0)]
+    table = full_stability_table(study)
+    pd.testing.assert_frame_equal(table, stability_table(study, ablation), check_dtype=False)
+    assert set(table["variant"]) == set(ablation.reference_variants)
+    runs_of_k = table[table["variant"] == "k"].set_index(["learning_rate", "seed"])
+    assert len(runs_of_k) == len(rates) * len(study.seeds)
+    calm, spiked, diverged = runs_of_k.loc[(rates[1], 0)], runs_of_k.loc[(rates[1], 1)], runs_of_k.loc[(rates[0], 0)]
     assert calm["loss_rise"] == pytest.approx(0.1)  # above the lowest mean before, which is 2
     assert spiked["loss_rise"] == pytest.approx(3.25 - 1.5)
-    assert (calm["largest_logit"], spiked["largest_logit"]) == (4, 50)
-    assert calm["gradient_norm"] == 9  # warm-up ends before step 1 of 5
+    assert (calm["max_logit"], spiked["max_logit"]) == (4, 50)
+    assert calm["grad_norm"] == 9  # warm-up ends before step 1 of 5
     assert (calm["entropy"], calm["entropy_by_head"]) == (1.5, "1.000 2.000")
-    assert np.isnan([lost["valid_loss"], lost["entropy"]]).all()
+    assert np.isnan([diverged["valid_loss"], diverged["entropy"]]).all()
     mamba = table[table["variant"] == "mamba"]
-    assert mamba["largest_logit"].isna().all()
-    assert mamba["gradient_norm"].gt(0).all()
-    panels = by_rate(study, ablation, read_results(study)).axes
+    assert mamba["max_logit"].isna().all()
+    assert mamba["grad_norm"].gt(0).all()
+    panels = stability(study, ablation, read_results(study)).axes
     crosses = [line for axes in panels for line in axes.lines if line.get_marker() == "x" and line.get_clip_on() is False]
     assert [list(line.get_xdata()) for line in crosses] == [[rates[0]]] * len(panels)
     assert len(panels[0].lines) > len(panels[3].lines)  # Mamba has no logits
@@ -326,32 +326,33 @@ def is_killed(study, ablation, results):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def drawn(folder=Path("reports")):
+def outputs(folder=Path("reports")):
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
     ("draw", "words"),
-    [(fails, "no figure of this"), (is_killed, "a process that draws figures was killed, as when memory runs out")],
+    [(fails, "no figure of this"), (is_killed, "a process that draws figures was killed")],
 )
-def test_a_figure_that_cannot_be_drawn_ends_all_in_one_line_and_leaves_what_was(study, monkeypatch, capsys, draw, words):
-    edit(threads=2)
-    before = drawn()
+def test_a_failing_figure_gives_one_line_and_keeps_the_old_outputs(study, monkeypatch, capsys, draw, words):
+    edit(parallel_runs=2)
+    before = outputs()
     others = render.figures_of
     monkeypatch.setattr(render, "figures_of", lambda name, ablation: others(name, ablation) | {"another": draw})
     with pytest.raises(SystemExit) as stopped:
         stage("render")
-    assert (stopped.value.code, capsys.readouterr().err) == (2, f"render: {words}\n")
-    assert drawn() == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (stopped.value.code, line.startswith(f"render: {words}")) == (2, True)
+    assert outputs() == before
 
 
-def test_a_line_is_as_seaborn_draws_it(study):
-    """With seeds that have no value, and a step that has one seed."""
+def test_a_line_equals_seaborn_s(study):
+    """Also for seeds without a value, and for a step with one seed."""
     steps, seeds = [1, 2, 3, 4], [0, 1, 2]
     table = pd.DataFrame([{"step": step, "value": step * seed + 0.3} for step in steps for seed in seeds])
     table.loc[[0, 1, 3, 9, 10, 11], "value"] = np.nan
-    for spread in ("range", "sd"):
-        shown = study.model_copy(update={"render": study.render.model_copy(update={"spread": spread})})
+    for band in ("range", "sd"):
+        shown = study.model_copy(update={"render": study.render.model_copy(update={"error_band": band})})
         figure, (own, other) = plt.subplots(1, 2)
         draw_line(shown, table, own, x="step", y="value", color="C1")
         sns.lineplot(table, x="step", y="value", ax=other, color="C1", errorbar=errorbar(shown), lw=1.8, ms=6)

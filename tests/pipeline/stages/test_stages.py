@@ -1,4 +1,4 @@
-"""The stages on a tiny study: what they write, depend on, and repeat to the bit."""
+"""The stages on a tiny study: their outputs, their dependencies, and equal bits in every run."""
 
 import hashlib
 import json
@@ -15,9 +15,12 @@ import torch
 
 from pipeline.config.code_digest import is_declaration, modules_reached
 from pipeline.config.errors import ParamsError
-from pipeline.config.grid import cells, variants_on
+from pipeline.config.grid import cells, shown_tasks, shown_variants, variants_on
 from pipeline.config.load import load_study
 from pipeline.config.study import Ablation
+from pipeline.figures.plots import figures_of
+from pipeline.reporting.labels import variant_label, with_slug
+from pipeline.reporting.tables import key_filter_table
 from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.stages.plan import stage_modules
@@ -26,23 +29,13 @@ from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, write_csv
 from pipeline.storage.results import orphans, primary, read_results
 from pipeline.storage.task_data import read_meta, read_split, read_task
-from tests.helpers.study import ROOT, edit, finished_study, read_params, stage, write_params
-
-
-@pytest.fixture(scope="module")
-def study_folder(tmp_path_factory):
-    """A finished tiny study: every stage but the store of MLflow."""
-    folder = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        finished_study(folder, tasks=["ar", "copying", "text"])
-    return folder
+from tests.helpers.study import ROOT, edit, read_params, stage, write_params
 
 
 @pytest.fixture
-def study(study_folder, tmp_path, monkeypatch):
-    """A copy of the finished study to change, the working folder of the test."""
-    shutil.copytree(study_folder, tmp_path / "study")
+def study(finished, tmp_path, monkeypatch):
+    """A copy of the finished study, as the working folder."""
+    shutil.copytree(finished, tmp_path / "study")
     monkeypatch.chdir(tmp_path / "study")
     return tmp_path / "study"
 
@@ -51,33 +44,34 @@ def digests(folder):
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_task_s_folder_says_what_it_is(study):
-    meta, apart = (json.loads(Path(folder, "ar/meta.json").read_text()) for folder in ("data", "heldout"))
-    assert meta["config"]["pairs"] == apart["config"]["pairs"] == 4
-    assert apart["lengths"] == [10, 20, 40]
+def test_the_metadata_describes_the_splits(study):
+    meta, heldout = (json.loads(Path(folder, "ar/meta.json").read_text()) for folder in ("data", "heldout"))
+    assert meta["config"]["pairs"] == heldout["config"]["pairs"] == 4
+    assert heldout["lengths"] == [10, 20, 40]
     assert set(meta["splits"]) == {"train", "valid"} == {p.stem for p in Path("data/ar").glob("*.npz")}
-    assert set(apart["splits"]) == {"test_10", "test_20", "test_40"} == {p.stem for p in Path("heldout/ar").glob("*.npz")}
-    for split, about in (meta["splits"] | apart["splits"]).items():
+    assert set(heldout["splits"]) == {"test_10", "test_20", "test_40"} == {p.stem for p in Path("heldout/ar").glob("*.npz")}
+    for split, described in (meta["splits"] | heldout["splits"]).items():
         examples = read_split("ar", split)
-        assert examples.inputs.shape == examples.targets.shape == (about["examples"], about["length"])
+        assert examples.inputs.shape == examples.targets.shape == (described["examples"], described["length"])
         assert examples.inputs.dtype == np.uint8
         assert examples.targets.dtype == np.int8
     assert read_meta("ar").vocabulary == meta["vocabulary"] > read_split("ar", "train").inputs.max()
 
 
-OF_TEXT = {"tokens": "bpe", "vocabulary_size": 300}
-OTHERS = [("ar", {}), ("copying", {}), ("text", {}), ("text", OF_TEXT), ("text", {"tokens": "words"})]
+BPE = {"tokens": "bpe", "vocabulary_size": 300}
 
 
-@pytest.mark.parametrize(("task", "changes"), OTHERS)
-@pytest.mark.parametrize("others", [{"test": 31}, {"multiples": [1, 2, 3]}, {"test": 31, "multiples": [1, 2]}])
-def test_what_training_reads_does_not_depend_on_what_is_tested(study, task, changes, others):
+@pytest.mark.parametrize(
+    ("task", "changes"), [("ar", {}), ("copying", {}), ("text", {}), ("text", BPE), ("text", {"tokens": "words"})]
+)
+@pytest.mark.parametrize("test_changes", [{"test_examples": 31}, {"multiples": [1, 2, 3]}])
+def test_training_data_do_not_depend_on_the_test_splits(study, task, changes, test_changes):
     Path("lines.txt").write_text("".join(f"{n} and {n * n} are two numbers .\n" for n in range(1000)))
     if task == "text":
         edit(**{f"tasks.text.data.{key}": value for key, value in {"source": "lines.txt", **changes}.items()})
     stage("generate", task)
     before, heldout, meta = digests(Path("data", task)), digests(Path("heldout", task)), read_meta(task)
-    edit(**{f"tasks.{task}.data.{key}": value for key, value in others.items()})
+    edit(**{f"tasks.{task}.data.{key}": value for key, value in test_changes.items()})
     stage("generate", task)
     assert digests(Path("data", task)) == before
     assert read_meta(task) == meta
@@ -85,23 +79,23 @@ def test_what_training_reads_does_not_depend_on_what_is_tested(study, task, chan
     assert read_task(task) == load_study().tasks[task].data
 
 
-def test_training_has_no_need_of_what_is_tested(study):
-    """The weights of a theorem hold up to the longest sequences, of which params.yaml has the length."""
+def test_training_needs_no_test_splits(study):
+    """A construction depends on the longest length in params.yaml, not on the test splits."""
     before = digests(Path("runs"))
     shutil.rmtree("heldout")
-    for task, variant in (("copying", "theory"), ("copying", "k"), ("text", "k")):
+    for task, variant in (("copying", "construction"), ("copying", "k"), ("text", "k")):
         stage("train", task, variant)
     assert digests(Path("runs")) == before
     edit(**{"tasks.copying.data.multiples": [1, 2, 8]})
-    stage("train", "copying", "theory")
+    stage("train", "copying", "construction")
     stage("train", "copying", "k")
     after = digests(Path("runs"))
-    assert {Path(name).parent for name in before if after[name] != before[name]} == {Path("copying/theory")}
+    assert {Path(name).parent for name in before if after[name] != before[name]} == {Path("copying/construction")}
 
 
-def test_stages_repeat_to_the_bit_whatever_the_threads(study):
+def test_stages_give_equal_bits_for_any_parallel_runs(study):
     before = outputs()
-    edit(threads=3)
+    edit(parallel_runs=3)
     stage("generate", "ar")
     for variant in variants_on(load_study(), "ar"):
         stage("train", "ar", variant)
@@ -111,41 +105,41 @@ def test_stages_repeat_to_the_bit_whatever_the_threads(study):
 
 
 def outputs():
-    """Digests of what the stages put out; the report has times in it and is no output."""
+    """Digests of the outputs of the stages."""
     found = {}
-    for folder in ("runs/ar", "data", "heldout", "results", "reports/figures", "reports/svg", "reports/metrics"):
+    for folder in ("runs/ar", "data", "heldout", "results", "reports/figures", "reports/metrics"):
         found |= digests(Path(folder))
     return found | {
         name: Path("reports", name).read_bytes() for name in ("lengths.csv", "diagnosis.csv", "stability.csv", "headline.md")
     }
 
 
-def test_a_cell_is_the_same_whatever_else_is_trained(study):
+def test_a_cell_does_not_depend_on_other_cells(study):
     before = digests(Path("runs/copying/k"))
     edit(seeds=[1])
     stage("train", "copying", "k")
-    alone = digests(Path("runs/copying/k"))
-    assert alone["seed_1.safetensors"] == before["seed_1.safetensors"]
-    assert "seed_0.safetensors" not in alone
+    after = digests(Path("runs/copying/k"))
+    assert after["seed_1.safetensors"] == before["seed_1.safetensors"]
+    assert "seed_0.safetensors" not in after
 
 
-def test_seeds_begin_differently_and_learning_rates_of_a_seed_alike(study, monkeypatch):
+def test_initial_weights_depend_on_the_seed_only(study, monkeypatch):
     import pipeline.stages.train
 
-    fit, begun = pipeline.stages.train.fit, {}
+    fit, initial = pipeline.stages.train.fit, {}
 
     def watched(model, *splits, seed, learning_rate, **options):
-        begun[seed, learning_rate] = model.embedding.token.weight.detach().clone()
+        initial[seed, learning_rate] = model.embedding.token.weight.detach().clone()
         return fit(model, *splits, seed=seed, learning_rate=learning_rate, **options)
 
     monkeypatch.setattr(pipeline.stages.train, "fit", watched)
     stage("train", "ar", "k")
-    (first, second), (low, high) = (sorted({key[i] for key in begun}) for i in (0, 1))
-    assert torch.equal(begun[first, low], begun[first, high])
-    assert not torch.equal(begun[first, low], begun[second, low])
+    (first, second), (low, high) = (sorted({key[i] for key in initial}) for i in (0, 1))
+    assert torch.equal(initial[first, low], initial[first, high])
+    assert not torch.equal(initial[first, low], initial[second, low])
 
 
-def test_a_trained_model_comes_back_from_its_weights(study):
+def test_a_saved_model_is_loaded(study):
     summary = runs.read_summary("ar", "k")
     model = runs.load_model(runs.weights_path("ar", "k", 1))
     assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
@@ -157,14 +151,14 @@ def test_a_trained_model_comes_back_from_its_weights(study):
     assert accuracy == run["valid_accuracy"]
 
 
-def test_foreign_weights_are_refused_in_words(study):
+def test_a_broken_weights_file_is_refused(study):
     path = runs.weights_path("ar", "k", 0)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"seed_0\.safetensors: is not a weights file"):
         runs.load_model(path)
 
 
-def test_weights_of_a_seed_that_is_not_there_name_those_that_are(study):
+def test_a_missing_seed_lists_the_others(study):
     shutil.copy(runs.weights_path("ar", "k", 1), runs.weights_path("ar", "k", 10))
     shutil.copy(runs.weights_path("ar", "k", 1), runs.weights_path("ar", "k", 2))
     with pytest.raises(
@@ -175,32 +169,32 @@ def test_weights_of_a_seed_that_is_not_there_name_those_that_are(study):
         runs.load_model("runs/ar/kk/seed_9.safetensors")
 
 
-def trained(rate, seed, *, accuracy=0.5, loss=1.0, stop="steps"):
+def outcome(rate, seed, *, accuracy=0.5, loss=1.0, stop="steps"):
     from cat.training.fit import validation_record
 
-    row = validation_record(1, [loss], [1.0], loss, accuracy, None)
-    return Trained(Job(rate, seed), [] if stop == "diverged" else [row], 1, stop, 1, None, None, {}, {}, "CPU", 1.0)
+    record = validation_record(1, [loss], [1.0], loss, accuracy, None)
+    return Trained(Job(rate, seed), [] if stop == "diverged" else [record], 1, stop, 1, None, None, {}, {}, "CPU", 1.0)
 
 
 def test_the_validation_split_chooses_the_learning_rate():
     better = [
-        trained(0.1, 0, accuracy=0.6),
-        trained(0.2, 0, accuracy=0.7),
-        trained(0.1, 1, accuracy=0.6),
-        trained(0.2, 1, accuracy=0.4),
+        outcome(0.1, 0, accuracy=0.6),
+        outcome(0.2, 0, accuracy=0.7),
+        outcome(0.1, 1, accuracy=0.6),
+        outcome(0.2, 1, accuracy=0.4),
     ]
     assert choose_learning_rate(better, "accuracy") == 0.1
-    losses = [trained(0.1, 0, accuracy=0.6, loss=2.0), trained(0.2, 0, accuracy=0.5, loss=1.0)]
+    losses = [outcome(0.1, 0, accuracy=0.6, loss=2.0), outcome(0.2, 0, accuracy=0.5, loss=1.0)]
     assert choose_learning_rate(losses, "accuracy") == 0.1
     assert choose_learning_rate(losses, "loss") == 0.2
-    equal = [trained(0.1, 0, loss=2.0), trained(0.2, 0, loss=1.0)]
+    equal = [outcome(0.1, 0, loss=2.0), outcome(0.2, 0, loss=1.0)]
     assert choose_learning_rate(equal, "accuracy") == 0.2
-    unstable = [trained(0.1, 0, accuracy=0.9), trained(0.1, 1, stop="diverged"), trained(0.2, 0), trained(0.2, 1)]
+    unstable = [outcome(0.1, 0, accuracy=0.9), outcome(0.1, 1, stop="diverged"), outcome(0.2, 0), outcome(0.2, 1)]
     assert choose_learning_rate(unstable, "accuracy") == 0.2
-    assert choose_learning_rate([trained(0.1, 0, stop="diverged")], "accuracy") == 0.1
+    assert choose_learning_rate([outcome(0.1, 0, stop="diverged")], "accuracy") == 0.1
 
 
-def test_a_diverged_seed_is_recorded_and_the_study_goes_on(study, monkeypatch):
+def test_a_diverged_seed_is_recorded_and_the_study_continues(study, monkeypatch):
     import pipeline.stages.train
 
     fit = pipeline.stages.train.fit
@@ -223,13 +217,13 @@ def test_a_diverged_seed_is_recorded_and_the_study_goes_on(study, monkeypatch):
     stage("render")
     stage("report")
     results = read_results(load_study())
-    lost = results[(results["task"] == "copying") & (results["variant"] == "k")].set_index("seed")["value"]
-    assert lost[1].isna().all()
-    assert lost[0].notna().all()
+    values = results[(results["task"] == "copying") & (results["variant"] == "k")].set_index("seed")["value"]
+    assert values[1].isna().all()
+    assert values[0].notna().all()
     assert "1 diverged" in Path("reports/report.md").read_text()
 
 
-def test_results_are_one_tidy_table_of_the_whole_grid(study):
+def test_results_are_one_tidy_table_of_the_grid(study):
     study_params = load_study()
     results = read_results(study_params)
     assert not results.duplicated(["task", "variant", "seed", "length", "metric"]).any()
@@ -243,27 +237,26 @@ def test_results_are_one_tidy_table_of_the_whole_grid(study):
     assert set(copying["metric"]) == {"accuracy", "sequence_accuracy"}
 
 
-def test_attention_and_filters_are_looked_at_at_the_training_length(study):
+def test_attention_and_kernels_are_measured_at_the_training_length(study):
     results = read_results(load_study())
-    looks = results[results["metric"].str.startswith("attention_")]
-    assert (looks["multiple"] == 1).all()
-    assert not looks["variant"].isin(["mamba", "hyena", "delta", "gla"]).any()
-    names = looks.groupby(["task", "variant"])["metric"].agg(set)
+    attention = results[results["metric"].str.startswith("attention_")]
+    assert (attention["multiple"] == 1).all()
+    assert not attention["variant"].isin(["mamba", "hyena", "delta", "gla"]).any()
+    names = attention.groupby(["task", "variant"])["metric"].agg(set)
     assert names["ar", "qk"] == {"attention_entropy_1", "attention_on_answer_1"}
     assert names["copying", "qk_l2"] == names["ar", "qk"] | {"attention_entropy_2", "attention_on_answer_2"}
     assert names["text", "qk"] == {"attention_entropy_1"}
-    assert looks["value"].notna().all()
+    assert attention["value"].notna().all()
 
     filters = pd.read_csv("results/filters/ar.csv")
-    taps = filters[
-        (filters["variant"] == "qk_full") & (filters["stream"] == "q") & (filters["seed"] == 1) & (filters["row"] == 0)
-    ]
+    kernel = filters.query("variant == 'qk_full' and projection == 'q' and seed == 1 and head == 0")
     model = runs.load_model(runs.weights_path("ar", "qk_full", 1))
-    np.testing.assert_allclose(taps["value"], model.blocks[0].mixer.filters["q"].taps[0].detach(), rtol=1e-5)
-    assert list(taps["lag"]) == list(range(20))
+    np.testing.assert_allclose(kernel["value"], model.blocks[0].mixer.filters["q"].kernel[0].detach(), rtol=1e-5)
+    assert list(kernel["lag"]) == list(range(20))
 
 
-def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
+def test_a_missing_cell_is_an_error_and_an_orphan_is_ignored(study, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.stages.render.draw_all", lambda study, pictures: None)
     path = Path("results/ar.csv")
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if ",k,1," not in line))
     with pytest.raises(SystemExit) as stopped:
@@ -276,7 +269,7 @@ def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
     stage("evaluate", "ar")
     stage("render")
     assert capsys.readouterr().out == (
-        "runs/ar/old: is no cell of the study any more and was left out; `rm -r runs/ar/old` removes it\n"
+        "runs/ar/old: the cell is no longer part of the study, so it was ignored. Fix: `rm -r runs/ar/old`\n"
     )
     path.write_text(path.read_text() + "ar,old,0,20,accuracy,1.0\nar,k,99,20,accuracy,1.0\n")
     results = read_results(load_study())
@@ -284,7 +277,8 @@ def test_a_missing_cell_is_an_error_and_a_stray_is_left_out(study, capsys):
     assert not results["seed"].eq(99).any()
 
 
-def test_files_of_tasks_that_left_the_study_are_told_of(study, capsys):
+def test_files_of_removed_tasks_are_reported(study, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.stages.render.draw_all", lambda study, pictures: None)
     old = [Path("results/old.csv"), Path("results/filters/old.csv"), Path("results/positions/old.csv"), Path("scores/old.npz")]
     for path in old:
         shutil.copy(path.with_stem("ar"), path)
@@ -292,47 +286,48 @@ def test_files_of_tasks_that_left_the_study_are_told_of(study, capsys):
     assert list(orphans(load_study())) == old
     stage("render")
     assert capsys.readouterr().out.splitlines() == [
-        f"{path}: is of no task of the study any more and was left out; `rm -r {path}` removes it" for path in old
+        f"{path}: its task is no longer part of the study, so it was ignored. Fix: `rm -r {path}`" for path in old
     ]
 
 
-def test_the_report_has_the_tables_of_what_is_along_a_text(study):
+def test_the_report_has_the_tables_of_positions_and_recall(study):
     text = Path("reports/report.md").read_text()
     positions, recall = (text.split(f'<a id="{name}"></a>')[1].split("<a id=")[0] for name in ("positions", "recall"))
     for part, name, column, variants in (
-        (positions, "positions", "at the longest, sliding", ["none", "qk", "mamba"]),
-        (recall, "recall", "of the gain", ["k", "k", "qk", "qk", "mamba", "mamba"]),
+        (positions, "positions", "at the longest length, sliding window", ["none", "qk", "mamba"]),
+        (recall, "recall", "share of gain", ["k", "k", "qk", "qk", "mamba", "mamba"]),
     ):
-        assert f"![{name}](figures/{name}.png)" in part
+        assert f"![{name}](figures/{name}.svg)" in part
         head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in part.splitlines() if line.startswith("|")]
         assert column in head
-        assert [row[head.index("variant")] for row in rows] == variants
+        labels = [with_slug(variant_label(load_study(), variant), variant) for variant in variants]
+        assert [row[head.index("variant")] for row in rows] == labels
         assert {row[head.index("task")] for row in rows} == {"text"}
     assert "[results/positions/text.csv](../results/positions/text.csv)" in positions
 
 
-def test_metrics_are_a_row_a_variant(study):
+def test_metrics_are_one_file_per_variant(study):
     metrics = json.loads(Path("reports/metrics/k.json").read_text())
     assert set(metrics) == {"ar", "copying", "text"}
     assert set(metrics["ar"]) == {"accuracy_1x", "accuracy_2x"}
     results = read_results(load_study())
-    here = results.query("task == 'ar' and variant == 'k' and metric == 'accuracy' and multiple == 2")["value"]
-    assert metrics["ar"]["accuracy_2x"] == pytest.approx(here.mean(), abs=1e-6)
+    values = results.query("task == 'ar' and variant == 'k' and metric == 'accuracy' and multiple == 2")["value"]
+    assert metrics["ar"]["accuracy_2x"] == pytest.approx(values.mean(), abs=1e-6)
     assert set(json.loads(Path("reports/metrics/learned.json").read_text())["ar"]) == {"accuracy_1x"}
 
 
-def test_a_variant_looks_the_same_in_every_figure(study):
+def test_a_variant_keeps_its_style_when_others_are_added(study):
     from pipeline.figures.style import style
 
     study_params = load_study()
-    looks = {variant: style(study_params, variant) for variant in study_params.variants}
-    assert len({(tuple(s["color"]), s["linestyle"], s["marker"]) for s in looks.values()}) == len(looks)
+    styles = {variant: style(study_params, variant) for variant in study_params.variants}
+    assert len({(tuple(s["color"]), s["linestyle"], s["marker"]) for s in styles.values()}) == len(styles)
     edit(**{"variants.added": dict(read_params()["variants"]["k"])})
-    edit(**{"ablations.streams.variants": ["none", "k", "qk", "added"]})
-    assert {v: style(load_study(), v) for v in looks} == looks
+    edit(**{"ablations.qkv_subsets.variants": ["none", "k", "qk", "added"]})
+    assert {v: style(load_study(), v) for v in styles} == styles
 
 
-def test_a_theorem_is_a_line_across_a_sweep_and_a_contrast(study):
+def test_a_construction_is_a_horizontal_line(study):
     from pipeline.figures.contrast import contrast
     from pipeline.figures.sweep import sweep
 
@@ -340,42 +335,43 @@ def test_a_theorem_is_a_line_across_a_sweep_and_a_contrast(study):
     scores = primary(study_params, read_results(study_params))
     for figure, name in ((sweep, "width"), (contrast, "position")):
         axes = figure(study_params, study_params.ablations[name], scores).axes
-        lines = [line for a in axes for line in a.lines if line.get_label() == "theory"]
+        lines = [line for a in axes for line in a.lines if line.get_label() == "construction"]
         assert [set(line.get_ydata()) for line in lines] == [{1.0}] * len(axes)
-        assert all("theory" not in label.get_text() for a in axes for label in a.get_xticklabels())
+        assert all("onstruction" not in label.get_text() for a in axes for label in a.get_xticklabels())
 
 
-def test_found_are_the_runs_whose_key_filter_meets_the_condition(study):
-    from pipeline.reporting.tables import found
-
+def test_the_key_filter_table_counts_runs_that_meet_the_condition(study):
     path = Path("runs/ar/k/summary.json")
     summary = json.loads(path.read_text())
     for run in summary["runs"]:
         assert run["solves_every_length"] in (True, False)
         run["solves_every_length"] = (run["seed"], run["learning_rate"]) == (1, 0.01)
     path.write_text(json.dumps(summary))
-    ablation = Ablation(question="?", tasks=["ar"], variants=["none", "k", "qk"], plot="rates")
-    table = found(load_study(), ablation)
-    assert table[["variant", "learning rate", "runs", "found"]].to_numpy().tolist() == [["k", 0.005, 2, 0], ["k", 0.01, 2, 1]]
+    ablation = Ablation(question="?", tasks=["ar"], variants=["none", "k", "qk"], plot="learning_rates")
+    table = key_filter_table(load_study(), ablation)
+    assert table[["variant", "learning rate", "runs", "solve every length"]].to_numpy().tolist() == [
+        ["k", 0.005, 2, 0],
+        ["k", 0.01, 2, 1],
+    ]
     assert runs.read_summary("ar", "qk")["runs"][0]["solves_every_length"] is None
 
 
-def test_a_theorem_s_weights_are_prescribed_once_for_every_seed(study):
-    summary = runs.read_summary("copying", "theory")
+def test_a_construction_is_built_for_every_seed(study):
+    summary = runs.read_summary("copying", "construction")
     assert [(run["stop"], run["steps"], run["valid_accuracy"]) for run in summary["runs"]] == [("theorem", 0, 1.0)] * 2
-    results = read_results(load_study()).query("variant == 'theory' and metric == 'accuracy'")
+    results = read_results(load_study()).query("variant == 'construction' and metric == 'accuracy'")
     assert set(results["task"]) == {"ar", "copying"}
     assert (results["value"] == 1).all()
 
 
-def test_weights_that_are_gone_are_not_taken_for_a_run_that_diverged(study, capsys):
+def test_missing_weights_are_not_a_diverged_run(study, capsys):
     runs.weights_path("ar", "k", 0).unlink()
     with pytest.raises(SystemExit):
         stage("evaluate", "ar")
     assert "runs/ar/k/seed_0.safetensors: is missing; runs/ar/k has seed_1;" in capsys.readouterr().err
 
 
-def test_an_output_appears_whole_or_not_at_all(tmp_path):
+def test_a_write_is_atomic(tmp_path):
     target = tmp_path / "out"
     with atomic_write(target) as part:
         part.mkdir()
@@ -388,40 +384,40 @@ def test_an_output_appears_whole_or_not_at_all(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_numbers_are_written_so_that_they_come_back(tmp_path):
+def test_written_numbers_round_trip(tmp_path):
     write_csv(tmp_path / "t.csv", [{"a": 0.1 + 0.2, "b": float("nan")}], ["a", "b"])
     assert (tmp_path / "t.csv").read_text() == "a,b\n0.30000000000000004,\n"
 
 
-@pytest.mark.parametrize(("jobs", "threads", "count"), [(1, 4, 1), (3, 1, 1), (3, 2, 2), (31, 16, 16), (2, 4, 2)])
-def test_threads_are_as_many_as_are_asked_for(jobs, threads, count):
-    assert workers._processes(jobs, threads) == count
+@pytest.mark.parametrize(("jobs", "parallel_runs", "count"), [(1, 4, 1), (3, 1, 1), (3, 2, 2), (31, 16, 16), (2, 4, 2)])
+def test_at_most_parallel_runs_processes_are_started(jobs, parallel_runs, count):
+    assert workers._processes(jobs, parallel_runs) == count
 
 
 @pytest.mark.parametrize(("jobs", "cores", "count"), [(3, 1, 1), (1, 2, 1), (3, 2, 3), (4, 2, 2), (24, 16, 24), (25, 16, 16)])
-def test_where_nothing_is_asked_for_a_few_more_jobs_than_cores_end_together(jobs, cores, count, monkeypatch):
+def test_auto_runs_slightly_more_jobs_than_cores_at_once(jobs, cores, count, monkeypatch):
     monkeypatch.setattr(workers, "available", lambda: cores)
     assert workers._processes(jobs, "auto") == count
 
 
-class OfTwoWordsError(Exception):
+class TwoWordsError(Exception):
     def __init__(self, one, other):
         super().__init__(f"{one} {other}")
 
 
 def _failing(kind, device, report):
-    raise {"two": OfTwoWordsError("such", "words"), "params": ParamsError(["a: 1", "b: 2"])}[kind]
+    raise {"two": TwoWordsError("such", "words"), "params": ParamsError(["a: 1", "b: 2"])}[kind]
 
 
-def test_an_error_comes_from_another_process_as_it_is_or_in_its_words():
-    with pytest.raises(RuntimeError, match=r"^OfTwoWordsError: such words$"):
+def test_an_error_of_a_worker_process_is_raised():
+    with pytest.raises(RuntimeError, match=r"^TwoWordsError: such words$"):
         workers.parallel_map(_failing, ["two", "two"], device=torch.device("cpu"), parallel_runs=2)
     with pytest.raises(ParamsError) as raised:
         workers.parallel_map(_failing, ["params", "params"], device=torch.device("cpu"), parallel_runs=2)
     assert raised.value.lines == ["a: 1", "b: 2"]
 
 
-def test_what_a_link_leads_to_is_written_whole(tmp_path):
+def test_the_target_of_a_link_is_replaced(tmp_path):
     (tmp_path / "big").mkdir()
     (tmp_path / "big" / "old").touch()
     (tmp_path / "out").symlink_to(tmp_path / "big")
@@ -434,8 +430,8 @@ def test_what_a_link_leads_to_is_written_whole(tmp_path):
 
 
 @pytest.mark.parametrize("file", [".dvcignore", ".gitignore"])
-def test_what_a_kill_leaves_of_a_folder_is_ignored(tmp_path, monkeypatch, file):
-    """The new folder, and the old one, which stands aside for a moment."""
+def test_the_temporary_names_of_an_atomic_write_are_ignored(tmp_path, monkeypatch, file):
+    """The new folder, and the old one during the replacement: a kill may leave either."""
     names = set()
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda path, to: (names.update({path.name, Path(to).name}), replace(path, to)))
@@ -447,7 +443,7 @@ def test_what_a_kill_leaves_of_a_folder_is_ignored(tmp_path, monkeypatch, file):
     assert {name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)} == {"out"}
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+def test_a_folder_stays_if_it_cannot_be_replaced(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").touch()
     replace = Path.replace
@@ -463,11 +459,11 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
 
 
-def test_jobs_keep_their_order_and_pass_on_what_they_report():
-    heard = []
-    results = workers.parallel_map(_squared, [3, 1, 2], device=torch.device("cpu"), parallel_runs=2, report=heard.append)
+def test_jobs_keep_their_order_and_report_progress():
+    messages = []
+    results = workers.parallel_map(_squared, [3, 1, 2], device=torch.device("cpu"), parallel_runs=2, report=messages.append)
     assert results == [9, 1, 4]
-    assert sorted(heard) == [1, 2, 3]
+    assert sorted(messages) == [1, 2, 3]
 
 
 def _squared(number, device, report):
@@ -476,7 +472,7 @@ def _squared(number, device, report):
     return number**2
 
 
-def test_a_device_that_is_not_there_is_refused_in_words():
+def test_a_missing_device_is_refused():
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ParamsError, match="device = cuda:99: there is no such GPU here"):
         resolve_device("cuda:99")
@@ -491,32 +487,46 @@ def test_a_device_that_is_not_there_is_refused_in_words():
         (("generate", "nope"), "params.yaml: tasks.nope: is missing\n"),
     ],
 )
-def test_names_that_are_not_there_end_in_one_line(study, capsys, arguments, line):
+def test_unknown_names_give_one_line(study, capsys, arguments, line):
     with pytest.raises(SystemExit) as stopped:
         stage(*arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == line
 
 
-# What dvc.yaml declares against what a stage uses.
+# The dependencies that dvc.yaml declares, and those that a stage uses.
 
 
 def resolved_stages(folder):
-    """Every stage as DVC resolves it: name -> stage."""
+    """Name -> stage, as DVC resolves it."""
     from dvc.repo import Repo
 
     with Repo.init(str(folder), no_scm=True) as repo:
         return {stage.name: stage for stage in repo.index.stages}
 
 
+def each_plot_once():
+    """`figures_of` with each kind of plot for the first ablation that has it: the others run the same code."""
+    drawn = set()
+
+    def new_figures(name, ablation):
+        figures = {file: draw for file, draw in figures_of(name, ablation).items() if draw not in drawn}
+        if shown_tasks(load_study(), ablation) and shown_variants(ablation):
+            drawn.update(figures.values())
+        return figures
+
+    return new_figures
+
+
 def executed_by(monkeypatch, *arguments):
-    """The project's modules with a function that ran in a stage, its reading of params.yaml left out: that runs every rule."""
+    """The project's modules with a function that ran in a stage, except for the reading of params.yaml, which runs every rule."""
     modules = set()
     loaded = load_study()
     monkeypatch.setattr("pipeline.cli.load_study", lambda: loaded)
     monkeypatch.setattr("pipeline.stages.train.load_study", lambda: loaded)
-    # What matplotlib does would be noted, too, and that takes minutes.
+    # The profile would also record matplotlib, which takes minutes.
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
+    monkeypatch.setattr("pipeline.stages.render.figures_of", each_plot_once())
 
     def note(frame, event, _):
         if event == "call" and frame.f_code.co_name != "<module>" and frame.f_code.co_filename.startswith(str(ROOT)):
@@ -536,22 +546,22 @@ def executed_by(monkeypatch, *arguments):
         ("plan", ("plan",)),
         ("generate@ar", ("generate", "ar")),
         ("generate@text", ("generate", "text")),
-        ("train_streams@ar-qk", ("train", "ar", "qk")),
+        ("train_qkv_subsets@ar-qk", ("train", "ar", "qk")),
         ("train_position@ar-learned", ("train", "ar", "learned")),
         *(
             (f"train_baselines@ar-{name}", ("train", "ar", name))
             for name in ("based", "performer", "delta", "gla", "mamba", "hyena")
         ),
         ("train_landmark@ar-landmark", ("train", "ar", "landmark")),
-        ("train_theory@ar-theory", ("train", "ar", "theory")),
-        ("train_theory@copying-theory", ("train", "copying", "theory")),
+        ("train_construction@ar-construction", ("train", "ar", "construction")),
+        ("train_construction@copying-construction", ("train", "copying", "construction")),
         ("evaluate@ar", ("evaluate", "ar")),
         ("evaluate@copying", ("evaluate", "copying")),
         ("render", ("render",)),
     ],
 )
 def test_a_stage_depends_on_the_code_that_it_runs(study, monkeypatch, name, arguments):
-    """Run, not merely imported: a class statement is no use of it."""
+    """Code that ran, not only imports: a class statement does not use the class."""
     declared = set()
     modules = stage_modules(load_study())
     for dep in resolved_stages(study)[name].deps:
@@ -569,17 +579,17 @@ def test_a_stage_depends_on_the_code_that_it_runs(study, monkeypatch, name, argu
     ("name", "arguments", "function"),
     [
         ("generate@ar", ("generate", "ar"), "pipeline.stages.generate.generate"),
-        ("train_streams@ar-qk", ("train", "ar", "qk"), "pipeline.stages.train.train"),
+        ("train_qkv_subsets@ar-qk", ("train", "ar", "qk"), "pipeline.stages.train.train"),
         ("evaluate@copying", ("evaluate", "copying"), "pipeline.stages.evaluate.evaluate"),
     ],
 )
-def test_a_stage_is_given_what_it_declares_and_nothing_else(study, monkeypatch, name, arguments, function):
-    """Every number of params.yaml is changed in turn: the stage sees a change exactly where its `params` name the key."""
+def test_a_stage_gets_exactly_its_declared_parameters(study, monkeypatch, name, arguments, function):
+    """Changes every number of params.yaml in turn: the stage sees a change only if its `params` contain the key."""
     module, _, attribute = function.rpartition(".")
-    monkeypatch.setattr(f"{module}.{attribute}", lambda *a, device=None, threads=None: seen.append(repr(a)))
+    monkeypatch.setattr(f"{module}.{attribute}", lambda *a, device=None, parallel_runs=None: seen.append(repr(a)))
     declared = {key for dep in resolved_stages(study)[name].deps for key in getattr(dep, "params", ())}
     if name.startswith("evaluate"):
-        declared.add("ablations")  # by way of plan/evaluate/copying.txt, which lists the variants of the task
+        declared.add("ablations")  # through plan/evaluate/copying.txt, which lists the variants of the task
     raw = read_params()
     changed = dict(leaves(raw))
     assert len(changed) > 60
@@ -589,21 +599,21 @@ def test_a_stage_is_given_what_it_declares_and_nothing_else(study, monkeypatch, 
     reached = set()
     for path, value in changed.items():
         mutated = read_params()
-        at = mutated
-        for step in path[:-1]:
-            at = at[step]
-        at[path[-1]] = OTHER[value] if isinstance(value, str) else value + 1 if isinstance(value, int) else value / 2
+        section = mutated
+        for key in path[:-1]:
+            section = section[key]
+        section[path[-1]] = OTHER[value] if isinstance(value, str) else value + 1 if isinstance(value, int) else value / 2
         write_params(mutated)
         seen.clear()
         try:
             stage(*arguments)
-        except SystemExit:  # a contradiction: no such study
+        except SystemExit:  # an invalid study
             write_params(raw)
             continue
         write_params(raw)
-        inside = any(f"{'.'.join(map(str, path))}.".startswith(f"{key}.") for key in declared)
-        assert (seen[0] != before) == inside, path
-        reached |= {inside}
+        is_declared = any(f"{'.'.join(map(str, path))}.".startswith(f"{key}.") for key in declared)
+        assert (seen[0] != before) == is_declared, path
+        reached |= {is_declared}
     assert reached == {True, False}
 
 
@@ -621,11 +631,11 @@ def leaves(raw, path=()):
         yield path, raw
 
 
-def test_text_around_the_headline_of_the_readme_is_kept(study):
+def test_update_readme_keeps_the_text_around_the_headline(study):
     from pipeline.stages.render import README_MARKS
 
     Path("README.md").write_text(f"before\n{README_MARKS[0]}\nold\n{README_MARKS[1]}\nafter\n")
-    stage("readme")
+    stage("update-readme")
     text = Path("README.md").read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

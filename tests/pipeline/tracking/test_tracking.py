@@ -1,4 +1,4 @@
-"""The MLflow store follows the files: complete, without doubles, rebuilt when lost, and apart for experiments."""
+"""The MLflow store agrees with the files: complete, no duplicates, rebuilt if lost, DVC experiments kept apart."""
 
 import re
 import shutil
@@ -14,14 +14,17 @@ import torch
 
 from pipeline.config.grid import cells, shown_variants
 from pipeline.config.load import load_study
+from pipeline.reporting.labels import variant_label
 from pipeline.storage.runs import load_model
 from pipeline.tracking.store import STAMP, load_run
 from tests.helpers.study import edit, finished_study, stage
 
+RUNS_OF_QK = {"qk", "qk seed 0", "qk seed 1"}
+
 
 @pytest.fixture(scope="module")
 def tracked_folder(tmp_path_factory):
-    """A finished study of one task, tracked once."""
+    """A finished study of one task, with its store."""
     folder = tmp_path_factory.mktemp("tracked")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -34,7 +37,7 @@ def tracked_folder(tmp_path_factory):
 
 @pytest.fixture
 def store(tracked_folder, monkeypatch):
-    """The working folder of the test is the tracked study; what a test changes in the store it must put right."""
+    """The store of the tracked study, which is the working folder; a test must undo its changes."""
     monkeypatch.chdir(tracked_folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("DVC_EXP_NAME", raising=False)
@@ -43,36 +46,50 @@ def store(tracked_folder, monkeypatch):
     return MlflowClient("sqlite:///mlflow.db")
 
 
-def found(client, experiment="copying"):
-    """Run name -> run, and that no name stands twice."""
-    page = client.search_runs([client.get_experiment_by_name(experiment).experiment_id], "tags.current = 'yes'", max_results=1000)
-    runs = {run.info.run_name: run for run in page}
+def slug(run):
+    """`qk` for the run of a variant, `qk seed 0` for that of a seed; with the DVC experiment, if any."""
+    tags = run.data.tags
+    name = {"variant": "{variant}", "seed": "{variant} seed {seed}", "report": "report"}[tags["kind"]].format(**tags)
+    return name if tags["cat.context"] == "workspace" else f"{name} ({tags['cat.context']})"
+
+
+def search(client, experiment, filter_string=""):
+    return client.search_runs([client.get_experiment_by_name(experiment).experiment_id], filter_string, max_results=1000)
+
+
+def current(client, experiment="copying"):
+    """Slug -> current run; each must be unique."""
+    page = search(client, experiment, "tags.current = 'yes'")
+    runs = {slug(run): run for run in page}
     assert len(runs) == len(page)
     return runs
 
 
 def ids(client):
-    return {name: run.info.run_id for name, run in found(client).items()}
+    return {name: run.info.run_id for name, run in current(client).items()}
 
 
 def older(client, experiment="copying"):
-    """The runs that the files no longer say."""
-    page = client.search_runs([client.get_experiment_by_name(experiment).experiment_id], "tags.current = 'no'")
-    return {run.info.run_name: run for run in page}
+    """Slug -> run of older studies."""
+    return {slug(run): run for run in search(client, experiment, "tags.current = 'no'")}
 
 
-def test_there_is_a_run_for_every_variant_and_seed(store):
+def test_every_variant_and_every_seed_has_a_run(store):
     study = load_study()
-    runs = found(store)
+    runs = current(store)
     variants = {cell.variant for cell in cells(study)}
     assert set(runs) == variants | {f"{variant} seed {seed}" for variant in variants for seed in study.seeds}
     assert len({frozenset(run.data.params) for run in runs.values()}) == 1, "every run has the same parameter keys"
     run = runs["qk seed 1"]
+    label = variant_label(study, "qk")
+    assert label.startswith("CAT-QK")
+    assert (runs["qk"].info.run_name, run.info.run_name) == (f"{label} (qk)", f"{label} (qk) seed 1")
     assert run.info.status == "FINISHED"
-    assert {k: run.data.params[k] for k in ("variant", "seed", "model.q", "model.k", "model.v", "model.qk_norm")} == {
-        "variant": "qk", "seed": "1", "model.q": "3", "model.k": "3", "model.v": "-", "model.qk_norm": "true",
+    assert {k: run.data.params[k] for k in ("variant", "label", "seed", "model.conv_q", "model.conv_k", "model.conv_v")} == {
+        "variant": "qk", "label": label, "seed": "1", "model.conv_q": "3", "model.conv_k": "3", "model.conv_v": "-",
     }  # fmt: skip
-    assert {"task", "variant", "seed", "data_digest", "device", "figure.streams"} <= set(run.data.tags)
+    assert run.data.params["model.qk_norm"] == "true"
+    assert {"task", "variant", "label", "seed", "data_digest", "device", "figure.qkv_subsets"} <= set(run.data.tags)
     lengths = {metric.step for metric in store.get_metric_history(run.info.run_id, "test/accuracy")}
     assert lengths == set(study.tasks["copying"].data.lengths)
     assert [m.step for m in store.get_metric_history(run.info.run_id, "valid/loss")] == [5]
@@ -81,14 +98,13 @@ def test_there_is_a_run_for_every_variant_and_seed(store):
     assert dataset.dataset.digest == run.data.tags["data_digest"]
     assert {item.path for item in store.list_artifacts(runs["qk"].info.run_id)} == {"history.csv", "summary.json"}
     assert [item.path for item in store.list_artifacts(run.info.run_id, "weights")] == ["weights/seed_1.safetensors"]
-    (report,) = found(store, "study").values()
-    there = {item.path for item in store.list_artifacts(report.info.run_id)}
-    tables = {"claims.yaml", "cost.png", "figures", "params.yaml", "report.html", "report.md", "svg", "tables"}
-    assert there == tables
+    (report,) = current(store, "study").values()
+    artifacts = {item.path for item in store.list_artifacts(report.info.run_id)}
+    assert artifacts == {"claims.yaml", "figures", "params.yaml", "report.html", "report.md", "tables"}
 
 
-def test_a_variant_s_run_has_the_mean_and_the_spread_of_its_seeds_which_are_within_it(store):
-    runs, study = found(store), load_study()
+def test_a_variant_s_run_has_the_mean_and_deviation_of_its_seeds_and_contains_them(store):
+    runs, study = current(store), load_study()
     seeds = [runs[f"qk seed {seed}"] for seed in study.seeds]
     assert {run.data.tags["mlflow.parentRunId"] for run in seeds} == {runs["qk"].info.run_id}
     for name in ("accuracy_1x", "accuracy_2x", "train/loss"):
@@ -102,47 +118,48 @@ def test_a_variant_s_run_has_the_mean_and_the_spread_of_its_seeds_which_are_with
     assert {run.data.tags["kind"] for run in runs.values()} == {"variant", "seed"}
 
 
-def test_figures_and_runs_lead_to_each_other(store):
-    runs, (report,) = found(store), found(store, "study").values()
+def test_figures_and_runs_link_to_each_other(store):
+    runs, (report,) = current(store), current(store, "study").values()
     note = runs["qk seed 0"].data.tags["mlflow.note.content"]
     artifacts = re.findall(r"#/experiments/(\w+)/runs/(\w+)/artifacts/([^)]+)\)", note)
     assert {(e, r) for e, r, _ in artifacts} == {(report.info.experiment_id, report.info.run_id)}
-    there = {item.path for folder in (None, "figures") for item in store.list_artifacts(report.info.run_id, folder)}
-    assert "figures/streams.png" in {path for *_, path in artifacts} <= there
+    logged = {item.path for folder in (None, "figures") for item in store.list_artifacts(report.info.run_id, folder)}
+    assert "figures/qkv_subsets.svg" in {path for *_, path in artifacts} <= logged
 
-    (address,) = re.findall(r"\[streams\]\(#/([^)]+)\)", report.data.tags["mlflow.note.content"])
-    wanted = parse_qs(urlsplit(address).query)["searchFilter"][0]
-    names = {run.info.run_name for run in store.search_runs([runs["qk"].info.experiment_id], wanted, max_results=1000)}
-    shown = shown_variants(load_study().ablations["streams"])
-    assert names == {*shown, *(f"{variant} seed {seed}" for variant in shown for seed in (0, 1))}
+    (address,) = re.findall(r"\[qkv_subsets\]\(#/([^)]+)\)", report.data.tags["mlflow.note.content"])
+    linked = search(store, "copying", parse_qs(urlsplit(address).query)["searchFilter"][0])
+    shown = shown_variants(load_study().ablations["qkv_subsets"])
+    assert {run.data.tags["variant"] for run in linked} == set(shown)
+    assert len(linked) == len(shown) * (1 + 2)
 
 
-def test_an_experiment_s_note_leads_to_the_best_variant_and_to_seeds(store):
+def test_an_experiment_s_note_names_the_task_and_links_to_its_best_variant_and_seeds(store):
     experiment = store.get_experiment_by_name("copying")
     links = re.findall(r"\(#/experiments/(\w+)/runs\?([^)]+)\)", experiment.tags["mlflow.note.content"])
+    assert "selective copying" in experiment.tags["mlflow.note.content"]
     assert {number for number, _ in links} == {experiment.experiment_id}
-    best, _, seeds, before, tried = (parse_qs(query) for _, query in links)
+    best, _, seeds, older_studies, experiments = (parse_qs(query) for _, query in links)
     ranked = store.search_runs([experiment.experiment_id], best["searchFilter"][0], order_by=[f"{best['orderByKey'][0]} DESC"])
-    assert ranked[0].info.run_name == "theory"
+    assert ranked[0].data.tags["variant"] == "construction"
     assert {run.data.tags["kind"] for run in ranked} == {"variant"}
     assert len(store.search_runs([experiment.experiment_id], seeds["searchFilter"][0])) == 2 * len(ranked)
-    for nothing in (before, tried):
-        assert store.search_runs([experiment.experiment_id], nothing["searchFilter"][0]) == []
+    for view in (older_studies, experiments):
+        assert store.search_runs([experiment.experiment_id], view["searchFilter"][0]) == []
 
 
-def test_the_lines_of_a_run_s_note_load_its_model(store):
-    run = found(store)["qk seed 1"]
+def test_the_code_in_a_run_s_note_loads_its_model(store):
+    run = current(store)["qk seed 1"]
     (lines,) = re.findall(r"```python\n(.*?)```", run.data.tags["mlflow.note.content"], flags=re.DOTALL)
     names = {}
     exec(lines, names)
     weights = load_model("runs/copying/qk/seed_1.safetensors").state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in names["model"].state_dict().items())
-    for run_id, line in ((found(store)["qk"].info.run_id, "has no weights"), ("0" * 32, "not found")):
+    for run_id, line in ((current(store)["qk"].info.run_id, "has no weights"), ("0" * 32, "not found")):
         with pytest.raises(ValueError, match=line):
             load_run(run_id)
 
 
-def test_repeating_changes_nothing(store):
+def test_a_second_call_changes_nothing(store):
     before, stamp = ids(store), STAMP.read_text()
     stage("track")
     assert (ids(store), STAMP.read_text()) == (before, stamp)
@@ -151,12 +168,12 @@ def test_repeating_changes_nothing(store):
     assert (ids(store), STAMP.read_text()) == (before, stamp)
 
 
-def test_what_is_missing_unfinished_or_double_is_put_right(store):
+def test_missing_unfinished_and_duplicate_runs_are_repaired(store):
     before = ids(store)
     store.delete_run(before["qk seed 0"])
     store.set_terminated(before["k seed 0"], "FAILED")
     original = store.get_run(before["none seed 0"])
-    copy = store.create_run(original.info.experiment_id, run_name="none seed 0", tags=original.data.tags)
+    copy = store.create_run(original.info.experiment_id, run_name=original.info.run_name, tags=original.data.tags)
     store.set_terminated(copy.info.run_id)
     stage("track")
     after = ids(store)
@@ -168,58 +185,56 @@ def test_exactly_the_runs_of_a_changed_cell_are_replaced(store):
     before = ids(store)
     shutil.copytree("runs", "kept_runs")
     shutil.copytree("results", "kept_results")
-    edit(**{"variants.qk.k": 2})
+    edit(**{"variants.qk.conv_k": 2})
     stage("train", "copying", "qk")
     stage("evaluate", "copying")
     stage("track")
     changed = ids(store)
-    of_qk = {"qk", "qk seed 0", "qk seed 1"}
-    assert {name for name in before if changed[name] != before[name]} == of_qk
+    assert {name for name in before if changed[name] != before[name]} == RUNS_OF_QK
     kept = older(store)
-    assert {name: run.info.run_id for name, run in kept.items()} == {name: before[name] for name in of_qk}
-    assert kept["qk"].data.params["model.k"] == "3"
-    here = found(store)
-    assert {run.data.tags["study"] for run in here.values()} == {here["qk"].data.tags["study"]}
+    assert {name: run.info.run_id for name, run in kept.items()} == {name: before[name] for name in RUNS_OF_QK}
+    assert kept["qk"].data.params["model.conv_k"] == "3"
+    now = current(store)
+    assert {run.data.tags["study"] for run in now.values()} == {now["qk"].data.tags["study"]}
     assert {run.data.tags["study"] for run in kept.values()} == {kept["qk"].data.tags["studies"]}
-    assert here["k"].data.tags["studies"].split() == [kept["qk"].data.tags["study"], here["qk"].data.tags["study"]]
-    edit(**{"variants.qk.k": 3})
+    assert now["k"].data.tags["studies"].split() == [kept["qk"].data.tags["study"], now["qk"].data.tags["study"]]
+    edit(**{"variants.qk.conv_k": 3})
     for folder in ("runs", "results"):
         shutil.rmtree(folder)
         Path(f"kept_{folder}").rename(folder)
     stage("track")
-    assert ids(store) == before, "the runs of the study that the files are of again"
-    assert {name: run.info.run_id for name, run in older(store).items()} == {name: changed[name] for name in of_qk}
-    folders = [Path("mlartifacts/copying") / changed[name] for name in of_qk]
+    assert ids(store) == before, "the runs of the earlier study, whose files are back"
+    assert {name: run.info.run_id for name, run in older(store).items()} == {name: changed[name] for name in RUNS_OF_QK}
+    folders = [Path("mlartifacts/copying") / changed[name] for name in RUNS_OF_QK]
     assert all(folder.exists() for folder in folders)
     stage("track", "--prune")
     assert (older(store), ids(store)) == ({}, before)
     assert not any(folder.exists() for folder in folders)
 
 
-def best_of_note(store):
-    """The runs that the first link in the note of an experiment shows."""
+def runs_of_first_link(store):
+    """The runs behind the first link of the experiment's note."""
     experiment = store.get_experiment_by_name("copying")
     address = re.search(r"\(#/experiments/\w+/runs\?([^)]+)\)", experiment.tags["mlflow.note.content"])[1]
-    page = store.search_runs([experiment.experiment_id], parse_qs(address)["searchFilter"][0], max_results=1000)
-    return {run.info.run_id for run in page}
+    return {run.info.run_id for run in search(store, "copying", parse_qs(address)["searchFilter"][0])}
 
 
 def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monkeypatch):
     before, stamp = ids(store), STAMP.read_text()
     monkeypatch.setenv("DVC_EXP_NAME", "tried")
     stage("track")
-    page = store.search_runs([store.get_experiment_by_name("copying").experiment_id], max_results=1000)
-    tried = {run.info.run_id for run in page if run.data.tags["cat.evaluation.by_position"] == "tried"}
+    page = search(store, "copying")
+    tried = {run.info.run_id for run in page if run.data.tags["cat.context"] == "tried"}
     assert len(tried) == len(before)
     assert tried.isdisjoint(before.values())
     assert {run.info.run_name.endswith(" (tried)") for run in page if run.info.run_id in tried} == {True}
-    assert best_of_note(store) == tried - {run.info.run_id for run in page if run.data.tags["kind"] != "variant"}
-    assert STAMP.read_text() == stamp, "or dvc.lock would name the experiment"
+    assert runs_of_first_link(store) == tried - {run.info.run_id for run in page if run.data.tags["kind"] != "variant"}
+    assert STAMP.read_text() == stamp, "else dvc.lock would depend on the experiment"
     monkeypatch.delenv("DVC_EXP_NAME")
     stage("track")
     left = {run.info.run_id for run in store.search_runs([page[0].info.experiment_id], max_results=1000)}
     assert left == tried | set(before.values())
-    assert best_of_note(store).isdisjoint(tried)
+    assert runs_of_first_link(store).isdisjoint(tried)
     for run_id in tried:
         store.delete_run(run_id)
 
@@ -230,12 +245,12 @@ def test_a_lost_store_is_rebuilt(store, tmp_path, monkeypatch):
     names, stamp = set(ids(store)), STAMP.read_text()
     monkeypatch.chdir(tmp_path)
     track()
-    assert STAMP.read_text() == stamp, "there are no logs here of when it was trained"
+    assert STAMP.read_text() == stamp, "although the logs of the training are missing"
     assert set(ids(client_of(tmp_path))) == names
 
 
 def track(*arguments):
-    """In a process of its own: MLflow takes `sqlite:///mlflow.db` for the same store in every folder that a process was in."""
+    """Run the stage in a new process: within a process, MLflow caches `sqlite:///mlflow.db` whatever the folder."""
     subprocess.run([sys.executable, "-m", "pipeline", "track", *arguments], check=True)
 
 
@@ -247,14 +262,13 @@ def client_of(folder):
 
 @pytest.fixture
 def copied(store, tmp_path, monkeypatch):
-    """A copy of the tracked study, store and all, is the working folder."""
+    """The working folder: a copy of the tracked study with its store."""
     copy = shutil.copytree(Path.cwd(), tmp_path / "copy")
     monkeypatch.chdir(copy)
     return copy
 
 
-def other_answers(variant):
-    """Changes the scores of a variant."""
+def change_scores(variant):
     table = Path("results/copying.csv")
     lines = table.read_text().splitlines()
     wrong = [re.sub(r"[\d.]+$", "0.0625", line) if f",{variant}," in line else line for line in lines]
@@ -262,13 +276,13 @@ def other_answers(variant):
     table.write_text("\n".join(wrong) + "\n")
 
 
-def listed(folder):
+def modification_times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def all_have_files(client, folder):
-    """Whether the artifacts of every run that has some are within the folder."""
-    runs = [*found(client).values(), *found(client, "study").values()]
+def artifacts_are_in(client, folder):
+    """Whether every run has artifacts, all of them in the folder."""
+    runs = [*current(client).values(), *current(client, "study").values()]
     return all(
         run.info.artifact_uri.startswith(f"file://{folder}/mlartifacts/") and client.list_artifacts(run.info.run_id)
         for run in runs
@@ -276,34 +290,34 @@ def all_have_files(client, folder):
 
 
 def test_a_copied_study_leaves_the_store_of_the_original_alone(store, copied, tracked_folder):
-    names, before = set(ids(store)), listed(tracked_folder)
-    other_answers("qk")
+    names, before = set(ids(store)), modification_times(tracked_folder)
+    change_scores("qk")
     track("--prune")
-    assert listed(tracked_folder) == before
+    assert modification_times(tracked_folder) == before
     client = client_of(copied)
     assert set(ids(client)) == names
     assert older(client) == {}
-    assert all_have_files(client, copied)
-    gone = set(ids(store).values()) - set(ids(client).values())
-    assert len(gone) == 3
-    assert gone.isdisjoint(path.name for path in Path("mlartifacts/copying").iterdir())
+    assert artifacts_are_in(client, copied)
+    removed = set(ids(store).values()) - set(ids(client).values())
+    assert len(removed) == 3
+    assert removed.isdisjoint(path.name for path in Path("mlartifacts/copying").iterdir())
 
 
 def test_pruning_deletes_no_folder_outside_of_the_store(copied, tmp_path):
-    """Such as that of a run of a task that the study has no longer, in a store that was copied."""
+    """As in a copied store, for a run of a task that the study no longer has."""
     kept = tmp_path / "kept" / "artifacts"
     kept.mkdir(parents=True)
     track()
-    with sqlite3.connect("mlflow.db") as opened:
-        opened.execute("update runs set artifact_uri = ? where name = 'qk'", [kept.as_uri()])
-    other_answers("qk")
+    with sqlite3.connect("mlflow.db") as connection:
+        connection.execute("update runs set artifact_uri = ? where name like '% (qk)'", [kept.as_uri()])
+    change_scores("qk")
     track("--prune")
     assert older(client_of(copied)) == {}
     assert kept.exists()
 
 
-def test_a_moved_study_has_its_artifacts_where_it_is_now_and_its_older_studies(copied, tmp_path, monkeypatch):
-    other_answers("qk")
+def test_a_moved_study_keeps_its_artifacts_and_older_studies(copied, tmp_path, monkeypatch):
+    change_scores("qk")
     track()
     moved = copied.rename(tmp_path / "moved %20 study")
     monkeypatch.chdir(moved)
@@ -312,7 +326,7 @@ def test_a_moved_study_has_its_artifacts_where_it_is_now_and_its_older_studies(c
     client = client_of(tmp_path)
     before = older(client)
     assert set(before) == {"qk", "qk seed 0", "qk seed 1"}
-    for run in [*before.values(), *found(client).values(), *found(client, "study").values()]:
+    for run in [*before.values(), *current(client).values(), *current(client, "study").values()]:
         assert run.info.artifact_uri.startswith(f"{moved.as_uri()}/mlartifacts/")
         assert client.list_artifacts(run.info.run_id)
 
@@ -321,10 +335,10 @@ def test_lost_artifacts_are_logged_again(copied):
     track()
     shutil.rmtree("mlartifacts/copying")
     track()
-    assert all_have_files(client_of(copied), copied)
+    assert artifacts_are_in(client_of(copied), copied)
 
 
-def test_a_damaged_store_is_named_in_one_line(copied, capsys):
+def test_a_damaged_store_is_an_error_of_one_line(copied, capsys):
     Path("mlflow.db").write_bytes(b"not a database" * 100)
     with pytest.raises(SystemExit) as stopped:
         stage("track", "--prune")
@@ -343,7 +357,7 @@ def test_the_folder_may_have_any_name(store, tmp_path, monkeypatch):
     shutil.copy("mlflow.db", tmp_path)
     client = client_of(tmp_path)
     assert set(ids(client)) == set(ids(store))
-    (report,) = found(client, "study").values()
+    (report,) = current(client, "study").values()
     assert Path(f"mlartifacts/study/{report.info.run_id}/artifacts/report.md").exists()
 
 
@@ -357,8 +371,7 @@ def test_studies_of_two_folders_share_a_server(store, copied, tracked_folder, tm
     client.create_experiment("study", artifact_location=(tmp_path / "study").as_uri())
 
     def runs():
-        page = client.search_runs([client.get_experiment_by_name("copying").experiment_id], max_results=1000)
-        return {run.info.run_id: (run.info.run_name, run.info.status, run.data.tags) for run in page}
+        return {run.info.run_id: (slug(run), run.info.status, run.data.tags) for run in search(client, "copying")}
 
     def tags_but_studies(run):
         return run[:2], {name: value for name, value in run[2].items() if name != "studies"}
@@ -370,13 +383,13 @@ def test_studies_of_two_folders_share_a_server(store, copied, tracked_folder, tm
     first = runs()
 
     monkeypatch.chdir(copied)
-    other_answers("qk")
+    change_scores("qk")
     stage("track", "--prune")
     both = runs()
     for run_id, run in first.items():
         assert tags_but_studies(both[run_id]) == tags_but_studies(run)
     added = {name for run_id, (name, *_) in both.items() if run_id not in first}
-    assert added == {"qk", "qk seed 0", "qk seed 1", "k seed 0"}, "what differs, and what is not finished; nothing twice"
+    assert added == {"qk", "qk seed 0", "qk seed 1", "k seed 0"}, "only changed and unfinished runs are logged"
 
     shutil.copy(tracked_folder / "results" / "copying.csv", "results")
     stage("track", "--prune")
@@ -386,27 +399,26 @@ def test_studies_of_two_folders_share_a_server(store, copied, tracked_folder, tm
 
     monkeypatch.chdir(tracked_folder)
     stage("track")
-    assert unfinished not in runs(), "its own run that is not finished is not left"
+    assert unfinished not in runs(), "its own unfinished run is deleted"
     assert {name for name, *_ in runs().values()} == {name for name, *_ in first.values()}
 
 
-@pytest.mark.parametrize("name", ["it's", "both'and\""])
-def test_an_experiment_of_dvc_may_have_quotes_in_its_name(store, monkeypatch, name):
+def test_an_experiment_of_dvc_may_have_quotes_in_its_name(store, monkeypatch):
     before = ids(store)
-    monkeypatch.setenv("DVC_EXP_NAME", name)
+    monkeypatch.setenv("DVC_EXP_NAME", "both'and\"")
     stage("track")
     stage("track", "--prune")
-    page = store.search_runs([store.get_experiment_by_name("copying").experiment_id], max_results=1000)
+    page = search(store, "copying")
     tried = {run.info.run_id for run in page} - set(before.values())
     assert len(tried) == len(before)
-    assert best_of_note(store) == tried - {run.info.run_id for run in page if run.data.tags["kind"] != "variant"}
+    assert runs_of_first_link(store) == tried - {run.info.run_id for run in page if run.data.tags["kind"] != "variant"}
     monkeypatch.delenv("DVC_EXP_NAME")
     for run_id in tried:
         store.delete_run(run_id)
     stage("track")
 
 
-def test_a_server_that_is_not_there_ends_in_one_line(store, monkeypatch, capsys):
+def test_an_unreachable_server_is_an_error_of_one_line(store, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(SystemExit) as stopped:
@@ -416,24 +428,24 @@ def test_a_server_that_is_not_there_ends_in_one_line(store, monkeypatch, capsys)
     assert lines[-1].startswith("track: MLflow at http://127.0.0.1:9: ")
 
 
-def begin_store(*, then=""):
-    code = f"from pathlib import Path\nfrom pipeline.tracking.store import _begin_store\n{then}\n_begin_store()"
+def create_store(*, first=""):
+    code = f"from pathlib import Path\nfrom pipeline.tracking.store import create_store\n{first}\ncreate_store()"
     return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
 
 
-def test_a_store_whose_making_is_ended_is_not_there(tmp_path, monkeypatch):
+def test_an_interrupted_creation_leaves_no_store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ended = begin_store(then="def ended(self, where): raise KeyboardInterrupt\nPath.replace = ended")
-    assert "KeyboardInterrupt" in ended.stderr
+    interrupted = create_store(first="def interrupt(self, path): raise KeyboardInterrupt\nPath.replace = interrupt")
+    assert "KeyboardInterrupt" in interrupted.stderr
     assert Path(".mlflow.db.part/mlflow.db").exists()
     assert not Path("mlflow.db").exists()
 
 
-def test_what_is_left_of_its_making_is_not_built_upon(tmp_path, monkeypatch):
+def test_the_rest_of_an_interrupted_creation_is_not_reused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(".mlflow.db.part").mkdir()
     Path(".mlflow.db.part/mlflow.db").write_bytes(b"half of it")
-    assert begin_store().returncode == 0
+    assert create_store().returncode == 0
     assert not Path(".mlflow.db.part").exists()
-    with sqlite3.connect("mlflow.db") as opened:
-        assert opened.execute("select count(*) from runs").fetchone() == (0,)
+    with sqlite3.connect("mlflow.db") as connection:
+        assert connection.execute("select count(*) from runs").fetchone() == (0,)
