@@ -91,13 +91,13 @@ _COST_BY_TIME = (
 
 
 def _folded(title: str, table: pd.DataFrame) -> str:
-    text = table.to_markdown(index=False, floatfmt=(".3f",) * len(table.columns), intfmt=",")
+    text = _table(table, intfmt=",")
     return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
 
 
-def _table(table: pd.DataFrame) -> str:
+def _table(table: pd.DataFrame, **options: str) -> str:
     """Markdown, with a dash for missing values."""
-    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3f", missingval="-")
+    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3f", missingval="-", **options)
 
 
 def _study(study: Study, timed: bool) -> str:
@@ -184,7 +184,7 @@ def _trained(shown: Iterable[Cell], timed: bool) -> str:
     days = sorted({f"{datetime.datetime.fromtimestamp(log['started'], datetime.UTC):%Y-%m-%d}" for log in logs})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
     by = f", commit {', '.join(commits)}" if commits else ""
-    restored = f"; {len(shown) - len(logs)} cells restored from a cache" if len(logs) < len(shown) else ""
+    restored = f"; restored from a cache: {len(shown) - len(logs)}" if len(logs) < len(shown) else ""
     return f"{trained_on}, {when}{by}, {sum(log['seconds'] for log in logs):,.0f} seconds of training in all{restored}."
 
 

@@ -1,4 +1,4 @@
-"""What language models do along their context is written, tabled and drawn as it is."""
+"""Bits per byte by position, and gains on recalled targets: tables and figures equal the values of the models."""
 
 import itertools
 import json
@@ -19,6 +19,7 @@ from pipeline.figures.positions import positions, positions_table
 from pipeline.figures.recall import gains, gains_table, recall
 from pipeline.figures.style import save
 from pipeline.figures.training import training
+from pipeline.reporting.labels import variant_label
 from pipeline.stages.evaluate import Job, ModelResults, _evaluate_model
 from pipeline.stages.generate import generate
 from pipeline.storage import runs
@@ -37,7 +38,7 @@ RECALL = Ablation(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A tiny text of words, trained and evaluated."""
+    """A study of a tiny text with word tokens, trained and evaluated."""
     folder = tmp_path_factory.mktemp("language")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -58,7 +59,7 @@ def read_results():
     return pd.read_csv("results/text.csv")
 
 
-def test_bits_by_position_are_those_of_all_tokens_of_a_bin(study):
+def test_bits_by_position_cover_all_tokens_of_a_bin(study):
     table = pd.read_csv("results/positions/text.csv")
     examples, ends = read_split("text", "test_64"), bin_ends(TRAINED, 64)
     assert len(scored_windows(32, 64)) == 32
@@ -69,17 +70,17 @@ def test_bits_by_position_are_those_of_all_tokens_of_a_bin(study):
     tokens = np.concatenate([examples.inputs, examples.targets[:, -1:]], axis=1).astype(np.int64)
     found = loss_by_position(runs.load_model(runs.weights_path("text", "qk", 1)), torch.from_numpy(tokens))
     for context, losses in found._asdict().items():
-        here = table[(table["variant"] == "qk") & (table["seed"] == 1) & (table["context"] == context)]
-        assert here["position"].tolist() == ends
-        assert here["tokens"].eq(8 * 32).all()
-        for end, value in zip(ends, here["bits_per_byte"], strict=True):
-            of = np.s_[:, end - 8 : end]
-            bits = losses.numpy()[of].sum() / math.log(2) + 8 * unknown[of].sum()
-            assert value == pytest.approx(bits / size[of].sum())
+        rows = table[(table["variant"] == "qk") & (table["seed"] == 1) & (table["context"] == context)]
+        assert rows["position"].tolist() == ends
+        assert rows["tokens"].eq(8 * 32).all()
+        for end, value in zip(ends, rows["bits_per_byte"], strict=True):
+            in_bin = np.s_[:, end - 8 : end]
+            bits = losses.numpy()[in_bin].sum() / math.log(2) + 8 * unknown[in_bin].sum()
+            assert value == pytest.approx(bits / size[in_bin].sum())
     assert set(table["variant"]) == {"none", "k", "qk", "mamba"}
 
 
-def test_recalled_answers_are_scored_apart_at_every_length(study):
+def test_recalled_targets_have_their_own_loss_at_every_length(study):
     results = read_results().pivot_table(index=["variant", "seed", "length"], columns="metric", values="value")
     model = runs.load_model(runs.weights_path("text", "k", 0))
     for length in LENGTHS:
@@ -124,7 +125,7 @@ def test_other_tasks_have_only_the_header(study):
     assert not any((Path("heldout/copying", path)).exists() for path in ("spans.npz", "recalled.npz"))
 
 
-def test_a_gain_is_what_the_reference_loses_more_of_the_same_seed(study):
+def test_a_gain_is_the_loss_difference_to_the_reference_of_the_same_seed(study):
     results = read_results()
     table = gains(study, RECALL, results).set_index(["variant", "length", "seed"])
     value = results.set_index(["variant", "length", "seed", "metric"])["value"]
@@ -133,29 +134,29 @@ def test_a_gain_is_what_the_reference_loses_more_of_the_same_seed(study):
         for name, metric in (("recalled", "loss_recalled"), ("others", "loss_others"), ("all", "loss")):
             assert row[name] == value["none", length, seed, metric] - value[variant, length, seed, metric]
         share = row["recalled_share"]
-        assert row["of recalled"] + (1 - share) * row["others"] == pytest.approx(row["all"], abs=1e-6)
+        assert row["from recalled"] + (1 - share) * row["others"] == pytest.approx(row["all"], abs=1e-6)
 
 
-def test_the_table_of_gains_says_how_much_is_of_recalled_answers(study):
+def test_the_table_of_gains_has_the_share_of_recalled_targets(study):
     results = read_results()
     share = results.loc[results["metric"] == "recalled_share"].groupby("length")["value"].first()
-    of = results["variant"].eq("k") & results["metric"].isin(["loss", "loss_recalled"])
-    results.loc[of, "value"] = results.loc[
+    losses_of_k = results["variant"].eq("k") & results["metric"].isin(["loss", "loss_recalled"])
+    results.loc[losses_of_k, "value"] = results.loc[
         results["variant"].eq("none") & results["metric"].isin(["loss", "loss_recalled"]), "value"
     ].to_numpy()
-    results.loc[of & results["metric"].eq("loss"), "value"] -= 0.5
-    results.loc[of & results["metric"].eq("loss_recalled"), "value"] -= 0.25
+    results.loc[losses_of_k & results["metric"].eq("loss"), "value"] -= 0.5
+    results.loc[losses_of_k & results["metric"].eq("loss_recalled"), "value"] -= 0.25
     table = gains_table(study, RECALL, results).set_index(["length", "variant"])
     assert set(table.index) == {(n, v) for n in (32, 64) for v in ("k", "mamba")}
     for length in (32, 64):
         row = table.loc[length, "k"]
         assert (row["recalled"], row["all"]) == pytest.approx((0.25, 0.5))
-        assert row["of the gain"] == f"{share[length] * 0.5:.0%}"
+        assert row["share of gain"] == f"{share[length] * 0.5:.0%}"
     results.loc[results["variant"].eq("k") & results["metric"].eq("loss"), "value"] += 1
-    assert set(gains_table(study, RECALL, results).set_index("variant").loc["k", "of the gain"]) == {"no gain"}
+    assert set(gains_table(study, RECALL, results).set_index("variant").loc["k", "share of gain"]) == {"no gain"}
 
 
-def test_positions_are_drawn_solid_from_the_start_and_dashed_in_windows(study, tmp_path):
+def test_full_context_is_solid_and_a_sliding_window_dashed(study, tmp_path):
     path = Path("results/positions/text.csv")
     table = pd.read_csv(path)
     table = table[~(table["variant"].eq("none") & table["context"].eq("full") & table["position"].gt(TRAINED))]
@@ -170,40 +171,48 @@ def test_positions_are_drawn_solid_from_the_start_and_dashed_in_windows(study, t
         drawn = means[variant, context].loc[TRAINED if context == "sliding" else 0 :]
         np.testing.assert_allclose(line.get_xydata(), drawn.reset_index().to_numpy())
         assert line.get_linestyle() == ("-" if context == "full" else "--")
-    assert [text.get_text() for text in figure.legends[0].texts] == ["none", "qk", "mamba"]
-    save(figure, tmp_path / "x.png", tmp_path / "x.svg")
-    tabled = positions_table(study, POSITIONS).set_index("variant")
-    assert tabled.loc["qk", "at the training length"] == means["qk", "full", 32]
-    assert tabled.loc["qk", "at the longest, sliding"] == means["qk", "sliding", 64]
-    assert math.isnan(tabled.loc["none", "at the longest"])
+    assert [text.get_text() for text in figure.legends[0].texts] == [
+        variant_label(study, variant) for variant in ("none", "qk", "mamba")
+    ]
+    save(figure, tmp_path / "x.svg")
+    rows = positions_table(study, POSITIONS).set_index("variant")
+    assert rows.loc["qk", "at the training length"] == means["qk", "full", 32]
+    assert rows.loc["qk", "at the longest length, sliding window"] == means["qk", "sliding", 64]
+    assert math.isnan(rows.loc["none", "at the longest length"])
 
 
-def test_the_loss_of_validation_is_drawn_a_token(study):
-    """Not a byte: a model that is hardly trained guesses among the words, and its loss is the logarithm of their number."""
+def test_the_validation_loss_is_per_token(study):
+    """Not per byte: the loss of an untrained model is the logarithm of the vocabulary."""
     axes = training(study, RECALL, read_results()).axes[0]
-    assert axes.get_ylabel() == "validation loss, nats a token"
+    assert axes.get_ylabel() == "validation loss, nats per token"
     size = study.tasks["text"].data.vocabulary
     starts = [line.get_ydata()[0] for line in axes.lines if len(line.get_ydata())]
     assert starts == pytest.approx([math.log(size)] * len(starts), rel=0.3)
 
 
-def test_gains_are_drawn_by_class_at_the_training_length_and_the_longest(study, tmp_path):
+def test_gains_are_drawn_per_class_at_the_training_length_and_the_longest(study, tmp_path):
     results = read_results()
     figure = recall(study, RECALL, results)
     table = gains(study, RECALL, results)
     for length, axes in zip((32, 64), figure.axes, strict=True):
-        assert axes.get_title() == f"text, at {length} tokens"
+        assert axes.get_title() == f"text, {length} tokens"
         means = table[table["length"] == length].groupby("variant")[["recalled", "recalled, rare", "others"]].mean()
         drawn = {round(float(y), 9) for line in axes.lines if len(line.get_xdata()) == 2 for y in line.get_ydata()}
         assert {round(float(y), 9) for y in means.to_numpy().ravel() if not math.isnan(y)} <= drawn
-        assert [label.get_text().split("\n")[0] for label in axes.get_xticklabels()] == ["k", "mamba"]
+        assert [label.get_text().rpartition("\n")[0] for label in axes.get_xticklabels()] == [
+            "CAT-K, kernel 3,\nno QK-norm",
+            "Mamba",
+        ]
     assert [text.get_text() for text in figure.legends[0].texts] == ["recalled", "recalled, rare", "others"]
-    save(figure, tmp_path / "x.png", tmp_path / "x.svg")
+    save(figure, tmp_path / "x.svg")
 
 
-def test_a_reference_that_does_not_reach_the_longest_leaves_a_panel_empty(study, tmp_path):
+def test_a_reference_without_the_longest_length_leaves_a_panel_empty(study, tmp_path):
     results = read_results()
     shown = results[~(results["variant"].eq("none") & results["length"].eq(64))]
     figure = recall(study, RECALL, shown)
-    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == ["k\nno gain", "mamba\nno gain"]
-    save(figure, tmp_path / "x.png", tmp_path / "x.svg")
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == [
+        "CAT-K, kernel 3,\nno QK-norm\nno gain",
+        "Mamba\nno gain",
+    ]
+    save(figure, tmp_path / "x.svg")

@@ -1,4 +1,4 @@
-"""The report as one file: nothing outside it is needed, every figure is in it, and its parts have names of their own."""
+"""report.html is one file: it needs no other file, contains every figure, and has unique ids."""
 
 import re
 from html.parser import HTMLParser
@@ -20,7 +20,7 @@ REPORT = """# Title & all
 
 ## Which & why?
 
-![one](figures/one.png)
+![one](figures/one.svg)
 
 <a id="two"></a>
 
@@ -28,7 +28,7 @@ REPORT = """# Title & all
 
 Numbers: [results/ar.csv](../results/ar.csv), see [one](#one).
 
-![two "2"](two.png)
+![two "2"](two.svg)
 """
 
 
@@ -49,13 +49,13 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def report(tmp_path):
-    (tmp_path / "svg").mkdir()
-    for name in ("svg/one", "two"):
+    (tmp_path / "figures").mkdir()
+    for name in ("figures/one", "two"):
         (tmp_path / f"{name}.svg").write_text(SVG)
     return page(REPORT, tmp_path)
 
 
-def test_every_figure_is_drawn_within_the_page_and_nothing_is_loaded(report):
+def test_figures_are_inlined_and_nothing_is_loaded(report):
     elements = Elements(report)
     assert [figure["aria-label"] for figure in elements.named("figure")] == ["one", 'two "2"']
     assert len(elements.named("svg")) == 2
@@ -64,7 +64,7 @@ def test_every_figure_is_drawn_within_the_page_and_nothing_is_loaded(report):
     assert not re.search(r'(?:src|href)="(?!#)', report)
 
 
-def test_names_within_the_figures_do_not_collide(report):
+def test_ids_of_the_figures_are_unique(report):
     elements = Elements(report)
     names = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
     assert len(set(names)) == len(names) == 4
@@ -72,7 +72,7 @@ def test_names_within_the_figures_do_not_collide(report):
     assert "url(#one-b)" in report
 
 
-def test_the_questions_are_linked_and_the_verdicts_coloured(report):
+def test_sections_are_linked_and_verdicts_coloured(report):
     elements = Elements(report)
     assert [link["href"] for link in elements.named("a")] == ["#one", "#two", "#one"]
     assert [heading["id"] for heading in elements.named("h2")] == ["one", "two"]
@@ -84,4 +84,4 @@ def test_the_questions_are_linked_and_the_verdicts_coloured(report):
 
 def test_a_missing_figure_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"one\.svg"):
-        page("![one](figures/one.png)", tmp_path)
+        page("![one](figures/one.svg)", tmp_path)

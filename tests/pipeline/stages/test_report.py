@@ -79,7 +79,7 @@ def test_a_restored_cell_has_no_time(study):
     summary.write_text(summary.read_text() + "\n")
     assert read_log("ar", "k") is None
     text = page_text()
-    assert "; 1 cells restored from a cache." in text
+    assert "; restored from a cache: 1." in text
     assert "score by training time" in Path("reports/report.html").read_text()
     shutil.rmtree("logs")
     text = page_text()
