@@ -14,6 +14,8 @@ from jaxtyping import install_import_hook
 # pydantic checks its own classes, in which beartype cannot read `Self`. Triton and Numba compile the source as it is.
 NOT_CHECKED = re.compile(r"cat\.tasks\.|.*\.(config|registry|triton_backend|numba_backend)$")
 LIBRARY = Path(__file__).parent.parent / "cat"
+UNIT = Path(__file__).parent / "cat"
+"""The tests of the library; the others run stages, commands and processes."""
 
 # Some tests send interrupts. A shell makes its background processes, and all their children, ignore them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -47,6 +49,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if UNIT in item.path.parents:
+            item.add_marker(pytest.mark.unit)
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
