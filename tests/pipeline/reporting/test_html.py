@@ -20,7 +20,7 @@ REPORT = """# Title & all
 
 ## Which & why?
 
-![one](figures/one.png)
+![one](figures/one.svg)
 
 <a id="two"></a>
 
@@ -28,7 +28,7 @@ REPORT = """# Title & all
 
 Numbers: [results/ar.csv](../results/ar.csv), see [one](#one).
 
-![two "2"](two.png)
+![two "2"](two.svg)
 """
 
 
@@ -49,8 +49,8 @@ class Elements(HTMLParser):
 
 @pytest.fixture
 def report(tmp_path):
-    (tmp_path / "svg").mkdir()
-    for name in ("svg/one", "two"):
+    (tmp_path / "figures").mkdir()
+    for name in ("figures/one", "two"):
         (tmp_path / f"{name}.svg").write_text(SVG)
     return page(REPORT, tmp_path)
 
@@ -84,4 +84,4 @@ def test_the_questions_are_linked_and_the_verdicts_coloured(report):
 
 def test_a_missing_figure_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"one\.svg"):
-        page("![one](figures/one.png)", tmp_path)
+        page("![one](figures/one.svg)", tmp_path)
