@@ -53,6 +53,8 @@ def command(section: Literal["Stages", "Tools"]) -> Callable[[Callable[..., None
         @functools.wraps(function)
         def guarded(**arguments: Any) -> None:
             _end_with_dvc()
+            if (section == "Stages" or name == "run") and hasattr(signal, "SIGPIPE"):
+                signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a worker that is killed must not end this process
             try:
                 function(**arguments)
             except ParamsError as error:
@@ -62,6 +64,9 @@ def command(section: Literal["Stages", "Tools"]) -> Callable[[Callable[..., None
             except KeyboardInterrupt:
                 click.echo(f"{name}: interrupted", err=True)
                 sys.exit(130)
+            except BrokenPipeError:  # nobody reads what this command prints
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain when it flushes at its end
+                sys.exit(128 + 13)
             except (MemoryError, RuntimeError) as error:
                 if not (isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error))):
                     raise
@@ -112,6 +117,8 @@ def generate(task: str) -> None:
 
     study = load_study()
     section = find_entry(study.tasks, "tasks", task)
+    for line in section.data.report():
+        click.echo(f"tasks.{task}.data.source = {printable(line)}")
     generate(task, section.data, study.data_seed)
 
 
@@ -185,7 +192,7 @@ def validate(file: str) -> None:
 
     It also names the claims that the study cannot decide. It writes nothing.
     """
-    from pipeline.stages.plan import changed_sources, check_stages, table
+    from pipeline.stages.plan import changed_sources, check_stages, source_lines, table
 
     study = load_study(file)
     check_rewritten(file)
@@ -193,6 +200,8 @@ def validate(file: str) -> None:
     all_claims = claims.load()
     claims.check(all_claims, study)
     click.echo(table(study))
+    for line in source_lines(study, file):
+        click.echo(line)
     for line in changed_sources(study):
         click.echo(f"{file}: {line}", err=True)
     for line in claims.undecided(all_claims, study):

@@ -151,6 +151,10 @@ class Task(Config):
         """SHA-256 of each local source file, by name."""
         return {}
 
+    def report(self) -> list[str]:
+        """Say in one line each how local source files are split and which are skipped. Raises ValueError if they are unusable."""
+        return []
+
     def training(self, generator: np.random.Generator) -> Examples | Windows:
         """The training split: compact examples, or the text and the windows to cut from it."""
         return self.examples("train", self.length, self.train_examples, generator).compact()

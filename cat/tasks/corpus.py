@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cat.tasks.local import SPLITS, check_size, digest_split, find, walk
+
 PYTHON_DOCS, WIKITEXT = "python-docs", "wikitext-103"
 LIMIT = 4 << 30
 """Largest split or folder in bytes: all of it is read into memory."""
@@ -112,20 +114,29 @@ def ends_a_word(text: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def corpus(source: str) -> dict[str, np.ndarray]:
-    """The bytes of each split. A digest of the name assigns each file to a split, 8 : 1 : 1; a single file is cut by position.
+    """The bytes of each split. For `python-docs`, a digest of the name assigns each text; see `local` for files.
 
-    Raises ValueError if there is no text at `source`.
+    Raises ValueError if there is no text at `source`, or if its files do not give three splits.
     """
-    files = dict(_python_docs() if source == PYTHON_DOCS else ((name, _read_text(path)) for name, path in _paths(Path(source))))
-    splits: dict[str, list[bytes]] = {"train": [], "valid": [], "test": []}
-    if len(files) == 1:
-        (text,) = files.values()
-        first, second = (_character_start(text, len(text) * tenths // 10) for tenths in (8, 9))
-        splits = {"train": [text[:first]], "valid": [text[first:second]], "test": [text[second:]]}
-    for name in sorted(files) if len(files) > 1 else ():
-        part = hashlib.sha256(name.encode()).digest()[0] % 10
-        splits[{0: "valid", 1: "test"}.get(part, "train")].append(files[name])
-    return {split: np.frombuffer(b"\n\n".join(texts), dtype=np.uint8) for split, texts in splits.items()}
+    if source == PYTHON_DOCS:
+        texts = dict(_python_docs())
+        splits = {split: [texts[name] for name in sorted(texts) if digest_split(name) == split] for split in SPLITS}
+        return {split: _join(parts) for split, parts in splits.items()}
+    found = find(Path(source), LIMIT)
+    if found.rule != "position":
+        return {split: _join([_read_text(found.path(name)) for name in names]) for split, names in found.files.items()}
+    text = _read_text(found.path(found.files["train"][0]))
+    first, second = (_character_start(text, len(text) * tenths // 10) for tenths in (8, 9))
+    return {"train": _join([text[:first]]), "valid": _join([text[first:second]]), "test": _join([text[second:]])}
+
+
+def report(source: str) -> list[str]:
+    """Say in one line each how a local source is split, what is skipped and what is equal; nothing for named corpora."""
+    return [] if source in {PYTHON_DOCS, WIKITEXT} else find(Path(source), LIMIT).report()
+
+
+def _join(texts: list[bytes]) -> np.ndarray:
+    return np.frombuffer(b"\n\n".join(texts), dtype=np.uint8)
 
 
 def _character_start(text: bytes, offset: int) -> int:
@@ -165,11 +176,7 @@ def _paths(source: Path) -> list[tuple[str, Path]]:
     """Name and path of each file of a source, a single file or a folder."""
     if not source.is_dir():
         return [(source.name, source)]
-    paths = sorted(p for p in source.rglob("*") if p.suffix in {".txt", ".md"} and p.is_file())
-    if not paths:
-        raise ValueError(f"{source}: contains no .txt or .md file")
-    _check_size(source, sum(path.stat().st_size for path in paths))
-    return [(path.relative_to(source).as_posix(), path) for path in paths]
+    return [(name, source / name) for name in walk(source)[0]]
 
 
 def _read_text(path: Path) -> bytes:
@@ -188,8 +195,7 @@ def _read_text(path: Path) -> bytes:
 
 
 def _check_size(path: Path, size: int) -> None:
-    if size > LIMIT:
-        raise ValueError(f"{path}: has {size:,} bytes of text, more than the limit of {LIMIT:,}")
+    check_size(path, size, LIMIT)
 
 
 def _sha256(path: Path) -> str:

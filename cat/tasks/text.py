@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from cat.config import Count
 from cat.tasks.base import IGNORE, Examples, Extents, Recalled, Spans, Task, Windows
-from cat.tasks.corpus import WIKITEXT, digests, ends_a_word, read
+from cat.tasks.corpus import WIKITEXT, digests, ends_a_word, read, report
 from cat.tasks.ngrams import check_packing, occurs, occurs_earlier, pack
 from cat.tasks.tokenizer import BPE, Bytes, Tokenizer, Words
 
@@ -24,7 +24,7 @@ class Text(Task):
 
     kind: Literal["text"]
     source: Annotated[str, Field(min_length=1)]
-    """`python-docs`, `wikitext-103`, or the path of a UTF-8 text file or of a folder with `.txt` and `.md` files."""
+    """`python-docs`, `wikitext-103`, or the path of a UTF-8 text file or of a folder of `.txt`, `.md` and `.tokens` files."""
     folder: Annotated[str, Field(min_length=1)] | None = None
     """The folder with `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens`; if None, WikiText-103 is downloaded."""
     tokens: Literal["bytes", "bpe", "words"] = "bytes"
@@ -136,6 +136,14 @@ class Text(Task):
 
     def tokenizer(self) -> str | None:
         return _tokenizer(self).save()
+
+    def report(self) -> list[str]:
+        lines = report(self.source)
+        if self.tokens == "bpe" and lines:
+            lines.append(
+                f"{self.source}: learning {self.vocabulary_size:,} BPE pieces takes about a minute per 50 MB of training text"
+            )
+        return lines
 
     def origin(self) -> dict[str, str]:
         return digests(self.source, self.folder)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 UNKNOWN, END_OF_LINE = "<unk>", "<eos>"
+LONGEST = 256
+"""Bytes of the longest BPE piece: training cuts longer runs of letters or of spaces, encoding does not."""
 
 
 class Tokenizer(ABC):
@@ -106,9 +108,11 @@ class BPE(Tokenizer):
         bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=bytewise.alphabet(), show_progress=False)
         tokenizer = LibraryTokenizer(models.BPE())
-        tokenizer.pre_tokenizer = bytewise
         tokenizer.decoder = decoders.ByteLevel()
+        # Training is quadratic in the longest run of letters or of spaces: 24 s for 160 kB of DNA without the cut, 1.3 s with it.
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([bytewise, pre_tokenizers.FixedLength(LONGEST)])
         tokenizer.train_from_iterator(_batches_of_lines(text), trainer)
+        tokenizer.pre_tokenizer = bytewise
         return cls(tokenizer)
 
     def encode(self, text: np.ndarray) -> np.ndarray:

@@ -54,7 +54,7 @@ def add_variant(name: str, source: str, settings: tuple[str, ...], *, ablation: 
         lines = text.splitlines(keepends=True), edited.splitlines(keepends=True)
         message = "".join(difflib.unified_diff(lines[0], lines[1], f"a/{FILE}", f"b/{FILE}"))
     else:
-        with atomic_write(FILE) as path:
+        with atomic_write(FILE.resolve()) as path:  # a link stays: the file is the user's
             path.write_text(edited, encoding="utf-8")
         message = f"{FILE}: added {name}, a copy of {source} with {', '.join(settings)}; ablations.{trained_by} trains it\n"
     return f"{message}\n{_describe_plan(study, name, source, trained_by)}"

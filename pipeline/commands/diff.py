@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +23,16 @@ from tabulate import tabulate
 from pipeline.commands.show import COLOURS
 from pipeline.config.yaml_file import to_yaml
 from pipeline.reporting.verdicts import verdict_table
-from pipeline.storage.paths import REPORTS, VERDICTS
-from pipeline.storage.tables import CLAIM_COLUMNS, parse_table
+from pipeline.storage.paths import REPORTS, RESULTS, VERDICTS
+from pipeline.storage.tables import CLAIM_COLUMNS, RESULTS_COLUMNS, parse_table
 
 PARAMETERS, METRICS, CLAIMS = Path("params.yaml"), REPORTS / "metrics", VERDICTS / "claims.csv"
 MIN_DIFFERENCE = 5e-7
 """Half of the last decimal: metrics are written with six."""
+MIN_TOLERANCE = 0.001
+"""Smaller differences hardly show in tables of three decimals, so they count as reproduced even if no seed differs."""
+NAMED = 3
+"""At most this many entries are named at the end; all of them are in the table of results."""
 _NOTHING = "-"
 
 Cell = tuple[str, str]
@@ -40,10 +46,12 @@ class Snapshot(NamedTuple):
     results: dict[Cell, dict[str, float]]
     """Cell -> name of a metric at a length (`accuracy_8x`) -> mean over seeds."""
     verdicts: pd.DataFrame
+    spreads: dict[tuple[str, str, str], float]
+    """Variant, task, name of a metric at a length -> range over seeds, if there are at least two."""
 
 
 class Section(NamedTuple):
-    """A table of changes, and notes below it."""
+    """A table of changes, and notes below it. Without columns it is only a line."""
 
     title: str
     columns: tuple[str, ...]
@@ -52,7 +60,7 @@ class Section(NamedTuple):
 
 
 def compare(revision: str) -> list[Section]:
-    """List what changed since `revision`.
+    """List what changed since `revision`, then whether it is reproduced.
 
     Raises ValueError if the revision does not exist, or if a file is missing or unreadable on either side.
     """
@@ -63,7 +71,10 @@ def compare(revision: str) -> list[Section]:
         _results(before.results, after.results),
         _verdicts(before.verdicts, after.verdicts),
     ]
-    return [s if s.rows or s.notes else s._replace(notes=["nothing changed"]) for s in sections]
+    return [
+        *(s if s.rows or s.notes else s._replace(notes=["nothing changed"]) for s in sections),
+        _reproduced(before, after),
+    ]
 
 
 def show(sections: Iterable[Section], console: Console | None = None) -> None:
@@ -77,12 +88,15 @@ def show(sections: Iterable[Section], console: Console | None = None) -> None:
                 table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
             console.print(table)
         for note in section.notes:
-            console.print(Text(f"{section.title}: {note}"))
+            console.print(Text(f"{section.title}: {note}"), soft_wrap=True)
 
 
 def markdown(sections: Iterable[Section]) -> str:
     parts = []
     for section in sections:
+        if not section.columns:
+            parts += [f"{section.title}: {note}" for note in section.notes]
+            continue
         parts.append(f"## {section.title}")
         if section.rows:
             rows = [[cell.replace("|", "\\|") for cell in row] for row in section.rows]
@@ -140,10 +154,12 @@ def _git(*arguments: str) -> bytes:
 def _snapshot(read: Callable[[Path], bytes], metrics: list[Path], prefix: str) -> Snapshot:
     """Raises ValueError if a file is missing or unreadable; `prefix` precedes its name in the message."""
 
-    def content(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    def content(path: Path, parse: Callable[[bytes], Any], *, optional: bool = False) -> Any:
         try:
             return parse(read(path))
         except OSError as error:
+            if optional and isinstance(error, FileNotFoundError):
+                return {}
             raise ValueError(f"{prefix}{path}: {error.strerror}") from None
         except (ValueError, KeyError, YAMLError) as error:
             raise ValueError(f"{prefix}{path}: cannot be read: {' '.join(str(error).split())}") from None
@@ -152,7 +168,10 @@ def _snapshot(read: Callable[[Path], bytes], metrics: list[Path], prefix: str) -
     if not metrics:
         raise ValueError(f"{prefix}{METRICS}: has no metrics. Fix: run `dvc repro`")
     results = {(path.stem, task): values for path in metrics for task, values in content(path, _parse_metrics).items()}
-    return Snapshot(parameters, results, verdicts)
+    spreads: dict[tuple[str, str, str], float] = {}
+    for task in dict.fromkeys(task for _, task in results):
+        spreads |= content(RESULTS / f"{task}.csv", partial(_spreads, parameters, task), optional=True)
+    return Snapshot(parameters, results, verdicts, spreads)
 
 
 def _parse_parameters(text: bytes) -> dict[str, Any]:
@@ -235,3 +254,70 @@ def _verdicts(before: pd.DataFrame, after: pd.DataFrame) -> Section:
         if old[1] != new[1]:
             rows.append((new[0] or old[0], *old[1:], *new[1:]))
     return Section("verdicts", ("claim", "before", "effect (95 % interval)", "after", "effect (95 % interval)"), rows, [])
+
+
+def _reproduced(before: Snapshot, after: Snapshot) -> Section:
+    """Summarise in one line: are verdicts the same, and means equal up to the spread over seeds?
+
+    The spread of a mean is its range over seeds, the larger of the two sides.
+    """
+    old, new = before.verdicts["verdict"].to_dict(), after.verdicts["verdict"].to_dict()
+    claims = {**old, **new}
+    faults = [
+        f"{claim}: {old.get(claim, 'no verdict')} -> {new.get(claim, 'no verdict')}"
+        for claim in claims
+        if old.get(claim) != new.get(claim)
+    ]
+    equal = f"{len(claims) - len(faults)} of {len(claims)} verdicts"
+    sides = [
+        {(*cell, name): mean for cell, means in side.results.items() for name, mean in means.items()} for side in (before, after)
+    ]
+    if alone := len(sides[0].keys() ^ sides[1].keys()):
+        faults.append(f"{alone} {'entry' if alone == 1 else 'entries'} on one side only")
+    differences = {entry: abs(sides[1][entry] - mean) for entry, mean in sides[0].items() if entry in sides[1]}
+    beyond, known = {}, True
+    for entry, difference in sorted(differences.items(), key=lambda item: -item[1]):
+        spreads = [side.spreads[entry] for side in (before, after) if entry in side.spreads]
+        if not spreads:
+            known &= difference <= MIN_DIFFERENCE
+        elif difference > max(*spreads, MIN_TOLERANCE):
+            beyond[entry] = f"{_entry(*entry)} differs by {_short(difference)}, its seeds by {_short(max(spreads))}"
+    faults += [*beyond.values()][:NAMED]
+    if len(beyond) > NAMED:
+        faults.append(f"{len(beyond) - NAMED} more entries differ by more than their seeds")
+    largest = f"largest difference {_short(max(differences.values(), default=0.0))}"
+    if faults:
+        return Section("not reproduced", (), [], [f"{equal}, {largest}; {'; '.join(faults)}"])
+    return Section("reproduced", (), [], [f"{equal}, {largest} ({'within seed spread' if known else 'seed spread unknown'})"])
+
+
+def _entries(snapshot: Snapshot) -> dict[tuple[str, str, str], float]:
+    return {(*cell, name): mean for cell, means in snapshot.results.items() for name, mean in means.items()}
+
+
+def _entry(variant: str, task: str, metric: str) -> str:
+    return f"{' at '.join(_metric_and_length(metric))} of {variant} on {task}"
+
+
+def _short(value: float) -> str:
+    """Three decimals, or six if three would be zeros, without the zero before the point."""
+    if value <= MIN_DIFFERENCE:
+        return "0"
+    return f"{value:.{3 if value >= 0.0005 else 6}f}".removeprefix("0")
+
+
+def _spreads(parameters: dict[str, Any], task: str, text: bytes) -> dict[tuple[str, str, str], float]:
+    """Compute the range over seeds of every metric of `task` at every length, if there are at least two seeds."""
+    table = parse_table(text.decode(), RESULTS_COLUMNS)
+    try:
+        data = parameters["tasks"][task]["data"]
+        multiples = {round(multiple * data["length"]): f"{multiple:g}x" for multiple in data["multiples"]}
+        table = table[table["seed"].isin(parameters["seeds"])]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    values = table.groupby(["variant", "metric", "length"])["value"].agg(["min", "max", "count"])
+    return {
+        (variant, task, f"{metric}_{multiples[length]}"): high - low
+        for (variant, metric, length), low, high, count in values.itertuples()
+        if length in multiples and count > 1 and math.isfinite(high - low)
+    }

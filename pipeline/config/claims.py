@@ -14,7 +14,8 @@ from pydantic import Field, model_validator
 from cat.config import Config, Count
 from pipeline.config.errors import config_error, nearest, parse_config
 from pipeline.config.grid import variants_on
-from pipeline.config.names import CELL, Name
+from pipeline.config.names import LINE, Name
+from pipeline.config.outputs import COST
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml
 
@@ -26,8 +27,6 @@ METRICS = {
 }
 """The metrics of a task, by its goal. Each layer adds LAYER_METRIC."""
 LAYER_METRIC = re.compile(r"attention_(entropy|on_answer)_[1-9]\d*")
-COST = "cost"
-"""The figure of compute cost, which belongs to no ablation."""
 SHOWN = 5
 """Up to this many undecidable claims are reported with their reasons, more only by name."""
 Multiple = Annotated[float, Field(gt=0)]
@@ -41,7 +40,7 @@ class Claim(Config):
         "says": "statement", "than": "baseline", "than_multiple": "baseline_multiple", "by": "margin", "direction": "test",
         "seeds": "min_seeds", "figure": "ablation",
     }  # fmt: skip
-    statement: Annotated[str, Field(pattern=CELL)]
+    statement: Annotated[str, Field(pattern=LINE)]
     source: Literal["paper", "ours"]
     tasks: Names
     multiples: Annotated[tuple[Multiple, ...], Field(min_length=1, strict=False)]

@@ -11,11 +11,13 @@ from cat.mixers.registry import ConstructionConfig
 from cat.tasks.registry import Recall, Text
 from pipeline.config.errors import nearest
 from pipeline.config.grid import shown_tasks, shown_variants
+from pipeline.config.outputs import clashes
 from pipeline.config.study import Ablation, Study
 
 
 def contradictions(study: Study) -> Iterator[str]:
     """Yield one line per contradiction between sections."""
+    yield from clashes(study)
     trained_by: dict[tuple[str, str], str] = {}
     for name, ablation in study.ablations.items():
         yield from _check_names(study, name, ablation)

@@ -1,7 +1,8 @@
-"""The figures of an ablation, by its `plot` key."""
+"""The figures of an ablation, by kind of plot."""
 
 from __future__ import annotations
 
+from pipeline.config.outputs import figure_plots
 from pipeline.config.study import Ablation
 from pipeline.figures.attention import attention
 from pipeline.figures.by_length import lengths
@@ -29,14 +30,10 @@ PLOTS: dict[str, Draw] = {
     "filters": filters,
     "positions": positions,
     "recall": recall,
+    "training": training,
 }
 
 
 def figures_of(name: str, ablation: Ablation) -> dict[str, Draw]:
-    """File name -> function of each figure: the ablation's plot, the scores by length, the training curves."""
-    figures = {name: PLOTS[ablation.plot]}
-    if ablation.shows_models:
-        return figures
-    if ablation.plot != "lines":
-        figures[f"{name}_length"] = lengths
-    return {**figures, f"{name}_training": training}
+    """File name -> function of each figure of an ablation."""
+    return {file: PLOTS[plot] for file, plot in figure_plots(name, ablation).items()}

@@ -10,7 +10,7 @@ import pandas as pd
 from pipeline.config.grid import shown_on, shown_tasks, shown_variants, variants_on
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
-from pipeline.reporting.verdicts import left_out, of_the_study, read_verdicts, verdict_table
+from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, read_verdicts
 from pipeline.storage import runs
 from pipeline.storage.results import PRIMARY
 
@@ -121,7 +121,7 @@ def claims_section() -> str:
     verdicts = of_the_study(every)
     if not len(verdicts):
         return left_out(every)
-    table = verdict_table(verdicts)
+    table = markdown_table(verdicts)
     table["ablation"] = [f"[{name}](#{name})" for name in verdicts["ablation"]]
     return f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_verdict_counts(every)} {_EXPLANATION}"
 

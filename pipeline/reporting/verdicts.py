@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 
+from pipeline.reporting.markdown import escape
 from pipeline.storage.paths import VERDICTS
 from pipeline.storage.tables import CLAIM_COLUMNS, read_table
 
@@ -44,6 +45,11 @@ def claims_about(task: str) -> set[str]:
     """The names of the claims that have a comparison on `task`."""
     table = read_table(VERDICTS / "comparisons.csv", {"claim": str, "task": str})
     return set(table.loc[table["task"] == task, "claim"])
+
+
+def markdown_table(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """`verdict_table` with cells of Markdown."""
+    return verdict_table(verdicts.assign(statement=[escape(statement) for statement in verdicts["statement"]]))
 
 
 def verdict_table(verdicts: pd.DataFrame) -> pd.DataFrame:

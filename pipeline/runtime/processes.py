@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import tempfile
 import threading
+from collections.abc import Iterator
 from multiprocessing import connection
 
 TRIM, MAP = -1, -3
@@ -27,6 +29,18 @@ def keep_memory() -> None:
         c = ctypes.CDLL(None)
         c.mallopt(TRIM, MAX_THRESHOLD)
         c.mallopt(MAP, MAX_THRESHOLD)
+
+
+@contextlib.contextmanager
+def short_tmpdir(longest: int) -> Iterator[str]:
+    """Use a temporary folder with at most `longest` bytes for sockets: /tmp if TMPDIR is longer, as some batch systems set it."""
+    previous = tempfile.gettempdir()
+    if len(os.fsencode(previous)) > longest and os.access("/tmp", os.W_OK | os.X_OK):
+        tempfile.tempdir = "/tmp"
+    try:
+        yield tempfile.gettempdir()
+    finally:
+        tempfile.tempdir = previous
 
 
 def end_with_parent() -> None:

@@ -32,6 +32,7 @@ from pipeline.config.errors import ParamsError
 from pipeline.config.study import Resources, Study
 from pipeline.runtime import workers
 from pipeline.runtime.determinism import DETERMINISTIC_ENV, MARK
+from pipeline.runtime.processes import short_tmpdir
 from pipeline.runtime.workers import Failure, Report
 from pipeline.storage.paths import DATA
 
@@ -43,6 +44,8 @@ RESPONSE_TIMEOUT = 5
 """Seconds in which a cluster must answer and cancelled jobs must end."""
 POLL_SECONDS = 1
 """Seconds between two reports of a job, and between two checks of reports and machines, so that no step is slowed down."""
+SOCKET_TMPDIR = 38
+"""Longest folder of Ray's sockets, in bytes: the path of a socket has at most 107, and its name in the folder has up to 69."""
 ROOT = Path(__file__).parents[2]
 
 
@@ -69,7 +72,10 @@ def join(address: str, study: Study, jobs: int | None = None) -> Iterator[Cluste
         # Only the two packages: the whole folder would include the data and DVC's cache.
         for package in ("cat", "pipeline"):
             shutil.copytree(ROOT / package, Path(code, package), ignore=shutil.ignore_patterns("__pycache__"))
-        options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        options: dict[str, Any] = {}
+        if address == "local":
+            with short_tmpdir(SOCKET_TMPDIR) as folder:
+                options = {"include_dashboard": False, "_temp_dir": str(Path(os.environ.get("RAY_TMPDIR", folder), "ray"))}
         try:
             environment = {name: os.environ[name] for name in (*DETERMINISTIC_ENV, MARK)} if MARK in os.environ else {}
             ray.init(

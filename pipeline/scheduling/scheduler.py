@@ -28,7 +28,7 @@ from cat.training.fit import ValidationRecord
 from pipeline.config.load import load_study
 from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_devices
-from pipeline.runtime.processes import available
+from pipeline.runtime.processes import available, short_tmpdir
 from pipeline.scheduling import ray_cluster
 from pipeline.scheduling.dvc_internals import exclusive_run, readable_dvc_errors, repair_rwlock, reproduce, stale_stages
 from pipeline.scheduling.progress import Progress
@@ -45,6 +45,9 @@ RECORD_INTERVAL = 300
 """Seconds between recording trained cells, so that at most this much is lost if this process is killed."""
 RECORD_RATIO = 10
 """The interval is at least this many times the duration of the last recording, which takes minutes for thousands of cells."""
+
+SOCKET_TMPDIR = 70
+"""Longest folder of the server's socket, in bytes: the path of a socket has at most 103, and its name in the folder has 32."""
 
 
 class StageCell(NamedTuple):
@@ -211,7 +214,8 @@ def name_devices(trained: list[Trained]) -> list[Trained]:
 def _method() -> str:
     """Return "forkserver", or "spawn" on Windows.
 
-    The server only imports torch, so that forked processes start quickly but inherit no thread and no GPU state.
+    The server only imports torch, so that forked processes start quickly but inherit no thread and no GPU state. It needs a
+    socket; "spawn" is the choice without one, such as on a file system that has no sockets.
     """
     if sys.platform == "win32":
         return "spawn"
@@ -219,7 +223,10 @@ def _method() -> str:
     # The server inherits this: otherwise Ctrl-C in a terminal would make it print a traceback.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        forkserver.ensure_running()
+        with short_tmpdir(SOCKET_TMPDIR):
+            forkserver.ensure_running()
+    except OSError:
+        return "spawn"
     finally:
         signal.signal(signal.SIGINT, previous)
     return "forkserver"

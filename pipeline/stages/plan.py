@@ -13,7 +13,7 @@ from tabulate import tabulate
 from cat.config import Config, ModelConfig, VariantConfig
 from cat.mixers.registry import MODEL_KEYS, ConstructionConfig, HybridConfig
 from pipeline.config.code_digest import code_digest
-from pipeline.config.errors import config_error
+from pipeline.config.errors import ParamsError, config_error, printable
 from pipeline.config.grid import cells, shown_variants, variants_on
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml
@@ -137,6 +137,19 @@ def changed_sources(study: Study) -> Iterator[str]:
                 f"tasks.{name}.data.source: its files have changed since data/{name} was generated."
                 f" Fix: run `dvc repro -f generate@{name}`, then `dvc repro`"
             )
+
+
+def source_lines(study: Study, file: str = "params.yaml") -> list[str]:
+    """Say how each task's local source files are split. Raises ParamsError if some are unusable."""
+    lines, faults = [], []
+    for name, section in study.tasks.items():
+        try:
+            lines += [f"tasks.{name}.data.source = {printable(line)}" for line in section.data.report()]
+        except (ValueError, OSError) as error:
+            faults.append(f"{file}: tasks.{name}.data.source = {printable(str(error))}")
+    if faults:
+        raise ParamsError(faults)  # not shortened: the names and the fix are at its end
+    return lines
 
 
 def table(study: Study) -> str:

@@ -95,5 +95,5 @@ def update_readme() -> None:
         raise ValueError(f"README.md: the line {first if first not in text else last} is missing")
     before, after = text.split(first)[0], text.split(last)[1]
     copied = (REPORTS / "headline.md").read_text(encoding="utf-8").replace("](report.md#", "](reports/report.md#")
-    with atomic_write(path) as part:
+    with atomic_write(path.resolve()) as part:  # a link stays: the file is the user's
         part.write_text(f"{before}{first}\n\n{copied}\n{last}{after}", encoding="utf-8")

@@ -13,20 +13,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
-from ruamel.yaml import YAML
 
+from pipeline.config.errors import ParamsError
 from pipeline.config.grid import Cell, cells, shown_cells, shown_tasks, shown_variants
+from pipeline.config.outputs import CLAIMS, COST, COST_BY_TIME, figure_plots
 from pipeline.config.study import Ablation, Study
+from pipeline.config.yaml_file import read_yaml
 from pipeline.figures.cost import SECONDS, cost, cost_table
-from pipeline.figures.plots import figures_of
 from pipeline.figures.positions import positions_table
 from pipeline.figures.recall import gains_table
 from pipeline.figures.stability import stability_table
 from pipeline.figures.style import save, set_theme
 from pipeline.reporting.html import page
 from pipeline.reporting.labels import task_label, variant_label, with_slug
+from pipeline.reporting.markdown import escape
 from pipeline.reporting.tables import claims_section, key_filter_table, results_table, with_labels
-from pipeline.reporting.verdicts import of_the_study, read_verdicts, verdict_table
+from pipeline.reporting.verdicts import markdown_table, of_the_study, read_verdicts
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import REPORTS
@@ -34,7 +36,7 @@ from pipeline.storage.results import primary, read_results
 from pipeline.storage.tables import DIAGNOSIS_COLUMNS, read_table
 from pipeline.storage.training_log import read_log
 
-MARKDOWN, PAGE, COST_BY_TIME = REPORTS / "report.md", REPORTS / "report.html", REPORTS / "cost_by_time.svg"
+MARKDOWN, PAGE = REPORTS / "report.md", REPORTS / "report.html"
 
 
 def report(study: Study) -> None:
@@ -43,7 +45,7 @@ def report(study: Study) -> None:
     costs = timed_costs(study, primary(study, results))
     if costs[SECONDS].notna().any():
         set_theme()
-        with atomic_write(COST_BY_TIME) as svg:
+        with atomic_write(REPORTS / f"{COST_BY_TIME}.svg") as svg:
             save(cost(study, costs, SECONDS), svg)
     with atomic_write(MARKDOWN) as markdown, atomic_write(PAGE) as html:
         markdown.write_text(_report(study, results, costs, timed=False), encoding="utf-8")
@@ -54,11 +56,11 @@ def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: 
     """The report as Markdown; with training times, dates and commits if `timed`."""
     scores, verdicts = primary(study, results), read_verdicts()
     diagnosis = read_table(REPORTS / "diagnosis.csv", DIAGNOSIS_COLUMNS)
-    parts = ["# Results of the study", '<a id="claims"></a>', claims_section(), _study(study, timed)]
+    parts = ["# Results of the study", _anchor(CLAIMS), claims_section(), _study(study, timed)]
     for name, ablation in study.ablations.items():
         if not (shown_tasks(study, ablation) and shown_variants(ablation)):
             continue
-        parts += [f'<a id="{name}"></a>', f"## {ablation.question}", _verdicts(verdicts, name), _figures(name, ablation)]
+        parts += [_anchor(name), f"## {escape(ablation.question)}", _verdicts(verdicts, name), _figures(name, ablation)]
         if not ablation.shows_models:
             parts.append(results_table(study, scores, ablation))
             if ablation.plot == "learning_rates":
@@ -73,9 +75,9 @@ def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: 
             parts.append(_table(with_labels(study, gains_table(study, ablation, results))))
         parts.append(_what_was_run(study, ablation, timed))
     if len(costs):  # a study with only constructions has no costs
-        parts += ['<a id="cost"></a>', "## What does it cost?", "![score by parameters](figures/cost.svg)", _COST]
+        parts += [_anchor(COST), "## What does it cost?", f"![score by parameters](figures/{COST}.svg)", _COST]
         if timed and costs[SECONDS].notna().any():
-            parts += [f"![score by training time]({COST_BY_TIME.name})", _COST_BY_TIME]
+            parts += [f"![score by training time]({COST_BY_TIME}.svg)", _COST_BY_TIME]
         parts.append(_folded("The numbers", with_labels(study, costs if timed else costs.drop(columns=SECONDS))))
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -101,27 +103,34 @@ def _table(table: pd.DataFrame, **options: str) -> str:
 
 
 def _study(study: Study, timed: bool) -> str:
-    text = Path("params.yaml").read_bytes()
-    preset = next((str(path) for path in sorted(Path("presets").glob("*.yaml")) if _same(path, text)), None)
+    file = Path("params.yaml")
+    preset = next((escape(str(path)) for path in sorted(Path("presets").glob("*.yaml")) if _same(path, file)), None)
     return (
-        f"params.yaml (sha256 {hashlib.sha256(text).hexdigest()[:16]}) matches {preset or 'no preset'}."
+        f"params.yaml (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}) matches {preset or 'no preset'}."
         f" {len(cells(study))} cells, seeds {', '.join(map(str, study.seeds))}, {study.precision}."
         f" {_trained(cells(study), timed)} [What does it cost?](#cost)"
     )
 
 
-def _same(preset: Path, text: bytes) -> bool:
-    yaml = YAML(typ="safe")
-    return bool(yaml.load(preset.read_bytes()) == yaml.load(text))
+def _same(preset: Path, file: Path) -> bool:
+    """Whether both files have the same content; a preset that cannot be read is another one."""
+    try:
+        return bool(read_yaml(preset) == read_yaml(file))
+    except ParamsError:
+        return False
+
+
+def _anchor(name: str) -> str:
+    return f'<a id="{name}"></a>'
 
 
 def _verdicts(verdicts: pd.DataFrame, ablation: str) -> str:
     shown = of_the_study(verdicts[verdicts["ablation"] == ablation])
-    return verdict_table(shown).to_markdown(index=False, disable_numparse=True) if len(shown) else ""
+    return markdown_table(shown).to_markdown(index=False, disable_numparse=True) if len(shown) else ""
 
 
 def _figures(name: str, ablation: Ablation) -> str:
-    return "\n\n".join(f"![{file.replace('_', ' ')}](figures/{file}.svg)" for file in figures_of(name, ablation))
+    return "\n\n".join(f"![{file.replace('_', ' ')}](figures/{file}.svg)" for file in figure_plots(name, ablation))
 
 
 def _failures(study: Study, ablation: Ablation, diagnosis: pd.DataFrame) -> str:

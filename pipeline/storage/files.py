@@ -20,10 +20,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     The block creates a file or a folder there. The content is flushed to disk before the rename. A power cut therefore leaves
     either the old or the new file. A folder needs two renames; a power cut between them leaves neither.
 
-    If `path` is a symbolic link, its target is replaced. An OSError without a file name, such as "disk full", gets the name of
-    `path`.
+    If `path` is a link, the link is replaced: its target may be an object of DVC's cache. To write the target of a link, pass
+    `path.resolve()`. An OSError without a file name, such as "disk full", gets the name of `path`.
     """
-    requested, path = path, path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     part, backup = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     _remove(part)
@@ -31,20 +30,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield part
         for file in (part, *part.rglob("*")):
             _fsync(file)
-        if path.is_dir():  # a rename cannot replace a folder that is not empty
+        # A rename replaces neither a folder that is not empty, nor a link by a folder.
+        if path.is_dir() or (path.is_symlink() and part.is_dir()):
             _remove(backup)
             path.replace(backup)
         try:
             part.replace(path)
         except OSError:
-            if backup.exists():
+            if os.path.lexists(backup):
                 backup.replace(path)
             raise
         _remove(backup)
         _fsync(path.parent)
     except OSError as error:
         if error.filename is None and error.errno is not None:
-            error.filename = str(requested)
+            error.filename = str(path)
         raise
     finally:
         _remove(part)
@@ -62,7 +62,7 @@ def _fsync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 OUTPUTS = ("dvc.lock", "params.schema.json", "reports", "results", "verdicts", "README.md")
 """Files in git that the stages write. Changes to them do not make the checkout dirty."""
@@ -12,20 +14,30 @@ OUTPUTS = ("dvc.lock", "params.schema.json", "reports", "results", "verdicts", "
 def provenance() -> dict[str, str | bool | None]:
     """Return `commit`, `dirty` and `experiment` of the checkout.
 
-    `commit` and `dirty` are None outside git. `experiment` is set only under `dvc exp run`.
+    Only files in the folder of params.yaml count, since the repository may have other folders. `commit` and `dirty` are None
+    if this folder is not in git, or git cannot read the repository. `experiment` is set only under `dvc exp run`.
     """
-    commit = _git("rev-parse", "HEAD")
-    excluded = [f":(top,exclude){path}" for path in OUTPUTS]
+    project = next((folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "params.yaml").exists()), Path.cwd())
+    # `HEAD:./` is the folder in the commit: it fails for a copy of the project inside another repository.
+    found = _git(project, "rev-parse", "HEAD", "HEAD:./")
+    excluded = [f":(exclude){path}" for path in OUTPUTS]
+    status = _git(project, "status", "--porcelain", "--untracked-files=no", "--", ".", *excluded) if found else None
     return {
-        "commit": commit,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", *excluded)) if commit else None,
+        "commit": found.split()[0] if found else None,
+        "dirty": None if status is None else bool(status),
         "experiment": os.environ.get("DVC_EXP_NAME"),
     }
 
 
-def _git(*arguments: str) -> str | None:
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints, or None if it fails. If git refuses the repository, print its remedy."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, env={**os.environ, "LC_ALL": "C"})
+    except OSError:
         return None
-    return done.stdout.strip()
+    if done.returncode == 0:
+        return os.fsdecode(done.stdout).strip()
+    remedy = next((line.strip() for line in os.fsdecode(done.stderr).splitlines() if "--add safe.directory" in line), None)
+    if remedy:
+        print(f"{folder}: belongs to another user, so git does not read its commit. Fix: `{remedy}`", file=sys.stderr)
+    return None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from urllib.parse import quote
 
+from pipeline.config.outputs import REPORT_EXPERIMENT
 from pipeline.config.study import Study
 from pipeline.reporting.labels import task_label
-from pipeline.tracking.records import STUDY, Record
+from pipeline.tracking.records import Record
 
 KEY_TAG, CONTEXT_TAG, FOLDER_TAG = "cat.key", "cat.context", "cat.folder"
 """Tags: the record's key, the DVC experiment, and the folder that logged the run."""
+NOTE_TAG = "mlflow.note.content"
+"""MLflow's tag for the description of a run or an experiment."""
 WORKSPACE = "workspace"
 """The context of a run outside DVC experiments."""
 UNQUOTED = ",.'="
@@ -28,7 +31,7 @@ class Pages:
 
     def experiment_note(self, experiment: str) -> str:
         """Describe an experiment, with links to useful views of its runs."""
-        if experiment == STUDY:
+        if experiment == REPORT_EXPERIMENT:
             return "The reports: figures, tables, verdicts. The tag `current` is yes for the report of the present files."
         from pipeline.storage.results import PRIMARY
 
@@ -54,7 +57,7 @@ class Pages:
         """Describe a run, with links to its figures or, for the report, to the runs in each figure."""
         parts = [record.note]
         if record.kind == "report":
-            tasks = [name for name in self.experiment_ids if name != STUDY]
+            tasks = [name for name in self.experiment_ids if name != REPORT_EXPERIMENT]
             searches = {figure: f"tags.`figure.{figure}` = 'yes' and {self.current}" for figure in record.figures}
             links = [f"[{figure}]({self._search_link(tasks, search)})" for figure, search in searches.items()]
             parts = ["Report, figures and tables are under Artifacts.", record.note, f"The runs in a figure: {', '.join(links)}."]
@@ -78,7 +81,7 @@ class Pages:
         return f"{page}&searchFilter={quote(search, safe=UNQUOTED)}"
 
     def _artifact_link(self, path: str) -> str:
-        return f"#/experiments/{self.experiment_ids[STUDY]}/runs/{self.report_id}/artifacts/{path}"
+        return f"#/experiments/{self.experiment_ids[REPORT_EXPERIMENT]}/runs/{self.report_id}/artifacts/{path}"
 
 
 def context_filter(name: str) -> str:

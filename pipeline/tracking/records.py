@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cat.config import ModelConfig
 from cat.mixers.registry import MODEL_KEYS, HybridConfig
 from pipeline.config.grid import cells, shown_tasks, shown_variants, variants_on
+from pipeline.config.outputs import REPORT_EXPERIMENT
 from pipeline.config.study import Study
 from pipeline.storage import runs
 from pipeline.storage.files import read_json
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-STUDY = "study"
-"""The experiment of the report's run."""
 CURVES = {
     "train_loss": "train/loss",
     "max_loss": "train/max_loss",
@@ -185,12 +184,16 @@ def dvc_md5(folder: Path) -> str:
 
 def report_record(study: Study) -> Record:
     """Describe the report: figures, tables and verdicts of the whole study."""
+    from pipeline.reporting.markdown import escape
     from pipeline.reporting.verdicts import read_verdicts
 
-    tables = sorted([*REPORTS.glob("*.csv"), *RESULTS.rglob("*.csv"), *VERDICTS.glob("*.csv")])
-    verdicts = [f"* {row.verdict}: {row.statement}" for row in read_verdicts().itertuples()]
+    # A folder each, because the tables of a task have the same file name.
+    tables: dict[str, list[Path]] = {}
+    for table in sorted([*REPORTS.glob("*.csv"), *RESULTS.rglob("*.csv"), *VERDICTS.glob("*.csv")]):
+        tables.setdefault(f"tables/{table.parent.as_posix()}", []).append(table)
+    verdicts = [f"* {row.verdict}: {escape(row.statement)}" for row in read_verdicts().itertuples()]
     return Record(
-        experiment=STUDY,
+        experiment=REPORT_EXPERIMENT,
         kind="report",
         name="report",
         note="\n".join(verdicts) or "No claims were judged.",
@@ -200,7 +203,7 @@ def report_record(study: Study) -> Record:
         files={
             "": [path for path in (Path("params.yaml"), Path("claims.yaml"), REPORTS / "report.md") if path.exists()],
             "figures": sorted((REPORTS / "figures").glob("*.svg")),
-            "tables": tables,
+            **tables,
         },
         volatile_files=tuple(path for path in [REPORTS / "report.html"] if path.exists()),
         figures=tuple(

@@ -28,17 +28,19 @@ from typing import TYPE_CHECKING
 
 from pipeline.config.study import Study
 from pipeline.storage.files import atomic_write
-from pipeline.tracking.pages import CONTEXT_TAG, FOLDER_TAG, KEY_TAG, Pages, context_filter, context_tag
+from pipeline.tracking.database import find_sqlite_error, is_locked
+from pipeline.tracking.pages import CONTEXT_TAG, FOLDER_TAG, KEY_TAG, NOTE_TAG, Pages, context_filter, context_tag
 from pipeline.tracking.records import Record, report_record, task_records
 from pipeline.tracking.store import (
-    ARTIFACTS,
     COMPLETE,
     STAMP,
     STORE,
-    create_store,
+    database_path,
+    explain_error,
     fingerprint,
     local_path,
-    relocate_artifacts,
+    prepare,
+    store_errors,
     tracking_uri,
 )
 
@@ -52,7 +54,7 @@ def track(study: Study, *, prune: bool = False) -> None:
 
     Raises ValueError if a result is missing or the store cannot be reached.
     """
-    local = not os.environ.get("MLFLOW_TRACKING_URI")
+    local = database_path() == STORE
     if local and not prune and STAMP.exists() and COMPLETE.exists() and COMPLETE.read_text(encoding="utf-8") == fingerprint():
         return
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -60,18 +62,7 @@ def track(study: Study, *, prune: bool = False) -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     records = {record.key: record for record in [report_record(study), *task_records(study)]}
 
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    try:
-        if local:
-            if STORE.exists():
-                relocate_artifacts()
-            else:
-                create_store()
-        _sync(MlflowClient(tracking_uri()), study, records, artifacts=ARTIFACTS.resolve() if local else None, prune=prune)
-    except MlflowException as error:
-        raise ValueError(f"MLflow at {tracking_uri()}: {' '.join(str(error).split())[:200]}") from None
+    _sync_when_free(study, records, prune=prune)
     with atomic_write(STAMP) as path:
         digests = sorted(record.content_digest for record in records.values())
         path.write_text(hashlib.sha256("".join(digests).encode()).hexdigest() + "\n", encoding="utf-8")
@@ -80,11 +71,29 @@ def track(study: Study, *, prune: bool = False) -> None:
             path.write_text(fingerprint(), encoding="utf-8")
 
 
-def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, artifacts: Path | None, prune: bool) -> None:
-    """Log missing runs, delete unfinished ones, and update tags; `artifacts` is the local store's folder, None on a server."""
+def _sync_when_free(study: Study, records: Mapping[str, Record], *, prune: bool) -> None:
+    """Synchronise; start again if another program locks the store meanwhile, because nothing is logged twice."""
+    from mlflow.tracking import MlflowClient
+
     names = dict.fromkeys(record.experiment for record in records.values())
+    caught = store_errors()
+    for attempts_left in (2, 1, 0):
+        try:
+            location, own = prepare(names)
+            client = MlflowClient(tracking_uri())
+            experiment_ids = {name: _get_experiment(client, name, location).experiment_id for name in names}
+            pages = Pages(study, experiment_ids, next(iter(records.values())).context)
+            _sync(client, records, pages, artifacts=location if own else None, prune=prune)
+            return
+        except caught as error:
+            found = find_sqlite_error(error)
+            if found is None or not is_locked(found) or not attempts_left:
+                raise ValueError(explain_error(error)) from None
+
+
+def _sync(client: MlflowClient, records: Mapping[str, Record], pages: Pages, *, artifacts: Path | None, prune: bool) -> None:
+    """Log missing runs, delete unfinished ones, and update tags; `artifacts` is the own store's folder, else None."""
     context = next(iter(records.values())).context
-    pages = Pages(study, {name: _get_experiment(client, name, artifacts).experiment_id for name in names}, context)
     if artifacts is not None:
         _delete_empty_default(client)
     folder_id = _folder_id()
@@ -94,8 +103,10 @@ def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, 
         return artifacts is not None or run.data.tags.get(FOLDER_TAG) == folder_id
 
     existing: dict[str, Run] = {}
-    for run in _search_runs(client, [e.experiment_id for e in client.search_experiments()], context):
-        key = run.data.tags[KEY_TAG]
+    for run in _search_runs(client, _experiments_of_studies(client, pages), context):
+        key = run.data.tags.get(KEY_TAG)
+        if key is None:
+            continue
         has_files = artifacts is not None and key in records and any(records[key].files.values())
         lost_files = has_files and not local_path(run.info.artifact_uri).exists()
         if run.info.status != "FINISHED" or key in existing or lost_files:
@@ -125,7 +136,7 @@ def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, 
             if (run := existing.get(key)) is not None:
                 ids[key] = run.info.run_id
                 tags["studies"] = " ".join(dict.fromkeys([*run.data.tags.get("studies", "").split(), study_id]))
-                tags["mlflow.note.content"] = pages.run_note(record, ids[key])
+                tags[NOTE_TAG] = pages.run_note(record, ids[key])
                 # A run of another folder keeps its own study, parent and links.
                 _update_tags(client, run, tags if is_ours(run) else {name: tags[name] for name in ("current", "studies")})
             else:
@@ -134,7 +145,20 @@ def _sync(client: MlflowClient, study: Study, records: Mapping[str, Record], *, 
             if record.kind == "report":
                 pages.report_id = ids[key]
     for name, experiment_id in pages.experiment_ids.items():
-        client.set_experiment_tag(experiment_id, "mlflow.note.content", pages.experiment_note(name))
+        client.set_experiment_tag(experiment_id, NOTE_TAG, pages.experiment_note(name))
+
+
+def _experiments_of_studies(client: MlflowClient, pages: Pages) -> list[str]:
+    """The ids of the experiments of this and of older studies, which may have had other tasks."""
+    ids = dict.fromkeys(pages.experiment_ids.values())
+    token = None
+    while True:
+        page = client.search_experiments(page_token=token)
+        # Only the description tells who created an experiment; others may have any name and any runs.
+        ids |= dict.fromkeys(e.experiment_id for e in page if e.tags.get(NOTE_TAG, "").startswith(f"Task `{e.name}`:"))
+        token = page.token
+        if not token:
+            return list(ids)
 
 
 def _update_tags(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> None:
@@ -171,12 +195,12 @@ def _search_runs(client: MlflowClient, experiment_ids: list[str], context: str) 
             return
 
 
-def _get_experiment(client: MlflowClient, name: str, artifacts: Path | None) -> Experiment:
+def _get_experiment(client: MlflowClient, name: str, location: Path | None) -> Experiment:
     found = client.get_experiment_by_name(name)
     if found is None:
         # Without this kind, MLflow opens the page of an experiment on language-model traces instead of runs.
         tags = {"mlflow.experimentKind": "custom_model_development"}
-        client.create_experiment(name, artifact_location=(artifacts / name).as_uri() if artifacts else None, tags=tags)
+        client.create_experiment(name, artifact_location=(location / name).as_uri() if location else None, tags=tags)
         found = client.get_experiment_by_name(name)
     elif found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
@@ -207,7 +231,7 @@ def _log_run(client: MlflowClient, key: str, record: Record, tags: Mapping[str, 
     experiment_id = pages.experiment_ids[record.experiment]
     name = f"{record.name} ({record.context})" if record.context else record.name
     run = client.create_run(experiment_id, start_time=started, tags=all_tags, run_name=name)
-    note = RunTag("mlflow.note.content", pages.run_note(record, run.info.run_id))
+    note = RunTag(NOTE_TAG, pages.run_note(record, run.info.run_id))
     metrics = [Metric(name, value, started, step) for name, step, value in record.metrics]
     if record.seconds is not None:
         metrics.append(Metric("cell_seconds", record.seconds, started, 0))

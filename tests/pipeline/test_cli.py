@@ -1,10 +1,16 @@
 """`python -m pipeline --help`: two sections with one line per command."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
 
+import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
+from tests.helpers.study import ROOT
 
 
 def test_the_help_lists_every_command_in_its_section():
@@ -14,3 +20,32 @@ def test_the_help_lists_every_command_in_its_section():
     assert stages == ["plan", "generate", "train", "evaluate", "judge", "render", "report", "track"]
     assert tools == ["validate", "run", "show", "diff", "add-variant", "profile", "sample", "update-readme"]
     assert {*stages, *tools} == main.commands.keys()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")
+@pytest.mark.parametrize("arguments", [["--help"], ["validate"], ["validate", "--help"]])
+def test_a_closed_pipe_ends_a_command_that_prints_without_a_message(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pipeline", *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGPIPE")
+def test_a_pipe_that_closes_during_a_run_ends_it_without_a_message(monkeypatch, capfd):
+    """Not by the signal, since a worker that is killed closes a pipe, too."""
+
+    def write():
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("pipeline.stages.render.update_readme", write)
+    stdout = os.dup(1)
+    try:
+        done = CliRunner().invoke(main, ["update-readme"])
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    assert (done.exit_code, done.output) == (128 + signal.SIGPIPE, "")
+    assert capfd.readouterr() == ("", "")

@@ -293,7 +293,9 @@ def test_a_single_file_is_cut_between_characters(tmp_path):
 
 def test_the_digests_are_those_of_the_files(folder):
     sums = {f"wiki.{split}.tokens": hashlib.sha256(text).hexdigest() for split, text in TEXT.items()}
-    assert digests("wikitext-103", str(folder)) == sums
+    assert digests("wikitext-103", str(folder)) == digests(str(folder), None) == sums
+    for split in SPLITS:
+        (folder / f"wiki.{split}.tokens").unlink()
     (folder / "deep").mkdir()
     (folder / "deep" / "a.md").write_bytes(b"a")
     (folder / "b.txt").write_bytes(b"b")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -98,6 +99,15 @@ def test_word_tokens_are_the_words_between_white_space_or_unknown(text):
         ends = np.cumsum(tokenizer.sizes(data, tokens))
         for word, end in zip(naive, ends, strict=True):
             assert text.encode()[:end].endswith(b"\n" if word == b"<eos>" else word)
+
+
+def test_training_bpe_on_a_long_run_of_letters_takes_linear_time():
+    letters = np.random.Generator(np.random.PCG64(0)).choice(np.frombuffer(b"acgt", np.uint8), 160_000)
+    started = time.process_time()
+    tokenizer = BPE.learn(letters, 300)
+    assert time.process_time() - started < 12, "it was 24 s when quadratic"
+    assert max(map(len, tokenizer._pieces)) > 1
+    assert sum(tokenizer.sizes(letters, tokenizer.encode(letters))) == len(letters)
 
 
 @ALL

@@ -25,6 +25,19 @@ METRICS = {
     "k": {"ar": {"accuracy_1x": 0.5, "accuracy_8x": 0.25}, "text": {"bits_per_byte_1x": 3.5}},
     "qk": {"ar": {"accuracy_1x": 1.0, "accuracy_8x": 0.75}},
 }
+LENGTHS = "tasks:\n  ar: {data: {length: 10, multiples: [1, 8]}}\n"
+RESULTS = """\
+task,variant,seed,length,metric,value
+ar,k,0,10,accuracy,0.49
+ar,k,1,10,accuracy,0.51
+ar,k,7,10,accuracy,0.9
+ar,k,0,80,accuracy,0.25
+ar,k,1,80,accuracy,0.25
+ar,qk,0,10,accuracy,1.0
+ar,qk,1,10,accuracy,1.0
+ar,qk,0,80,accuracy,0.75
+ar,qk,1,80,accuracy,
+"""
 VERDICTS = """\
 claim,statement,source,verdict,reason,effect,low,high,p,seeds,comparisons,ablation
 solves,"k solves recall, always.",paper,supported,k against 1 on ar,-0.25,-0.5,0,0.01,3,8,qkv_subsets
@@ -80,9 +93,10 @@ def refused(*arguments):
 
 
 def test_nothing_changed(study):
-    assert output_of("HEAD") == "parameters: nothing changed\nresults: nothing changed\nverdicts: nothing changed\n"
-    parts = ["## parameters", "nothing changed", "## results", "nothing changed", "## verdicts", "nothing changed"]
-    assert output_of("HEAD", "--md") == "\n\n".join(parts) + "\n"
+    summary = "reproduced: 2 of 2 verdicts, largest difference 0 (within seed spread)\n"
+    assert output_of("HEAD") == "parameters: nothing changed\nresults: nothing changed\nverdicts: nothing changed\n" + summary
+    parts = ["## parameters", "nothing changed", "## results", "nothing changed", "## verdicts", "nothing changed", summary]
+    assert output_of("HEAD", "--md") == "\n\n".join(parts)
 
 
 def test_parameters_by_their_keys(study):
@@ -156,9 +170,66 @@ def test_an_unchanged_verdict_is_not_listed_even_if_its_effect_moved(study):
 
 def test_a_study_without_claims(study):
     write(verdicts="\n")
-    assert [row[3] for row in compare("HEAD")[2].rows] == ["-", "-"]
+    sections = compare("HEAD")
+    assert [row[3] for row in sections[2].rows] == ["-", "-"]
+    assert sections[3].notes[0].startswith("0 of 2 verdicts, largest difference 0; solves: supported -> no verdict; ")
     commit()
     assert compare("HEAD")[2].notes == ["nothing changed"]
+
+
+@pytest.fixture
+def seeds(study):
+    """A committed study with the results of each seed: they differ by 0.02 for k at 1x, and by nothing elsewhere."""
+    (study / "results").mkdir()
+    (study / "results" / "ar.csv").write_text(RESULTS)
+    write(PARAMETERS + LENGTHS)
+    commit()
+
+
+def changed(**means):
+    """METRICS on ar with other means, `k_1x=0.5`."""
+    metrics = json.loads(json.dumps(METRICS))
+    for name, mean in means.items():
+        variant, _, length = name.partition("_")
+        metrics[variant]["ar"][f"accuracy_{length}"] = mean
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("means", "line"),
+    [
+        ({}, "reproduced: 2 of 2 verdicts, largest difference 0 (within seed spread)"),
+        ({"k_1x": 0.519}, "reproduced: 2 of 2 verdicts, largest difference .019 (within seed spread)"),
+        ({"qk_1x": 0.9998}, "reproduced: 2 of 2 verdicts, largest difference .000200 (within seed spread)"),
+        (
+            {"k_1x": 0.523},
+            "not reproduced: 2 of 2 verdicts, largest difference .023;"
+            " accuracy at 1x of k on ar differs by .023, its seeds by .020",
+        ),
+        (
+            {"k_8x": 0.24, "k_1x": 0.51},
+            "not reproduced: 2 of 2 verdicts, largest difference .010; accuracy at 8x of k on ar differs by .010, its seeds by 0",
+        ),
+        ({"qk_8x": 0.7}, "reproduced: 2 of 2 verdicts, largest difference .050 (seed spread unknown)"),
+        ({"qk_16x": 0.7}, "not reproduced: 2 of 2 verdicts, largest difference 0; 1 entry on one side only"),
+    ],
+)
+def test_the_last_line_says_whether_the_study_is_reproduced(seeds, means, line):
+    write(PARAMETERS + LENGTHS, changed(**means))
+    assert output_of("HEAD").splitlines()[-1] == line
+    assert output_of("HEAD", "--md").splitlines()[-1] == line
+
+
+def test_the_larger_spread_of_the_two_sides_counts(seeds):
+    write(PARAMETERS + LENGTHS, changed(k_8x=0.3))
+    Path("results/ar.csv").write_text(RESULTS.replace("ar,k,1,80,accuracy,0.25", "ar,k,1,80,accuracy,0.35"))
+    assert compare("HEAD")[3] == Section("reproduced", (), [], ["2 of 2 verdicts, largest difference .050 (within seed spread)"])
+
+
+def test_changed_verdicts_are_named_at_the_end(seeds):
+    write(PARAMETERS + LENGTHS, verdicts=VERDICTS.replace("supported", "contradicted"))
+    line = "not reproduced: 1 of 2 verdicts, largest difference 0; solves: supported -> contradicted"
+    assert output_of("HEAD").splitlines()[-1] == output_of("HEAD", "--md").splitlines()[-1] == line
 
 
 def test_the_terminal_and_markdown_have_the_same_rows(study, capsys):
@@ -170,7 +241,7 @@ def test_the_terminal_and_markdown_have_the_same_rows(study, capsys):
     sections = compare("HEAD")
     show(sections, Console(width=200, color_system=None))
     terminal, text = capsys.readouterr().out, output_of("HEAD", "--md")
-    for section in sections:
+    for section in sections[:3]:
         assert section.rows or section.notes != ["nothing changed"]
         for row in section.rows:
             assert re.search(" *[│┃] *".join(map(re.escape, row)), terminal)
@@ -249,11 +320,15 @@ def test_a_file_that_is_missing(study, file):
         ("verdicts/claims.csv", b"claim,statement\na,b\n", "lacks the column source"),
         ("verdicts/claims.csv", VERDICTS.replace("0.25", "half").encode(), "could not convert string to float: '-half'"),
         ("verdicts/claims.csv", b"a\nb,c\n", "lacks the column claim"),
+        ("results/ar.csv", b"a\nb\n", "lacks the column task"),
     ],
 )
 def test_a_file_that_cannot_be_read(study, file, content, fault):
+    Path(file).parent.mkdir(exist_ok=True)
+    original = Path(file).read_bytes() if Path(file).exists() else RESULTS.encode()
     Path(file).write_bytes(content)
     assert refused("HEAD").startswith(f"diff: {file}: cannot be read: {fault}")
     commit()
+    Path(file).write_bytes(original)
     write()
     assert refused("HEAD").startswith(f"diff: HEAD: {file}: cannot be read: {fault}")

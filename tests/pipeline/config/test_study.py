@@ -24,7 +24,7 @@ from pipeline.cli import main
 from pipeline.config.errors import ParamsError, find_entry
 from pipeline.config.grid import cells, variants_on
 from pipeline.config.load import load_study, study_of
-from pipeline.config.yaml_file import read_yaml
+from pipeline.config.yaml_file import check_rewritten, read_yaml
 from pipeline.stages.plan import check_stages
 
 ROOT = Path(__file__).parents[3]
@@ -126,6 +126,42 @@ def test_a_file_that_dvc_would_make_unreadable_is_refused(project):
     (line,) = refused(project, "validate")
     assert line.startswith("params.yaml: blocks: {question: Other blocks?, tasks: []")
     assert "`dvc exp run -S`" in line
+
+
+@pytest.mark.parametrize(
+    ("line", "column", "words"),
+    [
+        ("data_seed: 0\t# a comment", 13, "Fix: use spaces, not tabs"),
+        ("data_seed: 0\t", 13, "Fix: use spaces, not tabs"),
+        ("data_seed:\t0", 11, "Fix: use spaces, not tabs"),
+        ("resources: &x {<<: *x}\ndata_seed: 0", 12, "cannot be read"),
+    ],
+    ids=["before a comment", "at the end", "after a colon", "a merge of itself"],
+)
+def test_a_file_that_dvc_cannot_rewrite_is_refused_with_the_place(line, column, words, project):
+    before, after = SMOKE_TEXT.split("data_seed: 0", 1)
+    (project / "params.yaml").write_text(before + line + after, encoding="utf-8")
+    load_study()
+    (error,) = refused(project, "validate")
+    assert error.startswith(f"params.yaml: line {before.count(chr(10)) + 1}, column {column}: ")
+    assert "`dvc exp run -S` could not read the file" in error
+    assert words in error
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("%YAML 1.1\n---\na: on\n", "a: `dvc exp run -S` would change a value in it"),
+        ("a: " + "[" * 300 + "]" * 300 + "\n", "a value is nested too deeply"),
+    ],
+)
+def test_rewriting_changes_no_value(text, problem, tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ParamsError) as error:
+        check_rewritten(file)
+    (line,) = error.value.lines
+    assert problem in line
 
 
 @ALL

@@ -350,3 +350,17 @@ def test_progress_shows_running_and_finished_cells(study):
         "[1/2] copying none: trained in 1.2 s, loss 1.500, accuracy 0.750",
         "[2/2] copying k: failed",
     ]
+
+
+def test_workers_start_without_sockets(monkeypatch):
+    def refuse():
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("multiprocessing.forkserver.ensure_running", refuse)
+    assert scheduler._method() == "spawn"
+    outcomes = workers.run_jobs(_doubled, [1, 2], devices=[CPU], method="spawn", report=lambda *message: None)
+    assert dict(outcomes) == {0: 2, 1: 4}
+
+
+def _doubled(number, device, report):
+    return 2 * number

@@ -1,5 +1,6 @@
 """The report: results, failures, provenance; figures of single models show these models."""
 
+import html
 import json
 import os
 import re
@@ -12,10 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import seaborn as sns
+from ruamel.yaml import YAML
 
 from pipeline.config.claims import load as load_claims
 from pipeline.config.errors import ParamsError
 from pipeline.config.load import load_study
+from pipeline.config.outputs import clashes
 from pipeline.config.study import Ablation
 from pipeline.figures.cost import pareto_front
 from pipeline.figures.example import query_attention, read_example
@@ -24,11 +27,13 @@ from pipeline.figures.filters import filters
 from pipeline.figures.stability import full_stability_table, stability, stability_table
 from pipeline.figures.style import draw_line, errorbar
 from pipeline.reporting.diagnosis import diagnose
+from pipeline.reporting.markdown import escape
 from pipeline.stages import render
 from pipeline.storage import runs
 from pipeline.storage.results import primary, read_results
 from pipeline.storage.tables import CURVES
 from pipeline.storage.training_log import read_log
+from pipeline.tracking.records import report_record
 from tests.helpers.study import ROOT, edit, stage
 
 
@@ -50,6 +55,42 @@ def test_every_ablation_has_a_section_and_every_link_a_target(study):
     links = set(re.findall(r"\]\((\.\./[^)]+)\)", text))
     assert links >= {"../results/ar.csv", "../results/copying.csv", "../results/filters/ar.csv"}
     assert all((Path("reports") / link).exists() for link in links)
+
+
+def test_no_ablation_may_have_the_name_of_another_section_or_figure(study):
+    page_text()
+    files = {path.stem for path in Path("reports").rglob("*.svg")}
+    anchors = set(re.findall(r'^<a id="(\w+)"></a>$', Path("reports/report.md").read_text(), flags=re.MULTILINE))
+    taken = (files | anchors) - study.ablations.keys()
+    assert {"claims", "cost", "cost_by_time", "qkv_subsets_length", "qkv_subsets_training"} <= taken
+    for name in taken:
+        raw = {**study.ablations, name: Ablation(question="?", tasks=[], variants=[], plot="heatmap")}
+        assert [line.split(":")[0] for line in clashes(study.model_copy(update={"ablations": raw}))] == [f"ablations.{name}"]
+
+
+def test_text_of_the_user_is_shown_as_text(study):
+    text = "Is ![a sketch](sketch.svg) | *better* than <b>`x`</b>, $5 [yes](no), </details> \\"
+    edit(**{"ablations.qkv_subsets.question": text})
+    claims = YAML(typ="safe").load(Path("claims.yaml"))
+    name = next(name for name, claim in load_claims().items() if claim.variants == ("k",) or "ar" in claim.tasks)
+    claims[name] |= {"statement": text, "tasks": ["ar"], "variants": ["k"], "multiples": [1], "baseline": 1.0}
+    claims[name] |= {"ablation": "qkv_subsets", "test": "non_inferior"}
+    with Path("claims.yaml").open("w") as file:
+        YAML().dump({name: claims[name]}, file)
+    for command in ("validate", "judge", "report"):
+        stage(command)
+    written = Path("reports/report.html").read_text()
+    shown = html.escape(text, quote=False)
+    assert f'<h2 id="qkv_subsets">{shown}</h2>' in written
+    assert written.count(f">{shown} ({claims[name]['source']})</td>") == 2
+    assert escape(text) in report_record(load_study()).note
+
+
+def test_a_broken_preset_is_no_match(study):
+    Path("presets").mkdir()
+    Path("presets/a.yaml").write_text("a: [")
+    Path("presets/b_.yaml").write_text(Path("params.yaml").read_text())
+    assert "matches presets/b_.yaml" in page_text()
 
 
 def test_the_page_has_the_times_dates_and_commits_of_the_logs(study):

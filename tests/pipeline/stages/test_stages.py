@@ -418,16 +418,49 @@ def test_an_error_of_a_worker_process_is_raised():
     assert raised.value.lines == ["a: 1", "b: 2"]
 
 
-def test_the_target_of_a_link_is_replaced(tmp_path):
-    (tmp_path / "big").mkdir()
-    (tmp_path / "big" / "old").touch()
-    (tmp_path / "out").symlink_to(tmp_path / "big")
-    with atomic_write(tmp_path / "out") as part:
+@pytest.mark.parametrize("new", ["file", "folder"])
+@pytest.mark.parametrize("old", ["file", "folder", "missing"])
+def test_a_link_is_replaced_and_its_target_stays(tmp_path, old, new):
+    """With DVC's cache.type symlink, the target is an object of the cache."""
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    (cache / "folder").mkdir(parents=True)
+    (cache / "folder" / "object").write_text("object")
+    (cache / "file").write_text("object")
+    out.symlink_to(cache / old)
+    with atomic_write(out) as part:
+        if new == "folder":
+            part.mkdir()
+        (part / "a" if new == "folder" else part).write_text("new")
+    assert not out.is_symlink()
+    assert (out / "a" if new == "folder" else out).read_text() == "new"
+    assert {path.name: path.read_text() for path in cache.rglob("*") if path.is_file()} == {"object": "object", "file": "object"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
+
+
+def test_an_output_is_written_below_a_linked_folder(tmp_path):
+    """A user may link a folder, such as data/, to another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    with atomic_write(tmp_path / "data" / "task") as part:
         part.mkdir()
-        (part / "new").touch()
-    assert (tmp_path / "out").is_symlink()
-    assert [path.name for path in (tmp_path / "big").iterdir()] == ["new"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "out"]
+    assert (tmp_path / "data").is_symlink()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["task"]
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_stages_by_hand_leave_the_targets_of_links_as_they_are(study, tmp_path, link):
+    folders = [Path(name) for name in ("data", "heldout", "logs", "plan", "results", "runs", "scores") if Path(name).exists()]
+    targets = {}
+    for number, path in enumerate(path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        target = path.rename(tmp_path / "cache" / str(number))
+        targets[target] = target.read_bytes()
+        link(path, target)
+    edit(seeds=[1])
+    for arguments in (["plan"], ["generate", "copying"], ["train", "copying", "none"], ["evaluate", "copying"]):
+        stage(*arguments)
+    assert {path: path.read_bytes() for path in targets} == targets
+    assert any(path.suffix == ".safetensors" for path in Path("runs/copying/none").iterdir())
 
 
 @pytest.mark.parametrize("file", [".dvcignore", ".gitignore"])

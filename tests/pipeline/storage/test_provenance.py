@@ -1,5 +1,6 @@
 """The recorded commit, and the changes that make the checkout dirty."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -44,6 +45,49 @@ def test_outside_git_the_commit_is_unknown(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert (provenance()["commit"], provenance()["dirty"]) == (None, None)
+
+
+@pytest.fixture
+def part_of_repository(checkout, monkeypatch):
+    """The project as a folder of a larger repository."""
+    shutil.rmtree(".git")
+    Path("project").mkdir()
+    for path in [path for path in Path().iterdir() if path.name != "project"]:
+        path.rename(Path("project", path.name))
+    Path("other.py").write_text("as committed\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    monkeypatch.chdir("project")
+
+
+def test_in_a_larger_repository_only_the_project_counts(part_of_repository):
+    for name in ("reports/lengths.csv", "dvc.lock", "../other.py"):
+        Path(name).write_text("changed\n")
+    assert (len(provenance()["commit"]), provenance()["dirty"]) == (40, False)
+    Path("cat/model.py").write_text("changed\n")
+    assert provenance()["dirty"] is True
+
+
+def test_a_copy_that_is_not_in_the_repository_around_it_has_no_commit(part_of_repository, monkeypatch):
+    Path("../copy").mkdir()
+    Path("../copy/params.yaml").touch()
+    monkeypatch.chdir("../copy")
+    assert (provenance()["commit"], provenance()["dirty"]) == (None, None)
+
+
+def test_without_the_git_program_the_commit_is_unknown(checkout, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert (provenance()["commit"], provenance()["dirty"]) == (None, None)
+
+
+def test_a_repository_that_git_refuses_is_named_with_the_remedy(checkout, monkeypatch, capsys):
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    found = provenance()
+    assert (found["commit"], found["dirty"]) == (None, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{Path.cwd()}: belongs to another user")
+    assert line.endswith(f"Fix: `git config --global --add safe.directory {Path.cwd()}`")
 
 
 def test_outputs_in_git_are_those_without_dvc_cache():

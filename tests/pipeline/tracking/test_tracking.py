@@ -5,8 +5,10 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from threading import Thread
+from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np
 import pytest
@@ -14,8 +16,11 @@ import torch
 
 from pipeline.config.grid import cells, shown_variants
 from pipeline.config.load import load_study
+from pipeline.config.names import NAME
+from pipeline.config.outputs import clashes
 from pipeline.reporting.labels import variant_label
 from pipeline.storage.runs import load_model
+from pipeline.tracking.records import report_record
 from pipeline.tracking.store import STAMP, load_run
 from tests.helpers.study import edit, finished_study, stage
 
@@ -116,6 +121,26 @@ def test_a_variant_s_run_has_the_mean_and_deviation_of_its_seeds_and_contains_th
     means = {m.step: m.value for m in store.get_metric_history(runs["qk"].info.run_id, "test/accuracy")}
     assert set(means) == set(study.tasks["copying"].data.lengths)
     assert {run.data.tags["kind"] for run in runs.values()} == {"variant", "seed"}
+
+
+def test_no_two_tables_of_the_report_have_one_place(store):
+    (report,) = current(store, "study").values()
+    folders = {item.path for item in store.list_artifacts(report.info.run_id, "tables/results")}
+    assert folders == {"tables/results/copying.csv", "tables/results/filters", "tables/results/positions"}
+    tables = [path for record in [report_record(load_study())] for paths in record.files.values() for path in paths]
+    places = [f"{folder}/{path.name}" for folder, paths in report_record(load_study()).files.items() for path in paths]
+    assert len(set(places)) == len(places) == len(tables)
+
+
+def test_no_task_may_have_the_name_of_another_experiment_or_file(store):
+    study = load_study()
+    experiments = {experiment.name for experiment in store.search_experiments()}
+    files = {path.name for path in Path("mlartifacts").iterdir() if re.fullmatch(NAME, path.name)}
+    taken = (experiments | files) - study.tasks.keys()
+    assert taken == {"study", "stamp"}
+    for name in taken:
+        tasks = {**study.tasks, name: study.tasks["copying"]}
+        assert [line.split(":")[0] for line in clashes(study.model_copy(update={"tasks": tasks}))] == [f"tasks.{name}"]
 
 
 def test_figures_and_runs_link_to_each_other(store):
@@ -343,7 +368,8 @@ def test_a_damaged_store_is_an_error_of_one_line(copied, capsys):
     with pytest.raises(SystemExit) as stopped:
         stage("track", "--prune")
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("track: mlflow.db: file is not a database")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("track: mlflow.db: file is not a database: the store is damaged. Fix: move ")
 
 
 def test_the_folder_may_have_any_name(store, tmp_path, monkeypatch):
@@ -449,3 +475,97 @@ def test_the_rest_of_an_interrupted_creation_is_not_reused(tmp_path, monkeypatch
     assert not Path(".mlflow.db.part").exists()
     with sqlite3.connect("mlflow.db") as connection:
         assert connection.execute("select count(*) from runs").fetchone() == (0,)
+
+
+def track_result():
+    """Run the stage in a new process; return its exit code and the lines of its errors."""
+    done = subprocess.run([sys.executable, "-m", "pipeline", "track"], check=False, capture_output=True, text=True)
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_the_own_store_is_the_same_by_its_address(store, tmp_path, monkeypatch):
+    folder = tmp_path / "a study?"
+    shutil.copytree(Path.cwd(), folder, ignore=shutil.ignore_patterns("mlflow.db", "mlartifacts"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    track()
+    assert not Path("mlruns").exists()
+    moved = folder.rename(tmp_path / "moved study")
+    monkeypatch.chdir(moved)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{quote(str(moved))}/mlflow.db")
+    track()
+    assert not folder.exists()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert not (moved / "mlruns").exists()
+    client = client_of(moved)
+    for run in [*current(client).values(), *current(client, "study").values()]:
+        assert run.info.artifact_uri.startswith(f"{moved.as_uri()}/mlartifacts/")
+        assert client.list_artifacts(run.info.run_id)
+
+
+def test_the_store_of_others_stays_as_it_is(copied):
+    """An experiment with a name of ours, an own experiment with a copy of a run, runs with few tags, a deleted experiment."""
+    track()
+    client = client_of(copied)
+    copy = current(client)["k seed 0"].data.tags
+    own = client.create_experiment("own", artifact_location=(copied / "own").as_uri())
+    made = [client.create_run(own, tags=copy).info.run_id]
+    for tags in ({}, {"cat.context": "workspace"}):
+        made += [
+            client.create_run(e, tags=tags).info.run_id for e in (own, client.get_experiment_by_name("copying").experiment_id)
+        ]
+    client.delete_experiment(client.get_experiment_by_name("study").experiment_id)
+    before = {run_id: client.get_run(run_id).to_dictionary() for run_id in made}
+    assert track_result() == (0, [])
+    assert {run_id: client.get_run(run_id).to_dictionary() for run_id in made} == before
+    assert len(current(client, "study")) == 1
+
+
+def test_an_experiment_that_another_program_created_gets_artifacts_of_the_study(copied):
+    for name in ("mlflow.db", "mlartifacts"):
+        (shutil.rmtree if Path(name).is_dir() else Path.unlink)(Path(name))
+    client_of(copied).create_experiment("copying", artifact_location=(copied / "elsewhere").as_uri())
+    track()
+    assert artifacts_are_in(client_of(copied), copied)
+
+
+def test_a_store_elsewhere_has_its_artifacts_beside_it(copied, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other/runs.db")
+    track()
+    assert not Path("mlruns").exists()
+    assert any((tmp_path / "other" / "mlruns" / "copying").rglob("history.csv"))
+
+
+class FailingServer(BaseHTTPRequestHandler):
+    """Answers with `status`, or stops half way through an answer if that is None."""
+
+    status = None
+
+    def do_GET(self):
+        if self.status is None:
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"experiment": {')
+        else:
+            self.send_error(self.status)
+
+    def do_POST(self):
+        self.do_GET()
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.parametrize("status", [503, None])
+def test_a_server_that_fails_is_an_error_of_one_line(store, status, monkeypatch):
+    handler = type("Handler", (FailingServer,), {"status": status})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        code, lines = track_result()
+        server.shutdown()
+    assert (code, len(lines)) == (2, 1), lines
+    assert lines[0].startswith(f"track: MLflow at http://127.0.0.1:{server.server_port}: ")
+    assert ". Fix: check that the server runs" in lines[0]

@@ -1,0 +1,142 @@
+"""A store that other programs use or that cannot be used: the study waits, says what is wrong, and never advises to delete it."""
+
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from urllib.parse import quote
+
+import pytest
+
+from pipeline.tracking import database
+from pipeline.tracking.database import check_database, explain
+from pipeline.tracking.store import STORE, create_store, database_path
+
+LOCK = """
+import sqlite3, sys, time
+connection = sqlite3.connect("mlflow.db", isolation_level=None)
+connection.execute("begin " + sys.argv[1])
+connection.execute("select * from experiments").fetchone()
+print("locked", flush=True)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def store_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        create_store()
+    return folder / STORE
+
+
+@pytest.fixture
+def store(store_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    STORE.write_bytes(store_file.read_bytes())
+    return STORE
+
+
+def lock(kind, seconds):
+    program = subprocess.Popen([sys.executable, "-c", LOCK, kind, str(seconds)], stdout=subprocess.PIPE, text=True)
+    assert program.stdout.readline() == "locked\n"
+    return program
+
+
+@pytest.mark.parametrize("kind", ["exclusive", "immediate", "deferred"])
+def test_a_locked_store_is_waited_for(store, kind, capsys):
+    with lock(kind, 3):
+        assert check_database(store)
+    assert capsys.readouterr().err.splitlines() == ["mlflow.db: in use by another program; waiting up to 30 s"]
+
+
+def test_a_store_that_stays_locked_is_not_to_be_deleted(store, monkeypatch):
+    monkeypatch.setattr(database, "WAIT_SECONDS", 1.0)
+    with lock("exclusive", 60) as program:
+        with pytest.raises(ValueError, match=r"^mlflow.db: in use by another program. Fix: stop that program") as raised:
+            check_database(store)
+        program.kill()
+    assert "delete" not in str(raised.value)
+
+
+def test_a_free_store_needs_no_message(store, capsys):
+    assert check_database(store)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_empty_file_is_a_store_without_tables(store):
+    store.write_bytes(b"")
+    assert not check_database(store)
+
+
+@pytest.mark.parametrize(
+    ("sql", "problem"),
+    [
+        ("update alembic_version set version_num = 'ffffffffffff'", "written by a newer MLflow. Fix: install"),
+        ("delete from alembic_version", "no complete store of MLflow. Fix: move"),
+        ("drop table alembic_version", "no complete store of MLflow. Fix: move"),
+    ],
+)
+def test_another_schema_is_told_as_what_it_is(store, sql, problem):
+    with closing(sqlite3.connect(store)) as connection, connection:
+        connection.execute(sql)
+    with pytest.raises(ValueError, match=f"^mlflow.db: {problem}"):
+        check_database(store)
+
+
+def damage(store):
+    content = bytearray(store.read_bytes())
+    content[4096 : len(content) // 2] = b"x" * (len(content) // 2 - 4096)
+    store.write_bytes(content)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_store_is_damaged_only_if_sqlite_cannot_read_it(store, is_damaged):
+    if is_damaged:
+        damage(store)
+    line = explain(store, sqlite3.OperationalError("disk I/O error"))
+    assert ("damaged" in line, "move the file" in line) == (is_damaged, is_damaged)
+
+
+@pytest.mark.parametrize(
+    ("pragma", "problem"),
+    [
+        ("max_page_count = 1", "database or disk is full. Fix: free space"),
+        ("query_only = on", "attempt to write a readonly database"),
+    ],
+)
+def test_a_full_disk_and_a_missing_permission_are_told_as_what_they_are(store, pragma, problem):
+    with closing(sqlite3.connect(store)) as connection:
+        connection.execute(f"pragma {pragma}")
+        with pytest.raises(sqlite3.Error) as raised:
+            connection.execute("create table large as select randomblob(100000)")
+    line = explain(store, raised.value)
+    assert line.startswith(f"mlflow.db: {problem}")
+    assert line.endswith("the store is intact")
+
+
+@pytest.mark.parametrize(
+    ("folder", "uri", "is_own"),
+    [
+        ("study", "", True),
+        ("study", "sqlite:///mlflow.db", True),
+        ("study", "sqlite:///./mlflow.db", True),
+        ("study", "sqlite+pysqlite:///../study/mlflow.db?timeout=9", True),
+        ("study", "sqlite:///{here}/mlflow.db", True),
+        ("study", "sqlite:///{here}/%6dlflow.db", True),
+        ("a b?c%20d", "sqlite:///{here}/mlflow.db", True),
+        ("a b?c%20d", "sqlite:///{quoted}/mlflow.db", True),
+        ("study", "sqlite:///other.db", False),
+        ("study", "sqlite:///{here}/../mlflow.db", False),
+        ("study", "http://localhost:5000", False),
+        ("study", "postgresql:///mlflow.db", False),
+    ],
+)
+def test_the_own_store_is_found_by_any_address(folder, uri, is_own, tmp_path, monkeypatch):
+    here = tmp_path / folder
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(here=here, quoted=quote(str(here))))
+    assert (database_path() == STORE) == is_own
