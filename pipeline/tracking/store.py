@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -95,9 +96,10 @@ def create_store() -> None:
     """
     from mlflow.tracking import MlflowClient
 
-    folder = STORE.with_name(f".{STORE.name}.part")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    for leftover in Path().glob(f".{STORE.name}.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    # A new name each time: MLflow keeps the stores of a process by their addresses.
+    folder = Path(tempfile.mkdtemp(prefix=f".{STORE.name}.", suffix=".part", dir="."))
     MlflowClient(f"sqlite:///{folder / STORE.name}").search_experiments()
     (folder / STORE.name).replace(STORE)
     shutil.rmtree(folder)

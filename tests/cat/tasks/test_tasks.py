@@ -468,7 +468,7 @@ def not_utf8(folder):
 
 def nothing(folder):
     (folder / "code.py").write_text("pass")
-    return folder, "contains no .txt or .md file"
+    return folder, "contains no .txt, .md or .tokens file with text (skipped: 1 (another extension: code.py))"
 
 
 def exactly(message):

@@ -463,16 +463,16 @@ def test_an_interrupted_creation_leaves_no_store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     interrupted = create_store(first="def interrupt(self, path): raise KeyboardInterrupt\nPath.replace = interrupt")
     assert "KeyboardInterrupt" in interrupted.stderr
-    assert Path(".mlflow.db.part/mlflow.db").exists()
+    assert list(Path().glob(".mlflow.db.*.part/mlflow.db"))
     assert not Path("mlflow.db").exists()
 
 
 def test_the_rest_of_an_interrupted_creation_is_not_reused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path(".mlflow.db.part").mkdir()
-    Path(".mlflow.db.part/mlflow.db").write_bytes(b"half of it")
+    Path(".mlflow.db.x.part").mkdir()
+    Path(".mlflow.db.x.part/mlflow.db").write_bytes(b"half of it")
     assert create_store().returncode == 0
-    assert not Path(".mlflow.db.part").exists()
+    assert not list(Path().glob(".mlflow.db.*.part"))
     with sqlite3.connect("mlflow.db") as connection:
         assert connection.execute("select count(*) from runs").fetchone() == (0,)
 
@@ -518,7 +518,7 @@ def test_the_store_of_others_stays_as_it_is(copied):
     before = {run_id: client.get_run(run_id).to_dictionary() for run_id in made}
     assert track_result() == (0, [])
     assert {run_id: client.get_run(run_id).to_dictionary() for run_id in made} == before
-    assert len(current(client, "study")) == 1
+    assert "report" in current(client, "study")
 
 
 def test_an_experiment_that_another_program_created_gets_artifacts_of_the_study(copied):
