@@ -1,7 +1,6 @@
 """Parallel training gives the bytes of `dvc repro`, isolates failures and records only cells that are up to date."""
 
 import io
-import json
 import os
 import re
 import shutil
@@ -87,10 +86,8 @@ def test_parallel_and_serial_give_the_same_lock_and_results(study, tmp_path):
 
 def test_changed_test_splits_do_not_retrain(study):
     scheduler.run(jobs=2)
-    for changes in ({"test_examples": 31}, {"multiples": [1, 2, 3]}):
-        edit(**{f"tasks.copying.data.{key}": value for key, value in changes.items()})
-        assert not [name for name in json.loads(dvc("status", "--json")) if name.startswith("train_")]
-        assert sorted(ran()) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"]
+    edit(**{"tasks.copying.data.test_examples": 31, "tasks.copying.data.multiples": [1, 2, 3]})
+    assert sorted(ran()) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"]
 
 
 def ran():
