@@ -16,6 +16,7 @@ from pipeline.config.claims import load as load_claims
 from pipeline.config.grid import cells, shown_tasks, shown_variants
 from pipeline.config.load import load_study
 from pipeline.figures.plots import figures_of
+from pipeline.reporting.labels import variant_label, with_slug
 from pipeline.storage.results import read_results
 
 
@@ -42,15 +43,22 @@ def recorded_outputs() -> dict[str, str]:
     return {run.data.tags["dvc.stage"]: run.data.tags["dvc.md5"] for run in runs if "dvc.md5" in run.data.tags}
 
 
-study = load_study()
-expected = {
-    task: sorted(
-        f"{c.variant}{end}" for c in cells(study) if c.task == task for end in ["", *(f" seed {s}" for s in study.seeds)]
-    )
-    for task in study.tasks
-}
-expected["study"] = ["report"]
+def expected_runs() -> dict[str, list[str]]:
+    """Return the names that the runs of params.yaml must have."""
+    study = load_study()
+    names = {
+        task: sorted(
+            with_slug(variant_label(study, cell.variant), cell.variant) + end
+            for cell in cells(study)
+            if cell.task == task
+            for end in ["", *(f" seed {seed}" for seed in study.seeds)]
+        )
+        for task in study.tasks
+    }
+    return {**names, "study": ["report"]}
 
+
+study = load_study()
 results = read_results(study)
 for cell in cells(study):
     rows = results[(results["task"] == cell.task) & (results["variant"] == cell.variant) & (results["metric"] == "accuracy")]
@@ -69,14 +77,14 @@ for task in study.tasks:
 assert pd.read_csv("verdicts/claims.csv")["claim"].tolist() == list(load_claims())
 figures = len(list(Path("reports/figures").iterdir()))
 assert Path("reports/report.html").read_text().count("<svg ") == figures + 1, "all figures, and the cost by training time"
-assert mlflow_runs() == expected
+assert mlflow_runs() == expected_runs()
 stages = YAML(typ="safe").load(Path("dvc.lock"))["stages"]
 trained = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
 assert recorded_outputs() == {name: stages[name]["outs"][0]["md5"] for name in trained}
 print("complete: grid, figures, filters, verdicts, report, MLflow")
 
 assert repro() == [], "a second `dvc repro` ran something"
-assert mlflow_runs() == expected
+assert mlflow_runs() == expected_runs()
 print("up to date: nothing ran again")
 
 lock = Path("dvc.lock").read_text()
@@ -87,7 +95,7 @@ with Path("params.yaml").open("w") as file:
 ran = repro()
 trained = {stage for stage in ran if stage.startswith("train_")}
 assert trained == {f"train_{c.ablation}@{c.task}-{c.variant}" for c in cells(study) if c.variant == "qk"}, ran
-assert mlflow_runs() == expected
+assert mlflow_runs() == expected_runs()
 print("exact: only the cells of the edited variant were trained again")
 
 shutil.copy("presets/smoke.yaml", "params.yaml")
@@ -98,7 +106,7 @@ with Path("params.yaml").open("w") as file:
     YAML().dump(raw, file)
 ran = repro()
 assert sorted(ran) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"], ran
-assert mlflow_runs() == expected
+assert mlflow_runs() == expected_runs()
 print("exact: other test sequences retrained nothing")
 
 shutil.copy("presets/smoke.yaml", "params.yaml")
@@ -117,5 +125,5 @@ print("exact: a comment reruns nothing")
 Path("mlflow.db").unlink()
 shutil.rmtree("mlartifacts")
 assert repro() == ["publish"]
-assert mlflow_runs() == expected
+assert mlflow_runs() == expected_runs()
 print("MLflow rebuilt from the files")
