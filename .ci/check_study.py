@@ -1,4 +1,4 @@
-"""Check a finished study in this folder: complete, also in MLflow; nothing stale; a change reruns only what it must."""
+"""Check a finished study in this folder: it is complete, up to date, and a change reruns only dependent stages."""
 
 import re
 import shutil

@@ -92,7 +92,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared, in which unit, and the target."""
+    """The compared quantity, its unit and its target."""
 
     name: str
     sides: tuple[str, str]
@@ -121,7 +121,7 @@ class NotRun(Exception):  # noqa: N818  not an error
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A row of the suite: what is measured and the target in words, and the figures, measured lazily."""
+    """A row of the suite: a description, a target, and the function that measures it."""
 
     what: str
     target: str

@@ -25,7 +25,7 @@ from pipeline.storage.files import atomic_write, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 CONDITIONS = ("threads", "torch", "repeats")
-"""What a figure depends on, besides the device."""
+"""Settings that a figure depends on, besides the device."""
 
 SUITE: dict[str, Benchmark] = {
     "step_8192": step(8192, target=20),

@@ -131,7 +131,7 @@ def corpus(source: str) -> dict[str, np.ndarray]:
 
 
 def report(source: str) -> list[str]:
-    """Say in one line each how a local source is split, what is skipped and what is equal; nothing for named corpora."""
+    """List the split rule, the skipped files and the equal files of a local source. Empty for named corpora."""
     return [] if source in {PYTHON_DOCS, WIKITEXT} else find(Path(source), LIMIT).report()
 
 

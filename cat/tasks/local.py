@@ -45,7 +45,7 @@ class Local(NamedTuple):
         return self.source / name if self.source.is_dir() else self.source
 
     def report(self) -> list[str]:
-        """Say in one line each how the text is split, what is skipped, and which files are equal."""
+        """List the split rule, the skipped files and the equal files, one line each."""
         if not self.source.exists():
             return [f"{self.source}: is missing; generate needs it"]
         rule = {

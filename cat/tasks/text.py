@@ -28,7 +28,7 @@ class Text(Task):
     folder: Annotated[str, Field(min_length=1)] | None = None
     """The folder with `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens`; if None, WikiText-103 is downloaded."""
     tokens: Literal["bytes", "bpe", "words"] = "bytes"
-    """What a token is: a byte, a BPE piece trained on the training split, or a word of the training split."""
+    """Unit of a token: a byte, a BPE piece trained on the training split, or a word of the training split."""
     vocabulary_size: Annotated[int, Field(ge=3, le=1 << 20)] | None = None
     """Largest vocabulary, for bpe and words; if None, words keeps every word of the training split."""
     ngram: Count | None = None

@@ -45,7 +45,7 @@ class Ablation(Config):
         "positions",
         "recall",
     ]
-    """What the figure shows:
+    """Kind of figure:
 
     heatmap         score by variant and task
     sweep           score against a numeric key `x`

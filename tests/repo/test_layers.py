@@ -26,7 +26,7 @@ CAT = (
     {"theory"},
 )
 SIDE_BY_SIDE = {("ops", "tasks")}
-"""Rooms of one layer of which the first imports the second."""
+"""Pairs of rooms in one layer: the first imports the second."""
 
 
 def imports(path):

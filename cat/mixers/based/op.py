@@ -46,7 +46,7 @@ class Past(NamedTuple):
     """State of Taylor attention; its size is bounded for any number of tokens."""
 
     keys: Heads
-    """Keys of the last tokens: those in the window, and earlier ones until they are as many as the features."""
+    """Keys of the last tokens: at least the window; more tokens are kept until their number equals that of the features."""
     values: Float[Tensor, "B H _ E"]
     """Values of the same tokens; the last of the E channels is 1."""
     far: Float[Tensor, "B H F E"] | None
