@@ -332,7 +332,7 @@ def sample(
 
 @command("Tools")
 def update_readme() -> None:
-    """Copy the study's headline table into README.md."""
+    """Copy the count of verdicts into README.md."""
     from pipeline.stages.render import update_readme
 
     update_readme()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import pandas as pd
 
 from pipeline.config.grid import shown_on, shown_tasks, shown_variants, variants_on
@@ -12,10 +9,8 @@ from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, read_verdicts
 from pipeline.storage import runs
-from pipeline.storage.results import PRIMARY
 
 LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
-HEADLINE_ROWS, HEADLINE_COLUMNS = 9, 8
 
 
 def results_table(study: Study, results: pd.DataFrame, ablation: Ablation) -> str:
@@ -72,47 +67,12 @@ def _mean_and_range(values: pd.Series) -> str:
     return f"{text} {diverged} diverged".strip() if diverged else text
 
 
-def headline(study: Study, results: pd.DataFrame, name: str) -> str:
-    """Return README's summary as Markdown: the count of verdicts, and the means of the ablation `name`.
-
-    At most HEADLINE_ROWS variants and HEADLINE_COLUMNS columns; the report has the rest.
-    """
+def headline() -> str:
+    """Return README's summary as Markdown: the count of verdicts. The tables are in the report."""
     every = read_verdicts()
-    verdicts = (
-        f"{_verdict_counts(every)} [Evidence for each claim](report.md#claims)." if len(of_the_study(every)) else left_out(every)
-    )
-    ablation = study.ablations[name]
-    tasks, multiples = shown_tasks(study, ablation), study.evaluate.multiples
-    means = results.groupby(["task", "multiple", "variant"])["value"].agg(lambda seeds: seeds.mean(skipna=False))
-    columns = {f"{task} {multiple:g}x": (task, multiple) for task in tasks for multiple in multiples}
-    variants = shown_variants(ablation)[:HEADLINE_ROWS]
-    rows = {
-        with_slug(variant_label(study, variant), variant): [
-            f"{means.get((*column, variant), math.nan):.3f}".replace("nan", "-")
-            for column in [*columns.values()][:HEADLINE_COLUMNS]
-        ]
-        for variant in variants
-    }
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=[*columns][:HEADLINE_COLUMNS]).rename_axis("variant")
-    return "\n\n".join(filter(None, [verdicts, table.to_markdown(disable_numparse=True), _legend(study, name, tasks)]))
-
-
-def _legend(study: Study, name: str, tasks: Sequence[str]) -> str:
-    """Tasks, metrics, seeds and devices of the table in `headline`."""
-    cells = [(task, variant) for task in tasks for variant in shown_on(study, study.ablations[name], task)]
-    devices = sorted({runs.read_summary(task, variant)["device"] for task, variant in cells})
-    by_metric: dict[str, list[str]] = {}
-    for task in tasks:
-        label = task_label(study, task)
-        by_metric.setdefault(LABELS[PRIMARY[study.tasks[task].data.goal]], []).append(
-            label if label == task else with_slug(label, task)
-        )
-    metrics = " ".join(f"{metric.capitalize()}: {', '.join(names)}." for metric, names in by_metric.items())
-    return (
-        f"Means over seeds {', '.join(map(str, study.seeds))}; 1x is the training length. {metrics}"
-        f" A dash: not trained, diverged, or no positions for this length."
-        f" {', '.join(devices)}, {study.precision}. [Full table](report.md#{name})."
-    )
+    if not len(of_the_study(every)):
+        return left_out(every)
+    return f"{_verdict_counts(every)} [Evidence for each claim](report.md#claims)."
 
 
 def claims_section() -> str:

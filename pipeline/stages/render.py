@@ -47,10 +47,7 @@ def render(study: Study) -> None:
         }
         for name, table in tables.items():
             table.to_csv(parts.enter_context(atomic_write(REPORTS / f"{name}.csv")), index=False, lineterminator="\n")
-        shown = next(name for name, ablation in study.ablations.items() if ablation.tasks and ablation.variants)
-        parts.enter_context(atomic_write(REPORTS / "headline.md")).write_text(
-            headline(study, scores, shown) + "\n", encoding="utf-8"
-        )
+        parts.enter_context(atomic_write(REPORTS / "headline.md")).write_text(headline() + "\n", encoding="utf-8")
     for orphan in orphans(study):
         reason = "the cell" if orphan.is_dir() else "its task"
         print(f"{orphan}: {reason} is no longer part of the study, so it was ignored. Fix: `rm -r {orphan}`")
