@@ -291,10 +291,6 @@ def _reproduced(before: Snapshot, after: Snapshot) -> Section:
     return Section("reproduced", (), [], [f"{equal}, {largest} ({'within seed spread' if known else 'seed spread unknown'})"])
 
 
-def _entries(snapshot: Snapshot) -> dict[tuple[str, str, str], float]:
-    return {(*cell, name): mean for cell, means in snapshot.results.items() for name, mean in means.items()}
-
-
 def _entry(variant: str, task: str, metric: str) -> str:
     return f"{' at '.join(_metric_and_length(metric))} of {variant} on {task}"
 
