@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cat.config import OptimizerConfig, TrainingConfig
+    from cat.config import ModelConfig, TrainingConfig
     from cat.evaluation.generation import generate
     from cat.layer import ConvolutionAugmentedAttention
     from cat.mixers.attention.config import AttentionConfig
@@ -26,11 +26,10 @@ if TYPE_CHECKING:
     from cat.mixers.linear.config import LinearConfig
     from cat.mixers.mamba.config import MambaConfig
     from cat.mixers.performer.config import PerformerConfig
-    from cat.mixers.registry import AnyModel, AnyVariant, ConstructionConfig, HybridConfig
+    from cat.mixers.registry import AnyVariant, ConstructionConfig, model_config
     from cat.model import SequenceModel
 
 __all__ = [
-    "AnyModel",
     "AnyVariant",
     "AttentionConfig",
     "BasedConfig",
@@ -39,21 +38,20 @@ __all__ = [
     "ConvolutionAugmentedAttention",
     "DeltaConfig",
     "GLAConfig",
-    "HybridConfig",
     "HyenaConfig",
     "LandmarkConfig",
     "LinearConfig",
     "MambaConfig",
-    "OptimizerConfig",
+    "ModelConfig",
     "PerformerConfig",
     "SequenceModel",
     "TrainingConfig",
     "build_mixer",
     "generate",
+    "model_config",
 ]
 
 _MODULES = {
-    "AnyModel": "cat.mixers.registry",
     "AnyVariant": "cat.mixers.registry",
     "AttentionConfig": "cat.mixers.attention.config",
     "BasedConfig": "cat.mixers.based.config",
@@ -62,17 +60,17 @@ _MODULES = {
     "ConvolutionAugmentedAttention": "cat.layer",
     "DeltaConfig": "cat.mixers.delta.config",
     "GLAConfig": "cat.mixers.gla.config",
-    "HybridConfig": "cat.mixers.registry",
     "HyenaConfig": "cat.mixers.hyena.config",
     "LandmarkConfig": "cat.mixers.landmark.config",
     "LinearConfig": "cat.mixers.linear.config",
     "MambaConfig": "cat.mixers.mamba.config",
-    "OptimizerConfig": "cat.config",
+    "ModelConfig": "cat.config",
     "PerformerConfig": "cat.mixers.performer.config",
     "SequenceModel": "cat.model",
     "TrainingConfig": "cat.config",
     "build_mixer": "cat.mixers.build",
     "generate": "cat.evaluation.generation",
+    "model_config": "cat.mixers.registry",
 }
 
 if not TYPE_CHECKING:  # with __getattr__ visible, a type checker would accept any name

@@ -1,23 +1,26 @@
 """Configuration of models and training.
 
 Classes are frozen and keyword-only and check their own rules. This module does not import torch, so validating a study is fast.
-No stage of the study depends on this file. A key that is left out turns its feature off. Every other default is written into
-plan/, and the stages depend on plan/.
+No stage of the study depends on this file: they depend on plan/, which lists the values in use.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, computed_field, model_validator
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 KernelGenerator = Literal["network", "decay", "state"]
 KernelSize = Count | Literal["full", KernelGenerator]
 """Number of kernel values, `full` for the training length, or the generator of a kernel of any length."""
-Position = Literal["none", "rotary", "alibi", "learned", "sinusoidal"]
+Position = Literal["none", "rotary", "alibi"]
+"""Position encoding within a mixer."""
+AddedPosition = Literal["none", "learned", "sinusoidal"]
+"""Position vectors added to the token embedding."""
 
 
 class Config(BaseModel):
@@ -31,7 +34,32 @@ class Config(BaseModel):
 class VariantConfig(Config):
     """Properties of a variant that rules and figures use."""
 
-    mixer: str
+    @property
+    def has_convolution(self) -> bool:
+        """Whether a mixer has a causal convolution that an ablation can remove."""
+        return False
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether each output is a weighted mean of the values with non-negative weights, in every layer."""
+        return False
+
+    def check_length(self, length: int) -> None:
+        """Raise ValueError if the model cannot be trained on sequences of `length` tokens."""
+
+    def max_length(self, length: int) -> int | None:
+        """Return the maximum input length after training at `length`; None: no limit."""
+        return None
+
+
+class MixerConfig(Config):
+    """Settings of one token mixer. The width belongs to the model."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def mixer(self) -> str:
+        """Name: that of its folder in cat/mixers/, or the import path of a package elsewhere."""
+        return type(self).__module__.removeprefix("cat.mixers.").removesuffix(".config")
 
     @property
     def has_convolution(self) -> bool:
@@ -43,16 +71,15 @@ class VariantConfig(Config):
         """Whether each output is a weighted mean of the values with non-negative weights."""
         return False
 
-    def check_length(self, length: int) -> None:
-        """Raise ValueError if the model cannot be trained on sequences of `length` tokens."""
+    def check_width(self, width: int) -> None:
+        """Raise ValueError if the mixer cannot have `width` channels."""
 
-    def max_length(self, length: int) -> int | None:
-        """Return the maximum input length after training at `length`; None: no limit."""
-        return None
+    def check_length(self, length: int) -> None:
+        """Raise ValueError if the mixer cannot be trained on sequences of `length` tokens."""
 
 
 class ModelConfig(VariantConfig):
-    """Settings of every trained model: pre-norm residual blocks.
+    """Settings of a trained model: pre-norm residual blocks.
 
     Each of the `layers` blocks has a mixer and, if configured, an MLP.
     """
@@ -68,6 +95,10 @@ class ModelConfig(VariantConfig):
     """Norm before every mixer, every MLP and the head: LayerNorm, or RMSNorm (arXiv 1910.07467)."""
     tied: bool = False
     """Use the token embedding as the weight of the head."""
+    position: AddedPosition = "none"
+    """Position vectors added to the token embedding."""
+    mixers: Annotated[tuple[SerializeAsAny[MixerConfig], ...], Field(min_length=1)]
+    """Mixers of the first layers, repeated until there are `layers`."""
 
     @model_validator(mode="after")
     def _activation_needs_mlp(self) -> Self:
@@ -75,31 +106,57 @@ class ModelConfig(VariantConfig):
             raise ValueError(f"activation = {self.activation} needs an MLP. Fix: set mlp")
         return self
 
-    @property
-    def mixers(self) -> tuple[ModelConfig, ...]:
-        """Return the mixer configuration of each layer, first to last."""
-        return (self,) * self.layers
+    @model_validator(mode="after")
+    def _mixers_fit(self) -> Self:
+        if self.layers % len(self.mixers):
+            raise ValueError(f"layers = {self.layers} must be a multiple of the number of mixers, {len(self.mixers)}")
+        for index, mixer in enumerate(self.mixers):
+            with self._naming(index):
+                mixer.check_width(self.width)
+        return self
 
     @property
-    def additive_position(self) -> Literal["none", "learned", "sinusoidal"]:
-        """Return the kind of position vectors that are added to the token embedding."""
-        return "none"
+    def layer_mixers(self) -> tuple[MixerConfig, ...]:
+        """The mixer configuration of each layer, first to last."""
+        return self.mixers * (self.layers // len(self.mixers))
+
+    @property
+    def only_mixer(self) -> MixerConfig | None:
+        """The mixer of all layers; None if layers have different ones."""
+        return self.mixers[0] if len(self.mixers) == 1 else None
+
+    @property
+    def has_convolution(self) -> bool:
+        return any(mixer.has_convolution for mixer in self.mixers)
+
+    @property
+    def has_attention(self) -> bool:
+        return all(mixer.has_attention for mixer in self.mixers)
+
+    def check_length(self, length: int) -> None:
+        for index, mixer in enumerate(self.mixers):
+            with self._naming(index):
+                mixer.check_length(length)
 
     def max_length(self, length: int) -> int | None:
-        return length if self.additive_position == "learned" else None
+        return length if self.position == "learned" else None
+
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Name the mixer in an error, if there are several."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"mixer {index}: {error}" if len(self.mixers) > 1 else str(error)) from None
 
 
-class QKVConfig(ModelConfig):
-    """A model with queries, keys and values.
-
-    It has heads, positions, and an optional causal convolution on each projection.
-    """
+class QKVConfig(MixerConfig):
+    """A mixer with heads, queries, keys and values, and an optional causal convolution on each."""
 
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v")
     """Projections that can have a convolution."""
     renamed_keys: ClassVar = {"q": "conv_q", "k": "conv_k", "v": "conv_v"}
     heads: Count
-    position: Position
     conv_q: KernelSize | None = None
     """Kernel size of the causal convolution on the queries; None: no convolution. `conv_k` and `conv_v` work alike.
 
@@ -120,18 +177,6 @@ class QKVConfig(ModelConfig):
     """Add a learned bias to the convolution output."""
     filter_norm: bool = False
     """Divide every kernel by the sum of its absolute values; for a generated kernel, the sum over the training length."""
-    qk_norm: bool = False
-    """Scale queries and keys to unit length after the convolution, and learn one temperature per head."""
-    temperature: bool = False
-    """Learn one temperature per head without scaling queries and keys."""
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
-        if self.position == "rotary" and (self.width // self.heads) % 2:
-            raise ValueError(f"position = rotary needs an even head width, not {self.width // self.heads}")
-        return self
 
     @model_validator(mode="after")
     def _convolution_settings_apply(self) -> Self:
@@ -152,9 +197,11 @@ class QKVConfig(ModelConfig):
             raise ValueError(f"dilation = {self.dilation} needs a convolution with an explicit kernel size of 2 or more")
         if self.sharing == "mixing" and self.heads == 1:
             raise ValueError("sharing = mixing needs more than one head")
-        if self.temperature and self.qk_norm:
-            raise ValueError("temperature = true: qk_norm = true already learns a temperature. Fix: remove it")
         return self
+
+    def check_width(self, width: int) -> None:
+        if width % self.heads:
+            raise ValueError(f"heads = {self.heads} does not divide width = {width}")
 
     @property
     def kernel_sizes(self) -> dict[str, KernelSize]:
@@ -166,10 +213,6 @@ class QKVConfig(ModelConfig):
     def has_convolution(self) -> bool:
         return bool(self.kernel_sizes)
 
-    @property
-    def has_attention(self) -> bool:
-        return True
-
     def check_length(self, length: int) -> None:
         for projection, size in self.kernel_sizes.items():
             if not isinstance(size, int):
@@ -180,18 +223,40 @@ class QKVConfig(ModelConfig):
                 dilated = f"conv_{projection} = {size} with dilation = {self.dilation}"
                 raise ValueError(f"{dilated} is longer than the training length of {length}")
 
+
+class DotProductConfig(QKVConfig):
+    """A mixer that compares queries and keys by their products, which can be scaled and depend on positions."""
+
+    position: Position = "none"
+    """Position encoding of queries and keys."""
+    qk_norm: bool = False
+    """Scale queries and keys to unit length after the convolution, and learn one temperature per head."""
+    temperature: bool = False
+    """Learn one temperature per head without scaling queries and keys."""
+
+    @model_validator(mode="after")
+    def _one_temperature(self) -> Self:
+        if self.temperature and self.qk_norm:
+            raise ValueError("temperature = true: qk_norm = true already learns a temperature. Fix: remove it")
+        return self
+
+    def check_width(self, width: int) -> None:
+        super().check_width(width)
+        if self.position == "rotary" and (width // self.heads) % 2:
+            raise ValueError(f"position = rotary needs an even head width, not {width // self.heads}")
+
+    @property
+    def has_attention(self) -> bool:
+        return True
+
     def _refuse_alibi(self, reason: str) -> Self:
         if self.position == "alibi":
             raise ValueError(f"position = alibi {reason}")
         return self
 
-    @property
-    def additive_position(self) -> Literal["none", "learned", "sinusoidal"]:
-        return self.position if self.position in ("learned", "sinusoidal") else "none"
 
-
-class OptimizerConfig(Config):
-    """Settings of AdamW, linear warm-up, cosine decay to zero and clipping."""
+class TrainingConfig(Config):
+    """Settings of a training run: AdamW, linear warm-up, cosine decay to zero, clipping and early stopping."""
 
     renamed_keys: ClassVar = {
         "clip": "grad_clip",
@@ -199,6 +264,13 @@ class OptimizerConfig(Config):
         "stop_at": "early_stop_accuracy",
         "stop_after": "early_stop_patience",
     }
+    steps: Count
+    batch: Count
+    """Sequences per step."""
+    micro_batch: Count | None = None
+    """Sequences per forward pass, if a whole batch does not fit into memory; gradients are accumulated over the batch."""
+    compile: bool = False
+    """Train with torch.compile: pays off for long training of large models; changes the last bits of the results."""
     weight_decay: Annotated[float, Field(ge=0)]
     """Weight decay of linear-layer matrices; kernels, norms and embeddings have none."""
     grad_clip: Annotated[float, Field(gt=0)]
@@ -211,26 +283,6 @@ class OptimizerConfig(Config):
     """Validation accuracy that ends training early, on tasks that are scored by accuracy."""
     early_stop_patience: Count
     """Consecutive validations that must reach `early_stop_accuracy`."""
-
-
-class TrainingConfig(Config):
-    """Training length, batch and learning rates of one task."""
-
-    steps: Count
-    batch: Count
-    """Sequences per step."""
-    micro_batch: Count | None = None
-    """Sequences per forward pass, if a whole batch does not fit into memory; gradients are accumulated over the batch."""
-    compile: bool = False
-    """Train with torch.compile: pays off for long training of large models; changes the last bits of the results."""
-    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1, strict=False)]
-    """Peak learning rates to try; the validation split chooses one for all seeds of a variant."""
-
-    @model_validator(mode="after")
-    def _learning_rates_differ(self) -> Self:
-        if len(set(self.learning_rates)) < len(self.learning_rates):
-            raise ValueError(f"learning_rates = {list(self.learning_rates)} has a value twice")
-        return self
 
     @model_validator(mode="after")
     def _micro_batch_is_smaller(self) -> Self:

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cat.config import Count, KernelSize
+from cat.config import Config, Count, KernelSize
 from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.base import Cache
 from cat.mixers.build import build_mixer
@@ -71,10 +71,7 @@ class ConvolutionAugmentedAttention(nn.Module):
     ):
         super().__init__()
         try:
-            config = _Arguments(
-                mixer="attention",
-                layers=1,
-                width=width,
+            config = AttentionConfig(
                 heads=heads,
                 conv_q=conv_q,
                 conv_k=conv_k,
@@ -88,17 +85,18 @@ class ConvolutionAugmentedAttention(nn.Module):
                 filter_norm=filter_norm,
                 qk_norm=qk_norm,
                 temperature=temperature,
-                length=length,
             )
+            sizes = _Sizes(width=width, length=length)
         except ValidationError as error:
             raise ValueError(_first_problem(error)) from None
+        config.check_width(sizes.width)
         for projection, kernel_size in config.kernel_sizes.items():
             if isinstance(kernel_size, str) and length is None:
                 raise ValueError(f"conv_{projection} = {kernel_size} needs length, the training length in tokens")
         if length is not None:
             config.check_length(length)
         self.width = width
-        self.mixer = cast(QKVMixer, build_mixer(config, 1 if length is None else length)).to(device, dtype)
+        self.mixer = cast(QKVMixer, build_mixer(config, width=width, length=1 if length is None else length)).to(device, dtype)
 
     def forward(self, x: Hidden) -> Hidden:
         self._check(x)
@@ -122,13 +120,10 @@ class ConvolutionAugmentedAttention(nn.Module):
             raise ValueError(f"x has dtype {x.dtype}, the layer {dtype}. Fix: x.to({dtype}) or layer.to({x.dtype})")
 
 
-class _Arguments(AttentionConfig):
-    """Arguments of the layer.
+class _Sizes(Config):
+    """Arguments of the layer that are not settings of its mixer."""
 
-    A layer has no embedding, so learned and sinusoidal positions are refused.
-    """
-
-    position: Literal["none", "rotary", "alibi"]
+    width: Count
     length: Count | None = None
 
 

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import ModelConfig
+from cat.config import MixerConfig, ModelConfig
 from cat.mixers.base import Cache, last_tokens
 from cat.mixers.build import build_mixer
-from cat.mixers.registry import AnyModel
 from cat.ops.position import gather_positions, sinusoidal
 from cat.types import Hidden, Positions, Tokens
 
@@ -29,13 +28,13 @@ class SequenceModel(nn.Module):
     Raises ValueError if `config` cannot be trained at `length`.
     """
 
-    def __init__(self, config: AnyModel, *, vocabulary: int, length: int):
+    def __init__(self, config: ModelConfig, *, vocabulary: int, length: int):
         super().__init__()
         config.check_length(length)
         self.config, self.length = config, length
         self.max_length = config.max_length(length)
         self.embedding = Embedding(config, vocabulary, length)
-        self.blocks = nn.ModuleList(Block(config, mixer, length) for mixer in config.mixers)
+        self.blocks = nn.ModuleList(Block(config, mixer, length) for mixer in config.layer_mixers)
         self.norm = build_norm(config)
         self.head = nn.Linear(config.width, vocabulary, bias=False)
         nn.init.normal_(self.head.weight, std=config.width**-0.5)
@@ -109,11 +108,11 @@ class SequenceModel(nn.Module):
 class Embedding(nn.Module):
     """One vector per token, plus one per position for learned and sinusoidal positions."""
 
-    def __init__(self, config: AnyModel, vocabulary: int, length: int):
+    def __init__(self, config: ModelConfig, vocabulary: int, length: int):
         super().__init__()
         self.token = nn.Embedding(vocabulary, config.width)
         nn.init.normal_(self.token.weight, std=config.width**-0.5)
-        self.scheme = config.additive_position
+        self.scheme = config.position
         if self.scheme == "learned":
             self.position = nn.Parameter(torch.randn(length, config.width) * config.width**-0.5)
 
@@ -131,10 +130,10 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)) if the model has an MLP."""
 
-    def __init__(self, config: AnyModel, mixer: ModelConfig, length: int):
+    def __init__(self, config: ModelConfig, mixer: MixerConfig, length: int):
         super().__init__()
         self.mixer_norm = build_norm(config)
-        self.mixer = build_mixer(mixer, length)
+        self.mixer = build_mixer(mixer, width=config.width, length=length)
         self.mlp = None
         if config.mlp is not None:
             hidden = config.mlp * config.width
@@ -186,6 +185,6 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * up
 
 
-def build_norm(config: AnyModel) -> nn.LayerNorm | nn.RMSNorm:
+def build_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
     """Build the model's norm: LayerNorm, or RMSNorm with epsilon 1e-6."""
     return nn.RMSNorm(config.width, eps=1e-6) if config.norm == "rms" else nn.LayerNorm(config.width)

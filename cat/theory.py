@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cat.mixers.attention.config import AttentionConfig
+from cat.config import ModelConfig
 from cat.mixers.filters import DecayFilter, ExplicitFilter
 from cat.mixers.landmark.config import LandmarkConfig
 from cat.mixers.landmark.layer import LandmarkAttention
-from cat.mixers.qkv import QKVMixer
+from cat.mixers.qkv import DotProductMixer
+from cat.mixers.registry import model_config
 from cat.model import SequenceModel
 from cat.tasks.base import Task
 from cat.tasks.copying import BOS, SEPARATOR, Copying
@@ -50,8 +51,8 @@ def recall(*, vocabulary: int, ngram: int, length: int, epsilon: float = 1e-3, d
 
     Scores reach 6,000 for N = 4. The closest two N-grams are then 15 apart, but neighbouring bfloat16 numbers are 32 apart.
     """
-    config = AttentionConfig(
-        mixer="attention", width=2 * vocabulary, layers=1, heads=1, position="none", conv_q=ngram, conv_k=ngram + 1, qk_norm=True
+    config = model_config(
+        mixer="attention", width=2 * vocabulary, layers=1, heads=1, conv_q=ngram, conv_k=ngram + 1, qk_norm=True
     )
     tokens, kernel = torch.eye(vocabulary), decay ** torch.arange(ngram)
     model, mixer = _one_layer_model(config, tokens, q=tokens, k=tokens, length=length)
@@ -116,9 +117,7 @@ def copying(*, alphabet: int, noise: int, length: int, epsilon: float = 1e-3) ->
     key = torch.eye(alphabet + 2)
     key[:, -1] = 2 * key[:, separator]
 
-    config = AttentionConfig(
-        mixer="attention", width=2 * tokens.shape[1], layers=1, heads=1, position="none", conv_q="state", filter_size=1
-    )
+    config = model_config(mixer="attention", width=2 * tokens.shape[1], layers=1, heads=1, conv_q="state", filter_size=1)
     c = temperature(copying_margin(length), length, epsilon)
     scale = math.sqrt(config.width)  # cancels the 1 / sqrt(width) of attention
     model, mixer = _one_layer_model(config, tokens, q=-c * scale * torch.eye(alphabet + 2), k=key, length=length)
@@ -136,15 +135,15 @@ def copying_margin(length: int) -> float:
 
 
 def _one_layer_model(
-    config: AttentionConfig, tokens: Float[Tensor, "V A"], *, q: Float[Tensor, "A A"], k: Float[Tensor, "A A"], length: int
-) -> tuple[SequenceModel, QKVMixer]:
+    config: ModelConfig, tokens: Float[Tensor, "V A"], *, q: Float[Tensor, "A A"], k: Float[Tensor, "A A"], length: int
+) -> tuple[SequenceModel, DotProductMixer]:
     """Build a one-layer model with one-hot embeddings `tokens`, and return it with its mixer.
 
     The caller sets the filters and the temperature.
     """
     model = build_model(config, vocabulary=len(tokens), length=length, seed=0)
     (block,) = model.layers()
-    mixer, half, width = cast(QKVMixer, block.mixer), tokens.shape[1], config.width
+    mixer, half, width = cast(DotProductMixer, block.mixer), tokens.shape[1], config.width
     model.embedding.token.weight.copy_(F.pad(tokens, (0, half)))
     # Make the norm the identity on one-hot vectors, whose mean is 1 / d and whose variance is 1 / d - 1 / d^2.
     norm = cast(nn.LayerNorm, block.mixer_norm)
@@ -163,11 +162,9 @@ def block_retrieval(*, width: int, length: int, block: int, kernel: Float[Tensor
     With `kernel`, a landmark is the convolution of the tokens with it, at the end of the block.
     """
     kernel = torch.ones(block) if kernel is None else kernel
-    config = LandmarkConfig(
-        mixer="landmark", width=width, layers=1, heads=1, position="none", conv_k=len(kernel), block=block, top=1
-    )
+    config = LandmarkConfig(heads=1, conv_k=len(kernel), block=block, top=1)
     with torch.random.fork_rng(devices=[]):
-        mixer = LandmarkAttention(config, length)
+        mixer = LandmarkAttention(config, width=width, length=length)
     mixer.projection.weight.copy_(torch.eye(width).repeat(3, 1))
     mixer.output.weight.copy_(torch.eye(width))
     cast(ExplicitFilter, mixer.filters["k"]).kernel.copy_(kernel)

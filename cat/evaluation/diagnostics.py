@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from cat.mixers.attention.config import AttentionConfig
+from cat.mixers.attention.config import only_keys_convolved
 from cat.mixers.base import Mixer
 from cat.mixers.filters import Filter
 from cat.mixers.qkv import Projection, QKVMixer
@@ -164,13 +164,12 @@ def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
     None unless the condition applies: one attention layer without positions and without QK normalisation, whose only filters
     are on the keys, one per head. The condition assumes orthonormal tokens; trained tokens are orthonormal only approximately.
     """
-    config = model.config
-    if not isinstance(config, AttentionConfig) or not config.only_keys_convolved:
+    if not only_keys_convolved(model.config):
         return None
     (block,) = model.layers()
     mixer = cast(QKVMixer, block.mixer)
     tokens = block.mixer_norm(model.embedding.token.weight)
-    q, k = mixer.project(tokens).unflatten(-1, (3, config.heads, -1)).permute(1, 2, 0, 3)[:2]
+    q, k = mixer.project(tokens).unflatten(-1, (3, mixer.config.heads, -1)).permute(1, 2, 0, 3)[:2]
     same = (q * k).sum(-1).mean(-1)
     any_pair = (q.mean(-2) * k.mean(-2)).sum(-1)
     key_filter = cast(Filter, mixer.filters["k"])

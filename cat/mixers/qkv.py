@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import QKVConfig
+from cat.config import DotProductConfig, QKVConfig
 from cat.mixers.base import Cache, Mixer, last_tokens
 from cat.mixers.filters import Filter, Layout, apply_grouped, build_filter, can_group
 from cat.ops.l2norm import l2_normalize
@@ -39,22 +39,16 @@ class QKVMixer(Mixer):
     supports_positions: ClassVar[bool] = False
     """Whether `attend` can compute a subset of the queries; its q then has only those at `positions`."""
 
-    def __init__(self, config: QKVConfig, length: int):
+    def __init__(self, config: QKVConfig, *, width: int, length: int):
         super().__init__()
-        self.config = config
-        self.projection = nn.Linear(config.width, 3 * config.width, bias=False)
-        self.output = nn.Linear(config.width, config.width, bias=False)
-        self.filters = build_filters(config, length)
-        self.scale = 1 / math.sqrt(config.width // config.heads)
-        self.log_temperature: nn.Parameter | None = None
-        if config.qk_norm:
-            self.log_temperature = nn.Parameter(torch.full((config.heads,), math.log(8.0)))
-            self.scale = 1.0
-        elif config.temperature:
-            self.log_temperature = nn.Parameter(torch.zeros(config.heads))
+        self.config, self.width = config, width
+        self.projection = nn.Linear(width, 3 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.filters = build_filters(config, width=width, length=length)
+        self.scale = 1 / math.sqrt(width // config.heads)
 
     def extra_repr(self) -> str:
-        settings = self.config.model_dump(exclude_defaults=True, exclude={"mixer", "layers", "mlp"})
+        settings = self.config.model_dump(exclude_defaults=True, exclude={"mixer"})
         return ", ".join(f"{key}={value}" for key, value in settings.items())
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
@@ -118,7 +112,7 @@ class QKVMixer(Mixer):
         """
         qkv, parts = list[Queries](), [projected]
         if len(groups) > 1:  # splitting a single group would copy its gradient
-            parts = list(projected.split([len(group) * self.config.width for group in groups], dim=-1))
+            parts = list(projected.split([len(group) * self.width for group in groups], dim=-1))
         for group, part in zip(groups, parts, strict=True):
             heads = part.unflatten(-1, (len(group), self.config.heads, -1)).permute(2, 0, 3, 1, 4)
             filters = [cast(Filter, self.filters[name]) for name in group if name in self.filters]
@@ -159,6 +153,25 @@ class QKVMixer(Mixer):
         return cast(Filter, self.filters[projection]).step(x, cache.state.get(projection, x[:, :, :0]))
 
     def scale_qk(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
+        """Scale queries and keys before they are compared."""
+        return q, k
+
+
+class DotProductMixer(QKVMixer):
+    """A mixer whose products of queries and keys can be normalized and have a learned temperature."""
+
+    config: DotProductConfig
+
+    def __init__(self, config: DotProductConfig, *, width: int, length: int):
+        super().__init__(config, width=width, length=length)
+        self.log_temperature: nn.Parameter | None = None
+        if config.qk_norm:
+            self.log_temperature = nn.Parameter(torch.full((config.heads,), math.log(8.0)))
+            self.scale = 1.0
+        elif config.temperature:
+            self.log_temperature = nn.Parameter(torch.zeros(config.heads))
+
+    def scale_qk(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
         """Apply qk_norm and the learned temperature, if configured."""
         if self.config.qk_norm:
             q, k = l2_normalize(q), l2_normalize(k)
@@ -167,11 +180,11 @@ class QKVMixer(Mixer):
         return q, k
 
 
-def build_filters(config: QKVConfig, length: int) -> nn.ModuleDict:
+def build_filters(config: QKVConfig, *, width: int, length: int) -> nn.ModuleDict:
     """Build the filters by projection, for projections with a convolution."""
     layout = Layout(
         heads=config.heads,
-        channels=config.width // config.heads,
+        channels=width // config.heads,
         sharing=config.sharing,
         norm=config.filter_norm,
         bias=config.filter_bias,

@@ -1,121 +1,30 @@
-"""Union of the mixer configurations: every kind of model."""
+"""Find a mixer by its name, and compose a model from settings in one mapping.
+
+A mixer is a folder with a config.py, which defines its configuration, and a layer.py. `attention` is cat/mixers/attention/;
+`my_package.retention` is a folder of a package elsewhere.
+
+    {mixer: attention, width: 64, layers: 1, heads: 1}                           one mixer in every layer
+    {mixer: [mamba, attention], width: 64, layers: 2, heads: 1}                  two mixers, one after the other
+    {mixer: [{mixer: mamba, expand: 1}, attention], width: 64, layers: 2, ...}   a mixer with keys of its own
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import functools
+import pkgutil
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple, get_args
 
-from pydantic import (
-    Field,
-    SerializationInfo,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WithJsonSchema,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+import cat.mixers
+from cat.config import AddedPosition, Config, MixerConfig, ModelConfig, Position, VariantConfig
 
-from cat.config import ModelConfig, VariantConfig
-from cat.mixers.attention.config import AttentionConfig
-from cat.mixers.based.config import BasedConfig
-from cat.mixers.delta.config import DeltaConfig
-from cat.mixers.gla.config import GLAConfig
-from cat.mixers.hyena.config import HyenaConfig
-from cat.mixers.landmark.config import LandmarkConfig
-from cat.mixers.linear.config import LinearConfig
-from cat.mixers.mamba.config import MambaConfig
-from cat.mixers.performer.config import PerformerConfig
-
-SingleMixer = (
-    AttentionConfig
-    | LinearConfig
-    | BasedConfig
-    | PerformerConfig
-    | DeltaConfig
-    | GLAConfig
-    | LandmarkConfig
-    | HyenaConfig
-    | MambaConfig
-)
-"""Configuration of a model whose layers all have the same mixer."""
-MODEL_KEYS = tuple(key for key in ModelConfig.model_fields if key != "mixer")
-"""Keys that belong to a whole model and not to one block of a hybrid."""
-
-
-class HybridConfig(ModelConfig):
-    """A model whose blocks have different mixers.
-
-    A block has the keys of its mixer, but none of the model, such as `width`.
-    """
-
-    mixer: Literal["hybrid"]
-    position: Literal["none", "learned", "sinusoidal"] = "none"
-    """Position vectors added to the token embedding; rotary and alibi are set per block."""
-    blocks: Annotated[
-        tuple[Annotated[SingleMixer, Field(discriminator="mixer")], ...],
-        Field(strict=False),
-        WithJsonSchema({"type": "array", "items": {"type": "object", "required": ["mixer"]}, "minItems": 2}),
-    ]
-    """Mixers of the first layers, repeated until there are `layers`."""
-
-    @field_validator("blocks", mode="wrap")
-    @classmethod
-    def _set_model_width(cls, blocks: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        if not isinstance(blocks, list | tuple):
-            return handler(blocks)
-        for index, block in enumerate(blocks):
-            if not isinstance(block, dict):
-                continue
-            misplaced = [key for key in MODEL_KEYS if key in block]
-            if block.get("position") in ("learned", "sinusoidal"):
-                misplaced.append("position")
-            if misplaced:
-                key = misplaced[0]
-                problem = f"block {index}: {key} = {block[key]} is a key of the model, not of a block"
-                raise ValueError(f"{problem}. Fix: move {key} out of blocks")
-        if "width" not in info.data:  # the error about width is enough
-            return ()
-        model_keys = {"width": info.data["width"], "layers": 1}
-        return handler([{**block, **model_keys} if isinstance(block, dict) else block for block in blocks])
-
-    @field_serializer("blocks")
-    def _without_model_keys(self, blocks: tuple[SingleMixer, ...], info: SerializationInfo) -> list[dict[str, Any]]:
-        unset, defaults = info.exclude_unset, info.exclude_defaults
-        return [
-            block.model_dump(mode=info.mode, exclude=set(MODEL_KEYS), exclude_unset=unset, exclude_defaults=defaults)
-            for block in blocks
-        ]
-
-    @model_validator(mode="after")
-    def _blocks_fill_layers(self) -> Self:
-        if len(self.blocks) < 2:
-            raise ValueError(f"blocks has {len(self.blocks)} mixer(s), a hybrid needs at least 2. Fix: add a block")
-        if self.layers % len(self.blocks):
-            raise ValueError(f"layers = {self.layers} must be a multiple of the number of blocks, {len(self.blocks)}")
-        return self
-
-    @property
-    def mixers(self) -> tuple[ModelConfig, ...]:
-        return self.blocks * (self.layers // len(self.blocks))
-
-    @property
-    def additive_position(self) -> Literal["none", "learned", "sinusoidal"]:
-        return self.position
-
-    @property
-    def has_convolution(self) -> bool:
-        return any(block.has_convolution for block in self.blocks)
-
-    @property
-    def has_attention(self) -> bool:
-        return all(block.has_attention for block in self.blocks)
-
-    def check_length(self, length: int) -> None:
-        for index, block in enumerate(self.blocks):
-            try:
-                block.check_length(length)
-            except ValueError as error:
-                raise ValueError(f"block {index}: {error}") from None
+CONSTRUCTION = "construction"
+"""In place of a mixer: the variant is the paper's construction for its task, which is not trained."""
+MODEL_KEYS = tuple(key for key in ModelConfig.model_fields if key != "mixers")
+"""Keys that belong to a whole model and not to one mixer."""
+POSITIONS = tuple(dict.fromkeys((*get_args(Position), *get_args(AddedPosition))))
 
 
 class ConstructionConfig(VariantConfig):
@@ -124,14 +33,168 @@ class ConstructionConfig(VariantConfig):
     cat/theory.py computes the weights for a task.
     """
 
-    mixer: Literal["construction"]
-
     @property
     def has_attention(self) -> bool:
         return True
 
 
-AnyModel = Annotated[SingleMixer | HybridConfig, Field(discriminator="mixer")]
-"""Configuration of any model."""
-AnyVariant = Annotated[SingleMixer | HybridConfig | ConstructionConfig, Field(discriminator="mixer")]
+AnyVariant = ModelConfig | ConstructionConfig
 """Configuration of a variant in a study: a model to train, or a construction."""
+
+
+class Source(NamedTuple):
+    """Where a value comes from: the variant or the defaults, and the path of its key there."""
+
+    inherited: bool
+    path: tuple[str | int, ...]
+
+
+class Section(NamedTuple):
+    """The part of a model that one class of configuration describes, not yet checked."""
+
+    schema: type[Config]
+    values: dict[str, Any]
+    sources: dict[str, Source]
+
+    def set(self, key: str, value: object, source: Source) -> None:
+        """Set a key, unless it is set already."""
+        if key not in self.values:
+            self.values[key], self.sources[key] = value, source
+
+
+class Composition(NamedTuple):
+    """The sections of a model, and the problems of keys that belong to none of them, each with its path."""
+
+    model: Section
+    mixers: list[Section]
+    problems: list[tuple[tuple[str | int, ...], str]]
+
+
+class UnknownMixerError(ValueError):
+    """Raised for a mixer that does not exist; `known` has the mixers of this library."""
+
+    def __init__(self, problem: str):
+        super().__init__(problem)
+        self.known = mixer_names()
+
+
+@functools.cache
+def mixer_names() -> tuple[str, ...]:
+    """Return the names of the mixers of this library, sorted."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(cat.mixers.__path__) if module.ispkg))
+
+
+def mixer_module(name: str, module: str) -> str:
+    """Return the import path of the `config`, `layer` or `op` module of a mixer."""
+    return f"{name if '.' in name else f'cat.mixers.{name}'}.{module}"
+
+
+@functools.cache
+def mixer_class(name: str) -> type[MixerConfig]:
+    """Return the configuration class of a mixer, without importing torch.
+
+    Raises UnknownMixerError if there is no such mixer, ValueError if its config.py does not define exactly one configuration.
+    """
+    path = mixer_module(name, "config")
+    try:
+        known = "." in name or name in mixer_names()
+        found = known and find_spec(path) is not None
+    except (ImportError, ValueError):
+        found = False
+    if not found:
+        raise UnknownMixerError(f"there is no {path.replace('.', '/')}.py" if "." in name else "unknown mixer")
+    module = import_module(path)
+    own_classes = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == path]
+    configs = [value for value in own_classes if issubclass(value, MixerConfig)]
+    if len(configs) != 1:
+        raise ValueError(f"{path} must define exactly one MixerConfig, found {len(configs)}")
+    config: type[MixerConfig] = configs[0]
+    return config
+
+
+def compose(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Composition:
+    """Assign each key of `settings` to the model or to every mixer that has it; then each key of `defaults` that is not yet set.
+
+    A default that no part of the model has is left out. Raises UnknownMixerError or ValueError for the mixers themselves.
+    """
+    defaults = defaults or {}
+    model = Section(ModelConfig, {}, {})
+    mixers: list[Section] = []
+    problems: list[tuple[tuple[str | int, ...], str]] = []
+    for index, entry in enumerate(_entries(settings.get("mixer", defaults.get("mixer")))):
+        section = Section(mixer_class(entry["mixer"]), {}, {})
+        for key, value in entry.items():
+            path = ("mixer", index, key)
+            if key in MODEL_KEYS and key not in section.schema.model_fields:
+                problems.append((path, f"is a key of the model, not of a mixer. Fix: move {key} out of the list"))
+            elif key != "mixer":
+                section.set(key, value, Source(False, path))
+        mixers.append(section)
+    for inherited, keys in ((False, settings), (True, defaults)):
+        for key, value in keys.items():
+            if key == "mixer":
+                continue
+            takers = list(_takers(key, value, model, mixers))
+            for section in takers:
+                section.set(key, value, Source(inherited, (key,)))
+            if not (takers or inherited):
+                problems.append(((key,), _no_taker(key, value, mixers)))
+    return Composition(model, mixers, problems)
+
+
+def model_config(**settings: Any) -> ModelConfig:
+    """Build a model's configuration from keys in one mapping, such as `mixer="attention", width=64, layers=1, heads=1`.
+
+    Raises ValueError (pydantic's ValidationError) for an unknown key or an invalid value.
+    """
+    composed = compose(settings)
+    for path, problem in composed.problems:
+        raise ValueError(f"{'.'.join(map(str, path))}: {problem}")
+    mixers = tuple(section.schema.model_validate(section.values) for section in composed.mixers)
+    return ModelConfig.model_validate({**composed.model.values, "mixers": mixers})
+
+
+def read_model(saved: Mapping[str, Any]) -> ModelConfig:
+    """Rebuild the configuration that `ModelConfig.model_dump` has saved."""
+    mixers = tuple(
+        mixer_class(mixer["mixer"]).model_validate({key: value for key, value in mixer.items() if key != "mixer"}, strict=False)
+        for mixer in saved["mixers"]
+    )
+    return ModelConfig.model_validate({**saved, "mixers": mixers})
+
+
+def _entries(mixer: object) -> list[dict[str, Any]]:
+    """The mixers of a model, each a mapping with its name under `mixer`."""
+    if mixer is None:
+        raise ValueError("is missing")
+    if mixer in ([], ()):
+        raise ValueError("needs at least one mixer")
+    entries = []
+    for entry in mixer if isinstance(mixer, list | tuple) else [mixer]:
+        named = {"mixer": entry} if isinstance(entry, str) else entry
+        if not isinstance(named, dict) or not isinstance(named.get("mixer"), str):
+            raise ValueError("must be the name of a mixer, or a list of names and of mappings with a key mixer")
+        entries.append(named)
+    return entries
+
+
+def _takers(key: str, value: object, model: Section, mixers: list[Section]) -> Iterator[Section]:
+    """The sections that a key belongs to. A model has one key `position`, whose value says which part applies it."""
+    in_mixers = [section for section in mixers if key in section.schema.model_fields]
+    if key == "position":
+        if value in get_args(AddedPosition) and value != "none":
+            yield model
+        elif value in POSITIONS:
+            yield from in_mixers or ([model] if value == "none" else [])
+    elif key in MODEL_KEYS:
+        yield model
+    else:
+        yield from in_mixers
+
+
+def _no_taker(key: str, value: object, mixers: list[Section]) -> str:
+    if key == "position":
+        if value not in POSITIONS:
+            return f"must be {', '.join(map(repr, POSITIONS[:-1]))} or {POSITIONS[-1]!r}"
+        return f"no mixer of this variant has it. Fix: use {' or '.join(get_args(AddedPosition))}"
+    return "unknown key"

@@ -21,11 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
-from cat.config import OptimizerConfig, TrainingConfig
+from cat.config import ModelConfig, TrainingConfig
 from cat.evaluation.diagnostics import max_logit
 from cat.evaluation.scores import TOKENS_AT_ONCE, Split, TrainingSplit, autocast, map_chunks
 from cat.mixers.mamba.config import MambaConfig
-from cat.mixers.registry import AnyModel
 from cat.model import SequenceModel
 from cat.ops.common import Operation, autocast_to_compute_dtype, merge_vmap_dim
 from cat.tasks.base import IGNORE
@@ -54,9 +53,9 @@ MAX_SPLIT_WEIGHTS = 1 << 20
 """From this many weights on, one sum over all tokens fills a GPU."""
 
 
-def can_ensemble(config: AnyModel) -> bool:
+def can_ensemble(config: ModelConfig) -> bool:
     """Return whether `fit_ensemble` can train `config`. It cannot if Mamba uses mamba_ssm's kernel, which has no vmap rule."""
-    sizes = {mixer.state for mixer in config.mixers if isinstance(mixer, MambaConfig)}
+    sizes = {mixer.state for mixer in config.layer_mixers if isinstance(mixer, MambaConfig)}
     if not sizes:
         return True
     from cat.mixers.mamba.op import fused_scan
@@ -69,8 +68,7 @@ def fit_ensemble(
     train: TrainingSplit,
     valid: Split,
     *,
-    optimizer_config: OptimizerConfig,
-    training_config: TrainingConfig,
+    config: TrainingConfig,
     learning_rates: Sequence[float],
     seeds: Sequence[int],
     stop_early: bool,
@@ -90,12 +88,12 @@ def fit_ensemble(
     Raises torch.OutOfMemoryError if the memory does not suffice for one member at a time.
     """
     members = [
-        Member(model, index, batch_indices(train.size, training_config.batch, seed), partial(progress, index))
+        Member(model, index, batch_indices(train.size, config.batch, seed), partial(progress, index))
         for index, (model, seed) in enumerate(zip(models, seeds, strict=True))
     ]
     for member, state in zip(members, resume or (), strict=resume is not None):
         member.resume(state)
-    ensemble = Ensemble(models, learning_rates, optimizer_config=optimizer_config, precision=precision)
+    ensemble = Ensemble(models, learning_rates, config=config, precision=precision)
     step, recent, running = 0, list[Tensor](), members
     if resume is not None:
         step = resume[0].step
@@ -109,12 +107,12 @@ def fit_ensemble(
         return {member.index: member.state(step, ensemble.moments(row), recent_of[row]) for row, member in enumerate(running)}
 
     while running:
-        until = min((step // optimizer_config.eval_every + 1) * optimizer_config.eval_every, training_config.steps)
+        until = min((step // config.eval_every + 1) * config.eval_every, config.steps)
         order = torch.stack([torch.stack([next(member.batches) for member in running]) for _ in range(step, until)])
         for batch_rows in order.to(train.device):
             step += 1
             batches = _gather(train, batch_rows)
-            recent.append(ensemble.step(batches, lr_scale(step, training_config.steps, optimizer_config.warmup)))
+            recent.append(ensemble.step(batches, lr_scale(step, config.steps, config.warmup)))
             if step < until:
                 for member in running:
                     member.progress(step, None)
@@ -123,9 +121,7 @@ def fit_ensemble(
         for row, (member, (losses, grad_norms), scores) in enumerate(evaluated):
             ensemble.copy_weights(row, member.model)
             record = validation_record(step, losses, grad_norms, *scores, max_logit(member.model, valid.inputs))
-            member.record(
-                record, losses, optimizer_config=optimizer_config, training_config=training_config, stop_early=stop_early
-            )
+            member.record(record, losses, config=config, stop_early=stop_early)
         recent.clear()
         kept = [row for row, member in enumerate(running) if member.run is None]
         checkpoint(states, len(kept) < len(running))
@@ -152,8 +148,7 @@ class Member:
         record: ValidationRecord,
         losses: Sequence[float],
         *,
-        optimizer_config: OptimizerConfig,
-        training_config: TrainingConfig,
+        config: TrainingConfig,
         stop_early: bool,
     ) -> None:
         """Handle a validation as `fit` does; `losses` are those since the previous one."""
@@ -162,7 +157,7 @@ class Member:
             return
         self.history.append(record)
         self.progress(record.step, record)
-        if (stop := stop_reason(self.history, optimizer_config, training_config, stop_early=stop_early)) is not None:
+        if (stop := stop_reason(self.history, config, stop_early=stop_early)) is not None:
             self._end(record.step, stop)
 
     def resume(self, state: State) -> None:
@@ -190,10 +185,10 @@ class Ensemble:
         models: Sequence[SequenceModel],
         learning_rates: Sequence[float],
         *,
-        optimizer_config: OptimizerConfig,
+        config: TrainingConfig,
         precision: str,
     ):
-        self.optimizer_config, self.precision = optimizer_config, precision
+        self.config, self.precision = config, precision
         self.function_module = _FunctionModule(models[0])
         names = {id(parameter): name for name, parameter in models[0].named_parameters()}
         decayed, others = split_by_weight_decay(models[0])
@@ -280,11 +275,11 @@ class Ensemble:
         self, gradient: Float[Tensor, "R P"], scale: Tensor, first_correction: Tensor, second_correction: Tensor
     ) -> Float[Tensor, " R"]:
         norms = gradient.norm(dim=1)
-        gradient /= (norms[:, None] / self.optimizer_config.grad_clip).clamp(min=1)
+        gradient /= (norms[:, None] / self.config.grad_clip).clamp(min=1)
         rates, (first, second) = self.learning_rates * scale, BETAS
         self.mean.lerp_(gradient, 1 - first)
         self.square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        self.weights[:, : self.decayed] *= 1 - rates * self.optimizer_config.weight_decay
+        self.weights[:, : self.decayed] *= 1 - rates * self.config.weight_decay
         denominator = (self.square / second_correction).sqrt_().add_(EPSILON)
         self.weights.addcdiv_(self.mean * (rates / first_correction), denominator, value=-1)
         return norms

@@ -16,10 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import OptimizerConfig, TrainingConfig
+from cat.config import ModelConfig, TrainingConfig
 from cat.evaluation.diagnostics import max_logit
 from cat.evaluation.scores import Scores, Split, TrainingSplit, autocast, score
-from cat.mixers.registry import AnyModel
 from cat.model import SequenceModel
 from cat.ops.cross_entropy import cross_entropy
 from cat.tasks.base import IGNORE
@@ -76,7 +75,7 @@ class State:
     """Why the run ended, if it did; `step` is then its number of steps."""
 
 
-def build_model(config: AnyModel, *, vocabulary: int, length: int, seed: int) -> SequenceModel:
+def build_model(config: ModelConfig, *, vocabulary: int, length: int, seed: int) -> SequenceModel:
     """Build a model whose weights depend only on the arguments. The global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -88,8 +87,7 @@ def fit(
     train: TrainingSplit,
     valid: Split,
     *,
-    optimizer_config: OptimizerConfig,
-    training_config: TrainingConfig,
+    config: TrainingConfig,
     learning_rate: float,
     seed: int,
     stop_early: bool,
@@ -108,19 +106,17 @@ def fit(
     Every process of `group` calls this with the same arguments, except for its own device, and returns the same run. Raises
     ValueError if `group` has more processes than a batch or `valid` has examples.
     """
-    if min(training_config.batch, train.size, valid.size) < group.size:
+    if min(config.batch, train.size, valid.size) < group.size:
         raise ValueError(
-            f"{group.size} processes are too many for batches of {min(training_config.batch, train.size)} examples"
+            f"{group.size} processes are too many for batches of {min(config.batch, train.size)} examples"
             f" and {valid.size} validation examples: each process needs at least one"
         )
     decayed, others = split_by_weight_decay(model)
-    optimizer = AdamW(
-        decayed, others, weight_decay=optimizer_config.weight_decay, grad_clip=optimizer_config.grad_clip, group=group
-    )
+    optimizer = AdamW(decayed, others, weight_decay=config.weight_decay, grad_clip=config.grad_clip, group=group)
     step, history, recent = 0, list[ValidationRecord](), list[Tensor]()
-    micro_batch = training_config.micro_batch
+    micro_batch = config.micro_batch
     stop: Stop | None = None
-    loss_function = torch.compile(mean_loss) if training_config.compile else mean_loss
+    loss_function = torch.compile(mean_loss) if config.compile else mean_loss
 
     def state() -> State:
         return State(
@@ -138,16 +134,16 @@ def fit(
         optimizer.resume(resume.step, resume.moments)
         recent += resume.recent.to(train.device)
         step, history, micro_batch, stop = resume.step, list(resume.history), resume.micro_batch, resume.stop
-    batches = islice(batch_indices(train.size, training_config.batch, seed), step, None)
+    batches = islice(batch_indices(train.size, config.batch, seed), step, None)
     while stop is None:
         step, record = step + 1, None
         batch = train.rows(next(batches).to(train.device))
         loss, micro_batch = backward(
             model, batch, precision=precision, micro_batch=micro_batch, loss_function=loss_function, group=group
         )
-        grad_norm = optimizer.step(learning_rate * lr_scale(step, training_config.steps, optimizer_config.warmup))
+        grad_norm = optimizer.step(learning_rate * lr_scale(step, config.steps, config.warmup))
         recent.append(torch.stack([loss, grad_norm]))
-        if step % optimizer_config.eval_every == 0 or step == training_config.steps:
+        if step % config.eval_every == 0 or step == config.steps:
             losses, grad_norms = torch.stack(recent, dim=1).tolist()
             recent.clear()
             if (diverged_at := first_non_finite(losses)) is not None:
@@ -156,7 +152,7 @@ def fit(
                 scores = _score(model, valid, precision, group)
                 record = validation_record(step, losses, grad_norms, scores.loss, scores.accuracy, max_logit(model, valid.inputs))
                 history.append(record)
-                stop = stop_reason(history, optimizer_config, training_config, stop_early=stop_early)
+                stop = stop_reason(history, config, stop_early=stop_early)
         if stop != "diverged":
             progress(step, record)
         checkpoint(state, stop is not None)
@@ -187,15 +183,13 @@ def first_non_finite(losses: Sequence[float]) -> int | None:
     return next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
 
 
-def stop_reason(
-    history: Sequence[ValidationRecord], optimizer_config: OptimizerConfig, training_config: TrainingConfig, *, stop_early: bool
-) -> Stop | None:
+def stop_reason(history: Sequence[ValidationRecord], config: TrainingConfig, *, stop_early: bool) -> Stop | None:
     """Return why the run ends after the last record of `history`; None if it continues."""
-    patience = optimizer_config.early_stop_patience
+    patience = config.early_stop_patience
     accuracies = [record.valid_accuracy for record in history[-patience:]]
-    if stop_early and len(accuracies) == patience and min(accuracies) >= optimizer_config.early_stop_accuracy:
+    if stop_early and len(accuracies) == patience and min(accuracies) >= config.early_stop_accuracy:
         return "accuracy"
-    return "steps" if history[-1].step == training_config.steps else None
+    return "steps" if history[-1].step == config.steps else None
 
 
 def cpu_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from cat.config import QKVConfig
+from cat.config import DotProductConfig, ModelConfig, VariantConfig
 
 
-class AttentionConfig(QKVConfig):
+class AttentionConfig(DotProductConfig):
     """Dense causal softmax attention: the transformer, or CAT with convolutions."""
 
-    mixer: Literal["attention"]
 
-    @property
-    def only_keys_convolved(self) -> bool:
-        """Whether one kernel per head on the keys decides recall.
+def only_keys_convolved(model: VariantConfig) -> bool:
+    """Whether one kernel per head on the keys decides recall.
 
-        True for one layer without other convolutions, positions or qk_norm.
-        """
-        bare = (self.layers, self.position, self.qk_norm) == (1, "none", False)
-        return bare and self.kernel_sizes.keys() == {"k"} and self.sharing == "head" and not self.filter_bias
+    True for one layer of attention without other convolutions, positions or qk_norm.
+    """
+    if not (isinstance(model, ModelConfig) and model.layers == 1 and model.position == "none"):
+        return False
+    (mixer,) = model.mixers
+    if not isinstance(mixer, AttentionConfig) or mixer.position != "none" or mixer.qk_norm:
+        return False
+    return mixer.kernel_sizes.keys() == {"k"} and mixer.sharing == "head" and not mixer.filter_bias

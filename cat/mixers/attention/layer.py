@@ -7,13 +7,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cat.mixers.base import Cache, append_to_cache
-from cat.mixers.qkv import Attended, QKVMixer
+from cat.mixers.qkv import Attended, DotProductMixer
 from cat.ops.attention import attend, attend_last, logits
 from cat.ops.position import rotate
 from cat.types import Heads, Positions, Queries, Values
 
 
-class CausalAttention(QKVMixer):
+class CausalAttention(DotProductMixer):
     """Dense causal softmax attention over (B, L, D) with optional convolutions."""
 
     supports_positions = True

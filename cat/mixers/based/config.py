@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
-from cat.config import Count, QKVConfig
+from cat.config import Count, DotProductConfig
 
 
-class BasedConfig(QKVConfig):
+class BasedConfig(DotProductConfig):
     """Softmax attention within a window, Taylor features for all earlier tokens.
 
     The features are those of the second-order Taylor polynomial of exp.
     """
 
-    mixer: Literal["based"]
     window: Count
     """Tokens with exact attention: the current token and those immediately before it."""
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from cat.mixers.base import Cache
 from cat.mixers.based.config import BasedConfig
 from cat.mixers.based.op import Past, taylor_attend, taylor_attend_step
-from cat.mixers.qkv import Attended, QKVMixer
+from cat.mixers.qkv import Attended, DotProductMixer
 from cat.ops.position import rotate
 from cat.types import Heads, Positions, Queries, Values
 
 
-class Based(QKVMixer):
+class Based(DotProductMixer):
     """Causal attention over (B, L, D), exact within a window.
 
     Convolutions on q, k and v are optional.
@@ -23,8 +23,8 @@ class Based(QKVMixer):
 
     supports_positions = True
 
-    def __init__(self, config: BasedConfig, length: int):
-        super().__init__(config, length)
+    def __init__(self, config: BasedConfig, *, width: int, length: int):
+        super().__init__(config, width=width, length=length)
         self.window = config.window
 
     def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:

@@ -27,12 +27,12 @@ from cat.types import Heads, Positions, Queries, Values
 class DeltaRule(QKVMixer):
     """The delta rule over (B, L, D) with optional convolutions and an optional gate."""
 
-    def __init__(self, config: DeltaConfig, length: int):
-        super().__init__(config, length)
+    def __init__(self, config: DeltaConfig, *, width: int, length: int):
+        super().__init__(config, width=width, length=length)
         self.gate = config.gate
-        self.strength = nn.Linear(config.width, config.heads, bias=False)
+        self.strength = nn.Linear(width, config.heads, bias=False)
         if config.gate:
-            self.dt_proj = nn.Linear(config.width, config.heads)
+            self.dt_proj = nn.Linear(width, config.heads)
             # As in the code of Mamba-2 (arXiv 2405.21060): rates between 1 and 16, and steps log-uniform between 0.001 and 0.1
             # at zero input.
             self.log_rate = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())

@@ -25,12 +25,10 @@ from cat.types import Heads, Positions, Values
 class GatedLinearAttention(QKVMixer):
     """Gated linear attention over (B, L, D) with optional convolutions on q, k and v."""
 
-    def __init__(self, config: GLAConfig, length: int):
-        super().__init__(config, length)
-        self.decay = nn.Sequential(
-            nn.Linear(config.width, config.gate_rank, bias=False), nn.Linear(config.gate_rank, config.width)
-        )
-        self.gate = nn.Linear(config.width, config.width) if config.output_gate else None
+    def __init__(self, config: GLAConfig, *, width: int, length: int):
+        super().__init__(config, width=width, length=length)
+        self.decay = nn.Sequential(nn.Linear(width, config.gate_rank, bias=False), nn.Linear(config.gate_rank, width))
+        self.gate = nn.Linear(width, width) if config.output_gate else None
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         gates = [self.decay(x)] if self.gate is None else [self.decay(x), self.gate(x)]
@@ -56,7 +54,7 @@ class GatedLinearAttention(QKVMixer):
 
         The output gate is before its silu.
         """
-        width = self.config.width
+        width = self.width
         gates = (x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for x in projected[..., 3 * width :].split(width, -1))
         log_decay, *output_gate = gates
         return projected[..., : 3 * width], [F.logsigmoid(log_decay) / 16, *output_gate]

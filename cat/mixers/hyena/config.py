@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from cat.config import Count, ModelConfig
+from cat.config import Count, MixerConfig
 
 
-class HyenaConfig(ModelConfig):
+class HyenaConfig(MixerConfig):
     """A gated long convolution, q * long(k * v), after short ones on q, k and v."""
 
     renamed_keys: ClassVar = {"conv": "conv_size"}
-    mixer: Literal["hyena"]
     conv_size: Count
     """Kernel size of the short convolutions; one kernel per channel."""
     filter_size: Count

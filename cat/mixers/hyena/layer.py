@@ -24,9 +24,8 @@ class Hyena(Mixer):
     `length` is the training length.
     """
 
-    def __init__(self, config: HyenaConfig, length: int):
+    def __init__(self, config: HyenaConfig, *, width: int, length: int):
         super().__init__()
-        width = config.width
         self.projection = nn.Linear(width, 3 * width, bias=False)
         self.short = ExplicitFilter(Layout(heads=1, channels=3 * width, sharing="channel"), config.conv_size, init="identity")
         layout = Layout(heads=1, channels=width, sharing="channel")

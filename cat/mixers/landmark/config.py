@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
-from cat.config import Count, KernelSize, QKVConfig
+from cat.config import Count, DotProductConfig, KernelSize
 
 
-class LandmarkConfig(QKVConfig):
+class LandmarkConfig(DotProductConfig):
     """Softmax attention to the query's own block and the best earlier blocks.
 
     The best blocks are those whose landmarks match the query best.
     """
 
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v", "summary")
-    renamed_keys: ClassVar = {**QKVConfig.renamed_keys, "summary": "conv_summary"}
-    mixer: Literal["landmark"]
+    renamed_keys: ClassVar = {**DotProductConfig.renamed_keys, "summary": "conv_summary"}
     block: Count
     """Tokens per block."""
     top: Count

@@ -13,14 +13,14 @@ from cat.mixers.base import Cache, append_to_cache
 from cat.mixers.filters import ExplicitFilter, Filter
 from cat.mixers.landmark.config import LandmarkConfig
 from cat.mixers.landmark.op import Landmarks, block_ends, landmark_attend
-from cat.mixers.qkv import Attended, Projection, QKVMixer
+from cat.mixers.qkv import Attended, DotProductMixer, Projection
 from cat.ops.attention import logits
 from cat.ops.l2norm import l2_normalize
 from cat.ops.position import rotate
 from cat.types import Heads, Positions, Queries, Values
 
 
-class LandmarkAttention(QKVMixer):
+class LandmarkAttention(DotProductMixer):
     """Causal attention over (B, L, D) to `top + 1` blocks of tokens per query.
 
     Landmarks are convolved keys. With `conv_summary`, they are the output of that convolution on the keys before these are
@@ -30,8 +30,8 @@ class LandmarkAttention(QKVMixer):
 
     supports_positions = True
 
-    def __init__(self, config: LandmarkConfig, length: int):
-        super().__init__(config, length)
+    def __init__(self, config: LandmarkConfig, *, width: int, length: int):
+        super().__init__(config, width=width, length=length)
         self.block, self.top = config.block, config.top
         reaches = [
             (size - 1) * config.dilation if isinstance(size, int) else length

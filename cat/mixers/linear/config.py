@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
-from cat.config import QKVConfig
+from cat.config import DotProductConfig
 
 
-class LinearConfig(QKVConfig):
+class LinearConfig(DotProductConfig):
     """Linear attention with the feature map elu + 1; with convolutions it is LinCAT."""
-
-    mixer: Literal["linear"]
 
     @property
     def has_attention(self) -> bool:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from cat.mixers.base import Cache
 from cat.mixers.linear.op import Sums, linear_attend, linear_attend_step
-from cat.mixers.qkv import Attended, QKVMixer
+from cat.mixers.qkv import Attended, DotProductMixer
 from cat.ops.position import gather_positions
 from cat.types import Heads, Positions, Values
 
 
-class LinearAttention(QKVMixer):
+class LinearAttention(DotProductMixer):
     """Causal linear attention over (B, L, D) with optional convolutions on q, k and v."""
 
     def attend(self, q: Heads, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from cat.config import Count, ModelConfig
+from cat.config import Count, MixerConfig
 
 
-class MambaConfig(ModelConfig):
+class MambaConfig(MixerConfig):
     """A selective state space model after a short convolution.
 
     It has no heads, positions or attention.
     """
 
     renamed_keys: ClassVar = {"conv": "conv_size"}
-    mixer: Literal["mamba"]
     expand: Count = 2
     """Channels of the state space model as a multiple of `width`."""
     state: Count = 16

@@ -28,17 +28,17 @@ class Mamba(Mixer):
     `length` has no effect.
     """
 
-    def __init__(self, config: MambaConfig, length: int):
+    def __init__(self, config: MambaConfig, *, width: int, length: int):
         super().__init__()
-        inner = config.expand * config.width
-        self.rank = math.ceil(config.width / 16)
+        inner = config.expand * width
+        self.rank = math.ceil(width / 16)
         self.state = config.state
-        self.input = nn.Linear(config.width, 2 * inner, bias=False)
+        self.input = nn.Linear(width, 2 * inner, bias=False)
         self.reach = config.conv_size - 1
         self.convolution = nn.Conv1d(inner, inner, config.conv_size, groups=inner)
         self.selection = nn.Linear(inner, self.rank + 2 * config.state, bias=False)
         self.dt_proj = nn.Linear(self.rank, inner)
-        self.output = nn.Linear(inner, config.width, bias=False)
+        self.output = nn.Linear(inner, width, bias=False)
         # Section 3.6: A = -1 .. -S for every channel, and steps between 0.001 and 0.1 at zero input.
         self.log_rate = nn.Parameter(torch.arange(1.0, config.state + 1).log().repeat(inner, 1))
         self.skip = nn.Parameter(torch.ones(inner))

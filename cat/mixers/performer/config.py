@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
-from cat.config import Count, QKVConfig
+from cat.config import Count, DotProductConfig
 
 
-class PerformerConfig(QKVConfig):
+class PerformerConfig(DotProductConfig):
     """Linear attention with positive random features, drawn once at initialization."""
 
-    mixer: Literal["performer"]
     features: Count
     """Random features per head."""
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from cat.mixers.base import Cache
 from cat.mixers.performer.config import PerformerConfig
 from cat.mixers.performer.op import Sums, orthogonal_directions, performer_attend, performer_attend_step
-from cat.mixers.qkv import Attended, QKVMixer
+from cat.mixers.qkv import Attended, DotProductMixer
 from cat.ops.position import gather_positions, rotate
 from cat.types import Heads, Positions, Values
 
 
-class Performer(QKVMixer):
+class Performer(DotProductMixer):
     """Causal linear attention over (B, L, D) with random features.
 
     Convolutions on q, k and v are optional.
@@ -22,9 +22,9 @@ class Performer(QKVMixer):
 
     directions: Tensor
 
-    def __init__(self, config: PerformerConfig, length: int):
-        super().__init__(config, length)
-        self.register_buffer("directions", orthogonal_directions(config.heads, config.features, config.width // config.heads))
+    def __init__(self, config: PerformerConfig, *, width: int, length: int):
+        super().__init__(config, width=width, length=length)
+        self.register_buffer("directions", orthogonal_directions(config.heads, config.features, width // config.heads))
 
     def attend(self, q: Heads, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
         if self.config.position == "rotary":
