@@ -58,8 +58,8 @@ class MixerConfig(Config):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def mixer(self) -> str:
-        """Name: that of its folder in cat/mixers/, or the import path of a package elsewhere."""
-        return type(self).__module__.removeprefix("cat.mixers.").removesuffix(".config")
+        """Name of its folder in cat/mixers/, or import path of a package elsewhere."""
+        return mixer_name(type(self))
 
     @property
     def has_convolution(self) -> bool:
@@ -76,6 +76,11 @@ class MixerConfig(Config):
 
     def check_length(self, length: int) -> None:
         """Raise ValueError if the mixer cannot be trained on sequences of `length` tokens."""
+
+
+def mixer_name(config: type[MixerConfig]) -> str:
+    """Return the name of the mixer that a configuration class describes."""
+    return config.__module__.removeprefix("cat.mixers.").removesuffix(".config")
 
 
 class ModelConfig(VariantConfig):

@@ -121,7 +121,7 @@ def compose(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = No
     model = Section(ModelConfig, {}, {})
     mixers: list[Section] = []
     problems: list[tuple[tuple[str | int, ...], str]] = []
-    for index, entry in enumerate(_entries(settings.get("mixer", defaults.get("mixer")))):
+    for index, entry in enumerate(mixer_entries(settings.get("mixer", defaults.get("mixer")))):
         section = Section(mixer_class(entry["mixer"]), {}, {})
         for key, value in entry.items():
             path = ("mixer", index, key)
@@ -163,8 +163,8 @@ def read_model(saved: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig.model_validate({**saved, "mixers": mixers})
 
 
-def _entries(mixer: object) -> list[dict[str, Any]]:
-    """The mixers of a model, each a mapping with its name under `mixer`."""
+def mixer_entries(mixer: object) -> list[dict[str, Any]]:
+    """Return the mixers of a model, each a mapping with its name under `mixer`. Raises ValueError if `mixer` is anything else."""
     if mixer is None:
         raise ValueError("is missing")
     if mixer in ([], ()):

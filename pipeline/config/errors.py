@@ -17,13 +17,11 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from cat.config import Config, VariantConfig
-from cat.mixers.registry import AnyVariant
+from cat.config import Config
 from pipeline.config.names import PATTERNS
 
 MAX_CHARACTERS = 300
 """Longest error, without the name of its file."""
-MIXER_CONFIGS: tuple[type[VariantConfig], ...] = get_args(get_args(AnyVariant)[0])
 _YAML_WORDS = {
     "missing": "is missing",
     "dict_type": "must be a mapping",
@@ -79,6 +77,11 @@ def config_error(file: str | Path, problems: Iterable[str]) -> ParamsError:
     return ParamsError([f"{file}: {shorten(problem, MAX_CHARACTERS)}" for problem in problems])
 
 
+def problem_of(detail: Any, values: object, schema: Any) -> str:
+    """The problem of one of pydantic's errors in one phrase; `values` is the mapping that `schema` refused."""
+    return _describe(detail, _key_path(detail, values), values, schema)[1]
+
+
 def _describe(detail: Any, path: list[int | str], raw: object, schema: Any) -> tuple[str, str]:
     """The subject of one of pydantic's errors, a key and its value, and the problem in one phrase."""
     kind, context = detail["type"], detail.get("ctx", {})
@@ -90,28 +93,27 @@ def _describe(detail: Any, path: list[int | str], raw: object, schema: Any) -> t
             return key, str(context["error"])
         case "union_tag_invalid":
             value, known = _value_at(raw, path), context["expected_tags"]
-            return _subject(key, value), f"must be one of {known}" + nearest(value, _quoted(known))
+            return subject_of(key, value), f"must be one of {known}" + nearest(value, _quoted(known))
         case "extra_forbidden":
-            return _subject(key, detail["input"]), _unknown_key(path, raw, schema)
+            return subject_of(key, detail["input"]), _unknown_key(path, raw, schema)
         case "string_pattern_mismatch":
             problem = PATTERNS[context["pattern"]]
         case "literal_error":
             problem = f"must be {context['expected']}" + nearest(detail["input"], _quoted(context["expected"]))
         case _:
             problem = _YAML_WORDS.get(kind) or re.sub(r"^\w+ should", "must", detail["msg"].partition(" after validation")[0])
-    return _subject(key, detail["input"]), problem
+    return subject_of(key, detail["input"]), problem
 
 
 def _unknown_key(path: list[int | str], raw: object, schema: Any) -> str:
     if (new := _new_name(path, raw, schema)) is not None:
         return f"renamed to {new}"
     owner = _schema_at(path[:-1], raw, schema)
-    if issubclass(owner, VariantConfig) and any(path[-1] in mixer.model_fields for mixer in MIXER_CONFIGS):
-        return f"mixer {_value_at(raw, path[:-1])['mixer']!r} has no {path[-1]}"
     return "unknown key" + (nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}")
 
 
-def _subject(key: str, value: object) -> str:
+def subject_of(key: str, value: object) -> str:
+    """`key = value`, with a long value shortened."""
     # Only the first pieces of the JSON: the value may be huge or contain itself.
     pieces = json.JSONEncoder(default=str, ensure_ascii=False).iterencode(value)
     try:
@@ -171,9 +173,8 @@ def _new_name(path: list[int | str], raw: object, schema: Any) -> str | None:
 
 
 def _tags(member: type[Config]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    for tag in ("mixer", "kind"):
-        if tag in member.model_fields:
-            yield tag, get_args(member.model_fields[tag].annotation)
+    if "kind" in member.model_fields:
+        yield "kind", get_args(member.model_fields["kind"].annotation)
 
 
 def _value_at(raw: Any, path: list[int | str]) -> Any:

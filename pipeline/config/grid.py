@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from cat.config import ModelConfig
 from pipeline.config.study import Ablation, Study
 
 
@@ -30,6 +31,46 @@ def variants_on(study: Study, task: str) -> list[str]:
     """The variants trained on `task`, in the order of `variants`."""
     trained = {cell.variant for cell in cells(study) if cell.task == task}
     return [variant for variant in study.variants if variant in trained]
+
+
+def seeds_of(study: Study, task: str, variant: str) -> tuple[int, ...]:
+    """The seeds of a cell."""
+    return study.training[task, variant].seeds
+
+
+def seeds_text(study: Study) -> str:
+    """`0, 1, 2`, or `3 to 10` if cells have different numbers of seeds."""
+    lists = {training.seeds for training in study.training.values()}
+    if len(lists) == 1:
+        return ", ".join(map(str, *lists))
+    counts = sorted({len(seeds) for seeds in lists})
+    return f"{counts[0]} to {counts[-1]} per cell" if len(counts) > 1 else f"{counts[0]} per cell"
+
+
+def variant_value(study: Study, variant: str, key: str) -> Any:
+    """The value of a key of a variant's model, or of the first of its mixers that has it. Raises KeyError without such a key."""
+    model = study.variants[variant]
+    if not isinstance(model, ModelConfig):
+        raise KeyError(key)
+    of_mixers = [getattr(mixer, key) for mixer in model.mixers if key in type(mixer).model_fields]
+    if key == "position":
+        return next((value for value in (model.position, *of_mixers) if value != "none"), "none")
+    if key == "mixer":
+        return " + ".join(mixer.mixer for mixer in model.mixers)
+    if key in type(model).model_fields:
+        return getattr(model, key)
+    if not of_mixers:
+        raise KeyError(key)
+    return of_mixers[0]
+
+
+def variant_keys(study: Study, variant: str) -> list[str]:
+    """The keys that `variant_value` knows for a variant."""
+    model = study.variants[variant]
+    if not isinstance(model, ModelConfig):
+        return []
+    keys = [*type(model).model_fields, *itertools.chain.from_iterable(type(mixer).model_fields for mixer in model.mixers)]
+    return [key for key in dict.fromkeys(keys) if key != "mixers"]
 
 
 def shown_tasks(study: Study, ablation: Ablation) -> list[str]:

@@ -6,8 +6,12 @@ from pathlib import Path
 
 from pipeline.config import rules
 from pipeline.config.errors import config_error, parse_config
-from pipeline.config.study import Study
+from pipeline.config.resolve import complete
+from pipeline.config.study import Study, StudyFile
 from pipeline.config.yaml_file import read_yaml
+
+SWITCHED_OFF = {"tasks": [], "variants": []}
+"""An ablation of dvc.yaml that the study does not have: DVC needs the lists."""
 
 
 def load_study(path: str | Path = "params.yaml") -> Study:
@@ -16,8 +20,17 @@ def load_study(path: str | Path = "params.yaml") -> Study:
 
 
 def study_of(raw: object, file: str | Path) -> Study:
-    """Check `raw`, the parsed content of `file`. Raises ParamsError listing every error."""
-    study: Study = parse_config(Study, raw, file)
+    """Check `raw`, the parsed content of `file`, and complete it. Raises ParamsError listing every error."""
+    raw, switched_off = _without_switched_off(raw)
+    written: StudyFile = parse_config(StudyFile, raw, file)
+    study = complete(written, file, switched_off)
     if errors := list(rules.contradictions(study)):
         raise config_error(file, errors)
     return study
+
+
+def _without_switched_off(raw: object) -> tuple[object, tuple[str, ...]]:
+    if not isinstance(raw, dict) or not isinstance(raw.get("ablations"), dict):
+        return raw, ()
+    off = tuple(name for name, ablation in raw["ablations"].items() if ablation == SWITCHED_OFF)
+    return {**raw, "ablations": {name: ablation for name, ablation in raw["ablations"].items() if name not in off}}, off

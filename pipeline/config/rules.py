@@ -6,11 +6,11 @@ import itertools
 import json
 from collections.abc import Iterator
 
-from cat.mixers.attention.config import AttentionConfig
+from cat.mixers.attention.config import only_keys_convolved
 from cat.mixers.registry import ConstructionConfig
 from cat.tasks.registry import Recall, Text
 from pipeline.config.errors import nearest
-from pipeline.config.grid import shown_tasks, shown_variants
+from pipeline.config.grid import shown_tasks, shown_variants, variant_keys, variant_value
 from pipeline.config.outputs import clashes
 from pipeline.config.study import Ablation, Study
 
@@ -64,9 +64,9 @@ def contradictions(study: Study) -> Iterator[str]:
     for name, section in study.tasks.items():
         for multiple in sorted(set(study.evaluate.multiples) - set(section.data.multiples)):
             yield f"evaluate.multiples: {multiple:g} is not among tasks.{name}.data.multiples"
-        if section.training.batch > section.data.train_examples:
-            problem = f"exceeds train_examples = {section.data.train_examples}"
-            yield f"tasks.{name}.training.batch = {section.training.batch}: {problem}"
+        for batch in sorted({training.batch for (task, _), training in study.training.items() if task == name}):
+            if batch > section.data.train_examples:
+                yield f"tasks.{name}.data.train_examples = {section.data.train_examples}: is fewer than the batch of {batch}"
 
 
 def _check_names(study: Study, name: str, ablation: Ablation) -> Iterator[str]:
@@ -103,8 +103,9 @@ def _check_plot(study: Study, subject: str, ablation: Ablation) -> Iterator[str]
                 yield f"{subject} needs a convolution, but variant {variant!r} has none"
     if ablation.plot == "stability":
         for task in tasks:
-            if len(study.tasks[task].training.learning_rates) < 2:
-                yield f"{subject} needs at least two learning rates, but task {task!r} has one"
+            for variant in models:
+                if (task, variant) in study.training and len(study.training[task, variant].learning_rates) < 2:
+                    yield f"{subject} needs at least two learning rates, but variant {variant!r} has one on task {task!r}"
     if ablation.plot in ("positions", "recall"):
         for task in tasks:
             data = study.tasks[task].data
@@ -116,7 +117,7 @@ def _check_plot(study: Study, subject: str, ablation: Ablation) -> Iterator[str]
         yield f"{subject} compares variants with the first, so it needs at least two"
     if ablation.plot == "learning_rates":
         for variant, model in models.items():
-            if not (isinstance(model, AttentionConfig) and model.only_keys_convolved):
+            if not only_keys_convolved(model):
                 yield (
                     f"{subject} needs one layer of attention without positions and qk_norm, convolved only by conv_k with one"
                     f" kernel per head; variant {variant!r} differs"
@@ -134,10 +135,10 @@ def _check_axis(study: Study, subject: str, ablation: Ablation, x: str) -> Itera
         model = study.variants.get(variant)
         if model is None or isinstance(model, ConstructionConfig):  # a construction is drawn as a horizontal line
             continue
-        if x not in type(model).model_fields:
-            yield f"{subject}: variant {variant!r} has no such key" + nearest(x, type(model).model_fields)
+        if x not in (keys := variant_keys(study, variant)):
+            yield f"{subject}: variant {variant!r} has no such key" + nearest(x, keys)
             continue
-        value = getattr(model, x)
+        value = variant_value(study, variant, x)
         if ablation.plot == "sweep" and value is None:
             key = "reference_variants" if variant in ablation.reference_variants else "variants"
             yield (f"{subject}: variant {variant!r} does not set it. Fix: set variants.{variant}.{x}, or remove it from {key}")

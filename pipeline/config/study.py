@@ -1,24 +1,70 @@
-"""The schema of params.yaml. Importing it does not import torch."""
+"""The schema of params.yaml, and the study that it declares. Importing it does not import torch.
+
+StudyFile    params.yaml as it is written: defaults, and what each task and variant changes
+Study        complete: every variant is a model, every cell has its training settings (pipeline/config/resolve.py)
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from cat.config import Config, Count, OptimizerConfig, TrainingConfig
+from cat.config import Config, Count, TrainingConfig
 from cat.mixers.registry import AnyVariant
 from cat.tasks.registry import AnyTask
 from pipeline.config.names import DEVICE, LINE, Name
 
+MAX_SEEDS = 1000
+Settings = dict[str, Any]
+"""Keys and values that are checked where they are used."""
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
-class TaskConfig(Config):
-    """One task: its data and its training schedule."""
+
+def _count_to_seeds(value: object) -> object:
+    """`seeds: 3` means the seeds 0, 1 and 2."""
+    return tuple(range(value)) if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_SEEDS else value
+
+
+class CellTraining(TrainingConfig):
+    """Training of one cell: a run per learning rate and seed."""
+
+    learning_rates: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1, strict=False)]
+    """Peak learning rates to try; the validation split chooses one for all seeds of the cell."""
+    seeds: Annotated[
+        tuple[Seed, ...],
+        Field(min_length=1, strict=False),
+        BeforeValidator(_count_to_seeds, json_schema_input_type=Count | tuple[Seed, ...]),
+    ]
+    """Seeds of weights and batch order: their number, or a list."""
+
+    @model_validator(mode="after")
+    def _values_differ(self) -> Self:
+        for key in ("learning_rates", "seeds"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} = {list(values)} has a value twice")
+        return self
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """The settings of one run, for `fit`."""
+        return self.model_dump(exclude={"learning_rates", "seeds"})
+
+
+class TaskFile(Config):
+    """One task as written: its data, and the training settings that differ from the defaults."""
 
     renamed_keys: ClassVar = {"train": "training"}
     data: AnyTask
-    training: TrainingConfig
+    training: Settings = Field(default_factory=dict)
+
+
+class TaskConfig(Config):
+    """One task of a complete study."""
+
+    data: AnyTask
 
 
 class Ablation(Config):
@@ -26,8 +72,8 @@ class Ablation(Config):
 
     renamed_keys: ClassVar = {"beside": "reference_variants", "across": "reference_tasks", "figure": "plot"}
     question: Annotated[str, Field(pattern=LINE)]
-    tasks: Annotated[tuple[Name, ...], Field(strict=False)]
-    variants: Annotated[tuple[Name, ...], Field(strict=False)]
+    tasks: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    variants: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     reference_variants: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Variants that another ablation trains and that this figure also shows."""
     reference_tasks: Annotated[tuple[Name, ...], Field(strict=False)] = ()
@@ -131,27 +177,47 @@ class ClusterResources(Resources):
         return Resources(**{**common, **own})
 
 
-class Study(Config):
+class StudyFile(Config):
     """The whole of params.yaml."""
 
-    renamed_keys: ClassVar = {"threads": "parallel_runs", "train": "optimizer"}
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1, strict=False)]
-    data_seed: Annotated[int, Field(ge=0, lt=2**31)]
+    renamed_keys: ClassVar = {
+        "threads": "parallel_runs",
+        "seeds": "defaults.training.seeds",
+        "train": "defaults.training",
+        "optimizer": "defaults.training",
+    }
+    data_seed: Seed
     device: Annotated[str, Field(pattern=DEVICE)]
     precision: Literal["float32", "bfloat16"]
     deterministic: bool
     """Get the same bits on all kinds of CPU, at some cost in time (pipeline/runtime/determinism.py)."""
     parallel_runs: Count | Literal["auto"]
     resources: ClusterResources = ClusterResources()
-    tasks: Annotated[dict[Name, TaskConfig], Field(min_length=1)]
-    variants: Annotated[dict[Name, AnyVariant], Field(min_length=1)]
+    defaults: Settings
+    """The baseline: the keys of a model and of its mixers, and `training`. Each applies to the variants that have the key."""
+    tasks: Annotated[dict[Name, TaskFile], Field(min_length=1)]
+    variants: Annotated[dict[Name, Settings], Field(min_length=1)]
+    """What each variant changes: keys of the model and its mixers, and `training`."""
     ablations: Annotated[dict[Name, Ablation], Field(min_length=1)]
-    optimizer: OptimizerConfig
     evaluate: EvaluationConfig
     render: RenderConfig
 
-    @model_validator(mode="after")
-    def _check_seeds(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds = {list(self.seeds)} contains a seed twice")
-        return self
+
+class Study(Config):
+    """A complete study."""
+
+    data_seed: int
+    device: str
+    precision: Literal["float32", "bfloat16"]
+    deterministic: bool
+    parallel_runs: int | Literal["auto"]
+    resources: ClusterResources
+    tasks: dict[str, TaskConfig]
+    variants: dict[str, AnyVariant]
+    ablations: dict[str, Ablation]
+    switched_off: tuple[str, ...]
+    """Ablations that dvc.yaml has a stage for and that this study does not have: empty lists of tasks and variants."""
+    training: dict[tuple[str, str], CellTraining]
+    """(task, variant) of each cell -> its training settings."""
+    evaluate: EvaluationConfig
+    render: RenderConfig
