@@ -17,7 +17,8 @@ from typing import Any, Literal
 import click
 
 from pipeline.config import claims
-from pipeline.config.errors import ParamsError, config_error, find_entry, printable
+from pipeline.config.errors import ParamsError, find_entry, printable
+from pipeline.config.grid import check_cell
 from pipeline.config.load import load_study
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import check_rewritten
@@ -130,12 +131,8 @@ def train(task: str, variant: str) -> None:
     study = _load_for_torch()
     from pipeline.stages.train import CellSetting, train
 
-    section = find_entry(study.tasks, "tasks", task)
-    model = find_entry(study.variants, "variants", variant)
-    if not any(task in ablation.tasks and variant in ablation.variants for ablation in study.ablations.values()):
-        raise config_error("params.yaml", [f"ablations: none trains {variant!r} on {task!r}; name both in one"])
-    setting = CellSetting(model, study.optimizer, section.training, study.seeds, study.precision)
-    train(task, variant, setting, device=study.device, parallel_runs=study.parallel_runs)
+    check_cell(study, task, variant)
+    train(task, variant, CellSetting.of(study, task, variant), device=study.device, parallel_runs=study.parallel_runs)
 
 
 @command("Stages")
@@ -147,7 +144,8 @@ def evaluate(task: str) -> None:
     from pipeline.stages.evaluate import evaluate
 
     find_entry(study.tasks, "tasks", task)
-    evaluate(task, variants_on(study, task), study.seeds, study.precision, device=study.device, parallel_runs=study.parallel_runs)
+    trained = {variant: study.training[task, variant] for variant in variants_on(study, task)}
+    evaluate(task, trained, study.precision, device=study.device, parallel_runs=study.parallel_runs)
 
 
 @command("Stages")
@@ -187,18 +185,22 @@ def track(prune: bool) -> None:
 
 @command("Tools")
 @click.argument("file", default="params.yaml")
-def validate(file: str) -> None:
+@click.option("--resolved", is_flag=True, help="Print the complete configuration of every variant and cell instead.")
+def validate(file: str, resolved: bool) -> None:
     """Check a parameter FILE and claims.yaml; print the grid.
 
     It also names the claims that the study cannot decide. It writes nothing.
     """
-    from pipeline.stages.plan import changed_sources, check_stages, source_lines, table
+    from pipeline.stages.plan import changed_sources, check_stages, resolved_text, source_lines, table
 
     study = load_study(file)
     check_rewritten(file)
     check_stages(study, file)
     all_claims = claims.load()
     claims.check(all_claims, study)
+    if resolved:
+        click.echo(resolved_text(study))
+        return
     click.echo(table(study))
     for line in source_lines(study, file):
         click.echo(line)
@@ -289,10 +291,8 @@ def profile(task: str, variant: str, steps: int, device: str | None) -> None:
     from pipeline.commands.profile import profile
     from pipeline.stages.train import CellSetting
 
-    section = find_entry(study.tasks, "tasks", task)
-    model = find_entry(study.variants, "variants", variant)
-    setting = CellSetting(model, study.optimizer, section.training, study.seeds, study.precision)
-    click.echo(profile(task, variant, setting, steps=steps, device=device or study.device))
+    check_cell(study, task, variant)
+    click.echo(profile(task, variant, CellSetting.of(study, task, variant), steps=steps, device=device or study.device))
 
 
 @command("Tools")
@@ -303,7 +303,7 @@ def profile(task: str, variant: str, steps: int, device: str | None) -> None:
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(min=0), help="0: the most likely token.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample only from this many most likely tokens. Default: all.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the sampling.")
-@click.option("--model-seed", type=int, help="Seed of the trained model. Default: the first of params.yaml.")
+@click.option("--model-seed", type=int, help="Seed of the trained model. Default: the cell's first seed.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Default: the device of params.yaml.")
 def sample(
     task: str,
@@ -320,11 +320,10 @@ def sample(
     study = _load_for_torch()
     from pipeline.commands.sample import SamplingOptions, escape_for_terminal, sample
 
-    find_entry(study.tasks, "tasks", task)
-    find_entry(study.variants, "variants", variant)
+    check_cell(study, task, variant)
     prompt_bytes = sys.stdin.buffer.read() if prompt is None else os.fsencode(prompt)
     options = SamplingOptions(tokens, temperature, top_k, seed)
-    model_seed = study.seeds[0] if model_seed is None else model_seed
+    model_seed = study.training[task, variant].seeds[0] if model_seed is None else model_seed
     for text in sample(study, task, variant, prompt_bytes, options, model_seed=model_seed, device=device or study.device):
         click.echo(escape_for_terminal(text) if sys.stdout.isatty() else text, nl=False, color=True)
     click.echo()

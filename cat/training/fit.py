@@ -131,7 +131,8 @@ def fit(
 
     if resume is not None:
         model.load_state_dict(resume.weights)
-        optimizer.resume(resume.step, resume.moments)
+        if resume.stop is None:  # a run that has ended needs no optimizer
+            optimizer.resume(resume.step, resume.moments)
         recent += resume.recent.to(train.device)
         step, history, micro_batch, stop = resume.step, list(resume.history), resume.micro_batch, resume.stop
     batches = islice(batch_indices(train.size, config.batch, seed), step, None)

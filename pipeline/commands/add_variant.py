@@ -13,16 +13,16 @@ import math
 import tempfile
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML, YAMLError
 from ruamel.yaml.comments import CommentedMap
 from tabulate import tabulate
 
-from cat.config import VariantConfig
-from pipeline.config.errors import ParamsError, find_entry, parse_config
-from pipeline.config.load import load_study
+from pipeline.config.errors import ParamsError, find_entry
+from pipeline.config.grid import variant_keys, variant_value
+from pipeline.config.load import load_study, study_of
 from pipeline.config.names import NAME, PATTERNS, Name
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import to_yaml
@@ -42,11 +42,11 @@ def add_variant(name: str, source: str, settings: tuple[str, ...], *, ablation: 
     """
     study = load_study(FILE)
     _check_name(study, name)
-    model = find_entry(study.variants, "variants", source)
+    find_entry(study.variants, "variants", source)
     text = FILE.read_text(encoding="utf-8")
     raw = YAML(typ="safe").load(text)
-    config = _apply_settings(raw["variants"][source], source, model, settings)
-    _check_new(study, name, parse_config(Study, raw | {"variants": raw["variants"] | {name: config}}, FILE).variants[name])
+    config = _apply_settings(study, raw["variants"][source], source, settings)
+    _check_new(study, name, raw["variants"] | {name: config}, raw)
     trained_by = _find_ablation(study, source, ablation)
     edited = _edit(text, name, config, source=source, ablation=trained_by)
     _check(edited)
@@ -81,8 +81,9 @@ def _find_ablation(study: Study, source: str, ablation: str | None) -> str:
     return training[0]  # load_study refuses a variant that no ablation trains
 
 
-def _apply_settings(config: dict[str, Any], source: str, model: VariantConfig, settings: tuple[str, ...]) -> dict[str, Any]:
+def _apply_settings(study: Study, config: dict[str, Any], source: str, settings: tuple[str, ...]) -> dict[str, Any]:
     changed, faults, keys = dict(config), [], set()
+    inherited = {key: variant_value(study, source, key) for key in variant_keys(study, source)}
     for setting in settings:
         key, equals, text = setting.partition("=")
         try:
@@ -90,17 +91,16 @@ def _apply_settings(config: dict[str, Any], source: str, model: VariantConfig, s
         except (YAMLError, ValueError, KeyError):
             faults.append(f"--set {setting!r}: {text!r} is not YAML")
             continue
-        field = type(model).model_fields.get(key)
-        if value == "none" and not (field and "none" in get_args(field.annotation)):
+        if value == "none" and key != "position":
             value = None
         if not (key and equals):
             faults.append(f"--set {setting!r}: is not key=value")
         elif key in keys:
             faults.append(f"--set {setting!r}: sets {key} a second time")
-        elif value == config.get(key):
+        elif value == config.get(key, inherited.get(key)):
             current = f"no {key}" if value is None else f"{key} = {to_yaml(value)}"
             faults.append(f"--set {setting!r}: changes nothing, variants.{source} has {current}")
-        elif value is None:
+        elif value is None and key in config:
             del changed[key]
         else:
             changed[key] = value
@@ -110,9 +110,12 @@ def _apply_settings(config: dict[str, Any], source: str, model: VariantConfig, s
     return changed
 
 
-def _check_new(study: Study, name: str, model: VariantConfig) -> None:
-    """Raises ParamsError if an existing variant is the same model, whatever keys it is written with."""
-    if same := next((other for other in study.variants if study.variants[other] == model), None):
+def _check_new(study: Study, name: str, written: dict[str, Any], raw: dict[str, Any]) -> None:
+    """Raises ParamsError if an existing variant is the same, whatever keys it is written with."""
+    model = study_of(raw | {"variants": written}, FILE, check_rules=False).variants[name]
+    training = written[name].get("training")
+    others = (other for other in study.variants if written[other].get("training") == training)
+    if same := next((other for other in others if study.variants[other] == model), None):
         raise ParamsError([f"{FILE}: variants.{name}: is the same as variants.{same}"])
 
 

@@ -308,7 +308,6 @@ def _spreads(parameters: dict[str, Any], task: str, text: bytes) -> dict[tuple[s
     try:
         data = parameters["tasks"][task]["data"]
         multiples = {round(multiple * data["length"]): f"{multiple:g}x" for multiple in data["multiples"]}
-        table = table[table["seed"].isin(parameters["seeds"])]
     except (KeyError, TypeError, ValueError):
         return {}
     values = table.groupby(["variant", "metric", "length"])["value"].agg(["min", "max", "count"])

@@ -58,7 +58,7 @@ def profile(task: str, variant: str, setting: CellSetting, *, steps: int, device
         raise ValueError(f"{DATA / task}: is missing. Fix: run `dvc repro generate@{task}`")
     workers.prepare()
     meta = read_meta(task)
-    seed = derive_seed(setting.seeds[0], task, "weights")
+    seed = derive_seed(setting.training.seeds[0], task, "weights")
     model = build_model(setting.model, vocabulary=meta.vocabulary, length=meta.length, seed=seed).to(where)
     step, batch = training_step(model, task, setting, parts := Parts(where))
     result = measure(step, parts, steps)
@@ -112,7 +112,7 @@ def training_step(model: SequenceModel, task: str, setting: CellSetting, parts: 
     size = min(setting.training.batch, train.size)
     batches = cycle(torch.randperm(train.size).unfold(0, size, size))
     decayed, others = split_by_weight_decay(model)
-    optimizer = AdamW(decayed, others, weight_decay=setting.optimizer.weight_decay, grad_clip=setting.optimizer.grad_clip)
+    optimizer = AdamW(decayed, others, weight_decay=setting.training.weight_decay, grad_clip=setting.training.grad_clip)
     parts.mark_method(model.embedding, "forward", "embedding")
     for number, block in enumerate(model.layers(), start=1):
         for method in ("project", "mix"):

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import seeds_of, variants_on
 from pipeline.config.study import Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.verdicts import claims_about, left_out, of_the_study, read_verdicts, verdict_table
@@ -58,7 +58,8 @@ def _scores(study: Study, task: str, scores: pd.DataFrame, *, names: bool) -> Ta
     order = means.sort_values(ascending=section.data.goal != "accuracy").index
     metric = PRIMARY[section.data.goal].replace("_", " ")
     title = (
-        f"{with_slug(task_label(study, task), task)}: {metric} over {len(study.seeds)} seeds, by multiple of the training length"
+        f"{with_slug(task_label(study, task), task)}: {metric} over {_seed_count(study, task)} seeds, by multiple of the training"
+        " length"
     )
     table = Table(title=title, title_justify="left", collapse_padding=True)
     table.add_column("variant", no_wrap=True)  # a wrapped name cannot be copied
@@ -70,6 +71,11 @@ def _scores(study: Study, task: str, scores: pd.DataFrame, *, names: bool) -> Ta
         values = [cells.get((variant, multiple), "-") for multiple in multiples]
         table.add_row(variant, *values, *([variant_label(study, variant)] if names else []))
     return table
+
+
+def _seed_count(study: Study, task: str) -> str:
+    counts = sorted({len(seeds_of(study, task, variant)) for variant in variants_on(study, task)})
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
 
 
 def _mean_and_range(values: pd.Series) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from cat.config import Config, Count
 from pipeline.config.errors import config_error, nearest, parse_config
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import seeds_of, variants_on
 from pipeline.config.names import LINE, Name
 from pipeline.config.outputs import COST
 from pipeline.config.study import Study
@@ -142,5 +142,7 @@ def _missing_from(claim: Claim, study: Study) -> Iterator[str]:
 
 
 def _too_few_seeds(claim: Claim, study: Study) -> Iterator[str]:
-    if len(study.seeds) < claim.min_seeds:
-        yield f"this study has {len(study.seeds)} seeds, fewer than min_seeds = {claim.min_seeds}"
+    variants = [*claim.variants, *(claim.baseline if isinstance(claim.baseline, tuple) else ())]
+    counts = [len(seeds_of(study, task, variant)) for task in claim.tasks for variant in variants]
+    if min(counts) < claim.min_seeds:
+        yield f"this study has {min(counts)} seeds, fewer than min_seeds = {claim.min_seeds}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from cat.config import ModelConfig
+from pipeline.config.errors import config_error, find_entry
 from pipeline.config.study import Ablation, Study
 
 
@@ -33,14 +35,22 @@ def variants_on(study: Study, task: str) -> list[str]:
     return [variant for variant in study.variants if variant in trained]
 
 
+def check_cell(study: Study, task: str, variant: str) -> None:
+    """Raise ParamsError if no ablation trains the variant on the task."""
+    find_entry(study.tasks, "tasks", task)
+    find_entry(study.variants, "variants", variant)
+    if (task, variant) not in study.training:
+        raise config_error("params.yaml", [f"ablations: none trains {variant!r} on {task!r}; name both in one"])
+
+
 def seeds_of(study: Study, task: str, variant: str) -> tuple[int, ...]:
     """The seeds of a cell."""
     return study.training[task, variant].seeds
 
 
-def seeds_text(study: Study) -> str:
-    """`0, 1, 2`, or `3 to 10` if cells have different numbers of seeds."""
-    lists = {training.seeds for training in study.training.values()}
+def seeds_text(study: Study, shown: Iterable[Cell] | None = None) -> str:
+    """The seeds of cells, by default of all: `0, 1, 2`, or `3 to 10 per cell` if cells have different seeds."""
+    lists = {seeds_of(study, cell.task, cell.variant) for cell in (cells(study) if shown is None else shown)}
     if len(lists) == 1:
         return ", ".join(map(str, *lists))
     counts = sorted({len(seeds) for seeds in lists})

@@ -7,7 +7,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.config.grid import shown_tasks
+from pipeline.config.grid import shown_tasks, variant_value
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import axis_label, draw_construction, label_axes, task_title, trained_variants
 from pipeline.figures.style import add_legend, errorbar
@@ -20,7 +20,7 @@ def contrast(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
         len(tasks), len(multiples), squeeze=False, figsize=(5.2 * len(multiples), 3.4 * len(tasks)), sharex=True
     )
     assert ablation.x is not None
-    settings = {v: str(getattr(study.variants[v], ablation.x)) for v in study.variants if v in trained_variants(study, ablation)}
+    settings = {v: str(variant_value(study, v, ablation.x)) for v in study.variants if v in trained_variants(study, ablation)}
     groups = {v: "with convolution" if study.variants[v].has_convolution else "no convolution" for v in settings}
     for task, row in zip(tasks, grid, strict=True):
         for multiple, axes in zip(multiples, row, strict=True):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from cat.tasks.registry import Recall
-from pipeline.config.grid import shown_cells
+from pipeline.config.grid import seeds_of, shown_cells
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import task_title
 from pipeline.figures.example import query_attention, read_example
@@ -28,7 +28,7 @@ def example(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     figure, panels = plt.subplots(len(cells), 1, figsize=(11, 2.3 * len(cells)), squeeze=False, layout="constrained")
     for (task, variant), axes in zip(cells, panels[:, 0], strict=True):
         data = read_example(task)
-        weights = query_attention(task, variant, study.seeds, data)
+        weights = query_attention(task, variant, seeds_of(study, task, variant), data)
         title = f"{variant_label(study, variant)} on {task_title(study, task)}"
         if weights is None:
             title += ": every seed diverged"

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cat.mixers.registry import ConstructionConfig
-from pipeline.config.grid import shown_tasks, shown_variants
+from pipeline.config.grid import seeds_of, shown_tasks, shown_variants
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import task_title, trained_variants
 from pipeline.figures.style import add_legend, set_ticks, style
@@ -38,9 +38,11 @@ def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     for (task, variant), row in zip(cells, grid, strict=bool(cells)):
         for projection, axes in zip(("q", "k", "v"), row, strict=True):
             kernels = tables[task][(tables[task]["projection"] == projection) & (tables[task]["lag"] < MAX_LAGS)]
-            constructed = kernels[kernels["variant"].isin(constructions) & (kernels["seed"] == study.seeds[0])]
+            constructed = kernels[kernels["variant"].isin(constructions)].drop_duplicates(
+                ["variant", "projection", "layer", "head", "lag"]
+            )
             _draw_stems(axes, constructed, -0.15, color="black", marker="x", linestyle=":", label="construction")
-            trained = kernels[(kernels["variant"] == variant) & kernels["seed"].isin(study.seeds)]
+            trained = kernels[(kernels["variant"] == variant) & kernels["seed"].isin(seeds_of(study, task, variant))]
             color = style(study, variant)["color"]
             _draw_stems(axes, trained, 0.1, color=color, marker="o", linestyle="-", label="trained, each seed")
             axes.axhline(0, color="0.5", lw=0.8)

@@ -23,7 +23,7 @@ def learning_rates(study: Study, ablation: Ablation, results: pd.DataFrame) -> F
             axes.plot(rows["learning rate"], rows["solve every length"] / rows["runs"], label=label, lw=1.8, **options)
             axes.plot(rows["learning rate"], rows["validation accuracy"], color=options["color"], ls=":", lw=1.2)
         axes.set_xscale("log")
-        set_ticks(axes, study.tasks[task].training.learning_rates, "{:g}")
+        set_ticks(axes, sorted(set(table.loc[table["task"] == task, "learning rate"])), "{:g}")
         axes.set(
             title=task_title(study, task),
             xlabel="learning rate",

@@ -13,7 +13,7 @@ from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import task_title
 from pipeline.figures.style import add_legend, draw_line, panels_of, set_ticks
 from pipeline.reporting.labels import variant_label
-from pipeline.storage.results import read_positions
+from pipeline.storage.results import in_grid, read_positions
 
 
 def positions(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
@@ -70,5 +70,5 @@ def positions_table(study: Study, ablation: Ablation) -> pd.DataFrame:
 
 
 def _positions(study: Study, ablation: Ablation, task: str) -> pd.DataFrame:
-    table = read_positions(task)
-    return table[table["variant"].isin(shown_on(study, ablation, task)) & table["seed"].isin(study.seeds)]
+    table = in_grid(study, task, read_positions(task))
+    return table[table["variant"].isin(shown_on(study, ablation, task))]

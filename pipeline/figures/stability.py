@@ -46,7 +46,7 @@ def stability(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure
                 crosses = {"color": style(study, str(variant))["color"], "clip_on": False, "mew": 2}
                 axes.plot(rates, [1.0] * len(rates), "x", transform=axes.get_xaxis_transform(), **crosses)
             axes.set_xscale("log")
-            set_ticks(axes, study.tasks[task].training.learning_rates, "{:g}")
+            set_ticks(axes, sorted(set(of_task["learning_rate"])), "{:g}")
             axes.set(title=label, xlabel="learning rate", ylabel=task_title(study, task) if axes is row[0] else "")
     add_legend(figure, {str(index): axes for index, axes in enumerate(grid.flat)})
     return figure
@@ -70,9 +70,10 @@ def stability_table(study: Study, ablation: Ablation) -> pd.DataFrame:
 def _rows(study: Study, ablation: Ablation) -> Iterator[dict[str, Any]]:
     for task, variant in shown_cells(study, ablation):
         history = read_history(study, task, variant)
-        warmup_end = study.optimizer.warmup * study.tasks[task].training.steps
+        training = study.training[task, variant]
+        warmup_end = training.warmup * training.steps
         for run in runs.read_summary(task, variant)["runs"]:
-            if run["seed"] in study.seeds:
+            if run["seed"] in training.seeds:
                 of_run = history[(history["learning_rate"] == run["learning_rate"]) & (history["seed"] == run["seed"])]
                 yield {"task": task, "variant": variant, **_measure(run, of_run, warmup_end)}
 

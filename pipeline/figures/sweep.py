@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pipeline.config.grid import shown_tasks
+from pipeline.config.grid import shown_tasks, variant_value
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import axis_label, draw_construction, label_axes, trained_variants
 from pipeline.figures.style import add_legend, errorbar, panels_of, set_ticks
@@ -16,7 +16,7 @@ def sweep(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
     """One panel per task, one line per length. The value `full` is drawn at the training length."""
     figure, panels = panels_of(shown_tasks(study, ablation))
     assert ablation.x is not None
-    values = {v: getattr(study.variants[v], ablation.x) for v in trained_variants(study, ablation)}
+    values = {v: variant_value(study, v, ablation.x) for v in trained_variants(study, ablation)}
     for task, axes in panels.items():
         length = study.tasks[task].data.length
         scores = results[(results["task"] == task) & results["multiple"].isin(study.evaluate.multiples)].copy()

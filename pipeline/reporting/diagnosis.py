@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import seeds_of, variants_on
 from pipeline.config.study import Study
 from pipeline.storage import runs
 from pipeline.storage.results import PRIMARY, read_history
@@ -55,7 +55,11 @@ def _signs(study: Study, task: str, variant: str, results: pd.DataFrame) -> Iter
     name = "accuracy" if goal == "accuracy" else "bits per byte"
     scores = results[results["metric"] == PRIMARY[goal]].dropna(subset="value")
     summary = runs.read_summary(task, variant)
-    chosen = [r for r in summary["runs"] if r["learning_rate"] == summary["learning_rate"] and r["seed"] in study.seeds]
+    chosen = [
+        r
+        for r in summary["runs"]
+        if r["learning_rate"] == summary["learning_rate"] and r["seed"] in seeds_of(study, task, variant)
+    ]
     if diverged := [r for r in chosen if r["stop"] == "diverged"]:
         steps = ", ".join(str(r["steps"]) for r in diverged)
         yield "diverged", f"{len(diverged)} of {len(chosen)} seeds: non-finite loss at step {steps}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Set
 
-from cat.config import QKVConfig, VariantConfig
+from cat.config import DotProductConfig, MixerConfig, ModelConfig, QKVConfig
+from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.delta.config import DeltaConfig
 from cat.mixers.landmark.config import LandmarkConfig
-from cat.mixers.registry import ConstructionConfig, HybridConfig
+from cat.mixers.registry import AnyVariant
 from cat.tasks.recall import Recall
 from pipeline.config.study import Study
 
@@ -43,8 +44,9 @@ def with_slug(label: str, slug: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _cached_labels(models: tuple[tuple[str, VariantConfig], ...]) -> dict[str, str]:
-    details = [set(_details(model)) for _, model in models if isinstance(model, QKVConfig)]
+def _cached_labels(models: tuple[tuple[str, AnyVariant], ...]) -> dict[str, str]:
+    mixers = [mixer for _, model in models if isinstance(model, ModelConfig) for mixer in model.mixers]
+    details = [set(_details(mixer)) for mixer in mixers if isinstance(mixer, QKVConfig)]
     shared = set.intersection(*details) if len(details) > 1 else set()
     return _unique({name: _describe(model, shared) for name, model in models})
 
@@ -70,60 +72,58 @@ def _unique(labels: dict[str, str]) -> dict[str, str]:
     return {slug: with_slug(label, slug) if count(label) > 1 else label for slug, label in labels.items()}
 
 
-def _describe(model: VariantConfig, shared: Set[str] = frozenset()) -> str:
-    """The mixer and its settings that differ from the defaults, without the details that the whole study shares."""
-    if isinstance(model, ConstructionConfig):
+def _describe(model: AnyVariant, shared: Set[str]) -> str:
+    """The mixers and the settings that differ from the defaults, without the details that the whole study shares."""
+    if not isinstance(model, ModelConfig):
         return "Construction, not trained"
-    details = [detail for detail in _details(model) if detail not in shared]
-    if isinstance(model, HybridConfig):
-        blocks = " + ".join(_describe(block, shared).removesuffix(" (no convolution)") for block in model.blocks)
-        return ", ".join([blocks, *details])
-    plain = model.mixer == "attention" and not model.has_convolution and not details
-    return f"{_mixer_name(model)} (no convolution)" if plain else ", ".join([_mixer_name(model), *details])
+    layers = [f"{model.layers} layers"] if model.layers > len(model.mixers) else []
+    position = model.position if model.position != "none" else None
+    if len(model.mixers) > 1:
+        names = " + ".join(", ".join([_mixer_name(mixer), *_distinct(mixer, shared)]) for mixer in model.mixers)
+        return ", ".join([names, *([POSITIONS[position]] if position else []), *layers])
+    (mixer,) = model.mixers
+    details = [*_distinct(mixer, shared, position), *layers]
+    plain = mixer.mixer == "attention" and not mixer.has_convolution and not details
+    return f"{_mixer_name(mixer)} (no convolution)" if plain else ", ".join([_mixer_name(mixer), *details])
 
 
-def _details(model: VariantConfig) -> list[str]:
-    least = len(model.blocks) if isinstance(model, HybridConfig) else 1
-    return [*_of_the_mixer(model), *_of_the_model(model, least)]
+def _distinct(mixer: MixerConfig, shared: Set[str], position: str | None = None) -> list[str]:
+    return [detail for detail in _details(mixer, position) if detail not in shared]
 
 
-def _mixer_name(model: VariantConfig) -> str:
-    name = MIXERS.get(model.mixer, model.mixer)
-    if isinstance(model, DeltaConfig) and model.gate:
+def _mixer_name(mixer: MixerConfig) -> str:
+    name = MIXERS.get(mixer.mixer, mixer.mixer)
+    if isinstance(mixer, DeltaConfig) and mixer.gate:
         name = f"Gated {name}"
-    if not (isinstance(model, QKVConfig) and model.has_convolution):
+    if not (isinstance(mixer, QKVConfig) and mixer.has_convolution):
         return name
-    convolved = "".join(projection.upper() for projection in model.kernel_sizes if len(projection) == 1)
-    if model.mixer in WITH_CONVOLUTION:
-        return f"{WITH_CONVOLUTION[model.mixer]}-{convolved}" if convolved else WITH_CONVOLUTION[model.mixer]
+    convolved = "".join(projection.upper() for projection in mixer.kernel_sizes if len(projection) == 1)
+    if mixer.mixer in WITH_CONVOLUTION:
+        return f"{WITH_CONVOLUTION[mixer.mixer]}-{convolved}" if convolved else WITH_CONVOLUTION[mixer.mixer]
     return name
 
 
-def _of_the_mixer(model: VariantConfig) -> Iterator[str]:
+def _details(mixer: MixerConfig, added_position: str | None = None) -> Iterator[str]:
     """Differences from the default: one head, one kernel of size 4 per head, QK-norm, no positional encoding."""
-    if not isinstance(model, QKVConfig):
+    position = added_position or (mixer.position if isinstance(mixer, DotProductConfig) else "none")
+    if not isinstance(mixer, QKVConfig):
+        yield from [POSITIONS[position]] if position in POSITIONS else []
         return
-    sizes = {size for projection, size in model.kernel_sizes.items() if projection != "summary"}
+    sizes = {size for projection, size in mixer.kernel_sizes.items() if projection != "summary"}
     for size in sorted(sizes, key=str):
         if size != USUAL_KERNEL:
             yield GENERATED[size] if isinstance(size, str) else f"kernel {size}"
-    if model.dilation > 1:
-        yield f"dilation {model.dilation}"
-    if model.sharing != "head" and model.mixer in WITH_CONVOLUTION:
-        yield {"channel": "per channel", "mixing": "head mixing"}[model.sharing]
-    if model.filter_norm:
+    if mixer.dilation > 1:
+        yield f"dilation {mixer.dilation}"
+    if mixer.sharing != "head" and mixer.mixer in WITH_CONVOLUTION:
+        yield {"channel": "per channel", "mixing": "head mixing"}[mixer.sharing]
+    if mixer.filter_norm:
         yield "unit kernels"
-    if model.position in POSITIONS:
-        yield POSITIONS[model.position]
-    if model.mixer == "attention" and not model.qk_norm:
-        yield "learned temperature" if model.temperature else "no QK-norm"
-    if isinstance(model, LandmarkConfig):
-        yield f"top {model.top} of blocks of {model.block}"
-    if model.heads > 1:
-        yield f"{model.heads} heads"
-
-
-def _of_the_model(model: VariantConfig, least: int) -> Iterator[str]:
-    layers = getattr(model, "layers", least)
-    if layers > least:
-        yield f"{layers} layers"
+    if position in POSITIONS:
+        yield POSITIONS[position]
+    if isinstance(mixer, AttentionConfig) and not mixer.qk_norm:
+        yield "learned temperature" if mixer.temperature else "no QK-norm"
+    if isinstance(mixer, LandmarkConfig):
+        yield f"top {mixer.top} of blocks of {mixer.block}"
+    if mixer.heads > 1:
+        yield f"{mixer.heads} heads"

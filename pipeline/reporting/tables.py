@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from pipeline.config.grid import shown_on, shown_tasks, shown_variants, variants_on
+from pipeline.config.grid import seeds_of, shown_on, shown_tasks, shown_variants, variants_on
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, read_verdicts
@@ -50,7 +50,7 @@ def key_filter_table(study: Study, ablation: Ablation) -> pd.DataFrame:
     for task in shown_tasks(study, ablation):
         for variant in shown_on(study, ablation, task):
             table = pd.DataFrame(runs.read_summary(task, variant)["runs"])
-            table = table[table["seed"].isin(study.seeds)]
+            table = table[table["seed"].isin(seeds_of(study, task, variant))]
             if table["solves_every_length"].notna().any():
                 for rate, group in table.groupby("learning_rate"):
                     solved = group["solves_every_length"].eq(True) & group["stop"].ne("diverged")

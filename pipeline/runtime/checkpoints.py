@@ -1,8 +1,8 @@
 """Checkpoints of runs: checkpoints/<task>/<variant>/<learning rate>_<seed>.safetensors.
 
-Checkpoints are not stage outputs, because DVC removes outputs before it runs a stage. A finished run keeps its last checkpoint.
-If its cell is trained again, only missing runs are trained. Evaluating a task removes its checkpoints: by then DVC has recorded
-the cells.
+Checkpoints are not stage outputs, because DVC removes outputs before it runs a stage. A finished run keeps its last checkpoint,
+without the state of the optimizer. If its cell is trained again, with another seed or learning rate, only the missing runs are
+trained. Evaluating a task removes the checkpoints of runs that the study no longer has.
 
 Each checkpoint holds a key of everything that its run depends on. It is ignored if the key differs or the file is damaged.
 """
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cat.training.distributed import SINGLE_PROCESS, ProcessGroup
 from cat.training.fit import State, ValidationRecord
+from pipeline.config.study import CellTraining
 from pipeline.runtime import workers
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import CHECKPOINTS
@@ -74,7 +76,7 @@ class Checkpoint(NamedTuple):
         if self.key is None:
             return
         tensors = {f"weights.{name}": tensor for name, tensor in state.weights.items()}
-        tensors |= {"moments": state.moments, "recent": state.recent}
+        tensors |= {"moments": torch.empty(0) if state.stop else state.moments, "recent": state.recent}
         history = [asdict(record) for record in state.history]
         fields = {"step": state.step, "micro_batch": state.micro_batch, "stop": state.stop}
         text = json.dumps({**fields, "history": history, "seconds": seconds})
@@ -93,12 +95,23 @@ class Checkpoint(NamedTuple):
             raise ValueError(f"{self.path}: another process is training this run; wait for it or stop it") from None
 
 
-def clear(task: str) -> None:
-    """Remove the checkpoints of a task, except of runs in training.
+def checkpoint_path(task: str, variant: str, learning_rate: float, seed: int) -> Path:
+    """Return the file of a run's checkpoint."""
+    return CHECKPOINTS / task / variant / f"{learning_rate}_{seed}.safetensors"
+
+
+def prune(task: str, trained: Mapping[str, CellTraining]) -> None:
+    """Remove the checkpoints of a task but those of its `trained` variants, and of runs in training.
 
     Lock files stay: if one were removed, two processes could hold it at once.
     """
-    for path in (CHECKPOINTS / task).glob("*/*.safetensors"):
+    kept = {
+        checkpoint_path(task, variant, rate, seed)
+        for variant, training in trained.items()
+        for rate in training.learning_rates
+        for seed in training.seeds
+    }
+    for path in set((CHECKPOINTS / task).glob("*/*.safetensors")) - kept:
         with suppress(Timeout), _lock(path, 0):
             path.unlink(missing_ok=True)
 

@@ -147,9 +147,8 @@ def stale_cells() -> list[StageCell]:
     study = load_study()
     for stage in stale_stages(TRAIN_COMMAND):
         task, variant = stage.command[len(TRAIN_COMMAND) :]
-        section, model = study.tasks[task], study.variants[variant]
-        setting = CellSetting(model, study.optimizer, section.training, study.seeds, study.precision)
-        stale.append(StageCell(stage.name, Cell.of(task, variant, setting), stage.dependencies))
+        cell = Cell.of(task, variant, CellSetting.of(study, task, variant))
+        stale.append(StageCell(stage.name, cell, stage.dependencies))
     if Path("params.yaml").read_bytes() != text:
         raise ValueError("params.yaml: changed while it was read; run the command again")
     return stale

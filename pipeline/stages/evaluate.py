@@ -22,6 +22,7 @@ from cat.evaluation.scores import Scores, SequenceTotals, token_scores
 from cat.model import SequenceModel
 from cat.tasks.base import Extents, Recalled, Spans
 from cat.tasks.registry import Task
+from pipeline.config.study import CellTraining
 from pipeline.runtime import checkpoints, workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
@@ -53,14 +54,14 @@ class ModelResults(NamedTuple):
 
 
 def evaluate(
-    task: str, variants: list[str], seeds: tuple[int, ...], precision: str, *, device: str, parallel_runs: int | Literal["auto"]
+    task: str, trained: dict[str, CellTraining], precision: str, *, device: str, parallel_runs: int | Literal["auto"]
 ) -> None:
-    """Score every variant and seed at every length it supports; measure attention at the training length.
+    """Score every trained variant and seed at every length it supports; measure attention at the training length.
 
     The values of a diverged seed are empty.
     """
     data, torch_device = read_task(task), resolve_device(device)
-    jobs = [Job(variant, seed) for variant in variants for seed in seeds]
+    jobs = [Job(variant, seed) for variant, training in trained.items() for seed in training.seeds]
     with tqdm(total=len(jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
 
         def advance(done: int) -> None:
@@ -77,7 +78,7 @@ def evaluate(
     with atomic_write(SCORES / f"{task}.npz") as path, path.open("wb") as file:
         arrays = {key: columns for table in tables for key, columns in table.sequences.items()}
         np.savez_compressed(file, allow_pickle=False, **arrays)
-    checkpoints.clear(task)
+    checkpoints.prune(task, trained)
 
 
 def metrics(totals: SequenceTotals, extents: Extents | None, *, autoregressive: bool) -> dict[str, float]:

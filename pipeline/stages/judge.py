@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from pipeline.config.claims import Claim
+from pipeline.config.grid import seeds_of
 from pipeline.config.study import Study
 from pipeline.reporting.verdicts import ABSENT
 from pipeline.storage.files import atomic_write
@@ -107,7 +108,7 @@ class Evidence:
         values, sequences = self.values[task, metric, variant, length], 0
         draws = np.tile(values, (RESAMPLES, 1))
         if metric == PRIMARY[self.study.tasks[task].data.goal]:
-            for index, seed in enumerate(sorted(self.study.seeds)):
+            for index, seed in enumerate(sorted(seeds_of(self.study, task, variant))):
                 columns = self.sequences.get(task, {}).get(f"{variant}/{seed}/{length}")
                 if columns is not None:
                     sequences = columns.shape[1]

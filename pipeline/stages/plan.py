@@ -7,17 +7,20 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
-from cat.config import Config, ModelConfig, VariantConfig
-from cat.mixers.registry import MODEL_KEYS, ConstructionConfig, HybridConfig
+from cat.config import ModelConfig, VariantConfig
+from cat.mixers.registry import CONSTRUCTION, ConstructionConfig, mixer_module
 from pipeline.config.code_digest import code_digest
 from pipeline.config.errors import ParamsError, config_error, printable
-from pipeline.config.grid import cells, shown_variants, variants_on
+from pipeline.config.grid import seeds_of, shown_variants, variants_on
+from pipeline.config.json_schema import json_schema
+from pipeline.config.resolve import resolved
 from pipeline.config.study import Study
-from pipeline.config.yaml_file import read_yaml
-from pipeline.storage.files import atomic_write, read_json, write_json
+from pipeline.config.yaml_file import read_yaml, to_yaml
+from pipeline.storage.files import atomic_write, json_text, read_json, write_json
 from pipeline.storage.paths import HELDOUT, PLAN
 
 SCHEMA = Path("params.schema.json")
@@ -25,29 +28,31 @@ _STAGES = Path("dvc.yaml")
 
 
 def write(study: Study) -> None:
-    """Write plan/<stage>/<name>.txt, a stage's dependencies besides data and parameters, and params.schema.json.
+    """Write plan/<stage>/..., what each stage depends on besides data, and params.schema.json.
 
-    Each file lists the digest of the code that the stage runs, and the defaults of keys that params.yaml leaves out, which DVC
-    does not see. An evaluation also lists its variants, and a construction its longest sequence per task.
+    plan/train/<task>/<variant>.json has all settings of a cell, complete. The other files have what DVC does not see in
+    params.yaml: the digest of the code that the stage runs, and defaults of keys that are left out.
     """
-    texts = {name: f"code {code_digest(modules)}\n" for name, modules in stage_modules(study).items()}
-    for variant, model in study.variants.items():
-        texts[f"train/{variant}"] += _defaults(model)
-        if isinstance(model, ConstructionConfig):
-            lengths = {t: section.data.lengths[-1] for t, section in study.tasks.items() if variant in variants_on(study, t)}
-            texts[f"train/{variant}"] += "".join(f"{task}: {length} tokens at most\n" for task, length in lengths.items())
+    digests = {name: code_digest(modules) for name, modules in stage_modules(study).items()}
+    texts = {f"{name}.txt": f"code {digest}\n" for name, digest in digests.items() if not name.startswith("train/")}
+    for task, variant in study.training:
+        texts[f"train/{task}/{variant}.json"] = json_text(cell_plan(study, task, variant, digests[f"train/{variant}"]))
     for task, section in study.tasks.items():
-        texts[f"generate/{task}"] += _defaults(section.data)
-        texts[f"evaluate/{task}"] += "".join(f"{variant}\n" for variant in variants_on(study, task))
+        texts[f"generate/{task}.txt"] += "".join(
+            f"{key}: {value}\n" for key, value in resolved(section.data).items() if key not in section.data.model_fields_set
+        )
+        texts[f"evaluate/{task}.txt"] += "".join(
+            f"{variant}: {', '.join(map(str, seeds_of(study, task, variant)))}\n" for variant in variants_on(study, task)
+        )
     # The figures and tables follow the order of these mappings, which DVC ignores.
-    texts["render"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
+    texts["render.txt"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
     with atomic_write(PLAN) as folder:
         for name, text in texts.items():
-            path = folder / f"{name}.txt"
+            path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
     with atomic_write(SCHEMA) as path:
-        write_json(path, Study.model_json_schema())
+        write_json(path, json_schema(study))
 
 
 def stage_modules(study: Study) -> dict[str, list[str]]:
@@ -71,25 +76,21 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
     return modules
 
 
-def _defaults(config: Config) -> str:
-    """Keys that params.yaml leaves to their defaults, one line each. A default of None or False adds no line.
-
-    So a new optional key leaves the other cells unchanged.
-    """
-    content = config.model_dump(mode="json", exclude=config.model_fields_set)
-    lines = [f"{key}: {value}\n" for key, value in content.items() if value not in (None, False)]
-    if isinstance(config, HybridConfig):
-        for index, block in enumerate(config.blocks):
-            defaults = block.model_dump(mode="json", exclude=block.model_fields_set | set(MODEL_KEYS))
-            lines += [f"blocks.{index}.{key}: {value}\n" for key, value in defaults.items() if value not in (None, False)]
-    return "".join(lines)
+def cell_plan(study: Study, task: str, variant: str, code: str) -> dict[str, Any]:
+    """Everything that a cell depends on besides its data, complete, wherever it is written in params.yaml."""
+    model, training = study.variants[variant], study.training[task, variant]
+    common = {"code": code, "precision": study.precision, "deterministic": study.deterministic}
+    if isinstance(model, ConstructionConfig):
+        longest = study.tasks[task].data.lengths[-1]
+        return {**common, "model": CONSTRUCTION, "longest": longest, "training": {"seeds": list(training.seeds)}}
+    return {**common, "model": resolved(model), "training": resolved(training)}
 
 
 def _code_of(model: VariantConfig) -> list[str]:
     if isinstance(model, ConstructionConfig):
         return ["cat.theory", "cat.mixers.attention.layer"]
     assert isinstance(model, ModelConfig)
-    return [f"cat.mixers.{mixer.mixer}.layer" for mixer in model.mixers]
+    return [mixer_module(mixer.mixer, "layer") for mixer in model.mixers]
 
 
 def check_stages(study: Study, file: str = "params.yaml") -> None:
@@ -114,8 +115,14 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
         if ablation.tasks and ablation.variants and name not in trained
     ]
     faults += [
+        f"ablations.{name}.{key}: is missing, and dvc.yaml has a stage train_{name}; write {key}: [] if it trains nothing"
+        for name, ablation in study.ablations.items()
+        for key in ("tasks", "variants")
+        if name in trained and key not in ablation.model_fields_set
+    ]
+    faults += [
         f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"
-        for name in sorted(trained.keys() - study.ablations.keys())
+        for name in sorted(trained.keys() - study.ablations.keys() - set(study.switched_off))
     ]
     if faults:
         raise config_error(file, faults)
@@ -154,18 +161,43 @@ def source_lines(study: Study, file: str = "params.yaml") -> list[str]:
 
 def table(study: Study) -> str:
     """The grid as text: one row per variant, one column per task; each cell has seeds x learning rates x maximum steps."""
-    trained = {(cell.task, cell.variant) for cell in cells(study)}
-    size = {task: (len(study.seeds), len(s.training.learning_rates), s.training.steps) for task, s in study.tasks.items()}
     constructions = {variant for variant, model in study.variants.items() if isinstance(model, ConstructionConfig)}
+    size = {
+        cell: (len(training.seeds), len(training.learning_rates), training.steps)
+        for cell, training in study.training.items()
+        if cell[1] not in constructions
+    }
 
     def text(task: str, variant: str) -> str:
-        if (task, variant) not in trained:
+        if (task, variant) not in study.training:
             return "-"
-        return "not trained" if variant in constructions else " x ".join(map(str, size[task]))
+        return "not trained" if variant in constructions else " x ".join(map(str, size[task, variant]))
 
     rows = [[variant, *(text(task, variant) for task in study.tasks)] for variant in study.variants]
-    steps = sum(math.prod(size[task]) for task, variant in trained if variant not in constructions)
+    steps = sum(map(math.prod, size.values()))
     return (
         tabulate(rows, headers=["variant", *study.tasks])
-        + f"\n\n{len(trained)} cells, each with seeds x learning rates x steps at most; {steps:,} steps in all"
+        + f"\n\n{len(study.training)} cells, each with seeds x learning rates x steps at most; {steps:,} steps in all"
     )
+
+
+def resolved_text(study: Study) -> str:
+    """The complete configuration of every variant and cell, as YAML."""
+    models = {
+        name: model.model_dump(mode="json") if isinstance(model, ModelConfig) else {"mixer": CONSTRUCTION}
+        for name, model in study.variants.items()
+    }
+    training: dict[str, dict[str, Any]] = {task: {} for task in study.tasks}
+    for (task, variant), settings in study.training.items():
+        training[task][variant] = settings.model_dump(mode="json")
+    data = {task: section.data.model_dump(mode="json") for task, section in study.tasks.items()}
+    sections = {"variants": models, "tasks": data, "training": training}
+    lines = []
+    for section, entries in sections.items():
+        lines.append(f"{section}:")
+        for name, entry in entries.items():
+            if section == "training":
+                lines += [f"  {name}:", *(f"    {variant}: {to_yaml(settings)}" for variant, settings in entry.items())]
+            else:
+                lines.append(f"  {name}: {to_yaml(entry)}")
+    return "\n".join(lines)

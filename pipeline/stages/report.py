@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.config.errors import ParamsError
-from pipeline.config.grid import Cell, cells, shown_cells, shown_tasks, shown_variants
+from pipeline.config.grid import Cell, cells, seeds_text, shown_cells, shown_tasks, shown_variants
 from pipeline.config.outputs import CLAIMS, COST, COST_BY_TIME, figure_plots
 from pipeline.config.study import Ablation, Study
 from pipeline.config.yaml_file import read_yaml
@@ -107,7 +107,7 @@ def _study(study: Study, timed: bool) -> str:
     preset = next((escape(str(path)) for path in sorted(Path("presets").glob("*.yaml")) if _same(path, file)), None)
     return (
         f"params.yaml (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}) matches {preset or 'no preset'}."
-        f" {len(cells(study))} cells, seeds {', '.join(map(str, study.seeds))}, {study.precision}."
+        f" {len(cells(study))} cells, seeds {seeds_text(study)}, {study.precision}."
         f" {_trained(cells(study), timed)} [What does it cost?](#cost)"
     )
 
@@ -173,7 +173,7 @@ def _what_was_run(study: Study, ablation: Ablation, timed: bool) -> str:
         sources = "[reports/stability.csv](stability.csv)"
     rows = _ROWS.get(ablation.plot, _SCORES)
     numbers = f"Numbers: {rows}." if ablation.plot == "example" else f"Numbers: {sources}, {rows}."
-    seeds = ", ".join(map(str, study.seeds))
+    seeds = seeds_text(study, shown)
     return f"*What was run*: {len(shown)} cells{others}, seeds {seeds}. {_trained(shown, timed)} {numbers}"
 
 

@@ -25,7 +25,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cat.config import OptimizerConfig, TrainingConfig
+from cat.config import TrainingConfig
 from cat.evaluation.diagnostics import head_entropies, key_filter_solves_every_length, max_logit
 from cat.evaluation.scores import Split, TrainingSplit, score
 from cat.mixers.registry import AnyVariant, ConstructionConfig
@@ -36,8 +36,10 @@ from cat.training.distributed import SINGLE_PROCESS, ProcessGroup, local_rank, p
 from cat.training.ensemble import can_ensemble, fit_ensemble
 from cat.training.fit import Run, ValidationRecord, build_model, fit, validation_record
 from pipeline.config.load import load_study
+from pipeline.config.resolve import resolved
+from pipeline.config.study import CellTraining, Study
 from pipeline.runtime import workers
-from pipeline.runtime.checkpoints import Checkpoint, CheckpointWriter
+from pipeline.runtime.checkpoints import Checkpoint, CheckpointWriter, checkpoint_path
 from pipeline.runtime.determinism import MARK
 from pipeline.runtime.devices import made_on, own_device
 from pipeline.storage import runs
@@ -52,13 +54,15 @@ MAX_ENSEMBLE_TOKENS = 1 << 18
 
 
 class CellSetting(NamedTuple):
-    """The parameters of a cell: exactly those that its DVC stage declares."""
+    """The parameters of a cell: those in its file in plan/."""
 
     model: AnyVariant
-    optimizer: OptimizerConfig
-    training: TrainingConfig
-    seeds: tuple[int, ...]
+    training: CellTraining
     precision: Literal["float32", "bfloat16"]
+
+    @classmethod
+    def of(cls, study: Study, task: str, variant: str) -> CellSetting:
+        return cls(study.variants[variant], study.training[task, variant], study.precision)
 
 
 class Cell(NamedTuple):
@@ -69,21 +73,21 @@ class Cell(NamedTuple):
     setting: CellSetting
     meta: Meta
     code: str | None
-    """The cell's code listing in plan/; None if the study has not been planned."""
+    """The digest of the cell's code in plan/; None if the study has not been planned."""
     construction_task: Task | None = None
     """The task that a construction's weights solve, up to its longest sequences; None for trained variants."""
 
     @classmethod
     def of(cls, task: str, variant: str, setting: CellSetting) -> Cell:
-        """Read the cell's data description and code listing from their files."""
+        """Read the cell's data description and code digest from their files."""
         construction_task = load_study().tasks[task].data if isinstance(setting.model, ConstructionConfig) else None
-        return cls(task, variant, setting, read_meta(task), read_code(variant), construction_task)
+        return cls(task, variant, setting, read_meta(task), read_code(task, variant), construction_task)
 
     @property
     def jobs(self) -> list[Job]:
         """The runs of the cell. A construction has no learning rate."""
         rates = (0.0,) if isinstance(self.setting.model, ConstructionConfig) else self.setting.training.learning_rates
-        return [Job(rate, seed) for rate in rates for seed in self.setting.seeds]
+        return [Job(rate, seed) for rate in rates for seed in self.setting.training.seeds]
 
 
 class Job(NamedTuple):
@@ -280,8 +284,7 @@ def _fit(
     seeds = [derive_seed(job.seed, task, "batches") for job in jobs]
     rates = [job.learning_rate for job in jobs]
     options: dict[str, Any] = {
-        "optimizer_config": setting.optimizer,
-        "training_config": setting.training,
+        "config": TrainingConfig(**setting.training.run),
         "stop_early": meta.goal == "accuracy",
         "precision": setting.precision,
     }
@@ -301,12 +304,11 @@ def _fit(
 
 def _checkpoint(cell: Cell, job: Job, device_name: str) -> Checkpoint:
     """The run's checkpoint. Its key covers all that the run depends on, so not the cell's other seeds and learning rates."""
-    model, optimizer, training, _, precision = cell.setting
-    pinned = MARK in os.environ
-    parts = model, optimizer, training.model_dump(exclude={"learning_rates"}), precision, cell.meta, job, device_name, pinned
-    key = hashlib.sha256(repr((*parts, cell.code, torch.__version__)).encode()).hexdigest()
-    path = CHECKPOINTS / cell.task / cell.variant / f"{job.learning_rate}_{job.seed}.safetensors"
-    return Checkpoint(path, key if cell.code else None)
+    model, training, precision = cell.setting
+    run = {key: value for key, value in resolved(training).items() if key not in ("learning_rates", "seeds")}
+    parts = resolved(model), run, precision, cell.meta, job, device_name, MARK in os.environ, cell.code, torch.__version__
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return Checkpoint(checkpoint_path(cell.task, cell.variant, *job), key if cell.code else None)
 
 
 def _construct(cell: Cell, job: Job, device: torch.device, report: workers.Report) -> Trained:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from pipeline.config.grid import cells, variants_on
+from pipeline.config.grid import cells, seeds_of, variants_on
 from pipeline.config.study import Study
 from pipeline.storage.paths import FILTERS, POSITIONS, RESULTS, RUNS, SCORES
 from pipeline.storage.tables import FILTER_COLUMNS, HISTORY_COLUMNS, POSITION_COLUMNS, RESULTS_COLUMNS, read_table
@@ -34,18 +34,25 @@ def read_results(study: Study) -> pd.DataFrame:
         table = read_table(path, RESULTS_COLUMNS)
         table["multiple"] = table["length"].map(dict(zip(section.data.lengths, section.data.multiples, strict=True)))
         variants = variants_on(study, task)
-        table = table[table["variant"].isin(variants) & table["seed"].isin(study.seeds)]
+        table = in_grid(study, task, table)
         if (duplicates := table.duplicated([*KEYS])).any():
             first = ", ".join(map(str, table.loc[duplicates, [*KEYS]].iloc[0]))
             raise ValueError(f"{path}: {first}: duplicate row; run `dvc repro`")
         scores = table[table["metric"] == PRIMARY[section.data.goal]]
         present = set(zip(scores["variant"], scores["seed"], scores["length"], strict=True))
-        for variant, seed, length in itertools.product(variants, study.seeds, section.data.lengths):
+        for variant in variants:
             limit = study.variants[variant].max_length(section.data.length)
-            if (limit is None or length <= limit) and (variant, seed, length) not in present:
-                raise ValueError(f"{path}: variant {variant!r} lacks seed {seed} at length {length}; run `dvc repro`")
+            for seed, length in itertools.product(seeds_of(study, task, variant), section.data.lengths):
+                if (limit is None or length <= limit) and (variant, seed, length) not in present:
+                    raise ValueError(f"{path}: variant {variant!r} lacks seed {seed} at length {length}; run `dvc repro`")
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
+
+
+def in_grid(study: Study, task: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of the variants and seeds that the study has on `task`."""
+    runs = {(variant, seed) for variant in variants_on(study, task) for seed in seeds_of(study, task, variant)}
+    return table[[run in runs for run in zip(table["variant"], table["seed"], strict=True)]]
 
 
 def primary(study: Study, results: pd.DataFrame) -> pd.DataFrame:
@@ -57,7 +64,7 @@ def primary(study: Study, results: pd.DataFrame) -> pd.DataFrame:
 def read_history(study: Study, task: str, variant: str, learning_rate: float | None = None) -> pd.DataFrame:
     """Read the training curves of a cell at `learning_rate`, or at all learning rates if None."""
     table = read_table(RUNS / task / variant / "history.csv", HISTORY_COLUMNS)
-    selected = table["seed"].isin(study.seeds)
+    selected = table["seed"].isin(seeds_of(study, task, variant))
     return table[selected if learning_rate is None else selected & (table["learning_rate"] == learning_rate)]
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
 
-from cat.mixers.registry import AnyModel
+from cat.mixers.registry import read_model
 from cat.tasks.registry import Windows
 from pipeline.storage.files import read_json, readable
 from pipeline.storage.paths import RUNS
@@ -79,7 +78,7 @@ def load_model(path: str | Path) -> SequenceModel:
         with safe_open(path, framework="pt") as file:
             model_info = json.loads((file.metadata() or {})["model"])
             weights: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-        config = TypeAdapter(AnyModel).validate_python(model_info["config"])
+        config = read_model(model_info["config"])
         model = SequenceModel(config, vocabulary=model_info["vocabulary"], length=model_info["length"])
         model.load_state_dict(weights)
     summary = path.with_name("summary.json")
@@ -131,4 +130,4 @@ def _indexable(tensor: Tensor, device: torch.device) -> Tensor:
 def max_length(task: str, variant: str) -> int | None:
     """Return the longest sequence that the trained model accepts, or None if there is no limit."""
     model_info = read_summary(task, variant)["model"]
-    return TypeAdapter(AnyModel).validate_python(model_info["config"]).max_length(model_info["length"])
+    return read_model(model_info["config"]).max_length(model_info["length"])

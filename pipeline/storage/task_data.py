@@ -66,7 +66,7 @@ def _map_tokens(task: str) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
 
-def read_code(variant: str) -> str | None:
-    """Read the list of code digests of the variant, or None before `plan` has run."""
-    path = PLAN / "train" / f"{variant}.txt"
-    return path.read_text(encoding="utf-8") if path.exists() else None
+def read_code(task: str, variant: str) -> str | None:
+    """Read the digest of the code that trains a cell, or None before `plan` has run."""
+    path = PLAN / "train" / task / f"{variant}.json"
+    return str(read_json(path)["code"]) if path.exists() else None

@@ -9,12 +9,22 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cat.config import ModelConfig
-from cat.mixers.registry import MODEL_KEYS, HybridConfig
-from pipeline.config.grid import cells, shown_tasks, shown_variants, variants_on
+from cat.config import MixerConfig, ModelConfig
+from cat.mixers.registry import CONSTRUCTION
+from pipeline.config.grid import (
+    cells,
+    seeds_of,
+    seeds_text,
+    shown_tasks,
+    shown_variants,
+    variant_keys,
+    variant_value,
+    variants_on,
+)
 from pipeline.config.outputs import REPORT_EXPERIMENT
 from pipeline.config.study import Study
 from pipeline.storage import runs
@@ -109,7 +119,8 @@ def _cell_records(study: Study, task: str, variant: str, scores: pd.DataFrame, f
     data_digest = hashlib.sha256(meta.read_bytes()).hexdigest()[:16]
     summary = runs.read_summary(task, variant)
     history = read_history(study, task, variant, summary["learning_rate"])
-    chosen = [r for r in summary["runs"] if r["learning_rate"] == summary["learning_rate"] and r["seed"] in study.seeds]
+    cell_seeds = seeds_of(study, task, variant)
+    chosen = [r for r in summary["runs"] if r["learning_rate"] == summary["learning_rate"] and r["seed"] in cell_seeds]
     origin, started, seconds = _origin(task, variant)
     common: dict[str, Any] = {
         "experiment": task,
@@ -134,7 +145,7 @@ def _cell_records(study: Study, task: str, variant: str, scores: pd.DataFrame, f
         "dvc.stage": next(f"train_{c.ablation}@{task}-{variant}" for c in cells(study) if (c.task, c.variant) == (task, variant)),
         "dvc.md5": dvc_md5(runs.folder(task, variant)),
     }
-    name, seeds = with_slug(label, variant), ", ".join(map(str, study.seeds))
+    name, seeds = with_slug(label, variant), ", ".join(map(str, cell_seeds))
     subject = f"`{variant}` ({label}) on `{task}` ({task_label(study, task)})"
     mean = Record(
         kind="variant",
@@ -147,7 +158,7 @@ def _cell_records(study: Study, task: str, variant: str, scores: pd.DataFrame, f
         **common,
     )
     yield mean
-    for run in sorted(chosen, key=lambda run: study.seeds.index(run["seed"])):
+    for run in sorted(chosen, key=lambda run: cell_seeds.index(run["seed"])):
         seed = run["seed"]
         weights = runs.weights_path(task, variant, seed)
         yield Record(
@@ -197,7 +208,7 @@ def report_record(study: Study) -> Record:
         kind="report",
         name="report",
         note="\n".join(verdicts) or "No claims were judged.",
-        params={"seeds": str(list(study.seeds)), "tasks": ", ".join(study.tasks), "variants": str(len(study.variants))},
+        params={"seeds": seeds_text(study), "tasks": ", ".join(study.tasks), "variants": str(len(study.variants))},
         tags={},
         metrics=[],
         files={
@@ -218,9 +229,7 @@ def _cell_params(study: Study, task: str, variant: str, summary: Mapping[str, An
         **_model_params(study, variant),
         "learning_rate": f"{summary['learning_rate']:g}",
         "parameters": str(summary["parameters"]),
-        "steps": str(section.training.steps),
-        "batch": str(section.training.batch),
-        **{key: f"{value:g}" for key, value in study.optimizer.model_dump().items()},
+        **{key: f"{value:g}" for key, value in study.training[task, variant].run.items() if value is not None},
         "precision": study.precision,
         **{f"data.{key}": str(value) for key, value in section.data.model_dump(mode="json").items()},
     }
@@ -228,16 +237,18 @@ def _cell_params(study: Study, task: str, variant: str, summary: Mapping[str, An
 
 def _model_params(study: Study, variant: str) -> dict[str, str]:
     """Every variant has the same keys; a key that its mixer lacks, or that is off, is `-`."""
-    keys = dict.fromkeys(key for model in study.variants.values() for key in type(model).model_fields)
-    model = study.variants[variant]
-    values = model.model_dump()
-    if isinstance(model, HybridConfig):
-        values["blocks"] = "; ".join(_block_params(block) for block in model.blocks)
+    keys = dict.fromkeys(chain(["mixer"], *(variant_keys(study, other) for other in study.variants)))
+    model, own = study.variants[variant], variant_keys(study, variant)
+    values = {key: variant_value(study, variant, key) for key in own}
+    if isinstance(model, ModelConfig):
+        values["mixer"] = "; ".join(map(_mixer_params, model.mixers)) if len(model.mixers) > 1 else model.mixers[0].mixer
+    else:
+        values["mixer"] = CONSTRUCTION
     return {f"model.{key}": _param_value(values.get(key)) for key in keys}
 
 
-def _block_params(config: ModelConfig) -> str:
-    changed = config.model_dump(exclude_defaults=True, exclude={"mixer", *MODEL_KEYS})
+def _mixer_params(config: MixerConfig) -> str:
+    changed = config.model_dump(exclude_defaults=True, exclude={"mixer"})
     return " ".join([config.mixer, *(f"{key}={value}" for key, value in changed.items())])
 
 
