@@ -6,6 +6,7 @@ from typing import Any
 
 from cat.config import Config, ModelConfig
 from cat.mixers.registry import CONSTRUCTION, MODEL_KEYS, POSITIONS, mixer_class, mixer_names
+from pipeline.config.names import NAME
 from pipeline.config.study import CellTraining, Study, StudyFile
 
 _ENTRY = {"type": "object", "required": ["mixer"], "properties": {"mixer": {"type": "string"}}}
@@ -20,11 +21,13 @@ def json_schema(study: Study) -> dict[str, Any]:
     settings = {**_training(), "additionalProperties": False}
     per_task = {"type": "object", "additionalProperties": settings}
     own_training = {**settings, "properties": {**settings["properties"], "tasks": per_task}}
-    sections["variants"]["additionalProperties"] = {**variant, "properties": {**variant["properties"], "training": own_training}}
+    sections["variants"]["patternProperties"] = {
+        NAME: {**variant, "properties": {**variant["properties"], "training": own_training}}
+    }
     schema["$defs"]["TaskFile"]["properties"]["training"] |= settings
     switched_off = {"type": "object", "properties": {key: {"maxItems": 0} for key in ("tasks", "variants")}, "maxProperties": 2}
-    ablations = sections["ablations"]
-    ablations["additionalProperties"] = {"anyOf": [ablations["additionalProperties"], switched_off]}
+    ablations = sections["ablations"]["patternProperties"]
+    ablations[NAME] = {"anyOf": [ablations[NAME], switched_off]}
     return schema
 
 
