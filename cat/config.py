@@ -114,7 +114,8 @@ class ModelConfig(VariantConfig):
     @model_validator(mode="after")
     def _mixers_fit(self) -> Self:
         if self.layers % len(self.mixers):
-            raise ValueError(f"layers = {self.layers} must be a multiple of the number of mixers, {len(self.mixers)}")
+            names = ", ".join(mixer.mixer for mixer in self.mixers)
+            raise ValueError(f"mixer = [{names}] needs a multiple of {len(self.mixers)} layers, not layers = {self.layers}")
         for index, mixer in enumerate(self.mixers):
             with self._naming(index):
                 mixer.check_width(self.width)

@@ -192,9 +192,15 @@ def _takers(key: str, value: object, model: Section, mixers: list[Section]) -> I
         yield from in_mixers
 
 
+def no_position(value: object) -> str:
+    """Say what is wrong with a position encoding that no part of a model has."""
+    if value not in POSITIONS:
+        return f"must be {', '.join(map(repr, POSITIONS[:-1]))} or {POSITIONS[-1]!r}"
+    *others, last = get_args(AddedPosition)
+    return f"no mixer of this variant has it. Fix: use {', '.join(others)} or {last}"
+
+
 def _no_taker(key: str, value: object, mixers: list[Section]) -> str:
     if key == "position":
-        if value not in POSITIONS:
-            return f"must be {', '.join(map(repr, POSITIONS[:-1]))} or {POSITIONS[-1]!r}"
-        return f"no mixer of this variant has it. Fix: use {' or '.join(get_args(AddedPosition))}"
+        return no_position(value)
     return "unknown key"
