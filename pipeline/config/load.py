@@ -24,7 +24,7 @@ def study_of(raw: object, file: str | Path, *, check_rules: bool = True) -> Stud
 
     Without `check_rules`, the sections may contradict each other.
     """
-    raw, switched_off = _without_switched_off(raw)
+    raw, switched_off = without_switched_off(raw)
     try:
         written: StudyFile = parse_config(StudyFile, raw, file)
     except ParamsError as error:
@@ -35,7 +35,8 @@ def study_of(raw: object, file: str | Path, *, check_rules: bool = True) -> Stud
     return study
 
 
-def _without_switched_off(raw: object) -> tuple[object, tuple[str, ...]]:
+def without_switched_off(raw: object) -> tuple[object, tuple[str, ...]]:
+    """Split the ablations that are switched off from the content of a file."""
     if not isinstance(raw, dict) or not isinstance(raw.get("ablations"), dict):
         return raw, ()
     off = tuple(name for name, ablation in raw["ablations"].items() if ablation == SWITCHED_OFF)

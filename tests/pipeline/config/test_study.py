@@ -802,7 +802,7 @@ def subject(line: str, file: str | Path) -> tuple[str, ...]:
     """The path of the key that an error is about."""
     assert line.startswith(f"{file}: ")
     assert line.isprintable()
-    key = re.split(" = |: ", line.removeprefix(f"{file}: "), maxsplit=1)[0]
+    key = re.split(r" = |: | \(used by ", line.removeprefix(f"{file}: "), maxsplit=1)[0]
     return () if key == "the file" else tuple(key.split("."))
 
 
