@@ -14,8 +14,11 @@ import torch
 from pydantic import ValidationError
 
 from cat.tasks.base import draw_distinct
+from cat.tasks.copying import Copying
 from cat.tasks.corpus import corpus
-from cat.tasks.registry import IGNORE, Copying, Examples, Recall, Text, generator
+from cat.tasks.recall import Recall
+from cat.tasks.registry import IGNORE, Examples, generator
+from cat.tasks.text import Text
 from tests.helpers.oracles import answers, next_tokens
 
 SIZES = {"length": 29, "multiples": (0.5, 1, 2, 5), "train_examples": 7, "valid_examples": 5, "test_examples": 3}
