@@ -1,8 +1,11 @@
 """Evaluate a task's trained models: results/<task>.csv has every metric per variant, seed and length, one row each.
 
-results/filters/<task>.csv has the kernels. results/positions/<task>.csv has the bits per byte along the longest test windows of
-a text. results/references/<task>.csv has the scores of partial strategies, which need no model. scores/<task>.npz has the scores per
-test sequence, for the intervals of the verdicts.
+Three folders in results/ and one beside it have more tables per task:
+
+    results/filters/      the kernels
+    results/positions/    bits per byte along the longest test windows of a text
+    results/references/   scores of partial strategies, which need no model
+    scores/               scores per test sequence, for the intervals of the verdicts
 """
 
 from __future__ import annotations
