@@ -67,8 +67,8 @@ class Copying(Task):
     def oracle(self, examples: Examples) -> np.ndarray:
         """From the separator on, the signals of the context in order."""
         targets = np.full(examples.inputs.shape, IGNORE, dtype=np.int64)
-        is_signal = self._is_signal(examples)
-        targets[:, -self.signals :] = examples.inputs[is_signal].reshape(-1, self.signals)
+        context = examples.inputs[:, : -self.signals]
+        targets[:, -self.signals :] = context[self._is_signal(examples)].reshape(-1, self.signals)
         return targets
 
     @property

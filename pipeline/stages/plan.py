@@ -58,7 +58,7 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
         "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values()],
-        "publish": ["pipeline.stages.report", "pipeline.tracking.sync"],
+        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *kinds.values()],
     }
     if example_variants:
         models = chain(*(_code_of(study.variants[variant]) for variant in example_variants))
