@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -74,6 +75,17 @@ class Recalled(NamedTuple):
     """Whether, in addition, this n-gram with this answer never occurs in the training split."""
 
 
+class GeneratedData(NamedTuple):
+    """The data of a task that its references are scored on."""
+
+    tests: Mapping[int, Examples]
+    """The test split of each test length."""
+    training: Examples | Windows
+    vocabulary: int
+    extents: Extents | None = None
+    """None if the task is not text."""
+
+
 class Task(Config):
     """Settings shared by all tasks: the training length, the sizes of the splits, and the test lengths."""
 
@@ -107,6 +119,11 @@ class Task(Config):
         """Vocabulary size."""
 
     @property
+    def label(self) -> str:
+        """The name of the task in figures and tables; by default the name of its file."""
+        return self.kind.rpartition(".")[2].replace("_", " ")
+
+    @property
     def autoregressive(self) -> bool:
         """Whether a model is scored on its own continuation instead of with teacher forcing."""
         return False
@@ -130,6 +147,31 @@ class Task(Config):
         None for tasks whose answers are not in the context.
         """
         return None
+
+    def oracle(self, examples: Examples) -> np.ndarray | None:
+        """The targets, N x L, computed from the inputs without a model; None if the inputs do not determine them."""
+        return None
+
+    @property
+    def reference_labels(self) -> dict[str, str]:
+        """Partial strategies that need no full solution: name -> description in the imperative, on one line.
+
+        Each name is a method `(examples) -> N x L`. It gives the probability that the strategy finds the answer, if it chooses at
+        random among equally good candidates. Values at positions without a target do not count.
+        """
+        return {}
+
+    @property
+    def reference_names(self) -> tuple[str, ...]:
+        """The names of the partial strategies, weakest first."""
+        return tuple(self.reference_labels)
+
+    def score_references(self, data: GeneratedData) -> dict[str, dict[int, float]]:
+        """The expected primary metric of each partial strategy: name -> test length -> value."""
+        return {
+            name: {length: float(getattr(self, name)(split)[split.targets >= 0].mean()) for length, split in data.tests.items()}
+            for name in self.reference_names
+        }
 
     def extents(self) -> Extents | None:
         """Size of the text that the answers of the test splits stand for; None if the task is not text."""
@@ -175,3 +217,23 @@ def draw_distinct(generator: np.random.Generator, rows: int, count: int, populat
         taken = (chosen[:, :j] == drawn[:, None]).any(axis=1)
         chosen[:, j] = np.where(taken, top, drawn)
     return generator.permuted(chosen, axis=1)
+
+
+def guess_probability(known: np.ndarray, values: np.ndarray, asked: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """The probability that the most frequent candidate is the answer, for each of A questions.
+
+    A strategy knows a clue about each question. Its candidates are the values with the same clue. The most frequent one is the
+    best guess. If k are equally frequent, the strategy chooses each with probability 1 / k.
+
+    `known` and `values` have the clues and values of C candidates, C x D and C; `asked` and `answers` those of A questions. All
+    are integers. One column of the clues should be the sequence. Otherwise candidates of other sequences count, too.
+    """
+    _, clue = np.unique(np.concatenate([known, asked]), axis=0, return_inverse=True)
+    clue, base = clue.ravel(), int(max(values.max(), answers.max())) + 1
+    pairs, counts = np.unique(clue[: len(known)] * base + values, return_counts=True)
+    largest = np.zeros(clue.max() + 1, dtype=np.int64)
+    np.maximum.at(largest, pairs // base, counts)
+    best = pairs[counts == largest[pairs // base]]
+    ties = np.bincount(best // base, minlength=len(largest))
+    asked_clue = clue[len(known) :]
+    return np.isin(asked_clue * base + answers, best) / np.maximum(ties[asked_clue], 1)

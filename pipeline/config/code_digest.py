@@ -3,6 +3,7 @@
 The digest of a module covers its own code and, through its imports, the code of every project module that it uses. It ignores
 comments, docstrings, blank lines and paths, so neither an edited comment nor a moved file retrains anything. Imports inside
 functions count. Imports by a computed name do not: such a module is one of several alternatives, and `plan` names the chosen one.
+Relative imports do not count either. Project modules are those of cat, of pipeline, and of packages in the working directory.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("cat", "pipeline")
 DECLARATIONS = {
     "cat.config", "cat.mixers.registry", "cat.tasks.registry",
     *(f"pipeline.config.{name}" for name in ("errors", "load", "names", "rules", "study", "yaml_file")),
@@ -55,7 +55,16 @@ def is_declaration(module: str) -> bool:
 
 
 def _read(module: str) -> tuple[str, list[tuple[str, str]]]:
-    return read_source((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    path = _file(module)
+    if path is None:
+        raise ValueError(f"{module}: has no file in this folder")
+    return read_source(path.read_text(encoding="utf-8"))
+
+
+def _file(module: str) -> Path | None:
+    """The file of a project module; None for other modules."""
+    files = (folder / f"{module.replace('.', '/')}.py" for folder in (ROOT, Path()))
+    return next((file for file in files if file.is_file()), None)
 
 
 def read_source(text: str) -> tuple[str, list[tuple[str, str]]]:
@@ -85,14 +94,14 @@ def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _project_imports(node: ast.AST) -> Iterator[tuple[str, str]]:
-    if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, f"module as {alias.asname or alias.name}") for alias in node.names if _file(alias.name))
+    if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
         for alias in node.names:
-            names = f"{alias.name} as {alias.asname or alias.name}"
-            module = f"{node.module}.{alias.name}"
-            if (ROOT / f"{module.replace('.', '/')}.py").is_file():
+            if _file(module := f"{node.module}.{alias.name}"):
                 yield module, f"module as {alias.asname or alias.name}"
-            else:
-                yield node.module, names
+            elif _file(node.module):
+                yield node.module, f"{alias.name} as {alias.asname or alias.name}"
 
 
 def _is_docstring(node: ast.AST) -> bool:

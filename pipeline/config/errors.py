@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from cat.config import Config
+from cat.tasks.registry import task_class
 from pipeline.config.names import PATTERNS
 
 MAX_CHARACTERS = 300
@@ -167,9 +168,15 @@ def _schema_at(path: list[int | str], raw: object, schema: Any) -> Any:
         if get_origin(schema) is Annotated:
             schema = get_args(schema)[0]
         if get_origin(schema) in (Union, UnionType):
-            value = _value_at(raw, path[:depth])
-            schema = next(m for m in get_args(schema) if all(value.get(t) in tags for t, tags in _tags(m)))
+            schema = _member(get_args(schema), _value_at(raw, path[:depth]))
     return schema
+
+
+def _member(members: tuple[type[Config], ...], value: dict[str, Any]) -> type[Config]:
+    """The member of a union that `value` belongs to; a kind with a dot is a task of another package, which is not a member."""
+    if "." in (kind := value.get("kind", "")):
+        return task_class(kind)
+    return next(m for m in members if all(value.get(t) in tags for t, tags in _tags(m)))
 
 
 def _new_name(path: list[int | str], raw: object, schema: Any) -> str | None:

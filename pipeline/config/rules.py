@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 from cat.mixers.attention.config import only_keys_convolved
 from cat.mixers.registry import ConstructionConfig
-from cat.tasks.registry import Recall, Text
+from cat.tasks.recall import Recall
+from cat.tasks.text import Text
 from pipeline.config.errors import nearest
 from pipeline.config.grid import shown_tasks, shown_variants, variant_keys, variant_value
 from pipeline.config.outputs import clashes

@@ -11,7 +11,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cat.tasks.registry import Recall
+from cat.tasks.recall import Recall
 from pipeline.config.grid import seeds_of, shown_cells
 from pipeline.config.study import Ablation, Study
 from pipeline.figures.common import task_title

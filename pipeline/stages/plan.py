@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from cat.config import ModelConfig, VariantConfig
 from cat.mixers.registry import CONSTRUCTION, ConstructionConfig, mixer_module
+from cat.tasks.registry import module_of
 from pipeline.config.code_digest import code_digest
 from pipeline.config.errors import ParamsError, config_error, printable
 from pipeline.config.grid import seeds_of, shown_variants, variants_on
@@ -57,12 +58,12 @@ def write(study: Study) -> None:
 
 def stage_modules(study: Study) -> dict[str, list[str]]:
     """The entry modules of each stage, by the name of its file in plan/."""
-    kinds = {task: f"cat.tasks.{section.data.kind}" for task, section in study.tasks.items()}
+    kinds = {task: module_of(section.data.kind) for task, section in study.tasks.items()}
     example_variants = {v for a in study.ablations.values() if a.plot == "example" for v in shown_variants(a)}
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
         "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values()],
-        "publish": ["pipeline.stages.report", "pipeline.tracking.sync"],
+        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *kinds.values()],
     }
     if example_variants:
         models = chain(*(_code_of(study.variants[variant]) for variant in example_variants))
@@ -94,7 +95,7 @@ def _code_of(model: VariantConfig) -> list[str]:
 
 
 def check_stages(study: Study, file: str = "params.yaml") -> None:
-    """Raise ParamsError unless dvc.yaml has exactly one train stage per ablation with tasks and variants."""
+    """Raise ParamsError unless dvc.yaml has exactly one train stage per ablation, and depends on the packages of own tasks."""
     if not _STAGES.exists():
         return
     raw = read_yaml(_STAGES)
@@ -123,6 +124,13 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
     faults += [
         f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"
         for name in sorted(trained.keys() - study.ablations.keys() - set(study.switched_off))
+    ]
+    plan_deps = stages.get("plan", {}).get("deps", [])
+    packages = {task: section.data.kind.split(".")[0] for task, section in study.tasks.items() if "." in section.data.kind}
+    faults += [
+        f"tasks.{task}.data.kind: the plan stage of dvc.yaml does not depend on {package}. Fix: add {package} to its deps"
+        for task, package in packages.items()
+        if package not in plan_deps
     ]
     if faults:
         raise config_error(file, faults)

@@ -24,7 +24,7 @@ from pipeline.reporting.diagnosis import diagnose
 from pipeline.reporting.tables import headline
 from pipeline.storage.files import atomic_write, write_json
 from pipeline.storage.paths import REPORTS
-from pipeline.storage.results import orphans, primary, read_results
+from pipeline.storage.results import orphans, primary, read_references, read_results
 
 README_MARKS = ("<!-- results: written by `python -m pipeline update-readme` -->", "<!-- end of results -->")
 
@@ -42,7 +42,7 @@ def render(study: Study) -> None:
             write_json(metrics / f"{variant}.json", values)
         tables = {
             "lengths": _curves(study, scores),
-            "diagnosis": diagnose(study, results),
+            "diagnosis": diagnose(study, results, read_references(study)),
             "stability": full_stability_table(study),
         }
         for name, table in tables.items():

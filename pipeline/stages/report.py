@@ -27,12 +27,12 @@ from pipeline.figures.style import save, set_theme
 from pipeline.reporting.html import page
 from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.markdown import escape
-from pipeline.reporting.tables import claims_section, key_filter_table, results_table, with_labels
+from pipeline.reporting.tables import claims_section, key_filter_table, references_table, results_table, with_labels
 from pipeline.reporting.verdicts import markdown_table, of_the_study, read_verdicts
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import REPORTS
-from pipeline.storage.results import primary, read_results
+from pipeline.storage.results import primary, read_references, read_results
 from pipeline.storage.tables import DIAGNOSIS_COLUMNS, read_table
 from pipeline.storage.training_log import read_log
 
@@ -54,7 +54,7 @@ def report(study: Study) -> None:
 
 def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: bool) -> str:
     """The report as Markdown; with training times, dates and commits if `timed`."""
-    scores, verdicts = primary(study, results), read_verdicts()
+    scores, references, verdicts = primary(study, results), read_references(study), read_verdicts()
     diagnosis = read_table(REPORTS / "diagnosis.csv", DIAGNOSIS_COLUMNS)
     parts = ["# Results of the study", _anchor(CLAIMS), claims_section(), _study(study, timed)]
     for name, ablation in study.ablations.items():
@@ -62,7 +62,7 @@ def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: 
             continue
         parts += [_anchor(name), f"## {escape(ablation.question)}", _verdicts(verdicts, name), _figures(name, ablation)]
         if not ablation.shows_models:
-            parts.append(results_table(study, scores, ablation))
+            parts += [results_table(study, scores, ablation), references_table(study, references, ablation)]
             if ablation.plot == "learning_rates":
                 parts.append(with_labels(study, key_filter_table(study, ablation)).to_markdown(index=False))
             if ablation.plot == "stability":

@@ -15,7 +15,9 @@ from cat.mixers.landmark.layer import LandmarkAttention
 from cat.model import SequenceModel
 from cat.ops.attention import attend
 from cat.ops.conv.causal import filter_heads
-from cat.tasks.registry import Copying, Recall, Task, generator
+from cat.tasks.copying import Copying
+from cat.tasks.recall import Recall
+from cat.tasks.registry import Task, generator
 from cat.training.fit import build_model
 
 SPLITS = {"train_examples": 1, "valid_examples": 1, "test_examples": 1}

@@ -15,7 +15,8 @@ from cat.mixers.registry import AnyModel
 from cat.model import SequenceModel
 from cat.tasks import ngrams
 from cat.tasks.ngrams import occurs, occurs_earlier, pack
-from cat.tasks.registry import IGNORE, Text, generator
+from cat.tasks.registry import IGNORE, generator
+from cat.tasks.text import Text
 from pipeline.stages.generate import generate
 from pipeline.storage.paths import HELDOUT
 

@@ -16,7 +16,9 @@ from cat.evaluation.diagnostics import (
     max_logit,
 )
 from cat.mixers.registry import AnyModel
-from cat.tasks.registry import Copying, Recall, generator
+from cat.tasks.copying import Copying
+from cat.tasks.recall import Recall
+from cat.tasks.registry import generator
 from cat.training.fit import build_model
 from tests.helpers.reference import normal
 

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 from cat.evaluation.scores import Scores, SequenceTotals
 from cat.tasks.base import Extents
-from cat.tasks.registry import IGNORE, Text, generator
+from cat.tasks.registry import IGNORE, generator
+from cat.tasks.text import Text
 from cat.tasks.tokenizer import BPE, Bytes, Words, load
 from pipeline.cli import main
 from pipeline.config.grid import cells

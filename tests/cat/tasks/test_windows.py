@@ -11,7 +11,8 @@ import torch
 from cat.config import OptimizerConfig, TrainingConfig
 from cat.evaluation.scores import Split, TextSplit
 from cat.mixers.attention.config import AttentionConfig
-from cat.tasks.registry import Text, Windows, generator
+from cat.tasks.registry import Windows, generator
+from cat.tasks.text import Text
 from cat.training.ensemble import fit_ensemble
 from cat.training.fit import build_model, fit
 from pipeline.stages.generate import generate

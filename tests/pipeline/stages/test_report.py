@@ -30,7 +30,7 @@ from pipeline.reporting.diagnosis import diagnose
 from pipeline.reporting.markdown import escape
 from pipeline.stages import render
 from pipeline.storage import runs
-from pipeline.storage.results import primary, read_results
+from pipeline.storage.results import primary, read_references, read_results
 from pipeline.storage.tables import CURVES
 from pipeline.storage.training_log import read_log
 from pipeline.tracking.records import report_record
@@ -137,7 +137,7 @@ def test_the_preset_is_named(study):
 
 
 def signs(study, results, variant="k", task="ar"):
-    table = diagnose(study, results)
+    table = diagnose(study, results, read_references(study))
     here = table[(table["task"] == task) & (table["variant"] == variant)]
     return dict(zip(here["failure_mode"], here["evidence"], strict=True))
 
@@ -182,6 +182,24 @@ def test_poor_recall_shows_where_attention_is(study, planted):
     plant(0.75, metric="attention_on_answer_1")
     assert signs(study, results)["poor recall"].endswith("0.75: the model attends to it but gives another output")
     assert "poor copying" in signs(study, results, task="copying", variant="none")
+
+
+@pytest.mark.parametrize(("distance", "named"), [(0.019, True), (-0.019, True), (0.021, False)])
+def test_poor_recall_names_a_partial_strategy_that_is_as_good(distance, named, study, planted):
+    results, plant = planted
+    (value,) = read_references(study).query("task == 'ar' and multiple == 1")["value"]
+    plant(value + distance)
+    phrase = f"at the training length; as good as: guess a value of the context ({value:.3f}); attention"
+    assert (phrase in signs(study, results)["poor recall"]) == named
+
+
+def test_partial_strategies_stand_below_the_results(study):
+    text = Path("reports/report.md").read_text()
+    section = text.split('<a id="qkv_subsets"></a>')[1].split("<a id=")[0]
+    (value,) = read_references(study).query("task == 'copying' and reference == 'any_uncopied' and multiple == 2")["value"]
+    (row,) = [line for line in section.splitlines() if "guess a signal that is not yet copied" in line]
+    assert [cell.strip() for cell in row.split("|")][4] == f"{value:.3f}"
+    assert section.index("partial strategy") > section.index("| parameters |")
 
 
 def test_limited_length_generalisation_shows_the_lengths(study, planted):

@@ -1,7 +1,7 @@
 """The recorded commit, and the changes that make the checkout dirty."""
 
-import shutil
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
