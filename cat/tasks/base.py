@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -115,6 +116,16 @@ class Task(Config):
     def goal(self) -> Literal["accuracy", "loss"]:
         """The metric that selects models and that figures show."""
         return "accuracy"
+
+    @property
+    def reference_names(self) -> tuple[str, ...]:
+        """Shortcuts whose score figures can show as a reference line, such as that of guessing."""
+        return ()
+
+    @property
+    def reference_labels(self) -> Mapping[str, str]:
+        """Name -> words of each reference."""
+        return {}
 
     def check_construction(self) -> None:
         """Raises ValueError if no construction of cat/theory.py solves the task."""

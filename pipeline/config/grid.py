@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.config.study import Ablation, Study
 
@@ -51,3 +51,20 @@ def shown_on(study: Study, ablation: Ablation, task: str) -> list[str]:
 def shown_cells(study: Study, ablation: Ablation) -> list[tuple[str, str]]:
     """(task, variant) of each trained cell in the figure of an ablation, task by task."""
     return [(task, variant) for task in shown_tasks(study, ablation) for variant in shown_on(study, ablation, task)]
+
+
+def seeds_of(study: Study, task: str, variant: str) -> tuple[int, ...]:
+    """The seeds with which the cell of `variant` on `task` is trained."""
+    return study.seeds
+
+
+def variant_value(study: Study, variant: str, key: str) -> Any:
+    """The value of a key of a variant. Raises KeyError if the variant has no such key."""
+    if key not in variant_keys(study, variant):
+        raise KeyError(key)
+    return getattr(study.variants[variant], key)
+
+
+def variant_keys(study: Study, variant: str) -> tuple[str, ...]:
+    """The keys of a variant, set or not."""
+    return tuple(type(study.variants[variant]).model_fields)

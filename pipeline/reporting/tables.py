@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from pipeline.config.grid import shown_on, shown_tasks, shown_variants, variants_on
+from pipeline.config.grid import seeds_of, shown_on, shown_tasks, shown_variants, variants_on
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, read_verdicts
@@ -24,6 +24,16 @@ def results_table(study: Study, results: pd.DataFrame, ablation: Ablation) -> st
     frame.insert(0, "parameters", [_parameters(study, ablation, variant) for variant in frame.index])
     frame.index = pd.Index([with_slug(variant_label(study, variant), variant) for variant in frame.index], name="variant")
     return frame.to_markdown()
+
+
+def as_markdown(table: pd.DataFrame, **options: str) -> str:
+    """Markdown with three decimals, and a dash for missing values."""
+    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3f", missingval="-", **options)
+
+
+def folded(title: str, table: pd.DataFrame) -> str:
+    """Markdown of a table that a click on `title` opens."""
+    return f"<details><summary>{title}</summary>\n\n{as_markdown(table, intfmt=',')}\n\n</details>"
 
 
 def with_labels(study: Study, table: pd.DataFrame) -> pd.DataFrame:
@@ -50,7 +60,7 @@ def key_filter_table(study: Study, ablation: Ablation) -> pd.DataFrame:
     for task in shown_tasks(study, ablation):
         for variant in shown_on(study, ablation, task):
             table = pd.DataFrame(runs.read_summary(task, variant)["runs"])
-            table = table[table["seed"].isin(study.seeds)]
+            table = table[table["seed"].isin(seeds_of(study, task, variant))]
             if table["solves_every_length"].notna().any():
                 for rate, group in table.groupby("learning_rate"):
                     solved = group["solves_every_length"].eq(True) & group["stop"].ne("diverged")

@@ -7,14 +7,17 @@ import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
 from cat.config import Config, ModelConfig, VariantConfig
 from cat.mixers.registry import MODEL_KEYS, ConstructionConfig, HybridConfig
-from pipeline.config.code_digest import code_digest
+from pipeline.config.code_digest import code_digest, is_own, modules_reached, source_file
 from pipeline.config.errors import ParamsError, config_error, printable
-from pipeline.config.grid import cells, shown_variants, variants_on
+from pipeline.config.grid import cells, shown_tasks, shown_variants, variants_on
+from pipeline.config.outputs import figure_plots
+from pipeline.config.plots import load_plot
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml
 from pipeline.storage.files import atomic_write, read_json, write_json
@@ -53,15 +56,14 @@ def write(study: Study) -> None:
 def stage_modules(study: Study) -> dict[str, list[str]]:
     """The entry modules of each stage, by the name of its file in plan/."""
     kinds = {task: f"cat.tasks.{section.data.kind}" for task, section in study.tasks.items()}
-    example_variants = {v for a in study.ablations.values() if a.plot == "example" for v in shown_variants(a)}
+    plots = {module for modules in _plot_modules(study).values() for module in modules}
+    run_variants = {v for a in study.ablations.values() if load_plot(a.plot).runs_models for v in shown_variants(a)}
+    run_models = chain(*(_code_of(study.variants[variant]) for variant in run_variants))
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
-        "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values()],
-        "publish": ["pipeline.stages.report", "pipeline.tracking.sync"],
+        "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values(), *plots, *run_models],
+        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *plots],
     }
-    if example_variants:
-        models = chain(*(_code_of(study.variants[variant]) for variant in example_variants))
-        modules["render"] += ["cat.evaluation.diagnostics", *models]
     for task, kind in kinds.items():
         models = chain(*(_code_of(study.variants[variant]) for variant in variants_on(study, task)))
         modules[f"generate/{task}"] = ["pipeline.stages.generate", kind]
@@ -69,6 +71,15 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
     for variant, model in study.variants.items():
         modules[f"train/{variant}"] = ["pipeline.stages.train", *_code_of(model)]
     return modules
+
+
+def _plot_modules(study: Study) -> dict[str, list[str]]:
+    """The modules of the plots of each ablation that has a figure."""
+    return {
+        name: [type(plot).__module__ for plot in figure_plots(name, ablation).values()]
+        for name, ablation in study.ablations.items()
+        if shown_tasks(study, ablation) and shown_variants(ablation)
+    }
 
 
 def _defaults(config: Config) -> str:
@@ -117,8 +128,20 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
         f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"
         for name in sorted(trained.keys() - study.ablations.keys())
     ]
+    faults += _own_plots_without_dependency(study, stages.get("plan"))
     if faults:
         raise config_error(file, faults)
+
+
+def _own_plots_without_dependency(study: Study, plan: Any) -> Iterator[str]:
+    """Yield one line per file of an own plot that the plan does not depend on: DVC would miss its changes."""
+    deps = plan.get("deps") if isinstance(plan, dict) else None
+    known = {Path(dep) for dep in deps or () if isinstance(dep, str)}
+    for name, modules in _plot_modules(study).items():
+        for module in sorted(filter(is_own, modules_reached(filter(is_own, modules)))):
+            path = source_file(module)
+            if not known & {path, *path.parents}:
+                yield f"ablations.{name}: the stage plan in dvc.yaml must depend on {path}. Fix: add {path.parts[0]} to its deps"
 
 
 def changed_sources(study: Study) -> Iterator[str]:

@@ -13,8 +13,15 @@ import pandas as pd
 
 from pipeline.config.grid import cells, variants_on
 from pipeline.config.study import Study
-from pipeline.storage.paths import FILTERS, POSITIONS, RESULTS, RUNS, SCORES
-from pipeline.storage.tables import FILTER_COLUMNS, HISTORY_COLUMNS, POSITION_COLUMNS, RESULTS_COLUMNS, read_table
+from pipeline.storage.paths import FILTERS, POSITIONS, REFERENCES, RESULTS, RUNS, SCORES
+from pipeline.storage.tables import (
+    FILTER_COLUMNS,
+    HISTORY_COLUMNS,
+    POSITION_COLUMNS,
+    REFERENCE_COLUMNS,
+    RESULTS_COLUMNS,
+    read_table,
+)
 
 KEYS = ("task", "variant", "seed", "length", "metric")
 """Columns that identify a row of the results."""
@@ -71,12 +78,22 @@ def read_positions(task: str) -> pd.DataFrame:
     return read_table(POSITIONS / f"{task}.csv", POSITION_COLUMNS)
 
 
+def read_references(study: Study) -> pd.DataFrame:
+    """Read the scores of the references that the tasks state."""
+    tasks = [task for task, section in study.tasks.items() if section.data.reference_names]
+    if not tasks:
+        return pd.DataFrame(columns=[*REFERENCE_COLUMNS])
+    return pd.concat([read_table(REFERENCES / f"{task}.csv", REFERENCE_COLUMNS) for task in tasks], ignore_index=True)
+
+
 def orphans(study: Study) -> Iterator[Path]:
     """Find run folders without a cell in the study, and result files without a task."""
     expected = {RUNS / cell.task / cell.variant for cell in cells(study)}
     for folder in sorted(RUNS.glob("*/*/")):
         if folder not in expected and not folder.name.startswith("."):
             yield folder
-    for file in itertools.chain.from_iterable(sorted(folder.glob("*.*")) for folder in (RESULTS, FILTERS, POSITIONS, SCORES)):
+    for file in itertools.chain.from_iterable(
+        sorted(folder.glob("*.*")) for folder in (RESULTS, FILTERS, POSITIONS, REFERENCES, SCORES)
+    ):
         if file.stem not in study.tasks and not file.name.startswith("."):
             yield file

@@ -30,6 +30,7 @@ FILTER_COLUMNS = {
 POSITION_COLUMNS = {
     "task": str, "variant": str, "seed": int, "context": str, "position": int, "tokens": int, "bits_per_byte": float,
 }  # fmt: skip
+REFERENCE_COLUMNS = {"task": str, "reference": str, "length": int, "multiple": float, "metric": str, "value": float}
 HISTORY_COLUMNS = {"learning_rate": float, "seed": int, "step": int, **dict.fromkeys(CURVES, float)}
 """The run, then the fields of cat.training.fit.ValidationRecord."""
 COMPARISON_COLUMNS = {
