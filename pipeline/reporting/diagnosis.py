@@ -11,8 +11,8 @@ import pandas as pd
 from pipeline.config.grid import seeds_of, variants_on
 from pipeline.config.study import Study
 from pipeline.storage import runs
-from pipeline.storage.results import PRIMARY, read_history
-from pipeline.storage.tables import DIAGNOSIS_COLUMNS
+from pipeline.storage.results import read_history
+from pipeline.storage.tables import DIAGNOSIS_COLUMNS, PRIMARY
 
 SOLVED = 0.95
 """Accuracy at the training length below which a task is not solved."""

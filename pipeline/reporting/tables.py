@@ -40,6 +40,16 @@ def references_table(study: Study, references: pd.DataFrame, ablation: Ablation)
     return table.to_markdown(index=False, floatfmt=".3f")
 
 
+def as_markdown(table: pd.DataFrame, **options: str) -> str:
+    """Markdown with three decimals, and a dash for missing values."""
+    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3f", missingval="-", **options)
+
+
+def folded(title: str, table: pd.DataFrame) -> str:
+    """Markdown of a table that a click on `title` opens."""
+    return f"<details><summary>{title}</summary>\n\n{as_markdown(table, intfmt=',')}\n\n</details>"
+
+
 def with_labels(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """The table with `CAT-QK (qk)` for the slugs in its columns `task` and `variant`."""
     table = table.copy()

@@ -14,10 +14,12 @@ from tabulate import tabulate
 from cat.config import ModelConfig, VariantConfig
 from cat.mixers.registry import CONSTRUCTION, ConstructionConfig, mixer_module
 from cat.tasks.registry import module_of
-from pipeline.config.code_digest import code_digest
+from pipeline.config.code_digest import code_digest, is_own, modules_reached, source_file
 from pipeline.config.errors import ParamsError, config_error, printable
-from pipeline.config.grid import seeds_of, shown_variants, variants_on
+from pipeline.config.grid import seeds_of, shown_tasks, shown_variants, variants_on
 from pipeline.config.json_schema import json_schema
+from pipeline.config.outputs import figure_plots
+from pipeline.config.plots import load_plot
 from pipeline.config.resolve import resolved
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml, to_yaml
@@ -59,15 +61,14 @@ def write(study: Study) -> None:
 def stage_modules(study: Study) -> dict[str, list[str]]:
     """The entry modules of each stage, by the name of its file in plan/."""
     kinds = {task: module_of(section.data.kind) for task, section in study.tasks.items()}
-    example_variants = {v for a in study.ablations.values() if a.plot == "example" for v in shown_variants(a)}
+    plots = {module for modules in _plot_modules(study).values() for module in modules}
+    run_variants = {v for a in study.ablations.values() if load_plot(a.plot).runs_models for v in shown_variants(a)}
+    run_models = chain(*(_code_of(study.variants[variant]) for variant in run_variants))
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
-        "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values()],
-        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *kinds.values()],
+        "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values(), *plots, *run_models],
+        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *kinds.values(), *plots],
     }
-    if example_variants:
-        models = chain(*(_code_of(study.variants[variant]) for variant in example_variants))
-        modules["render"] += ["cat.evaluation.diagnostics", *models]
     for task, kind in kinds.items():
         models = chain(*(_code_of(study.variants[variant]) for variant in variants_on(study, task)))
         modules[f"generate/{task}"] = ["pipeline.stages.generate", kind]
@@ -75,6 +76,15 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
     for variant, model in study.variants.items():
         modules[f"train/{variant}"] = ["pipeline.stages.train", *_code_of(model)]
     return modules
+
+
+def _plot_modules(study: Study) -> dict[str, list[str]]:
+    """The modules of the plots of each ablation that has a figure."""
+    return {
+        name: [type(plot).__module__ for plot in figure_plots(name, ablation).values()]
+        for name, ablation in study.ablations.items()
+        if shown_tasks(study, ablation) and shown_variants(ablation)
+    }
 
 
 def cell_plan(study: Study, task: str, variant: str, code: str) -> dict[str, Any]:
@@ -132,8 +142,20 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
         for task, package in packages.items()
         if package not in plan_deps
     ]
+    faults += _own_plots_without_dependency(study, stages.get("plan"))
     if faults:
         raise config_error(file, faults)
+
+
+def _own_plots_without_dependency(study: Study, plan: Any) -> Iterator[str]:
+    """Yield one line per file of an own plot that the plan does not depend on: DVC would miss its changes."""
+    deps = plan.get("deps") if isinstance(plan, dict) else None
+    known = {Path(dep) for dep in deps or () if isinstance(dep, str)}
+    for name, modules in _plot_modules(study).items():
+        for module in sorted(filter(is_own, modules_reached(filter(is_own, modules)))):
+            path = source_file(module)
+            if not known & {path, *path.parents}:
+                yield f"ablations.{name}: the stage plan in dvc.yaml must depend on {path}. Fix: add {path.parts[0]} to its deps"
 
 
 def changed_sources(study: Study) -> Iterator[str]:

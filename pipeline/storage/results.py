@@ -18,11 +18,11 @@ from pipeline.storage.tables import (
     FILTER_COLUMNS,
     HISTORY_COLUMNS,
     POSITION_COLUMNS,
+    PRIMARY,
     REFERENCE_COLUMNS,
     RESULTS_COLUMNS,
     read_table,
 )
-from pipeline.storage.tables import PRIMARY as PRIMARY
 
 KEYS = ("task", "variant", "seed", "length", "metric")
 """Columns that identify a row of the results."""

@@ -430,28 +430,28 @@ RULES = {
     "x is no key": (
         {"ablations.depth.x": "layer"},
         *(
-            ("ablations.depth.x", f"variant {variant!r} has no such key; did you mean 'layers'?")
+            ("ablations.depth", f"x = \"layer\": variant {variant!r} has no key 'layer'; did you mean 'layers'?")
             for variant in ("none", "qk", "qk_l2")
         ),
     ),
     "two variants in one place": (
         {"ablations.depth.x": "width"},
-        ("ablations.depth.x", "same value for variants 'qk' and 'qk_l2'"),
+        ("ablations.depth", "x = \"width\": has the same value for variants 'qk' and 'qk_l2'"),
     ),
     "sweep over text": (
         {"ablations.width.reference_variants": [], "ablations.width.x": "position"},
-        ("ablations.width.x", "needs numbers, but variant 'qk_full' has \"none\""),
+        ("ablations.width", "a sweep needs numbers, but variant 'qk_full' has \"none\""),
     ),
     "sweep over a key that a reference variant does not set": (
         {"ablations.width.x": "conv_v", "variants.qk_full.conv_v": "full"},
-        ("ablations.width.x", "Fix: set variants.qk.conv_v, or remove it from reference_variants"),
+        ("ablations.width", "Fix: set variants.qk.conv_v, or remove it from reference_variants"),
     ),
     "sweep over generated kernels": (
         {
             "ablations.width.variants": ["qk_full", "qk_network"],
             "ablations.parametrization.variants": ["qk_channel", "qk_mixing"],
         },
-        ("ablations.width.x", "variant 'qk_network' has \"network\""),
+        ("ablations.width", "variant 'qk_network' has \"network\""),
     ),
     # Names and cells.
     "unknown task": (
