@@ -121,7 +121,6 @@ def test_importing_another_name_changes_the_digest(package):
 @pytest.mark.parametrize("use", ["from own.second import second", "from own import second", "import own.second"])
 def test_code_of_a_package_in_the_working_directory_counts(use, package, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("pipeline.config.code_digest.ROOT", tmp_path / "elsewhere")
     text = f"import numpy as np\nfrom os import path\n{use}\n\nprint(np, path)\n"
     before = package(cat__first=text, own__second="def second():\n    return 2\n")
     assert modules_reached(["cat.first"]) == {"cat.first", "own.second"}
