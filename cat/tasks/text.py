@@ -72,9 +72,9 @@ class Text(Task):
     def goal(self) -> Literal["loss"]:
         return "loss"
 
-    def training(self, generator: np.random.Generator) -> Windows:
+    def training(self, length: int, generator: np.random.Generator) -> Windows:
         """Raises ValueError if the source has too little text."""
-        return self._windows("train", self.length, self.train_examples, generator)
+        return self._windows("train", length, self.training_counts[length], generator)
 
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """Cut the windows of a split. Raises ValueError if the source has too little text.

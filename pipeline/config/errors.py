@@ -108,7 +108,8 @@ def _unknown_key(path: list[int | str], raw: object, schema: Any) -> str:
     owner = _schema_at(path[:-1], raw, schema)
     if issubclass(owner, VariantConfig) and any(path[-1] in mixer.model_fields for mixer in MIXER_CONFIGS):
         return f"mixer {_value_at(raw, path[:-1])['mixer']!r} has no {path[-1]}"
-    return "unknown key" + (nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}")
+    known = [field.alias or name for name, field in owner.model_fields.items()]
+    return "unknown key" + (nearest(path[-1], known) or f"; known are {', '.join(known)}")
 
 
 def _subject(key: str, value: object) -> str:

@@ -64,8 +64,10 @@ def contradictions(study: Study) -> Iterator[str]:
     for name, section in study.tasks.items():
         for multiple in sorted(set(study.evaluate.multiples) - set(section.data.multiples)):
             yield f"evaluate.multiples: {multiple:g} is not among tasks.{name}.data.multiples"
-        if section.training.batch > section.data.train_examples:
+        if section.training.batch > (fewest := min(section.data.training_counts.values())):
             problem = f"exceeds train_examples = {section.data.train_examples}"
+            if fewest < section.data.train_examples:
+                problem += f", which give {fewest} per training length"
             yield f"tasks.{name}.training.batch = {section.training.batch}: {problem}"
 
 

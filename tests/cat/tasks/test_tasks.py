@@ -511,7 +511,7 @@ def test_an_empty_file_has_too_little_text(tmp_path):
         (recall, {"keys": 2}, "pairs = 3 exceeds the 2 distinct 1-grams over keys = 2"),
         (recall, {"ngram": 3, "keys": 2, "pairs": 9}, "pairs = 9 exceeds the 8 distinct 3-grams"),
         (recall, {"length": 12}, "length 12 is too short for 3 pairs and their queries, which need 13 tokens"),
-        (recall, {"multiples": (0.25, 1)}, "length 7 is too short for 1 pairs and their queries, which need 5 tokens"),
+        (recall, {"multiples": (0.25, 1)}, "length 7 is too short for a pair: 3 pairs at length 29 give none"),
         (
             recall,
             {"ngram": 3, "keys": 2, "pairs": 5, "queries": "one", "length": 24, "multiples": (0.3, 1)},
