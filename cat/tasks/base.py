@@ -18,7 +18,7 @@ MAX_CONSTRUCTION_VOCABULARY = 1024
 
 MIN_LENGTH, MAX_LENGTH = 4, 2**31 - 1
 RANGE_LENGTHS = 8
-"""Number of training lengths from `from` to `to`: few enough that each has its own stored examples."""
+"""Number of training lengths from `from` to `to`. torch.compile keeps at most 8 versions of a function, here one per length."""
 
 
 class Examples(NamedTuple):

@@ -91,6 +91,19 @@ def test_the_windows_of_a_task_equal_its_training_examples(text):
         assert row.tolist() == examples.inputs[index].tolist()
 
 
+def test_windows_of_several_lengths_share_the_tokens(text):
+    task = Text(**(text.model_dump() | {"length": (5, 13)}))
+    generate("prose", task, 0)
+    assert {path.name for path in (DATA / "prose").iterdir()} == {
+        "tokens.npy", "train_5.npz", "train_13.npz", "valid.npz", "meta.json",
+    }  # fmt: skip
+    short, long = runs.training_split("prose", CPU).splits
+    assert ((short.length, short.size), (long.length, long.size)) == ((5, 15), (13, 14))
+    assert short.tokens is long.tokens
+    stored = task.examples("train", 5, 15, generator(0, "prose", "train_5"))
+    assert torch.equal(short.rows(torch.arange(15)).inputs, torch.tensor(stored.inputs).long())
+
+
 def test_the_tokens_are_stored_once_and_memory_mapped(text):
     meta = read_json(DATA / "prose" / "meta.json")
     assert meta["tokens"] == sha256(DATA / "prose" / "tokens.npy")
