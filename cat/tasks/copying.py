@@ -36,7 +36,7 @@ class Copying(Task):
     def _check_signals(self) -> Self:
         if self.unique and self.signals > self.alphabet:
             raise ValueError(f"signals = {self.signals} exceeds alphabet = {self.alphabet}, but unique = true")
-        for length in self.lengths:
+        for length in self.generated_lengths:
             if self.context_at(length) < self.signals:
                 raise ValueError(f"length {length} is too short for signals = {self.signals} before and after the separator")
         return self

@@ -39,7 +39,7 @@ class Recall(Task):
     filler: Count
     """Size of the filler alphabet; with 1, filler is a blank."""
     pairs: Count
-    """Key-value pairs per training sequence."""
+    """Key-value pairs per sequence of the training length; fewer in shorter ones (`pairs_at`)."""
     queries: Literal["one", "all"]
     """`one`: a single query, at the end; `all`: one query per key."""
     query_gap: Literal["uniform", "power"]
@@ -52,13 +52,12 @@ class Recall(Task):
             raise ValueError(f"keys = {self.keys} has more {self.ngram}-grams than fit in a 64-bit number")
         if self.pairs > capacity:
             raise ValueError(f"pairs = {self.pairs} exceeds the {capacity} distinct {self.ngram}-grams over keys = {self.keys}")
-        for length in self.lengths:
+        for length in self.generated_lengths:
             pairs = self.pairs_at(length)
-            if pairs < 1 or length < self._min_length(pairs):
-                raise ValueError(
-                    f"length {length} is too short for {max(1, pairs)} pairs and their queries,"
-                    f" which need {self._min_length(max(1, pairs))} tokens"
-                )
+            if pairs < 1:
+                raise ValueError(f"length {length} is too short for a pair: {self.pairs} pairs at length {self.length} give none")
+            if length < (needed := self._min_length(pairs)):
+                raise ValueError(f"length {length} is too short for {pairs} pairs and their queries, which need {needed} tokens")
         return self
 
     @property

@@ -76,9 +76,9 @@ class Text(Task):
     def goal(self) -> Literal["loss"]:
         return "loss"
 
-    def training(self, generator: np.random.Generator) -> Windows:
+    def training(self, length: int, generator: np.random.Generator) -> Windows:
         """Raises ValueError if the source has too little text."""
-        return self._windows("train", self.length, self.train_examples, generator)
+        return self._windows("train", length, self.training_counts[length], generator)
 
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """Cut the windows of a split. Raises ValueError if the source has too little text.
@@ -117,13 +117,13 @@ class Text(Task):
         """Bits per byte by tables that count the training windows, the same at every length as the targets are."""
         if not self.reference_names:
             return {}
-        assert isinstance(data.training, Windows)
+        training = [windows for windows in data.training if isinstance(windows, Windows)]
         assert data.extents is not None
         inputs, targets = (np.asarray(array, dtype=np.int64) for array in data.tests[self.lengths[-1]])
         rows, positions = np.nonzero(targets >= 0)
         before = np.arange(2 - max(ORDERS[name] for name in self.reference_names), 1)
         asked = np.column_stack([inputs[rows[:, None], positions[:, None] + before], targets[targets >= 0]])
-        bits = ngram_bits(data.training, asked, data.vocabulary).sum(0) + 8 * data.extents.unknown.sum()
+        bits = ngram_bits(training, asked, data.vocabulary).sum(0) + 8 * data.extents.unknown.sum()
         return {
             name: dict.fromkeys(data.tests, float(bits[ORDERS[name] - 1] / data.extents.bytes.sum()))
             for name in self.reference_names

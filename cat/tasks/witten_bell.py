@@ -8,7 +8,7 @@ training text. p_0 is uniform over the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -18,16 +18,17 @@ CHUNK_TOKENS = 1 << 22
 """Tokens of the training text that are counted at a time, to bound memory."""
 
 
-def ngram_bits(training: Windows, asked: np.ndarray, vocabulary: int) -> np.ndarray:
+def ngram_bits(training: Sequence[Windows], asked: np.ndarray, vocabulary: int) -> np.ndarray:
     """Bits of the last of n tokens given the others, by tables of 1-grams to n-grams: A x n for `asked`, A x n.
 
-    The tables count each token that is a target of at least one training window once. Only contexts of `asked` are counted.
+    The tables count each token that is a target of at least one training window once. The windows, by length, are cut from one
+    text. Only contexts of `asked` are counted.
     """
     answers, counters = asked[:, -1], [_Counter(asked[:, :-1], order, vocabulary) for order in range(asked.shape[1])]
     for positions in _target_positions(training):
         contexts = np.zeros(len(positions), dtype=np.int64)
         for counter in counters:
-            positions, contexts = counter.add(training.tokens, positions, contexts)
+            positions, contexts = counter.add(training[0].tokens, positions, contexts)
     probabilities = [np.full(len(asked), 1 / vocabulary)]
     for counter in counters:
         probabilities.append(counter.smoothed(answers, probabilities[-1]))
@@ -79,12 +80,15 @@ class _Counter:
         return contexts * self.vocabulary + tokens
 
 
-def _target_positions(training: Windows) -> Iterator[np.ndarray]:
+def _target_positions(training: Sequence[Windows]) -> Iterator[np.ndarray]:
     """Yield every position of the text that is a target of at least one window once, in chunks."""
-    starts = np.sort(training.starts)
-    ends = starts + training.length
+    starts = np.concatenate([windows.starts for windows in training])
+    ends = np.concatenate([windows.starts + windows.length for windows in training])
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
     begins = np.maximum(starts, np.concatenate([[0], ends[:-1]]))  # windows overlap
-    for first in range(0, len(starts), step := max(1, CHUNK_TOKENS // training.length)):
+    longest = max(windows.length for windows in training)
+    for first in range(0, len(starts), step := max(1, CHUNK_TOKENS // longest)):
         begin, end = begins[first : first + step], ends[first : first + step]
         sizes = end - begin
         offsets = np.repeat(np.cumsum(sizes) - sizes, sizes)

@@ -116,7 +116,8 @@ def _unknown_key(path: list[int | str], raw: object, schema: Any) -> str:
     if (new := _new_name(path, raw, schema)) is not None:
         return f"renamed to {new}"
     owner = _schema_at(path[:-1], raw, schema)
-    return "unknown key" + (nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}")
+    known = [field.alias or name for name, field in owner.model_fields.items()]
+    return "unknown key" + (nearest(path[-1], known) or f"; known are {', '.join(known)}")
 
 
 def subject_of(key: str, value: object) -> str:

@@ -63,9 +63,13 @@ def contradictions(study: Study) -> Iterator[str]:
     for name, section in study.tasks.items():
         for multiple in sorted(set(study.evaluate.multiples) - set(section.data.multiples)):
             yield f"evaluate.multiples: {multiple:g} is not among tasks.{name}.data.multiples"
+        fewest = min(section.data.training_counts.values())
         for batch in sorted({training.batch for (task, _), training in study.training.items() if task == name}):
-            if batch > section.data.train_examples:
-                yield f"tasks.{name}.data.train_examples = {section.data.train_examples}: is fewer than the batch of {batch}"
+            if batch > fewest:
+                each = f", which give {fewest} per training length" if fewest < section.data.train_examples else ""
+                yield (
+                    f"tasks.{name}.data.train_examples = {section.data.train_examples}: is fewer than the batch of {batch}{each}"
+                )
 
 
 def _unknown_plots(study: Study) -> Iterator[str]:

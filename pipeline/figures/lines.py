@@ -32,6 +32,8 @@ class Lines(Plot):
             axes.set_xscale("log", base=2)
             set_ticks(axes, study.tasks[task].data.multiples, "{:g}x")
             axes.axvline(1, color="0.6", lw=1, ls=":", zorder=0)
-            label_axes(study, task, axes, f"length / training length of {study.tasks[task].data.length}")
+            data = study.tasks[task].data
+            longest = "longest " if len(data.training_lengths) > 1 else ""
+            label_axes(study, task, axes, f"length / {longest}training length of {data.length}")
         add_legend(figure, panels)
         return figure

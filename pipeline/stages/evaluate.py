@@ -93,7 +93,7 @@ def references(task: str, data: Task) -> Rows:
         return []
     generated = GeneratedData(
         tests={length: read_split(task, f"test_{length}") for length in data.lengths},
-        training=read_training(task),
+        training=list(read_training(task)),
         vocabulary=read_meta(task).vocabulary,
         extents=_extents(task) if data.goal == "loss" else None,
     )

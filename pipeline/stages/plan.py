@@ -208,6 +208,11 @@ def table(study: Study) -> str:
     return (
         tabulate(rows, headers=["variant", *study.tasks])
         + f"\n\n{len(study.training)} cells, each with seeds x learning rates x steps at most; {steps:,} steps in all"
+        + "".join(
+            f"\n{task} trains on sequences of {', '.join(map(str, lengths[:-1]))} and {lengths[-1]} tokens, one length per batch"
+            for task, section in study.tasks.items()
+            if len(lengths := section.data.training_lengths) > 1
+        )
     )
 
 

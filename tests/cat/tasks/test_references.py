@@ -99,7 +99,7 @@ def test_the_score_is_the_mean_over_the_answers_of_each_length():
     first = sequence([((1,), 50), ((2,), 50), ((3,), 60)], [((3,), 60), ((2,), 50)])
     longer = sequence([((1,), 60), ((2,), 61), ((3,), 62)], [((1,), 60), ((3,), 62)])
     tests = {9: Examples(*np.array(first)[:, None]), 18: Examples(*np.array(longer)[:, None])}
-    scores = recall(1, 3).score_references(GeneratedData(tests, tests[9], 100))
+    scores = recall(1, 3).score_references(GeneratedData(tests, [tests[9]], 100))
     assert scores == {"guess_value": {9: 1 / 2, 18: pytest.approx(1 / 3)}}
 
 
@@ -115,7 +115,7 @@ def test_every_task_has_an_oracle_or_says_that_it_has_none_and_scores_its_strate
     task = small(kind, tmp_path)
     tests = {length: task.examples("test", length, 3, generator(0, kind, f"test_{length}")) for length in task.lengths}
     training = task.training(generator(0, kind, "train"))
-    scores = task.score_references(GeneratedData(tests, training, task.vocabulary, task.extents()))
+    scores = task.score_references(GeneratedData(tests, [training], task.vocabulary, task.extents()))
     assert (task.oracle(tests[40]) is None) == (task.goal == "loss"), "the past of a text does not determine what follows"
     assert tuple(scores) == task.reference_names != ()
     for name, label in task.reference_labels.items():
@@ -148,7 +148,7 @@ def bits_by_counting(text, positions, asked, vocabulary):
 def test_a_bigram_table_by_hand():
     """The targets of 0 1 0 1 1 are 1, 0, 1, 1: p(1) = 4/6, p(1 | 0) = (2 + 4/6) / 3, p(0 | 1) = (1 + 2 * 2/6) / 4."""
     windows = Windows(np.array([0, 1, 0, 1, 1], dtype=np.uint8), np.array([0]), 4)
-    bits = ngram_bits(windows, np.array([[0, 1], [1, 0]]), 2)
+    bits = ngram_bits([windows], np.array([[0, 1], [1, 0]]), 2)
     np.testing.assert_allclose(2**-bits, [[4 / 6, 8 / 9], [2 / 6, 5 / 12]])
 
 
@@ -157,10 +157,12 @@ def test_tables_of_ngrams_agree_with_counting(chunk, monkeypatch):
     monkeypatch.setattr("cat.tasks.witten_bell.CHUNK_TOKENS", chunk)
     text = np.random.Generator(np.random.PCG64(0)).integers(0, 5, size=211, dtype=np.uint8)
     starts = np.array([101, 0, 3, 3, 140, 104])
-    positions = sorted({start + offset for start in starts.tolist() for offset in range(1, 14)})
-    assert np.concatenate(list(_target_positions(Windows(text, starts, 13)))).tolist() == positions
+    windows = [Windows(text, starts, 13), Windows(text, starts[:2] + 1, 5)]  # of two lengths
+    positions = {start + offset for start in starts.tolist() for offset in range(1, 14)}
+    positions = sorted(positions | {start + offset for start in (starts[:2] + 1).tolist() for offset in range(1, 6)})
+    assert np.concatenate(list(_target_positions(windows))).tolist() == positions
     asked = np.concatenate([np.lib.stride_tricks.sliding_window_view(text[150:], 5), [[4, 4, 4, 4, 4], [6, 6, 6, 6, 6]]])
-    bits = ngram_bits(Windows(text, starts, 13), asked.astype(np.int64), 7)
+    bits = ngram_bits(windows, asked.astype(np.int64), 7)
     np.testing.assert_allclose(bits, bits_by_counting(text.tolist(), positions, asked.tolist(), 7))
 
 
@@ -173,7 +175,7 @@ def test_text_is_scored_on_the_targets_of_the_models_in_bits_per_byte(tokens, tm
     training = task.training(generator(0, "text", "train"))
     tests = {length: task.examples("test", length, 3, generator(0, "text", "test")) for length in task.lengths}
     extents = task.extents()
-    scores = task.score_references(GeneratedData(tests, training, task.vocabulary, extents))
+    scores = task.score_references(GeneratedData(tests, [training], task.vocabulary, extents))
     positions = sorted({start + offset for start in training.starts.tolist() for offset in range(1, 13)})
     rows = [[*row, last] for row, last in zip(tests[24].inputs.tolist(), tests[24].targets[:, -1].tolist(), strict=True)]
     asked = [row[end - 5 : end] for row in rows for end in range(len(row) - 2, len(row) + 1)]

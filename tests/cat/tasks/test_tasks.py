@@ -57,6 +57,11 @@ def splits(task, seed=0):
     return {name: task.examples(*size, generator(seed, "task", name)) for name, size in sizes.items()}
 
 
+def with_lengths(task, *lengths):
+    """The same task, trained on several lengths."""
+    return type(task)(**(task.model_dump() | {"length": lengths}))
+
+
 def many(task, count=500, length=29, seed=0):
     return task.examples("train", length, count, generator(seed, "task", "train"))
 
@@ -79,6 +84,30 @@ def test_the_targets_are_those_of_the_oracle(task):
         assert inputs.shape == targets.shape == (count, length)
         unanswered = Examples(inputs, np.full_like(targets, IGNORE))
         np.testing.assert_array_equal(task.oracle(unanswered), targets, err_msg=name)
+
+
+@pytest.mark.parametrize("task", [with_lengths(task.values[0], 14, 20, 29) for task in RECALL + COPYING])
+def test_each_training_length_has_its_share_of_the_examples(task):
+    assert (task.length, task.lengths, task.training_counts) == (29, LENGTHS, {14: 3, 20: 2, 29: 2})
+    for length, count in task.training_counts.items():
+        inputs, targets = task.training(length, generator(0, "task", f"train_{length}"))
+        assert inputs.shape == targets.shape == (count, length)
+        np.testing.assert_array_equal(answers(task, inputs), targets)
+
+
+@pytest.mark.parametrize("lengths", [29, (14, 20, 29), {"from": 14, "to": 145}])
+def test_a_task_is_read_back_with_its_training_lengths(lengths):
+    task = recall(length=lengths, train_examples=8)
+    assert recall(**task.model_dump(mode="json")) == task
+    assert isinstance(task.model_dump()["length"], int) == (lengths == 29)
+
+
+@pytest.mark.parametrize(("first", "last", "count"), [(14, 145, 8), (20, 23, 4), (2**30, 2**31 - 1, 8)])
+def test_a_range_of_lengths_has_equal_ratios(first, last, count):
+    lengths = copying(length={"from": first, "to": last}, train_examples=8).training_lengths
+    assert (lengths[0], lengths[-1], len(lengths)) == (first, last, count)
+    if count == 8:
+        np.testing.assert_allclose(np.diff(np.log(lengths)), np.log(last / first) / 7, atol=1 / first)
 
 
 @pytest.mark.parametrize("task", RECALL)
@@ -515,7 +544,7 @@ def test_an_empty_file_has_too_little_text(tmp_path):
         (recall, {"keys": 2}, "pairs = 3 exceeds the 2 distinct 1-grams over keys = 2"),
         (recall, {"ngram": 3, "keys": 2, "pairs": 9}, "pairs = 9 exceeds the 8 distinct 3-grams"),
         (recall, {"length": 12}, "length 12 is too short for 3 pairs and their queries, which need 13 tokens"),
-        (recall, {"multiples": (0.25, 1)}, "length 7 is too short for 1 pairs and their queries, which need 5 tokens"),
+        (recall, {"multiples": (0.25, 1)}, "length 7 is too short for a pair: 3 pairs at length 29 give none"),
         (
             recall,
             {"ngram": 3, "keys": 2, "pairs": 5, "queries": "one", "length": 24, "multiples": (0.3, 1)},
@@ -528,6 +557,10 @@ def test_an_empty_file_has_too_little_text(tmp_path):
         (text, {"vocabulary_size": 300}, "vocabulary_size = 300 needs tokens = bpe or words"),
         (text, {"tokens": "bpe"}, "tokens = bpe needs vocabulary_size"),
         (text, {"tokens": "bpe", "vocabulary_size": 256}, "vocabulary_size = 256 must exceed 256"),
+        (recall, {"length": (5, 29)}, "length 5 is too short for a pair: 3 pairs at length 29 give none"),
+        (copying, {"length": (10, 29)}, "length 10 is too short for signals = 5"),
+        (recall, {"length": (20, 20, 29)}, "length = [20, 20, 29] must be ascending, each length once"),
+        (recall, {"length": {"from": 14, "to": 29}}, "train_examples = 7 are too few for 8 training lengths"),
         (recall, {"multiples": (2, 4)}, "multiples = [2.0, 4.0] must be ascending and contain 1"),
         (recall, {"multiples": (2, 1)}, "multiples = [2.0, 1.0] must be ascending and contain 1"),
         (recall, {"multiples": (1, 4, 2)}, "multiples = [1.0, 4.0, 2.0] must be ascending and contain 1"),

@@ -85,17 +85,30 @@ def test_training_on_windows_equals_training_on_examples_to_the_bit():
 
 def test_the_windows_of_a_task_equal_its_training_examples(text):
     examples = text.examples("train", text.length, text.train_examples, generator(0, "prose", "train"))
-    stored = read_training("prose")
+    (stored,) = read_training("prose")
     for actual, expected in zip(stored.rows(), examples, strict=True):
         np.testing.assert_array_equal(actual, expected)
     for row, index in zip(runs.training_split("prose", CPU).rows(torch.tensor([11, 3])).inputs, (11, 3), strict=True):
         assert row.tolist() == examples.inputs[index].tolist()
 
 
+def test_windows_of_several_lengths_share_the_tokens(text):
+    task = Text(**(text.model_dump() | {"length": (5, 13)}))
+    generate("prose", task, 0)
+    assert {path.name for path in (DATA / "prose").iterdir()} == {
+        "tokens.npy", "train_5.npz", "train_13.npz", "valid.npz", "meta.json",
+    }  # fmt: skip
+    short, long = runs.training_split("prose", CPU).splits
+    assert ((short.length, short.size), (long.length, long.size)) == ((5, 15), (13, 14))
+    assert short.tokens is long.tokens
+    stored = task.examples("train", 5, 15, generator(0, "prose", "train_5"))
+    assert torch.equal(short.rows(torch.arange(15)).inputs, torch.tensor(stored.inputs).long())
+
+
 def test_the_tokens_are_stored_once_and_memory_mapped(text):
     meta = read_json(DATA / "prose" / "meta.json")
     assert meta["tokens"] == sha256(DATA / "prose" / "tokens.npy")
-    stored = read_training("prose")
+    (stored,) = read_training("prose")
     assert isinstance(stored.tokens, np.memmap)
     assert (stored.tokens.dtype, len(stored.tokens), stored.starts.shape) == (np.uint8, 2400, (29,))
     with np.load(DATA / "prose" / "train.npz") as arrays:

@@ -11,10 +11,10 @@ import torch
 import cat.evaluation.scores
 import cat.training.fit
 from cat.config import OptimizerConfig, TrainingConfig
-from cat.evaluation.scores import Scores, Split, score
+from cat.evaluation.scores import MixedSplit, Scores, Split, score
 from cat.mixers.attention.config import AttentionConfig
 from cat.model import SequenceModel
-from cat.training.fit import batch_indices, build_model, fit, lr_scale, split_by_weight_decay
+from cat.training.fit import batch_indices, build_model, draw_batches, fit, lr_scale, split_by_weight_decay
 from cat.training.optimizer import AdamW
 
 VOCABULARY, LENGTH = 11, 7
@@ -45,10 +45,10 @@ def build(seed=0, **changes):
     return build_model(config(**changes), vocabulary=VOCABULARY, length=LENGTH, seed=seed)
 
 
-def run(*, seed=0, steps=30, rate=0.03, batch=16, optimizer=OPTIMIZER, stop_early=True, training=None, **changes):
+def run(*, seed=0, steps=30, rate=0.03, batch=16, optimizer=OPTIMIZER, stop_early=True, training=None, train=None, **changes):
     return fit(
         build(seed, **changes),
-        successor(),
+        train or successor(),
         successor(32, seed=1),
         optimizer_config=optimizer,
         training_config=TrainingConfig(steps=steps, batch=batch, learning_rates=[rate], **(training or {})),
@@ -134,6 +134,44 @@ def test_an_epoch_has_each_example_at_most_once_in_a_new_order():
     assert epochs[0].tolist() != epochs[1].tolist()
     assert next(batch_indices(20, 6, seed=3)).tolist() == epochs[0][:6].tolist()
     assert next(batch_indices(20, 6, seed=4)).tolist() != epochs[0][:6].tolist()
+
+
+def test_one_split_has_the_batches_of_its_own_order():
+    drawn, expected = draw_batches([20], 6, seed=3), batch_indices(20, 6, seed=3)
+    for _ in range(10):
+        split, rows = next(drawn)
+        assert (split, rows.tolist()) == (0, next(expected).tolist())
+
+
+def test_splits_take_turns_in_a_new_order_and_have_their_own_epochs():
+    counts = [9, 8, 11]
+    batches = list(itertools.islice(draw_batches(counts, 4, seed=3), 24))
+    rounds = [[split for split, _ in batches[start : start + 3]] for start in range(0, 24, 3)]
+    assert all(sorted(order) == [0, 1, 2] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 2
+    for split, count in enumerate(counts):
+        own = [rows for index, rows in batches if index == split]
+        for epoch in zip(own[::2], own[1::2], strict=True):
+            assert len(set(torch.cat(epoch).tolist())) == 8
+        assert max(map(max, own)) < count
+    again = itertools.islice(draw_batches(counts, 4, seed=3), 24)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(batches, again, strict=True))
+
+
+def test_each_batch_has_one_of_the_training_lengths(monkeypatch):
+    shapes, logits_at = [], SequenceModel.logits_at
+
+    def recorded(model, tokens, positions):
+        if torch.is_grad_enabled():
+            shapes.append(tuple(tokens.shape))
+        return logits_at(model, tokens, positions)
+
+    monkeypatch.setattr(SequenceModel, "logits_at", recorded)
+    inputs, targets = examples()
+    shorter = Split.of(inputs[:, :5], targets[:, :5])
+    run(steps=6, train=MixedSplit((shorter, successor())))
+    assert sorted(shapes) == [(16, 5)] * 3 + [(16, LENGTH)] * 3
+    assert run(steps=6, train=MixedSplit((successor(),))).history == run(steps=6).history
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -411,6 +411,30 @@ RULES = {
     "two test splits of one length": ({"tasks.ar.data.multiples": [0.5, 0.51, 1, 2]}, ("tasks.ar.data", "must differ")),
     "huge sequence": ({"tasks.ar.data.length": 10**400}, ("tasks.ar.data.length", "must be less than")),
     "n-gram longer than the context": ({"tasks.text.data.ngram": 9}, ("tasks.text.data", "ngram = 9 exceeds the 8 tokens")),
+    "no training length": ({"tasks.ar.data.length": []}, ("tasks.ar.data.length", "an empty list has no training length")),
+    "training length twice": ({"tasks.ar.data.length": [10, 10]}, ("tasks.ar.data", "length = [10, 10] must be ascending")),
+    "training length too short for its pairs": (
+        {"tasks.ar.data.length": [4, 20]},
+        ("tasks.ar.data", "length 4 is too short for a pair: 4 pairs at length 20 give none"),
+    ),
+    "training length that is no number": ({"tasks.ar.data.length": [10, "x"]}, ("tasks.ar.data.length.1", INTEGER)),
+    "range of lengths that falls": (
+        {"tasks.ar.data.length": {"from": 40, "to": 20}},
+        ("tasks.ar.data.length", "from = 40 must be smaller than to = 20"),
+    ),
+    "range of lengths without its end": ({"tasks.ar.data.length": {"from": 20}}, ("tasks.ar.data.length", "needs to")),
+    "range of lengths with another key": (
+        {"tasks.ar.data.length": {"form": 20, "to": 40}},
+        ("tasks.ar.data.length", "unknown key 'form'; a range of lengths has the keys from and to"),
+    ),
+    "range of huge lengths": (
+        {"tasks.ar.data.length": {"from": 20, "to": 10**400}},
+        ("tasks.ar.data.length", "to must be a whole number"),
+    ),
+    "batch larger than the examples of a length": (
+        {"tasks.ar.data.length": [10, 20], "tasks.ar.training.batch": 129},
+        ("tasks.ar.data.train_examples", "is fewer than the batch of 129, which give 128 per training length"),
+    ),
     "seed twice": ({"tasks.ar.training": {"seeds": [3, 0, 3]}}, ("tasks.ar.training", "seeds = [3, 0, 3] has a value twice")),
     "multiple twice": ({"evaluate.multiples": [1, 2, 1]}, ("evaluate", "twice")),
     "learning rate twice": ({"tasks.ar.training.learning_rates": [0.01, 1e-2]}, ("tasks.ar.training", "twice")),
@@ -646,6 +670,7 @@ GOLDEN = {
         "defaults.training.warmup = 1 (used by variants.none on ar and 37 more): must be less than 1",
     ),
     "tasks.ar.data.ngrams": (1, "tasks.ar.data.ngrams = 1: unknown key; did you mean 'ngram'?"),
+    "tasks.ar.data.lenght": (20, "tasks.ar.data.lenght = 20: unknown key; did you mean 'length'?"),
     "tasks.ar.data.kind": (MISSING, "tasks.ar.data.kind: is missing"),
     "tasks.ar.training.steps": (
         3.5,

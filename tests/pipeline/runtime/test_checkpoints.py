@@ -23,7 +23,7 @@ from filelock import FileLock
 
 import cat.training.fit
 from cat.config import OptimizerConfig, TrainingConfig
-from cat.evaluation.scores import Split, sequence_totals
+from cat.evaluation.scores import MixedSplit, Split, sequence_totals
 from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.mamba.config import MambaConfig
 from cat.mixers.performer.config import PerformerConfig
@@ -54,9 +54,9 @@ MODELS = {
 }
 
 
-def successor(count, seed):
+def successor(count, seed, length=LENGTH):
     """The next number as target at every other token; some examples have one target fewer."""
-    inputs = torch.randint(0, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
+    inputs = torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
     targets = torch.full_like(inputs, -100)
     targets[:, 2::2] = (inputs[:, 2::2] + 1) % VOCABULARY
     targets[::3, 2] = -100
@@ -67,11 +67,15 @@ def build(name="filters", seed=3):
     return build_model(MODELS[name], vocabulary=VOCABULARY, length=LENGTH, seed=seed)
 
 
-def run(name="filters", *, steps=23, rate=0.03, **options):
+MIXED = MixedSplit((successor(33, 0, length=5), successor(50, 0)))
+
+
+def run(name="filters", *, steps=23, rate=0.03, train=None, **options):
     """A run with three steps per epoch and a validation every five."""
     config = TrainingConfig(steps=steps, batch=16, learning_rates=[rate])
     options = {"optimizer_config": OPTIMIZER, "seed": 2, "stop_early": True, **options}
-    return fit(build(name), successor(50, 0), successor(17, 1), training_config=config, learning_rate=rate, **options)
+    train = train or successor(50, 0)
+    return fit(build(name), train, successor(17, 1), training_config=config, learning_rate=rate, **options)
 
 
 def with_states(train):
@@ -87,14 +91,14 @@ def assert_same(first, second):
         assert torch.equal(weight.nan_to_num(7), weights[name].nan_to_num(7)), name
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_run_resumed_at_any_step_gives_the_same_bits(name):
-    whole_run, states = with_states(lambda **options: run(name, stop_early=False, **options))
+@pytest.mark.parametrize(("name", "train"), [*((name, None) for name in MODELS), ("filters", MIXED)])
+def test_a_run_resumed_at_any_step_gives_the_same_bits(name, train):
+    whole_run, states = with_states(lambda **options: run(name, train=train, stop_early=False, **options))
     assert whole_run.stop == "steps"
     assert [ended for _, ended in states] == [False] * 22 + [True]
     for state, _ in [states[0], states[4], states[7], states[15], states[-1]]:
-        assert_same(run(name, stop_early=False, resume=state), whole_run)
-    assert_same(whole_run, run(name, stop_early=False))
+        assert_same(run(name, train=train, stop_early=False, resume=state), whole_run)
+    assert_same(whole_run, run(name, train=train, stop_early=False))
 
 
 def test_a_run_that_stopped_early_is_not_continued(monkeypatch):
