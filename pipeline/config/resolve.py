@@ -286,10 +286,16 @@ def resolved(config: Config) -> dict[str, Any]:
     So a new optional key changes no cell. Equal configurations give equal mappings, wherever their values are written.
     """
     values = config.model_dump(mode="json")
-    for key, field in type(config).model_fields.items():
-        value = getattr(config, key)
+    for name, field in type(config).model_fields.items():
+        key, value = field.alias or name, getattr(config, name)
         if value == field.default and (value is None or value is False):
             del values[key]
         elif isinstance(value, tuple) and value and isinstance(value[0], Config):
             values[key] = [resolved(item) for item in value]
     return values
+
+
+def unwritten(config: Config) -> dict[str, Any]:
+    """The resolved values of keys that the file leaves to their defaults."""
+    written = {type(config).model_fields[name].alias or name for name in config.model_fields_set}
+    return {key: value for key, value in resolved(config).items() if key not in written}

@@ -20,7 +20,7 @@ from pipeline.config.grid import seeds_of, shown_tasks, shown_variants, variants
 from pipeline.config.json_schema import json_schema
 from pipeline.config.outputs import figure_plots
 from pipeline.config.plots import load_plot
-from pipeline.config.resolve import resolved
+from pipeline.config.resolve import resolved, unwritten
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml, to_yaml
 from pipeline.storage.files import atomic_write, json_text, read_json, write_json
@@ -41,9 +41,7 @@ def write(study: Study) -> None:
     for task, variant in study.training:
         texts[f"train/{task}/{variant}.json"] = json_text(cell_plan(study, task, variant, digests[f"train/{variant}"]))
     for task, section in study.tasks.items():
-        texts[f"generate/{task}.txt"] += "".join(
-            f"{key}: {value}\n" for key, value in resolved(section.data).items() if key not in section.data.model_fields_set
-        )
+        texts[f"generate/{task}.txt"] += "".join(f"{key}: {value}\n" for key, value in unwritten(section.data).items())
         texts[f"evaluate/{task}.txt"] += "".join(
             f"{variant}: {', '.join(map(str, seeds_of(study, task, variant)))}\n" for variant in variants_on(study, task)
         )
