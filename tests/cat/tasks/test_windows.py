@@ -8,9 +8,9 @@ import psutil
 import pytest
 import torch
 
-from cat.config import OptimizerConfig, TrainingConfig
+from cat.config import TrainingConfig
 from cat.evaluation.scores import Split, TextSplit
-from cat.mixers.attention.config import AttentionConfig
+from cat.mixers.registry import model_config
 from cat.tasks.registry import Windows, generator
 from cat.tasks.text import Text
 from cat.training.ensemble import fit_ensemble
@@ -65,15 +65,14 @@ def test_the_last_window_ends_with_the_last_token():
 
 def test_training_on_windows_equals_training_on_examples_to_the_bit():
     data, valid = windows(), split_of(windows(count=5))
-    training_config = TrainingConfig(steps=5, batch=4, learning_rates=(0.01,))
-    optimizer_config = OptimizerConfig(
-        weight_decay=0.1, grad_clip=1, warmup=0.2, eval_every=3, early_stop_accuracy=1, early_stop_patience=1
+    training = TrainingConfig(
+        steps=5, batch=4, weight_decay=0.1, grad_clip=1, warmup=0.2, eval_every=3, early_stop_accuracy=1, early_stop_patience=1
     )
 
     def train_on(train, *, ensemble):
-        config = AttentionConfig(mixer="attention", width=8, layers=1, heads=2, position="none", conv_k=3)
+        config = model_config(mixer="attention", width=8, layers=1, heads=2, conv_k=3)
         models = [build_model(config, vocabulary=256, length=7, seed=seed) for seed in (0, 1)]
-        settings = {"optimizer_config": optimizer_config, "training_config": training_config, "stop_early": False}
+        settings = {"config": training, "stop_early": False}
         if ensemble:
             return fit_ensemble(models, train, valid, learning_rates=[0.01] * 2, seeds=[0, 1], **settings)
         return [fit(models[0], train, valid, learning_rate=0.01, seed=0, **settings)]

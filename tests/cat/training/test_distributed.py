@@ -23,7 +23,7 @@ from pipeline.runtime.devices import describe, own_device
 from pipeline.stages import train as training
 from pipeline.storage.files import read_json
 from tests.helpers.study import stage, tiny_study
-from tests.pipeline.runtime.test_checkpoints import CPU, MIXED, OPTIMIZER, TrainingConfig, build, digests, successor
+from tests.pipeline.runtime.test_checkpoints import CPU, MIXED, TRAINING, build, digests, successor
 
 
 def in_processes(count, function):
@@ -55,10 +55,9 @@ def in_processes(count, function):
 
 def run(group=SINGLE_PROCESS, *, batch=16, train=None, **options):
     """Train and return the digest of the weights, the steps, the stop reason, the micro-batch size and the history."""
-    training_config = TrainingConfig(steps=400, batch=batch, learning_rates=[0.03])
-    options = {"optimizer_config": OPTIMIZER, "learning_rate": 0.03, "seed": 2, "stop_early": True, **options}
-    train = train or successor(50, 0)
-    run = fit(build(), train, successor(17, 1), training_config=training_config, group=group, **options)
+    config = TRAINING.model_copy(update={"steps": 400, "batch": batch})
+    options = {"learning_rate": 0.03, "seed": 2, "stop_early": True, **options}
+    run = fit(build(), train or successor(50, 0), successor(17, 1), config=config, group=group, **options)
     weights = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in run.model.state_dict().values()))
     return weights.hexdigest(), run.steps, run.stop, run.micro_batch, [vars(record) for record in run.history]
 
