@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path.cwd()))
 from pipeline.config.claims import load as load_claims
 from pipeline.config.grid import cells, shown_tasks, shown_variants
 from pipeline.config.load import load_study
-from pipeline.figures.plots import figures_of
+from pipeline.config.outputs import figure_plots
 from pipeline.reporting.labels import variant_label, with_slug
 from pipeline.storage.results import read_results
 
@@ -68,7 +68,7 @@ for cell in cells(study):
     assert rows["value"].between(0, 1).all(), cell
 for name, ablation in study.ablations.items():
     enabled = shown_tasks(study, ablation) and shown_variants(ablation)
-    for file in figures_of(name, ablation) if enabled else ():
+    for file in figure_plots(name, ablation) if enabled else ():
         assert Path(f"reports/figures/{file}.svg").stat().st_size > 5000, file
 for task in study.tasks:
     filters = pd.read_csv(f"results/filters/{task}.csv")

@@ -59,10 +59,10 @@ def filters(length: int, *, tokens: int = 8192, sizes: Sequence[tuple[int, int]]
 
 def layer(width: int, heads: int, length: int, batch: int, convolutions: dict[str, Any], device: str) -> Work:
     """Run the forward and backward pass: the output, and the gradients of the input and of both projections."""
-    config = AttentionConfig(mixer="attention", width=width, layers=1, heads=heads, position="none", **convolutions)
+    config = AttentionConfig(heads=heads, **convolutions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        mixer = CausalAttention(config, length)
+        mixer = CausalAttention(config, width=width, length=length)
     with torch.no_grad():
         for weight in mixer.filters.parameters():
             weight.zero_()[..., 0] = 1

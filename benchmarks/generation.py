@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Benchmark, Case, Work, compared
-from cat.mixers.attention.config import AttentionConfig
+from cat.config import ModelConfig
 from cat.mixers.base import Cache
-from cat.mixers.delta.config import DeltaConfig
-from cat.mixers.linear.config import LinearConfig
-from cat.mixers.mamba.config import MambaConfig
-from cat.mixers.registry import AnyModel
+from cat.mixers.registry import model_config
 from cat.model import SequenceModel
 
 VOCABULARY, TARGET = 256, 10
@@ -23,12 +20,12 @@ VOCABULARY, TARGET = 256, 10
 def generation(*, length: int = 1024, width: int = 256) -> Benchmark:
     """One sequence, four layers; kernel size 4 on q, k and v of mixers with them."""
     sizes = {"width": width, "layers": 4, "mlp": 4}
-    qkv = {**sizes, "heads": 4, "position": "none", "conv_q": 4, "conv_k": 4, "conv_v": 4}
+    qkv = {**sizes, "heads": 4, "conv_q": 4, "conv_k": 4, "conv_v": 4}
     configs = {
-        "CAT": AttentionConfig(mixer="attention", **qkv),
-        "LinCAT": LinearConfig(mixer="linear", **qkv),
-        "Gated DeltaNet": DeltaConfig(mixer="delta", gate=True, **qkv),
-        "Mamba": MambaConfig(mixer="mamba", **sizes),
+        "CAT": model_config(mixer="attention", **qkv),
+        "LinCAT": model_config(mixer="linear", **qkv),
+        "Gated DeltaNet": model_config(mixer="delta", gate=True, **qkv),
+        "Mamba": model_config(mixer="mamba", **sizes),
     }
     cases = [
         Case(
@@ -48,7 +45,7 @@ def generation(*, length: int = 1024, width: int = 256) -> Benchmark:
     )
 
 
-def step(config: AnyModel, length: int, device: str) -> Work:
+def step(config: ModelConfig, length: int, device: str) -> Work:
     model, tokens = build(config, length, device)
     with torch.no_grad():
         _, caches = model.step(tokens[:, :-1])
@@ -60,7 +57,7 @@ def _step(model: SequenceModel, token: Tensor, caches: Sequence[Cache]) -> Tenso
     return model.step(token, caches)[0]
 
 
-def forward(config: AnyModel, length: int, device: str) -> Work:
+def forward(config: ModelConfig, length: int, device: str) -> Work:
     return partial(_forward, *build(config, length, device))
 
 
@@ -69,7 +66,7 @@ def _forward(model: SequenceModel, tokens: Tensor) -> Tensor:
     return model(tokens)[:, -1]
 
 
-def build(config: AnyModel, length: int, device: str) -> tuple[SequenceModel, Tensor]:
+def build(config: ModelConfig, length: int, device: str) -> tuple[SequenceModel, Tensor]:
     """Return a model with the same weights at every call, and `length` + 1 tokens."""
     torch.manual_seed(0)
     model = SequenceModel(config, vocabulary=VOCABULARY, length=length).to(device)

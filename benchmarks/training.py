@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.data import mqar
 from benchmarks.measure import Benchmark, Case, NotRun, Work, compared, give_back_memory
-from cat.config import OptimizerConfig
+from cat.config import TrainingConfig
 from cat.evaluation.scores import Split
-from cat.mixers.attention.config import AttentionConfig
+from cat.mixers.registry import model_config
 from cat.model import SequenceModel
 from cat.seeding import generator
 from cat.tasks.base import IGNORE
@@ -22,10 +22,10 @@ from cat.training.fit import build_model, mean_loss, split_by_weight_decay
 from cat.training.optimizer import AdamW
 from pipeline.runtime.processes import keep_memory
 
-MODEL = AttentionConfig(mixer="attention", width=64, layers=1, heads=1, position="none", conv_q=4, conv_k=4, conv_v=4)
+MODEL = model_config(mixer="attention", width=64, layers=1, heads=1, conv_q=4, conv_k=4, conv_v=4)
 RATE, CLIP, REPLICAS_TARGET = 1e-3, 1.0, 6
-OPTIMIZER = OptimizerConfig(
-    weight_decay=0.0, grad_clip=CLIP, warmup=0.0, eval_every=1, early_stop_accuracy=1.0, early_stop_patience=1
+TRAINING = TrainingConfig(
+    steps=1, batch=1, weight_decay=0.0, grad_clip=CLIP, warmup=0.0, eval_every=1, early_stop_accuracy=1.0, early_stop_patience=1
 )
 
 
@@ -127,7 +127,7 @@ def replicas(*, count: int = 12, batch: int = 32, devices: Sequence[str] = ("cud
 def ensemble_step(count: int, size: int, device: str, *, vocabulary: int = 256, first: int = 0) -> Work:
     """Prepare the step of `fit_ensemble`, which returns the losses of all members."""
     models, inputs, targets = zip(*(prepare(vocabulary, size, device, first + index) for index in range(count)), strict=True)
-    ensemble = Ensemble(models, [RATE] * count, optimizer_config=OPTIMIZER, precision="float32")
+    ensemble = Ensemble(models, [RATE] * count, config=TRAINING, precision="float32")
     splits = [Split.of(*examples).rows(slice(None)) for examples in zip(inputs, targets, strict=True)]
     batches = Split(*(torch.stack(tensors) for tensors in zip(*splits, strict=True)))
     return lambda: ensemble.step(batches, 1.0)[:, 0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, computed_field, model_validator
 
@@ -54,6 +54,20 @@ class VariantConfig(Config):
 
 class MixerConfig(Config):
     """Settings of one token mixer. The width belongs to the model."""
+
+    label: ClassVar[str]
+    """Name in figures and reports; by default the name of the folder."""
+    label_with_convolution: ClassVar[str | None] = None
+    """Name with a convolution, before the convolved projections, as in `CAT-QK`; None: `label`, and no projections."""
+    selects_tokens: ClassVar[bool] = False
+    """Whether an output may depend on only some of the earlier tokens, as in sparse attention."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        if "label" not in vars(cls):
+            folder = cls.__module__.removesuffix(".config").rpartition(".")[2]
+            cls.label = folder.replace("_", " ").capitalize()
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -114,7 +128,8 @@ class ModelConfig(VariantConfig):
     @model_validator(mode="after")
     def _mixers_fit(self) -> Self:
         if self.layers % len(self.mixers):
-            raise ValueError(f"layers = {self.layers} must be a multiple of the number of mixers, {len(self.mixers)}")
+            names = ", ".join(mixer.mixer for mixer in self.mixers)
+            raise ValueError(f"mixer = [{names}] needs a multiple of {len(self.mixers)} layers, not layers = {self.layers}")
         for index, mixer in enumerate(self.mixers):
             with self._naming(index):
                 mixer.check_width(self.width)

@@ -21,7 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cat import ConvolutionAugmentedAttention
-from cat.tasks.registry import IGNORE, Recall
+from cat.tasks.recall import Recall
+from cat.tasks.registry import IGNORE
 
 TASK = Recall(
     kind="recall", ngram=1, keys=64, values=64, filler=1, pairs=8, queries="all", query_gap="uniform",

@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 @runtime_checkable
 class TrainingSplit(Protocol):
-    """Examples on a device, from which batches are drawn."""
+    """Examples of one length on a device, from which batches are drawn."""
 
     @property
     def size(self) -> int:
@@ -87,6 +87,13 @@ class TextSplit(NamedTuple):
         positions = torch.arange(self.length, device=self.device).repeat(len(index), 1)
         token_index = self.starts[index, None] + positions
         return Split(self.tokens[token_index].long(), positions, self.tokens[token_index + 1].long())
+
+
+class MixedSplit(NamedTuple):
+    """Training examples of several lengths. Each batch is drawn from one of the splits."""
+
+    splits: tuple[TrainingSplit, ...]
+    """One per length, shortest first."""
 
 
 class TokenScores(NamedTuple):

@@ -48,7 +48,7 @@ class QKVMixer(Mixer):
         self.scale = 1 / math.sqrt(width // config.heads)
 
     def extra_repr(self) -> str:
-        settings = self.config.model_dump(exclude_defaults=True, exclude={"mixer"})
+        settings = {"width": self.width, **self.config.model_dump(exclude_defaults=True, exclude={"mixer"})}
         return ", ".join(f"{key}={value}" for key, value in settings.items())
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:

@@ -115,7 +115,8 @@ def mixer_class(name: str) -> type[MixerConfig]:
 def compose(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Composition:
     """Assign each key of `settings` to the model or to every mixer that has it; then each key of `defaults` that is not yet set.
 
-    A default that no part of the model has is left out. Raises UnknownMixerError or ValueError for the mixers themselves.
+    A default that no part of the model has is left out, and so is one whose key `settings` has. Raises UnknownMixerError or
+    ValueError for the mixers themselves.
     """
     defaults = defaults or {}
     model = Section(ModelConfig, {}, {})
@@ -132,7 +133,7 @@ def compose(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = No
         mixers.append(section)
     for inherited, keys in ((False, settings), (True, defaults)):
         for key, value in keys.items():
-            if key == "mixer":
+            if key == "mixer" or (inherited and key in settings):
                 continue
             takers = list(_takers(key, value, model, mixers))
             for section in takers:
@@ -192,9 +193,15 @@ def _takers(key: str, value: object, model: Section, mixers: list[Section]) -> I
         yield from in_mixers
 
 
+def no_position(value: object) -> str:
+    """Say what is wrong with a position encoding that no part of a model has."""
+    if value not in POSITIONS:
+        return f"must be {', '.join(map(repr, POSITIONS[:-1]))} or {POSITIONS[-1]!r}"
+    *others, last = get_args(AddedPosition)
+    return f"no mixer of this variant has it. Fix: use {', '.join(others)} or {last}"
+
+
 def _no_taker(key: str, value: object, mixers: list[Section]) -> str:
     if key == "position":
-        if value not in POSITIONS:
-            return f"must be {', '.join(map(repr, POSITIONS[:-1]))} or {POSITIONS[-1]!r}"
-        return f"no mixer of this variant has it. Fix: use {' or '.join(get_args(AddedPosition))}"
+        return no_position(value)
     return "unknown key"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 
 from cat.config import Config, Count
 
@@ -15,6 +16,10 @@ IGNORE = -100
 
 MAX_CONSTRUCTION_VOCABULARY = 1024
 """Largest vocabulary that a construction supports: its number of weights grows with the square of the vocabulary."""
+
+MIN_LENGTH, MAX_LENGTH = 4, 2**31 - 1
+RANGE_LENGTHS = 8
+"""Number of training lengths from `from` to `to`. torch.compile keeps at most 8 versions of a function, here one per length."""
 
 
 class Examples(NamedTuple):
@@ -74,19 +79,86 @@ class Recalled(NamedTuple):
     """Whether, in addition, this n-gram with this answer never occurs in the training split."""
 
 
-class Task(Config):
-    """Settings shared by all tasks: the training length, the sizes of the splits, and the test lengths."""
+class GeneratedData(NamedTuple):
+    """The data of a task that its references are scored on."""
 
+    tests: Mapping[int, Examples]
+    """The test split of each test length."""
+    training: Sequence[Examples | Windows]
+    """The training split by length."""
+    vocabulary: int
+    extents: Extents | None = None
+    """None if the task is not text."""
+
+
+def _list_lengths(value: Any) -> Any:
+    """The list that a value of `length` stands for; `{from, to}` is spaced evenly on a logarithmic scale, as multiples are."""
+    if isinstance(value, list | tuple) and not value:
+        raise ValueError("an empty list has no training length")
+    if not isinstance(value, dict):
+        return value if isinstance(value, list | tuple) else [value]
+    for key in value:
+        if key not in ("from", "to"):
+            raise ValueError(f"unknown key {key!r}; a range of lengths has the keys from and to")
+    for key in ("from", "to"):
+        if key not in value:
+            raise ValueError(f"a range of lengths needs {key}")
+        if type(value[key]) is not int or not MIN_LENGTH <= value[key] <= MAX_LENGTH:
+            raise ValueError(f"{key} must be a whole number from {MIN_LENGTH} to {MAX_LENGTH}")
+    first, last = value["from"], value["to"]
+    if first >= last:
+        raise ValueError(f"from = {first} must be smaller than to = {last}")
+    steps = RANGE_LENGTHS - 1
+    return sorted({round(first * (last / first) ** (step / steps)) for step in range(RANGE_LENGTHS)})
+
+
+_LENGTH_SCHEMA: dict[str, Any] = {"type": "integer", "minimum": MIN_LENGTH, "maximum": MAX_LENGTH}
+_LENGTHS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        _LENGTH_SCHEMA,
+        {"type": "array", "items": _LENGTH_SCHEMA, "minItems": 1},
+        {
+            "type": "object",
+            "properties": {"from": _LENGTH_SCHEMA, "to": _LENGTH_SCHEMA},
+            "required": ["from", "to"],
+            "additionalProperties": False,
+        },
+    ],
+}
+
+
+class Task(Config):
+    """Settings shared by all tasks: the training lengths, the sizes of the splits, and the test lengths."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
     renamed_keys: ClassVar = {"train": "train_examples", "valid": "valid_examples", "test": "test_examples"}
     kind: str
-    length: Annotated[int, Field(ge=4, lt=2**31)]
-    """Tokens per training sequence."""
+    training_lengths: Annotated[
+        tuple[Annotated[int, Field(ge=MIN_LENGTH, le=MAX_LENGTH)], ...],
+        Field(alias="length", strict=False),
+        BeforeValidator(_list_lengths),
+        WithJsonSchema(_LENGTHS_SCHEMA),
+    ]
+    """Tokens per training sequence, ascending. The key `length` is a number, a list, or `{from, to}` for RANGE_LENGTHS lengths.
+
+    All sequences of a batch have the same length.
+    """
     multiples: Annotated[tuple[Annotated[float, Field(gt=0, le=4096)], ...], Field(min_length=1, strict=False)]
     """Lengths of the test splits, as multiples of the training length, ascending; must contain 1."""
     train_examples: Count
+    """Training examples; with several training lengths, divided evenly among them."""
     valid_examples: Count
+    """Validation examples, of the training length."""
     test_examples: Count
     """Examples per test split; there is one split per multiple."""
+
+    @model_validator(mode="after")
+    def _check_training_lengths(self) -> Self:
+        if list(self.training_lengths) != sorted(set(self.training_lengths)):
+            raise ValueError(f"length = {list(self.training_lengths)} must be ascending, each length once")
+        if self.train_examples < (count := len(self.training_lengths)):
+            raise ValueError(f"train_examples = {self.train_examples} are too few for {count} training lengths")
+        return self
 
     @model_validator(mode="after")
     def _check_multiples(self) -> Self:
@@ -95,6 +167,26 @@ class Task(Config):
         if len(set(self.lengths)) < len(self.lengths):
             raise ValueError(f"multiples = {list(self.multiples)} give lengths {list(self.lengths)}, which must differ")
         return self
+
+    @field_serializer("training_lengths")
+    def _plain_length(self, lengths: tuple[int, ...]) -> int | tuple[int, ...]:
+        return lengths if len(lengths) > 1 else lengths[0]
+
+    @property
+    def length(self) -> int:
+        """The training length in tokens, the longest if there are several: models are built for it and multiples refer to it."""
+        return self.training_lengths[-1]
+
+    @property
+    def training_counts(self) -> dict[int, int]:
+        """Training examples by length. If they do not divide evenly, the shortest lengths have one more."""
+        count, more = divmod(self.train_examples, len(self.training_lengths))
+        return {length: count + (index < more) for index, length in enumerate(self.training_lengths)}
+
+    @property
+    def generated_lengths(self) -> tuple[int, ...]:
+        """The lengths of all splits, shortest first."""
+        return tuple(sorted({*self.training_lengths, *self.lengths}))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -105,6 +197,11 @@ class Task(Config):
     @abstractmethod
     def vocabulary(self) -> int:
         """Vocabulary size."""
+
+    @property
+    def label(self) -> str:
+        """The name of the task in figures and tables; by default the name of its file."""
+        return self.kind.rpartition(".")[2].replace("_", " ")
 
     @property
     def autoregressive(self) -> bool:
@@ -131,6 +228,31 @@ class Task(Config):
         """
         return None
 
+    def oracle(self, examples: Examples) -> np.ndarray | None:
+        """The targets, N x L, computed from the inputs without a model; None if the inputs do not determine them."""
+        return None
+
+    @property
+    def reference_labels(self) -> dict[str, str]:
+        """Partial strategies that need no full solution: name -> description in the imperative, on one line.
+
+        Each name is a method `(examples) -> N x L`. It gives the probability that the strategy finds the answer, if it chooses at
+        random among equally good candidates. Values at positions without a target do not count.
+        """
+        return {}
+
+    @property
+    def reference_names(self) -> tuple[str, ...]:
+        """The names of the partial strategies, weakest first."""
+        return tuple(self.reference_labels)
+
+    def score_references(self, data: GeneratedData) -> dict[str, dict[int, float]]:
+        """The expected primary metric of each partial strategy: name -> test length -> value."""
+        return {
+            name: {length: float(getattr(self, name)(split)[split.targets >= 0].mean()) for length, split in data.tests.items()}
+            for name in self.reference_names
+        }
+
     def extents(self) -> Extents | None:
         """Size of the text that the answers of the test splits stand for; None if the task is not text."""
         return None
@@ -155,9 +277,9 @@ class Task(Config):
         """Say in one line each how local source files are split and which are skipped. Raises ValueError if they are unusable."""
         return []
 
-    def training(self, generator: np.random.Generator) -> Examples | Windows:
-        """The training split: compact examples, or the text and the windows to cut from it."""
-        return self.examples("train", self.length, self.train_examples, generator).compact()
+    def training(self, length: int, generator: np.random.Generator) -> Examples | Windows:
+        """The training examples of one length: compact examples, or the text and the windows to cut from it."""
+        return self.examples("train", length, self.training_counts[length], generator).compact()
 
     @abstractmethod
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
@@ -175,3 +297,23 @@ def draw_distinct(generator: np.random.Generator, rows: int, count: int, populat
         taken = (chosen[:, :j] == drawn[:, None]).any(axis=1)
         chosen[:, j] = np.where(taken, top, drawn)
     return generator.permuted(chosen, axis=1)
+
+
+def guess_probability(known: np.ndarray, values: np.ndarray, asked: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    """The probability that the most frequent candidate is the answer, for each of A questions.
+
+    A strategy knows a clue about each question. Its candidates are the values with the same clue. The most frequent one is the
+    best guess. If k are equally frequent, the strategy chooses each with probability 1 / k.
+
+    `known` and `values` have the clues and values of C candidates, C x D and C; `asked` and `answers` those of A questions. All
+    are integers. One column of the clues should be the sequence. Otherwise candidates of other sequences count, too.
+    """
+    _, clue = np.unique(np.concatenate([known, asked]), axis=0, return_inverse=True)
+    clue, base = clue.ravel(), int(max(values.max(), answers.max())) + 1
+    pairs, counts = np.unique(clue[: len(known)] * base + values, return_counts=True)
+    largest = np.zeros(clue.max() + 1, dtype=np.int64)
+    np.maximum.at(largest, pairs // base, counts)
+    best = pairs[counts == largest[pairs // base]]
+    ties = np.bincount(best // base, minlength=len(largest))
+    asked_clue = clue[len(known) :]
+    return np.isin(asked_clue * base + answers, best) / np.maximum(ties[asked_clue], 1)

@@ -7,13 +7,14 @@ In the unique form each signal occurs at most once per sequence. A model is scor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Self
 
 import numpy as np
 from pydantic import model_validator
 
 from cat.config import Count
-from cat.tasks.base import IGNORE, Examples, Task, draw_distinct
+from cat.tasks.base import IGNORE, Examples, Task, draw_distinct, guess_probability
 
 BOS, SEPARATOR = 0, 1
 
@@ -35,7 +36,7 @@ class Copying(Task):
     def _check_signals(self) -> Self:
         if self.unique and self.signals > self.alphabet:
             raise ValueError(f"signals = {self.signals} exceeds alphabet = {self.alphabet}, but unique = true")
-        for length in self.lengths:
+        for length in self.generated_lengths:
             if self.context_at(length) < self.signals:
                 raise ValueError(f"length {length} is too short for signals = {self.signals} before and after the separator")
         return self
@@ -43,6 +44,10 @@ class Copying(Task):
     @property
     def vocabulary(self) -> int:
         return 2 + self.alphabet + self.noise
+
+    @property
+    def label(self) -> str:
+        return "selective copying"
 
     @property
     def autoregressive(self) -> bool:
@@ -54,12 +59,49 @@ class Copying(Task):
 
     def answer_positions(self, examples: Examples) -> np.ndarray:
         """At each target position, the position of the next signal in the context."""
-        inputs, targets = np.asarray(examples.inputs, dtype=np.int64), np.asarray(examples.targets)
-        context = inputs.shape[1] - self.signals
-        is_signal = (inputs[:, :context] >= 2) & (inputs[:, :context] < 2 + self.alphabet)
-        positions = np.full_like(inputs, -1)
-        positions[targets >= 0] = np.nonzero(is_signal)[1]
+        targets = np.asarray(examples.targets)
+        positions = np.full(targets.shape, -1)
+        positions[targets >= 0] = np.nonzero(self._is_signal(examples))[1]
         return positions
+
+    def oracle(self, examples: Examples) -> np.ndarray:
+        """From the separator on, the signals of the context in order."""
+        targets = np.full(examples.inputs.shape, IGNORE, dtype=np.int64)
+        context = examples.inputs[:, : -self.signals]
+        targets[:, -self.signals :] = context[self._is_signal(examples)].reshape(-1, self.signals)
+        return targets
+
+    @property
+    def reference_labels(self) -> dict[str, str]:
+        return {"any_signal": "guess a signal of the context", "any_uncopied": "guess a signal that is not yet copied"}
+
+    def any_signal(self, examples: Examples) -> np.ndarray:
+        """Guess any signal of the context: the most frequent one, because it is right most often."""
+        return self._guess(examples, lambda place, step: place >= 0)
+
+    def any_uncopied(self, examples: Examples) -> np.ndarray:
+        """Guess any signal that is not yet copied, if all signals so far were copied rightly."""
+        return self._guess(examples, lambda place, step: place >= step)
+
+    def _guess(self, examples: Examples, is_candidate: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """The probability to find each answer, N x L, if candidates are the signals at certain places of the order.
+
+        `is_candidate` says for the place of a signal and the step of copying, both from 0, whether the signal is one.
+        """
+        targets = np.asarray(examples.targets, dtype=np.int64)
+        signals = targets[targets >= 0].reshape(-1, self.signals)
+        row, step, place = np.indices((len(signals), self.signals, self.signals))
+        chosen = is_candidate(place, step)
+        known = np.column_stack([row[chosen], step[chosen]])
+        asked = np.column_stack([row[:, :, 0].ravel(), step[:, :, 0].ravel()])
+        found = np.zeros(targets.shape)
+        found[targets >= 0] = guess_probability(known, signals[row, place][chosen], asked, signals.ravel())
+        return found
+
+    def _is_signal(self, examples: Examples) -> np.ndarray:
+        """Whether each token before the separator is a signal, N x context."""
+        context = np.asarray(examples.inputs)[:, : -self.signals]
+        return (context >= 2) & (context < 2 + self.alphabet)
 
     def check_construction(self) -> None:
         if not self.unique:

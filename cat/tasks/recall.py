@@ -12,15 +12,17 @@ in one pair and in at most one query, so every query has exactly one answer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from cat.config import Count
-from cat.tasks.base import IGNORE, Examples, Task, draw_distinct
+from cat.tasks.base import IGNORE, Examples, Task, draw_distinct, guess_probability
 
 BOS = 0
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
 class Recall(Task):
@@ -37,7 +39,7 @@ class Recall(Task):
     filler: Count
     """Size of the filler alphabet; with 1, filler is a blank."""
     pairs: Count
-    """Key-value pairs per training sequence."""
+    """Key-value pairs per sequence of the training length; fewer in shorter ones (`pairs_at`)."""
     queries: Literal["one", "all"]
     """`one`: a single query, at the end; `all`: one query per key."""
     query_gap: Literal["uniform", "power"]
@@ -50,18 +52,21 @@ class Recall(Task):
             raise ValueError(f"keys = {self.keys} has more {self.ngram}-grams than fit in a 64-bit number")
         if self.pairs > capacity:
             raise ValueError(f"pairs = {self.pairs} exceeds the {capacity} distinct {self.ngram}-grams over keys = {self.keys}")
-        for length in self.lengths:
+        for length in self.generated_lengths:
             pairs = self.pairs_at(length)
-            if pairs < 1 or length < self._min_length(pairs):
-                raise ValueError(
-                    f"length {length} is too short for {max(1, pairs)} pairs and their queries,"
-                    f" which need {self._min_length(max(1, pairs))} tokens"
-                )
+            if pairs < 1:
+                raise ValueError(f"length {length} is too short for a pair: {self.pairs} pairs at length {self.length} give none")
+            if length < (needed := self._min_length(pairs)):
+                raise ValueError(f"length {length} is too short for {pairs} pairs and their queries, which need {needed} tokens")
         return self
 
     @property
     def vocabulary(self) -> int:
         return 1 + self.keys + self.values + self.filler
+
+    @property
+    def label(self) -> str:
+        return "associative recall" if self.ngram == 1 else f"{self.ngram}-gram recall"
 
     def pairs_at(self, length: int) -> int:
         """Pairs per sequence of `length` tokens: proportional to the length, at most the number of N-grams."""
@@ -98,16 +103,75 @@ class Recall(Task):
 
     def answer_positions(self, examples: Examples) -> np.ndarray:
         """At each target position, the position of the value after the first occurrence of the queried key."""
+        numbers = self._key_numbers(examples)
+        positions = np.full_like(numbers, -1)
+        rows, targets = np.nonzero(np.asarray(examples.targets) >= 0)
+        positions[rows, targets] = (numbers[rows] == numbers[rows, targets][:, None]).argmax(1) + 1
+        return positions
+
+    def oracle(self, examples: Examples) -> np.ndarray:
+        """The answer to a key that occurred before is the token after its first occurrence."""
+        targets = np.full(examples.inputs.shape, IGNORE, dtype=np.int64)
+        for row, (tokens, numbers) in enumerate(zip(examples.inputs.tolist(), self._key_numbers(examples).tolist(), strict=True)):
+            value_of: dict[int, int] = {}
+            for position, number in enumerate(numbers):
+                if number in value_of:
+                    targets[row, position] = value_of[number]
+                elif number >= 0:
+                    value_of[number] = tokens[position + 1]
+        return targets
+
+    @property
+    def reference_labels(self) -> dict[str, str]:
+        keys = f"of {_NUMBERS[self.ngram]} key tokens"
+        labels = {"guess_value": "guess a value of the context"}
+        if self.ngram >= 2:
+            labels["last_key_token"] = f"find one {keys}, the last"
+        if self.ngram >= 3:
+            labels["last_two_key_tokens"] = f"find two {keys}, the last two"
+        if self.ngram >= 2:
+            labels["key_token_set"] = "find the key tokens without their order"
+        return labels
+
+    def guess_value(self, examples: Examples) -> np.ndarray:
+        """Guess any value of the context: the most frequent one, because it is right most often."""
+        return self._guess(examples, lambda keys: keys[:, :0])
+
+    def last_key_token(self, examples: Examples) -> np.ndarray:
+        """Guess among the values whose key has the same last token as the query."""
+        return self._guess(examples, lambda keys: keys[:, -1:])
+
+    def last_two_key_tokens(self, examples: Examples) -> np.ndarray:
+        """Guess among the values whose key has the same last two tokens as the query."""
+        return self._guess(examples, lambda keys: keys[:, -2:])
+
+    def key_token_set(self, examples: Examples) -> np.ndarray:
+        """Guess among the values whose key has the same tokens as the query, equally often but in any order."""
+        return self._guess(examples, lambda keys: np.sort(keys, axis=1))
+
+    def _guess(self, examples: Examples, clue: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """The probability to find each answer, N x L, if `clue` is all that is known of a key.
+
+        `clue` maps M keys, M x ngram, to what is known of each.
+        """
+        inputs, targets = (np.asarray(array, dtype=np.int64) for array in examples)
+        before = np.arange(-self.ngram, 0)
+        rows, ends = np.nonzero((inputs > self.keys) & (inputs <= self.keys + self.values))
+        known = np.column_stack([rows, clue(inputs[rows[:, None], ends[:, None] + before])])
+        query_rows, query_ends = np.nonzero(targets >= 0)
+        asked = np.column_stack([query_rows, clue(inputs[query_rows[:, None], query_ends[:, None] + 1 + before])])
+        found = np.zeros(inputs.shape)
+        found[targets >= 0] = guess_probability(known, inputs[rows, ends], asked, targets[targets >= 0])
+        return found
+
+    def _key_numbers(self, examples: Examples) -> np.ndarray:
+        """The number of the N-gram that ends at each token, N x L; -1 unless all of its tokens are key tokens, 1 .. keys."""
         tokens, n = np.asarray(examples.inputs, dtype=np.int64), self.ngram
         windows = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1)
-        # The number of the N-gram that ends at each token; -1 unless all of its tokens are key tokens, 1 .. keys.
-        key_numbers = np.full_like(tokens, -1)
-        key_numbers[:, n - 1 :] = ((windows - 1) * self.keys ** np.arange(n - 1, -1, -1)).sum(-1)
-        key_numbers[:, n - 1 :][((windows < 1) | (windows > self.keys)).any(-1)] = -1
-        positions = np.full_like(tokens, -1)
-        rows, targets = np.nonzero(np.asarray(examples.targets) >= 0)
-        positions[rows, targets] = (key_numbers[rows] == key_numbers[rows, targets][:, None]).argmax(1) + 1
-        return positions
+        numbers = np.full_like(tokens, -1)
+        numbers[:, n - 1 :] = ((windows - 1) * self.keys ** np.arange(n - 1, -1, -1)).sum(-1)
+        numbers[:, n - 1 :][((windows < 1) | (windows > self.keys)).any(-1)] = -1
+        return numbers
 
     def check_construction(self) -> None:
         if self.ngram > 4:

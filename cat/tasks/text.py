@@ -13,10 +13,14 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from cat.config import Count
-from cat.tasks.base import IGNORE, Examples, Extents, Recalled, Spans, Task, Windows
+from cat.tasks.base import IGNORE, Examples, Extents, GeneratedData, Recalled, Spans, Task, Windows
 from cat.tasks.corpus import WIKITEXT, digests, ends_a_word, read, report
 from cat.tasks.ngrams import check_packing, occurs, occurs_earlier, pack
 from cat.tasks.tokenizer import BPE, Bytes, Tokenizer, Words
+from cat.tasks.witten_bell import ngram_bits
+
+ORDERS = {"bigram": 2, "trigram": 3, "fourgram": 4, "fivegram": 5}
+"""Tables of n-grams that text is compared with: name -> n."""
 
 
 class Text(Task):
@@ -72,9 +76,9 @@ class Text(Task):
     def goal(self) -> Literal["loss"]:
         return "loss"
 
-    def training(self, generator: np.random.Generator) -> Windows:
+    def training(self, length: int, generator: np.random.Generator) -> Windows:
         """Raises ValueError if the source has too little text."""
-        return self._windows("train", self.length, self.train_examples, generator)
+        return self._windows("train", length, self.training_counts[length], generator)
 
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """Cut the windows of a split. Raises ValueError if the source has too little text.
@@ -102,6 +106,28 @@ class Text(Task):
     def _targets(self) -> int:
         """Target positions per test window, at its end."""
         return (self.lengths[0] + 1) // 2
+
+    @property
+    def reference_labels(self) -> dict[str, str]:
+        """The n-gram tables whose context fits before every target."""
+        context = self.lengths[0] - self._targets + 1
+        return {name: f"count {n}-grams of the training text" for name, n in ORDERS.items() if n <= context + 1}
+
+    def score_references(self, data: GeneratedData) -> dict[str, dict[int, float]]:
+        """Bits per byte by tables that count the training windows, the same at every length as the targets are."""
+        if not self.reference_names:
+            return {}
+        training = [windows for windows in data.training if isinstance(windows, Windows)]
+        assert data.extents is not None
+        inputs, targets = (np.asarray(array, dtype=np.int64) for array in data.tests[self.lengths[-1]])
+        rows, positions = np.nonzero(targets >= 0)
+        before = np.arange(2 - max(ORDERS[name] for name in self.reference_names), 1)
+        asked = np.column_stack([inputs[rows[:, None], positions[:, None] + before], targets[targets >= 0]])
+        bits = ngram_bits(training, asked, data.vocabulary).sum(0) + 8 * data.extents.unknown.sum()
+        return {
+            name: dict.fromkeys(data.tests, float(bits[ORDERS[name] - 1] / data.extents.bytes.sum()))
+            for name in self.reference_names
+        }
 
     def extents(self) -> Extents:
         text, tokens = read(self.source, self.folder, "test"), _tokens(self, "test")

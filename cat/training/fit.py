@@ -1,7 +1,7 @@
 """Train one model: AdamW, linear warm-up, cosine decay, gradient clipping, early stopping on the validation split.
 
 A run resumes from a `State` to the same bits. A batch that does not fit in memory is split into micro-batches, whose gradients
-add up to the gradient of the batch.
+add up to the gradient of the batch. If the training examples have several lengths, each batch has one of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cat.config import ModelConfig, TrainingConfig
 from cat.evaluation.diagnostics import max_logit
-from cat.evaluation.scores import Scores, Split, TrainingSplit, autocast, score
+from cat.evaluation.scores import MixedSplit, Scores, Split, TrainingSplit, autocast, score
 from cat.model import SequenceModel
 from cat.ops.cross_entropy import cross_entropy
 from cat.tasks.base import IGNORE
@@ -84,7 +84,7 @@ def build_model(config: ModelConfig, *, vocabulary: int, length: int, seed: int)
 
 def fit(
     model: SequenceModel,
-    train: TrainingSplit,
+    train: TrainingSplit | MixedSplit,
     valid: Split,
     *,
     config: TrainingConfig,
@@ -99,16 +99,18 @@ def fit(
 ) -> Run:
     """Train `model` in place, on the device of its weights and splits.
 
-    The order of the batches depends only on `seed` and the size of `train`. `progress` is called after every step, with the
+    The order of the batches depends only on `seed` and the sizes of `train`. `progress` is called after every step, with the
     validation record if there is one. `resume` is a state of a run with the same arguments. `checkpoint` is called after every
     step with a function that returns the state, and with whether the run ended; it may raise.
 
     Every process of `group` calls this with the same arguments, except for its own device, and returns the same run. Raises
     ValueError if `group` has more processes than a batch or `valid` has examples.
     """
-    if min(config.batch, train.size, valid.size) < group.size:
+    splits = train.splits if isinstance(train, MixedSplit) else (train,)
+    sizes = [split.size for split in splits]
+    if min(config.batch, *sizes, valid.size) < group.size:
         raise ValueError(
-            f"{group.size} processes are too many for batches of {min(config.batch, train.size)} examples"
+            f"{group.size} processes are too many for batches of {min(config.batch, *sizes)} examples"
             f" and {valid.size} validation examples: each process needs at least one"
         )
     decayed, others = split_by_weight_decay(model)
@@ -133,12 +135,13 @@ def fit(
         model.load_state_dict(resume.weights)
         if resume.stop is None:  # a run that has ended needs no optimizer
             optimizer.resume(resume.step, resume.moments)
-        recent += resume.recent.to(train.device)
+        recent += resume.recent.to(valid.device)
         step, history, micro_batch, stop = resume.step, list(resume.history), resume.micro_batch, resume.stop
-    batches = islice(batch_indices(train.size, config.batch, seed), step, None)
+    batches = islice(draw_batches(sizes, config.batch, seed), step, None)
     while stop is None:
         step, record = step + 1, None
-        batch = train.rows(next(batches).to(train.device))
+        index, rows = next(batches)
+        batch = splits[index].rows(rows.to(valid.device))
         loss, micro_batch = backward(
             model, batch, precision=precision, micro_batch=micro_batch, loss_function=loss_function, group=group
         )
@@ -286,6 +289,18 @@ def mean_loss(model: SequenceModel, batch: Split, *, precision: str = "float32",
         logits = model.logits_at(batch.inputs, batch.positions).float()
     logits, answers = logits.flatten(0, 1), batch.answers.flatten()
     return cross_entropy(logits, answers) / ((answers != IGNORE).sum() if targets is None else targets)
+
+
+def draw_batches(counts: Sequence[int], size: int, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield a split and the indices of its examples for each batch without end.
+
+    `counts` are the examples of each split. In each round, every split has one batch, in a new order. Each split has its own
+    epochs. A single split has the batches of `batch_indices`.
+    """
+    batches = [batch_indices(count, size, seed + index) for index, count in enumerate(counts)]
+    for split in batch_indices(len(counts), 1, seed + len(counts)):
+        index = int(split)
+        yield index, next(batches[index])
 
 
 def batch_indices(count: int, size: int, seed: int) -> Iterator[Tensor]:

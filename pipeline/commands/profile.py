@@ -1,6 +1,7 @@
 """Profile a training step: its plain time, then the time of each part under PyTorch's profiler, which slows it down.
 
 On a GPU this runs one model, kernel by kernel. Training itself replays a CUDA graph of the step (cat/training/cuda_graph.py).
+If a task has several training lengths, the batches have the longest.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no start and stop messages of 
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, record_function
 
+from cat.evaluation.scores import MixedSplit
 from cat.mixers.registry import ConstructionConfig
 from cat.model import SequenceModel
 from cat.seeding import derive_seed
@@ -108,7 +110,8 @@ class Parts:
 
 def training_step(model: SequenceModel, task: str, setting: CellSetting, parts: Parts) -> tuple[Callable[[], None], int]:
     """Build the training step of `cat.training.fit`; return it and its batch size."""
-    train = runs.training_split(task, parts.device)
+    split = runs.training_split(task, parts.device)
+    train = split.splits[-1] if isinstance(split, MixedSplit) else split
     size = min(setting.training.batch, train.size)
     batches = cycle(torch.randperm(train.size).unfold(0, size, size))
     decayed, others = split_by_weight_decay(model)

@@ -11,7 +11,8 @@ from pipeline.config.grid import seeds_of, variants_on
 from pipeline.config.study import Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.verdicts import claims_about, left_out, of_the_study, read_verdicts, verdict_table
-from pipeline.storage.results import PRIMARY, primary, read_results
+from pipeline.storage.results import primary, read_results
+from pipeline.storage.tables import PRIMARY
 
 WIDE = 120
 """Characters. On a narrower terminal, the numbers need the room of the names."""

@@ -3,6 +3,8 @@
 The digest of a module covers its own code and, through its imports, the code of every project module that it uses. It ignores
 comments, docstrings, blank lines and paths, so neither an edited comment nor a moved file retrains anything. Imports inside
 functions count. Imports by a computed name do not: such a module is one of several alternatives, and `plan` names the chosen one.
+
+The project is `cat`, `pipeline`, and the modules in the working folder, where your own mixers, tasks and plots are.
 """
 
 from __future__ import annotations
@@ -31,8 +33,13 @@ def code_digest(modules: Iterable[str]) -> str:
 
 @functools.cache
 def module_digest(module: str) -> str:
-    """The digest of one module: of its own code and of the digest of each project module that it imports."""
+    """The digest of one module: of its own code and of the digest of each project module that it imports.
+
+    Raises ValueError if a module of your own imports itself by way of others.
+    """
     own_code, imports = _read(module)
+    if is_own(module) and module in modules_reached(imported for imported, _ in imports):
+        raise ValueError(f"{source_file(module)}: imports itself by way of other modules")
     lines = (f"{'' if is_declaration(imported) else module_digest(imported)} {names}" for imported, names in imports)
     return _sha256("\n".join([*sorted(lines), own_code]))
 
@@ -54,12 +61,29 @@ def is_declaration(module: str) -> bool:
     return module in DECLARATIONS or (module.startswith("cat.mixers.") and module.endswith(".config"))
 
 
+def is_own(module: str) -> bool:
+    """Whether a module is not part of this program."""
+    return module.split(".")[0] not in PACKAGES
+
+
+def source_file(module: str) -> Path:
+    """The file of a module; it may not exist."""
+    path = (Path() if is_own(module) else ROOT) / module.replace(".", "/")
+    package = path / "__init__.py"
+    return package if package.is_file() else path.with_name(f"{path.name}.py")
+
+
 def _read(module: str) -> tuple[str, list[tuple[str, str]]]:
-    return read_source((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
+    file = source_file(module)
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    return read_source(file.read_text(encoding="utf-8"), package)
 
 
-def read_source(text: str) -> tuple[str, list[tuple[str, str]]]:
-    """The code that counts for the digest, and the project imports: (module, `name as local name`)."""
+def read_source(text: str, package: str = "") -> tuple[str, list[tuple[str, str]]]:
+    """The code that counts for the digest, and the project imports: (module, `name as local name`).
+
+    Relative imports are those of a module in `package`.
+    """
     tree = ast.parse(text)
     lines = text.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -68,7 +92,7 @@ def read_source(text: str) -> tuple[str, list[tuple[str, str]]]:
             lines[line - 1] = lines[line - 1][:column]
     imports: list[tuple[str, str]] = []
     for node in _runtime_nodes(tree):
-        own_imports = list(_project_imports(node))
+        own_imports = list(_project_imports(node, package))
         imports += own_imports
         if own_imports or _is_docstring(node) or _is_type_checking(node):
             first, last = node.lineno, node.end_lineno or node.lineno  # type: ignore[attr-defined]
@@ -84,15 +108,28 @@ def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
             yield from _runtime_nodes(child)
 
 
-def _project_imports(node: ast.AST) -> Iterator[tuple[str, str]]:
-    if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in PACKAGES:
+def _project_imports(node: ast.AST, package: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            if source_file(alias.name).is_file():
+                yield alias.name, f"module as {alias.asname or alias.name}"
+    if isinstance(node, ast.ImportFrom):
+        base = _imported_from(node, package)
         for alias in node.names:
             names = f"{alias.name} as {alias.asname or alias.name}"
-            module = f"{node.module}.{alias.name}"
-            if (ROOT / f"{module.replace('.', '/')}.py").is_file():
+            module = f"{base}.{alias.name}"
+            if source_file(module).is_file():
                 yield module, f"module as {alias.asname or alias.name}"
-            else:
-                yield node.module, names
+            elif source_file(base).is_file():
+                yield base, names
+
+
+def _imported_from(node: ast.ImportFrom, package: str) -> str:
+    """The module that `from ... import` names; each dot after the first is one package up."""
+    if not node.level:
+        return node.module or ""
+    parents = package.split(".")[: len(package.split(".")) + 1 - node.level]
+    return ".".join([*parents, *filter(None, [node.module])])
 
 
 def _is_docstring(node: ast.AST) -> bool:

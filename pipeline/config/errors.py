@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from cat.config import Config
+from cat.tasks.registry import task_class
 from pipeline.config.names import PATTERNS
 
 MAX_CHARACTERS = 300
@@ -54,22 +55,34 @@ def parse_config(schema: Any, raw: object, file: str | Path) -> Any:
     try:
         return TypeAdapter(schema).validate_python(raw)
     except ValidationError as error:
-        found = [(_key_path(detail, raw), detail) for detail in error.errors()]
+        found = list(problems_of(error, raw, schema))
+    lines = (f"{subject_of(key_of(path), *value) if value else key_of(path)}: {problem}" for path, value, problem in found)
+    raise config_error(file, (line.removeprefix(": ") for line in lines))
+
+
+def key_of(path: Iterable[int | str]) -> str:
+    """`tasks.ar.data`: a path with its long steps shortened."""
+    return ".".join(shorten(str(step), 60) for step in path)
+
+
+def problems_of(error: ValidationError, raw: object, schema: Any) -> Iterator[tuple[list[int | str], tuple[Any, ...], str]]:
+    """The errors of pydantic: the path of each key, its value or nothing if the problem is not this value, and the problem."""
+    found = [(_key_path(detail, raw), detail) for detail in error.errors()]
     with_renamed_key = {
         tuple(path[:-1]) for path, detail in found if detail["type"] == "extra_forbidden" and _new_name(path, raw, schema)
     }
-    problems: dict[str, dict[str, None]] = {}
+    problems: dict[str, tuple[list[int | str], tuple[Any, ...], dict[str, None]]] = {}
     for path, detail in found:
         if detail["type"] == "missing" and tuple(path[:-1]) in with_renamed_key:
             continue  # the key is present under its old name
         # For a list with a wrong item, pydantic also reports that the list is empty or, in a union, that it is no number.
         inside = any(other[: len(path)] == path and len(other) > len(path) for other, _ in found)
         if not (inside and detail["type"].endswith(("_type", "too_short"))):
-            subject, problem = _describe(detail, path, raw, schema)
-            problems.setdefault(subject, {})[problem] = None
-    # A value that fits no member of a union has one problem per member.
-    joined = {subject: " or ".join(members).replace(" or must be ", " or ") for subject, members in problems.items()}
-    raise config_error(file, [f"{subject}: {problem}".removeprefix(": ") for subject, problem in joined.items()])
+            value, problem = _describe(detail, path, raw, schema)
+            problems.setdefault(f"{path} {bool(value)}", (path, value, {}))[2][problem] = None
+    for path, value, members in problems.values():
+        # A value that fits no member of a union has one problem per member.
+        yield path, value, " or ".join(members).replace(" or must be ", " or ")
 
 
 def config_error(file: str | Path, problems: Iterable[str]) -> ParamsError:
@@ -77,39 +90,34 @@ def config_error(file: str | Path, problems: Iterable[str]) -> ParamsError:
     return ParamsError([f"{file}: {shorten(problem, MAX_CHARACTERS)}" for problem in problems])
 
 
-def problem_of(detail: Any, values: object, schema: Any) -> str:
-    """The problem of one of pydantic's errors in one phrase; `values` is the mapping that `schema` refused."""
-    return _describe(detail, _key_path(detail, values), values, schema)[1]
-
-
-def _describe(detail: Any, path: list[int | str], raw: object, schema: Any) -> tuple[str, str]:
-    """The subject of one of pydantic's errors, a key and its value, and the problem in one phrase."""
+def _describe(detail: Any, path: list[int | str], raw: object, schema: Any) -> tuple[tuple[Any, ...], str]:
+    """The wrong value of one of pydantic's errors, if there is one, and the problem in one phrase."""
     kind, context = detail["type"], detail.get("ctx", {})
-    key = ".".join(shorten(str(step), 60) for step in path)
     match kind:
         case "missing" | "union_tag_not_found":
-            return key, _YAML_WORDS["missing"]
+            return (), _YAML_WORDS["missing"]
         case "value_error":
-            return key, str(context["error"])
+            return (), str(context["error"])
         case "union_tag_invalid":
             value, known = _value_at(raw, path), context["expected_tags"]
-            return subject_of(key, value), f"must be one of {known}" + nearest(value, _quoted(known))
+            return (value,), f"must be one of {known}" + nearest(value, _quoted(known))
         case "extra_forbidden":
-            return subject_of(key, detail["input"]), _unknown_key(path, raw, schema)
+            return (detail["input"],), _unknown_key(path, raw, schema)
         case "string_pattern_mismatch":
             problem = PATTERNS[context["pattern"]]
         case "literal_error":
             problem = f"must be {context['expected']}" + nearest(detail["input"], _quoted(context["expected"]))
         case _:
             problem = _YAML_WORDS.get(kind) or re.sub(r"^\w+ should", "must", detail["msg"].partition(" after validation")[0])
-    return subject_of(key, detail["input"]), problem
+    return (detail["input"],), problem
 
 
 def _unknown_key(path: list[int | str], raw: object, schema: Any) -> str:
     if (new := _new_name(path, raw, schema)) is not None:
         return f"renamed to {new}"
     owner = _schema_at(path[:-1], raw, schema)
-    return "unknown key" + (nearest(path[-1], owner.model_fields) or f"; known are {', '.join(owner.model_fields)}")
+    known = [field.alias or name for name, field in owner.model_fields.items()]
+    return "unknown key" + (nearest(path[-1], known) or f"; known are {', '.join(known)}")
 
 
 def subject_of(key: str, value: object) -> str:
@@ -161,9 +169,15 @@ def _schema_at(path: list[int | str], raw: object, schema: Any) -> Any:
         if get_origin(schema) is Annotated:
             schema = get_args(schema)[0]
         if get_origin(schema) in (Union, UnionType):
-            value = _value_at(raw, path[:depth])
-            schema = next(m for m in get_args(schema) if all(value.get(t) in tags for t, tags in _tags(m)))
+            schema = _member(get_args(schema), _value_at(raw, path[:depth]))
     return schema
+
+
+def _member(members: tuple[type[Config], ...], value: dict[str, Any]) -> type[Config]:
+    """The member of a union that `value` belongs to; a kind with a dot is a task of another package, which is not a member."""
+    if "." in (kind := value.get("kind", "")):
+        return task_class(kind)
+    return next(m for m in members if all(value.get(t) in tags for t, tags in _tags(m)))
 
 
 def _new_name(path: list[int | str], raw: object, schema: Any) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.config import rules
-from pipeline.config.errors import config_error, parse_config
-from pipeline.config.resolve import complete
+from pipeline.config.errors import ParamsError, config_error, parse_config
+from pipeline.config.resolve import complete, variant_errors
 from pipeline.config.study import Study, StudyFile
 from pipeline.config.yaml_file import read_yaml
 
@@ -24,15 +24,19 @@ def study_of(raw: object, file: str | Path, *, check_rules: bool = True) -> Stud
 
     Without `check_rules`, the sections may contradict each other.
     """
-    raw, switched_off = _without_switched_off(raw)
-    written: StudyFile = parse_config(StudyFile, raw, file)
+    raw, switched_off = without_switched_off(raw)
+    try:
+        written: StudyFile = parse_config(StudyFile, raw, file)
+    except ParamsError as error:
+        raise ParamsError([*error.lines, *config_error(file, variant_errors(raw)).lines]) from None
     study = complete(written, file, switched_off)
     if check_rules and (errors := list(rules.contradictions(study))):
         raise config_error(file, errors)
     return study
 
 
-def _without_switched_off(raw: object) -> tuple[object, tuple[str, ...]]:
+def without_switched_off(raw: object) -> tuple[object, tuple[str, ...]]:
+    """Split the ablations that are switched off from the content of a file."""
     if not isinstance(raw, dict) or not isinstance(raw.get("ablations"), dict):
         return raw, ()
     off = tuple(name for name, ablation in raw["ablations"].items() if ablation == SWITCHED_OFF)

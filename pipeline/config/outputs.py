@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.config.plots import Plot, load_plot
 from pipeline.config.study import Ablation, Study
 
 CLAIMS, COST = "claims", "cost"
@@ -16,14 +17,10 @@ STAMP_NAME = "stamp"
 """The file in mlartifacts/ beside one folder per experiment."""
 
 
-def figure_plots(name: str, ablation: Ablation) -> dict[str, str]:
-    """File name -> plot of each figure of an ablation: its own plot, the scores by length, the training curves."""
-    plots: dict[str, str] = {name: ablation.plot}
-    if ablation.shows_models:
-        return plots
-    if ablation.plot != "lines":
-        plots[f"{name}_length"] = "lines"
-    return {**plots, f"{name}_training": "training"}
+def figure_plots(name: str, ablation: Ablation) -> dict[str, Plot]:
+    """File name -> plot of each figure of an ablation: its own, and the further ones of its plot."""
+    plot = load_plot(ablation.plot)
+    return {name: plot, **{f"{name}_{end}": load_plot(extra) for end, extra in plot.extra_plots.items()}}
 
 
 def clashes(study: Study) -> Iterator[str]:

@@ -30,8 +30,9 @@ from cat.mixers.registry import (
     mixer_class,
     mixer_entries,
     mixer_names,
+    no_position,
 )
-from pipeline.config.errors import config_error, nearest, problem_of, subject_of
+from pipeline.config.errors import config_error, key_of, nearest, problems_of, subject_of
 from pipeline.config.study import CellTraining, Settings, Study, StudyFile, TaskConfig
 
 TRAINING = "training"
@@ -49,17 +50,33 @@ class Problem(NamedTuple):
 def complete(written: StudyFile, file: object, switched_off: tuple[str, ...] = ()) -> Study:
     """Return the complete study. Raises ParamsError listing every error."""
     problems: list[Problem] = []
-    variants = {name: model for name in written.variants if (model := _model(written, name, problems)) is not None}
-    training = {}
+    variants, training = _models(written.defaults, written.variants, problems), {}
     for task, variant in _cells(written):
         if (settings := _training(written, task, variant, problems)) is not None:
             training[task, variant] = settings
-    problems += _unknown_defaults(written)
     if problems:
         raise config_error(str(file), _lines(problems))
     same = {key: getattr(written, key) for key in StudyFile.model_fields if key in Study.model_fields}
     tasks = {name: TaskConfig(data=section.data) for name, section in written.tasks.items()}
     return Study(**{**same, "tasks": tasks, "variants": variants, "training": training, "switched_off": switched_off})
+
+
+def variant_errors(raw: object) -> list[str]:
+    """The errors of `defaults` and `variants` in a file whose other sections may be wrong."""
+    sections = [raw.get(key) if isinstance(raw, dict) else None for key in ("defaults", "variants")]
+    defaults, variants = sections
+    if not (isinstance(defaults, dict) and isinstance(variants, dict) and all(isinstance(v, dict) for v in variants.values())):
+        return []
+    problems: list[Problem] = []
+    _models(defaults, variants, problems)
+    return list(_lines(problems))
+
+
+def _models(defaults: Settings, variants: Mapping[str, Settings], problems: list[Problem]) -> dict[str, AnyVariant]:
+    """The model of each variant without errors."""
+    models = {name: model for name in variants if (model := _model(name, variants[name], defaults, problems)) is not None}
+    problems += _unknown_defaults(defaults, variants)
+    return models
 
 
 def _cells(written: StudyFile) -> Iterator[tuple[str, str]]:
@@ -73,9 +90,9 @@ def _cells(written: StudyFile) -> Iterator[tuple[str, str]]:
                     yield task, variant
 
 
-def _model(written: StudyFile, name: str, problems: list[Problem]) -> AnyVariant | None:
+def _model(name: str, settings: Settings, defaults: Settings, problems: list[Problem]) -> AnyVariant | None:
     """The model of a variant; None after adding to `problems`."""
-    own, defaults = _without_training(written.variants[name]), _without_training(written.defaults)
+    own, defaults = _without_training(settings), _without_training(defaults)
     where = f"variants.{name}"
     if own.get("mixer") == CONSTRUCTION:
         extra = next((key for key in own if key != "mixer"), None)
@@ -88,12 +105,13 @@ def _model(written: StudyFile, name: str, problems: list[Problem]) -> AnyVariant
     except ValueError as error:
         problems.append(_mixer_problem(error, own, defaults, where))
         return None
-    found = [_key_problem(written, name, path, problem) for path, problem in composed.problems]
+    found = [_key_problem(own, defaults, where, path, problem) for path, problem in composed.problems]
     mixers: list[MixerConfig] = []
     for section in composed.mixers:
         mixers += _parse(section, where, found)
     if not found:
-        model = Section(ModelConfig, composed.model.values | {"mixers": tuple(mixers)}, composed.model.sources)
+        sources = composed.model.sources | {"mixer": Source("mixer" not in own, ("mixer",))}
+        model = Section(ModelConfig, composed.model.values | {"mixers": tuple(mixers)}, sources)
         inherited = [section.sources for section in composed.mixers]
         models: list[ModelConfig] = list(_parse(model, where, found, inherited))
         if not found:
@@ -108,6 +126,8 @@ def _training(written: StudyFile, task: str, variant: str, problems: list[Proble
     for place, settings in _training_layers(written, task, variant, problems):
         for key, value in settings.items():
             section.set(key, value, Source(place == "defaults.training", (place, key)))
+    if any(problem.path.startswith(("defaults.training = ", f"variants.{variant}.training")) for problem in problems):
+        return None  # the error about the mapping is enough
     for key, field in CellTraining.model_fields.items():
         if field.is_required() and key not in section.values:
             problems.append(Problem(f"defaults.training.{key}", "is missing", f"variants.{variant} on {task}"))
@@ -147,16 +167,14 @@ def _parse(section: Section, where: str, problems: list[Problem], others: Iterab
     try:
         yield section.schema.model_validate(section.values)
     except ValidationError as error:
-        for detail in error.errors():
-            key, rest = (str(detail["loc"][0]), detail["loc"][1:]) if detail["loc"] else ("", ())
-            problem = problem_of(detail, section.values, section.schema)
-            if not key:
-                problems.append(Problem(where, problem + _origins(problem, [section.sources, *others])))
+        for steps, value, problem in problems_of(error, section.values, section.schema):
+            if not steps:
+                problems.append(_rule_problem(problem, where, [section.sources, *others]))
                 continue
-            source = section.sources.get(key, Source(False, (key,)))
-            path = _path(source, where) + "".join(f".{step}" for step in rest if isinstance(step, int))
-            subject = path if detail["type"] == "missing" else subject_of(path, detail["input"])
-            problems.append(Problem(subject, problem, where if source.inherited else None))
+            key, *inner = steps
+            source = section.sources.get(str(key), Source(False, (key,)))
+            path = key_of([_path(source, where), *inner])
+            problems.append(Problem(subject_of(path, *value) if value else path, problem, where if source.inherited else None))
 
 
 def _path(source: Source, where: str) -> str:
@@ -166,11 +184,19 @@ def _path(source: Source, where: str) -> str:
     return ".".join(["defaults" if source.inherited else where, *steps])
 
 
-def _origins(problem: str, sources: Iterable[Mapping[str, Source]]) -> str:
-    """` (width from defaults)`: which values in the message of a rule are inherited."""
-    named, known = dict.fromkeys(re.findall(r"(\w+) = ", problem)), list(sources)
-    inherited = [key for key in named if any(key in of and of[key].inherited for of in known)]
-    return f" ({' and '.join(inherited)} from defaults)" if inherited else ""
+def _rule_problem(problem: str, where: str, sources: list[Mapping[str, Source]]) -> Problem:
+    """The problem of values that contradict each other, at the place of the first that is not inherited."""
+    named = dict.fromkeys(re.findall(r"(\w+) = ", problem))
+    places = {key: next((of[key] for of in sources if key in of), None) for key in named}
+    known = {key: source for key, source in places.items() if source is not None}
+    inherited = [key for key, source in known.items() if source.inherited]
+    first = next((source for source in known.values() if not source.inherited), next(iter(known.values()), None))
+    if first is None:
+        return Problem(where, problem)
+    path = _path(first, where).rpartition(".")[0]
+    if first.inherited:
+        return Problem(path, problem, where)
+    return Problem(path, problem + (f" ({' and '.join(inherited)} from defaults)" if inherited else ""))
 
 
 def _mixer_problem(error: ValueError, own: Settings, defaults: Settings, where: str) -> Problem:
@@ -194,15 +220,14 @@ def _is_unknown(name: str) -> bool:
     return False
 
 
-def _key_problem(written: StudyFile, variant: str, path: tuple[str | int, ...], problem: str) -> Problem:
+def _key_problem(own: Settings, defaults: Settings, where: str, path: tuple[str | int, ...], problem: str) -> Problem:
     """The problem of a key that no part of the variant's model has."""
-    value: Any = written.variants[variant]
+    value: Any = own
     for step in path:
-        value = value[step] if not isinstance(value, str) else value
-    where = ".".join(["variants", variant, *map(str, path)])
+        value = value[step]
     key = str(path[-1])
     if problem == "unknown key":
-        classes = _mixer_classes(written.variants[variant].get("mixer", written.defaults.get("mixer")))
+        classes = _mixer_classes(own.get("mixer", defaults.get("mixer")))
         renamed = next((cls.renamed_keys[key] for cls in classes if key in cls.renamed_keys), None)
         if renamed is not None:
             problem = f"renamed to {renamed}"
@@ -215,25 +240,27 @@ def _key_problem(written: StudyFile, variant: str, path: tuple[str | int, ...], 
             problem += nearest(key, known) or f"; known are {', '.join(dict.fromkeys(known))}"
     elif key == "position" and value not in POSITIONS:
         problem += nearest(value, POSITIONS)
-    return Problem(subject_of(where, value), problem)
+    return Problem(subject_of(key_of([where, *path]), value), problem)
 
 
 def _mixer_classes(mixer: object) -> list[type[MixerConfig]]:
     return [mixer_class(entry["mixer"]) for entry in mixer_entries(mixer)]
 
 
-def _unknown_defaults(written: StudyFile) -> Iterator[Problem]:
+def _unknown_defaults(defaults: Settings, variants: Mapping[str, Settings]) -> Iterator[Problem]:
     """Defaults that neither a mixer of this library nor one of the study has."""
     known = {*MODEL_KEYS, "mixer", TRAINING}
     classes = [mixer_class(name) for name in mixer_names()]
-    for settings in (written.defaults, *written.variants.values()):
+    for settings in (defaults, *variants.values()):
         try:
             classes += _mixer_classes(settings["mixer"])
         except (KeyError, TypeError, ValueError):
             continue
     known |= {key for cls in classes for key in cls.model_fields}
-    for key, value in written.defaults.items():
-        if key not in known:
+    for key, value in defaults.items():
+        if key == "position" and value not in POSITIONS:
+            yield Problem(subject_of("defaults.position", value), no_position(value) + nearest(value, POSITIONS))
+        elif key not in known:
             yield Problem(subject_of(f"defaults.{key}", value), "no variant has this key" + nearest(key, sorted(known)))
 
 
@@ -259,10 +286,16 @@ def resolved(config: Config) -> dict[str, Any]:
     So a new optional key changes no cell. Equal configurations give equal mappings, wherever their values are written.
     """
     values = config.model_dump(mode="json")
-    for key, field in type(config).model_fields.items():
-        value = getattr(config, key)
+    for name, field in type(config).model_fields.items():
+        key, value = field.alias or name, getattr(config, name)
         if value == field.default and (value is None or value is False):
             del values[key]
         elif isinstance(value, tuple) and value and isinstance(value[0], Config):
             values[key] = [resolved(item) for item in value]
     return values
+
+
+def unwritten(config: Config) -> dict[str, Any]:
+    """The resolved values of keys that the file leaves to their defaults."""
+    written = {type(config).model_fields[name].alias or name for name in config.model_fields_set}
+    return {key: value for key, value in resolved(config).items() if key not in written}

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from cat.config import Config, Count, TrainingConfig
 from cat.mixers.registry import AnyVariant
 from cat.tasks.registry import AnyTask
-from pipeline.config.names import DEVICE, LINE, Name
+from pipeline.config.names import DEVICE, LINE, Name, PlotName
 
 MAX_SEEDS = 1000
 Settings = dict[str, Any]
@@ -78,50 +78,24 @@ class Ablation(Config):
     """Variants that another ablation trains and that this figure also shows."""
     reference_tasks: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Tasks on which other ablations train these variants and that this figure also shows."""
-    plot: Literal[
-        "heatmap",
-        "sweep",
-        "contrast",
-        "lines",
-        "attention",
-        "learning_rates",
-        "stability",
-        "example",
-        "filters",
-        "positions",
-        "recall",
-    ]
-    """Kind of figure:
-
-    heatmap         score by variant and task
-    sweep           score against a numeric key `x`
-    contrast        score by key `x`, with and without convolution
-    lines           score by length
-    attention       weight of the attention on the answer, and its entropy in nats
-    learning_rates  per learning rate: number of seeds that found a key kernel which solves every length
-    stability       per learning rate: the final score of every run, and its loss, gradients and attention logits during training
-    example         attention weights in one sequence of recall
-    filters         trained kernels and those of the construction
-    positions       bits by position in the windows of a text
-    recall          gain over the first variant, on answers that can be recalled and on others
-    """
-    x: Name | None = None
-    """The key of a variant on the axis of a sweep or contrast."""
+    plot: PlotName
+    """Kind of figure: a file of pipeline/figures/, or a module of your own."""
+    x: Name | Annotated[tuple[Name, ...], Field(min_length=1, strict=False)] | None = None
+    """The key of a variant on the axis of a sweep or contrast. Keys in a list have the same value in each variant."""
+    reference_lines: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    """Scores that the tasks state and that the figure also shows, such as that of guessing."""
 
     @property
-    def shows_models(self) -> bool:
-        """Whether the figure shows models or single answers instead of scores."""
-        return self.plot in ("example", "filters", "positions", "recall")
+    def x_keys(self) -> tuple[str, ...]:
+        return (self.x,) if isinstance(self.x, str) else self.x or ()
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
-        if (self.x is not None) != (self.plot in ("sweep", "contrast")):
-            raise ValueError(f"plot = {self.plot} " + ("needs x, the key on its axis" if self.x is None else "takes no x"))
-        for key in ("tasks", "variants", "reference_variants", "reference_tasks"):
+        for key in ("tasks", "variants", "reference_variants", "reference_tasks", "x_keys", "reference_lines"):
             names = getattr(self, key)
             twice = {name for name in names if names.count(name) > 1}
             if twice:
-                raise ValueError(f"{key} contains {min(twice)!r} twice")
+                raise ValueError(f"{key.removesuffix('_keys')} contains {min(twice)!r} twice")
         for key, other in (("variants", "reference_variants"), ("tasks", "reference_tasks")):
             if both := set(getattr(self, key)) & set(getattr(self, other)):
                 raise ValueError(f"{min(both)!r} is in both {key} and {other}")

@@ -1,57 +1,85 @@
-"""One test sequence of recall, and the attention of a trained variant on it."""
+"""Attention on one test sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
+from cat.tasks.recall import Recall
+from pipeline.config.grid import seeds_of, shown_cells, shown_tasks, shown_variants
+from pipeline.config.plots import Plot
+from pipeline.config.study import Ablation, Study
+from pipeline.reporting.labels import variant_label
 
-from cat.tasks.registry import Examples
-from pipeline.storage import runs
-from pipeline.storage.task_data import read_split, read_task
-
-Integers = NDArray[np.integer[Any]]
-
-
-class Example(NamedTuple):
-    """A sequence of L tokens with Q queries."""
-
-    tokens: Integers
-    """L."""
-    query_positions: Integers
-    """Q."""
-    answer_positions: Integers
-    """Q: the position of each query's answer."""
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 
-def read_example(task: str) -> Example:
-    """Read the first test sequence of the training length. Raises ValueError if the task has no answer positions."""
-    data = read_task(task)
-    examples = Examples(*(array[:1] for array in read_split(task, f"test_{data.length}")))
-    positions = data.answer_positions(examples)
-    if positions is None:
-        raise ValueError(f"task {task!r}: its answers have no position in its sequences")
-    (query_positions,) = np.nonzero(positions[0] >= 0)
-    return Example(examples.inputs[0], query_positions, positions[0][query_positions])
+class Example(Plot):
+    """Attention of every query of one test sequence, one panel per variant; a frame marks the token of the answer.
 
-
-def query_attention(task: str, variant: str, seeds: Iterable[int], example: Example) -> NDArray[np.floating[Any]] | None:
-    """Q x L: attention of each query, in the layer and head with the most attention on the answers.
-
-    Uses the first seed that has weights; None if every seed diverged. Raises ValueError for a variant without attention.
+    Shows the first seed that did not diverge, and its layer and head with the most attention on the answers.
     """
-    import torch
 
-    from cat.evaluation.diagnostics import attention_maps
+    caption = "Attention of every query of one test sequence. A frame marks the token of the answer."
+    shows_models = True
+    runs_models = True
+    extra_plots: ClassVar = {}
+    rows = "the first test sequence of the training length, with the weights in runs/"
 
-    path = next((path for seed in seeds if (path := runs.weights_path(task, variant, seed)).exists()), None)
-    if path is None:
-        return None
-    torch.set_num_threads(1)  # the last bits, and with them the figure, would depend on the number of cores
-    maps = attention_maps(runs.load_model(path), torch.from_numpy(example.tokens).long()[None])
-    heads = [head.numpy(force=True)[example.query_positions] for layer in maps if layer is not None for head in layer[0]]
-    if not heads:
-        raise ValueError(f"{path}: {variant!r} has no attention")
-    return max(heads, key=lambda weights: weights[np.arange(len(weights)), example.answer_positions].mean())
+    def check(self, study: Study, ablation: Ablation) -> Iterator[str]:
+        for variant in shown_variants(ablation):
+            if not study.variants[variant].has_attention:
+                yield f"plot = {self.name} needs attention weights, but variant {variant!r} has none"
+        for task in shown_tasks(study, ablation):
+            if not isinstance(study.tasks[task].data, Recall):
+                yield f"plot = {self.name} needs a recall task, but task {task!r} is none"
+
+    def sources(self, study: Study, ablation: Ablation) -> list[str]:
+        return []
+
+    def draw(self, study: Study, ablation: Ablation, results: pd.DataFrame, references: pd.DataFrame) -> Figure:
+        import matplotlib.pyplot as plt
+        import numpy as np
+        import seaborn as sns
+        from matplotlib.patches import Rectangle
+
+        from pipeline.figures.drawing.axes import task_title
+        from pipeline.figures.drawing.example_sequence import query_attention, read_example
+
+        cells = shown_cells(study, ablation)
+        figure, panels = plt.subplots(len(cells), 1, figsize=(11, 2.3 * len(cells)), squeeze=False, layout="constrained")
+        for (task, variant), axes in zip(cells, panels[:, 0], strict=True):
+            data = read_example(task)
+            weights = query_attention(task, variant, seeds_of(study, task, variant), data)
+            title = f"{variant_label(study, variant)} on {task_title(study, task)}"
+            if weights is None:
+                title += ": every seed diverged"
+            else:
+                queries = np.arange(len(weights))
+                sns.heatmap(weights, vmin=0, vmax=1, cmap="Blues", ax=axes, cbar_kws={"label": "attention"})
+                for query, position in zip(queries, data.answer_positions, strict=True):
+                    axes.add_patch(Rectangle((float(position), float(query)), 1, 1, fill=False, edgecolor="C3", lw=1.4))
+                title += f": {weights[queries, data.answer_positions].mean():.2f} of the attention on the answers"
+            names = _token_names(study, task, data.tokens)
+            axes.set_xticks(np.arange(len(names)) + 0.5, names, rotation=90, fontsize=7)
+            query_names = [names[position] for position in data.query_positions]
+            axes.set_yticks(np.arange(len(query_names)) + 0.5, query_names, rotation=0, fontsize=7)
+            axes.set(title=title, ylabel="query")
+        panels[-1, 0].set_xlabel("input token (k: key, v: value, dot: filler)")
+        return figure
+
+
+def _token_names(study: Study, task: str, tokens: Iterable[int]) -> list[str]:
+    data = study.tasks[task].data
+    assert isinstance(data, Recall)
+
+    def name(token: int) -> str:
+        if token == 0:
+            return "start"
+        if token <= data.keys:
+            return f"k{token}"
+        return f"v{token - data.keys}" if token <= data.keys + data.values else "."
+
+    return [name(token) for token in tokens]

@@ -2,62 +2,83 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import matplotlib.pyplot as plt
-import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cat.mixers.registry import ConstructionConfig
 from pipeline.config.grid import seeds_of, shown_tasks, shown_variants
+from pipeline.config.plots import Plot
 from pipeline.config.study import Ablation, Study
-from pipeline.figures.common import task_title, trained_variants
-from pipeline.figures.style import add_legend, set_ticks, style
+from pipeline.figures.base import trained_variants
 from pipeline.reporting.labels import variant_label
-from pipeline.storage.results import read_filters
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MAX_LAGS = 16
 """Lags shown of a long kernel."""
 
 
-def filters(study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure:
+class Filters(Plot):
     """Kernel values as stems: one row per task and variant, one column per projection.
 
     Each kernel is divided by its largest value, because attention is invariant to its scale.
     """
-    tables = {task: read_filters(task) for task in shown_tasks(study, ablation)}
-    cells = [(t, v) for t in tables for v in trained_variants(study, ablation) if v in set(tables[t]["variant"])]
-    constructions = [v for v in shown_variants(ablation) if isinstance(study.variants[v], ConstructionConfig)]
-    rows = max(len(cells), 1)
-    figure, grid = plt.subplots(
-        rows, 3, figsize=(11.5, 2.3 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
-    )
-    if not cells:
-        grid[0, 0].set_title("no trained kernel: every seed diverged")
-    for (task, variant), row in zip(cells, grid, strict=bool(cells)):
-        for projection, axes in zip(("q", "k", "v"), row, strict=True):
-            kernels = tables[task][(tables[task]["projection"] == projection) & (tables[task]["lag"] < MAX_LAGS)]
-            constructed = kernels[kernels["variant"].isin(constructions)].drop_duplicates(
-                ["variant", "projection", "layer", "head", "lag"]
-            )
-            _draw_stems(axes, constructed, -0.15, color="black", marker="x", linestyle=":", label="construction")
-            trained = kernels[(kernels["variant"] == variant) & kernels["seed"].isin(seeds_of(study, task, variant))]
-            color = style(study, variant)["color"]
-            _draw_stems(axes, trained, 0.1, color=color, marker="o", linestyle="-", label="trained, each seed")
-            axes.axhline(0, color="0.5", lw=0.8)
-            title = f"{variant_label(study, variant)}: {projection.upper()}" + ("" if len(trained) else ", no kernel")
-            axes.set_title(title if len(tables) == 1 else f"{title}\n{task_title(study, task)}", fontsize="small")
-    if len(tables) == 1:
-        figure.suptitle(task_title(study, next(iter(tables))), fontsize="medium")
-    lags = pd.concat([table["lag"] for table in tables.values()])
-    set_ticks(grid[0, 0], range(max(lags[lags < MAX_LAGS].max(), 1) + 1 if len(lags) else 2), "{:g}")
-    for axes in grid[-1]:
-        axes.set_xlabel("lag, tokens")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("kernel value\n/ largest value")
-    add_legend(figure, {str(index): axes for index, axes in enumerate(grid.flat)})
-    return figure
+
+    caption = "Trained kernels and those of the construction, each divided by its largest value."
+    shows_models = True
+    extra_plots: ClassVar = {}
+    rows = "the rows of these variants"
+
+    def check(self, study: Study, ablation: Ablation) -> Iterator[str]:
+        for variant in trained_variants(study, ablation):
+            if not study.variants[variant].has_convolution:
+                yield f"plot = {self.name} needs a convolution, but variant {variant!r} has none"
+
+    def sources(self, study: Study, ablation: Ablation) -> list[str]:
+        return [f"results/filters/{task}.csv" for task in shown_tasks(study, ablation)]
+
+    def draw(self, study: Study, ablation: Ablation, results: pd.DataFrame, references: pd.DataFrame) -> Figure:
+        import matplotlib.pyplot as plt
+        import pandas as pd
+
+        from pipeline.figures.drawing.axes import task_title
+        from pipeline.figures.drawing.style import add_legend, set_ticks, style
+        from pipeline.storage.results import read_filters
+
+        tables = {task: read_filters(task) for task in shown_tasks(study, ablation)}
+        cells = [(t, v) for t in tables for v in trained_variants(study, ablation) if v in set(tables[t]["variant"])]
+        constructions = [v for v in shown_variants(ablation) if isinstance(study.variants[v], ConstructionConfig)]
+        rows = max(len(cells), 1)
+        figure, grid = plt.subplots(
+            rows, 3, figsize=(11.5, 2.3 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
+        )
+        if not cells:
+            grid[0, 0].set_title("no trained kernel: every seed diverged")
+        for (task, variant), row in zip(cells, grid, strict=bool(cells)):
+            for projection, axes in zip(("q", "k", "v"), row, strict=True):
+                kernels = tables[task][(tables[task]["projection"] == projection) & (tables[task]["lag"] < MAX_LAGS)]
+                first_seeds = {v: seeds_of(study, task, v)[0] for v in constructions}  # all seeds have the same weights
+                constructed = kernels[kernels["variant"].map(first_seeds) == kernels["seed"]]
+                _draw_stems(axes, constructed, -0.15, color="black", marker="x", linestyle=":", label="construction")
+                trained = kernels[(kernels["variant"] == variant) & kernels["seed"].isin(seeds_of(study, task, variant))]
+                color = style(study, variant)["color"]
+                _draw_stems(axes, trained, 0.1, color=color, marker="o", linestyle="-", label="trained, each seed")
+                axes.axhline(0, color="0.5", lw=0.8)
+                title = f"{variant_label(study, variant)}: {projection.upper()}" + ("" if len(trained) else ", no kernel")
+                axes.set_title(title if len(tables) == 1 else f"{title}\n{task_title(study, task)}", fontsize="small")
+        if len(tables) == 1:
+            figure.suptitle(task_title(study, next(iter(tables))), fontsize="medium")
+        lags = pd.concat([table["lag"] for table in tables.values()])
+        set_ticks(grid[0, 0], range(max(lags[lags < MAX_LAGS].max(), 1) + 1 if len(lags) else 2), "{:g}")
+        for axes in grid[-1]:
+            axes.set_xlabel("lag, tokens")
+        for axes in grid[:, 0]:
+            axes.set_ylabel("kernel value\n/ largest value")
+        add_legend(figure, {str(index): axes for index, axes in enumerate(grid.flat)})
+        return figure
 
 
 def _draw_stems(axes: Axes, table: pd.DataFrame, shift: float, *, color: Any, marker: str, linestyle: str, label: str) -> None:

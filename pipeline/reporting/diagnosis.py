@@ -11,8 +11,8 @@ import pandas as pd
 from pipeline.config.grid import seeds_of, variants_on
 from pipeline.config.study import Study
 from pipeline.storage import runs
-from pipeline.storage.results import PRIMARY, read_history
-from pipeline.storage.tables import DIAGNOSIS_COLUMNS
+from pipeline.storage.results import read_history
+from pipeline.storage.tables import DIAGNOSIS_COLUMNS, PRIMARY
 
 SOLVED = 0.95
 """Accuracy at the training length below which a task is not solved."""
@@ -24,6 +24,8 @@ SPREAD = 0.1
 """Difference between the best and the worst seed at the training length, in accuracy or bits, that counts as a failure."""
 SPIKE = 0.5
 """Rise of the training loss above its lowest earlier value, in nats, that counts as a failure."""
+AS_GOOD = 0.02
+"""Difference of accuracy at the training length below which a model is as good as a partial strategy."""
 UNFINISHED = 0.02
 """Gain on the validation split in the last fifth of the steps, in accuracy or nats, that counts as unfinished."""
 ON_ANSWER = 0.5
@@ -39,18 +41,20 @@ class Sign(NamedTuple):
     evidence: str
 
 
-def diagnose(study: Study, results: pd.DataFrame) -> pd.DataFrame:
-    """One row per failure, in the order of the grid; `results` as from `read_results`."""
+def diagnose(study: Study, results: pd.DataFrame, references: pd.DataFrame) -> pd.DataFrame:
+    """One row per failure, in the order of the grid; `results` as from `read_results`, `references` as from `read_references`."""
     signs: list[Sign] = []
     for task in study.tasks:
         of_task = results[results["task"] == task]
+        known = references[(references["task"] == task) & (references["multiple"] == 1)].set_index("reference")["value"]
         for variant in variants_on(study, task):
-            found = _signs(study, task, variant, of_task[of_task["variant"] == variant])
+            found = _signs(study, task, variant, of_task[of_task["variant"] == variant], known)
             signs += [Sign(task, variant, *sign) for sign in found]
     return pd.DataFrame(signs, columns=[*DIAGNOSIS_COLUMNS])
 
 
-def _signs(study: Study, task: str, variant: str, results: pd.DataFrame) -> Iterator[tuple[str, str]]:
+def _signs(study: Study, task: str, variant: str, results: pd.DataFrame, references: pd.Series) -> Iterator[tuple[str, str]]:
+    """The failures of a cell; `references` are the scores of the partial strategies at the training length."""
     goal = study.tasks[task].data.goal
     name = "accuracy" if goal == "accuracy" else "bits per byte"
     scores = results[results["metric"] == PRIMARY[goal]].dropna(subset="value")
@@ -69,7 +73,9 @@ def _signs(study: Study, task: str, variant: str, results: pd.DataFrame) -> Iter
     means = by_multiple.mean()
     seeds = by_multiple.get_group(1)
     if goal == "accuracy" and means[1] < SOLVED:
-        yield _task_failure(study, task), f"accuracy {means[1]:.3f} at the training length" + _attention_evidence(results)
+        evidence = f"accuracy {means[1]:.3f} at the training length"
+        evidence += _reference_evidence(study, task, means[1], references) + _attention_evidence(results)
+        yield f"poor {study.tasks[task].data.kind.rpartition('.')[2]}", evidence
     if seeds.max() - seeds.min() > SPREAD:
         yield "unstable over seeds", f"{name} from {seeds.min():.3f} to {seeds.max():.3f} at the training length"
     worse = (means[1] - means) * (1 if goal == "accuracy" else -1)
@@ -81,8 +87,12 @@ def _signs(study: Study, task: str, variant: str, results: pd.DataFrame) -> Iter
     yield from _training_signs(study, task, variant, chosen, summary["learning_rate"])
 
 
-def _task_failure(study: Study, task: str) -> str:
-    return "poor recall" if study.tasks[task].data.kind == "recall" else f"poor {study.tasks[task].data.kind}"
+def _reference_evidence(study: Study, task: str, accuracy: float, references: pd.Series) -> str:
+    """The partial strategies that are as good as the cell, nearest first."""
+    distance = (references - accuracy).abs().sort_values(kind="stable")
+    labels = study.tasks[task].data.reference_labels
+    near = [f"{labels[name]} ({references[name]:.3f})" for name in distance.index[distance < AS_GOOD]]
+    return f"; as good as: {', or: '.join(near)}" if near else ""
 
 
 def _attention_evidence(results: pd.DataFrame) -> str:

@@ -10,7 +10,6 @@ from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.delta.config import DeltaConfig
 from cat.mixers.landmark.config import LandmarkConfig
 from cat.mixers.registry import AnyVariant
-from cat.tasks.recall import Recall
 from pipeline.config.study import Study
 
 MIXERS = {
@@ -56,14 +55,7 @@ def _variant_labels(study: Study) -> dict[str, str]:
 
 
 def _task_labels(study: Study) -> dict[str, str]:
-    labels = {}
-    for name, section in study.tasks.items():
-        task = section.data
-        if isinstance(task, Recall):
-            labels[name] = "associative recall" if task.ngram == 1 else f"{task.ngram}-gram recall"
-        else:
-            labels[name] = {"copying": "selective copying"}.get(task.kind, task.kind)
-    return _unique(labels)
+    return _unique({name: section.data.label for name, section in study.tasks.items()})
 
 
 def _unique(labels: dict[str, str]) -> dict[str, str]:

@@ -26,6 +26,30 @@ def results_table(study: Study, results: pd.DataFrame, ablation: Ablation) -> st
     return frame.to_markdown()
 
 
+def references_table(study: Study, references: pd.DataFrame, ablation: Ablation) -> str:
+    """Markdown: the scores of the partial strategies on the tasks of a figure, one column per length; empty if there are none."""
+    columns = {multiple: f"{multiple:g}x" for multiple in study.evaluate.multiples}
+    shown = references[references["task"].isin(shown_tasks(study, ablation)) & references["multiple"].isin(columns)]
+    if not len(shown):
+        return ""
+    table = shown.pivot(index=["task", "reference"], columns="multiple", values="value")[[*columns]].rename(columns=columns)
+    table = table.loc[shown[["task", "reference"]].drop_duplicates().itertuples(index=False, name=None)].reset_index()
+    labels = [study.tasks[task].data.reference_labels[name] for task, name in zip(table["task"], table["reference"], strict=True)]
+    table["reference"] = labels
+    table = with_labels(study, table.rename(columns={"reference": "partial strategy, without a model"}))
+    return table.to_markdown(index=False, floatfmt=".3f")
+
+
+def as_markdown(table: pd.DataFrame, **options: str) -> str:
+    """Markdown with three decimals, and a dash for missing values."""
+    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3f", missingval="-", **options)
+
+
+def folded(title: str, table: pd.DataFrame) -> str:
+    """Markdown of a table that a click on `title` opens."""
+    return f"<details><summary>{title}</summary>\n\n{as_markdown(table, intfmt=',')}\n\n</details>"
+
+
 def with_labels(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     """The table with `CAT-QK (qk)` for the slugs in its columns `task` and `variant`."""
     table = table.copy()

@@ -27,7 +27,7 @@ class _CellProgress:
     cell: Cell
     total: int
     """Maximum number of steps over all runs of the cell."""
-    tokens_per_step: int
+    tokens_per_step: float
     done: int = 0
     started: float | None = None
     ended: bool = False
@@ -46,7 +46,7 @@ class Progress:
             cell[:2]: _CellProgress(
                 cell,
                 total=len(cell.jobs) * cell.setting.training.steps,
-                tokens_per_step=cell.setting.training.batch * cell.meta.length,
+                tokens_per_step=cell.setting.training.batch * cell.meta.mean_length,
             )
             for cell in cells
         }

@@ -231,10 +231,10 @@ def _method() -> str:
     return "forkserver"
 
 
-def _cost(stage: StageCell) -> int:
+def _cost(stage: StageCell) -> float:
     """Return the tokens per run. The longest runs start first, so that none runs alone at the end."""
-    training, length = stage.cell.setting.training, stage.cell.meta.length
-    return training.steps * training.batch * length
+    training = stage.cell.setting.training
+    return training.steps * training.batch * stage.cell.meta.mean_length
 
 
 def _log_failure(cell: Cell, jobs: tuple[Job, ...], failure: workers.Failure) -> str:

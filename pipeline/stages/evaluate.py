@@ -1,7 +1,11 @@
 """Evaluate a task's trained models: results/<task>.csv has every metric per variant, seed and length, one row each.
 
-results/filters/<task>.csv has the kernels. results/positions/<task>.csv has the bits per byte along the longest test windows of
-a text. scores/<task>.npz has the scores per test sequence, for the intervals of the verdicts.
+Three folders in results/ and one beside it have more tables per task:
+
+    results/filters/      the kernels
+    results/positions/    bits per byte along the longest test windows of a text
+    results/references/   scores of partial strategies, which need no model
+    scores/               scores per test sequence, for the intervals of the verdicts
 """
 
 from __future__ import annotations
@@ -20,16 +24,16 @@ from cat.evaluation.by_position import ByRecall, bin_ends, loss_by_position, los
 from cat.evaluation.diagnostics import attention_statistics, filter_kernels
 from cat.evaluation.scores import Scores, SequenceTotals, token_scores
 from cat.model import SequenceModel
-from cat.tasks.base import Extents, Recalled, Spans
+from cat.tasks.base import Extents, GeneratedData, Recalled, Spans
 from cat.tasks.registry import Task
 from pipeline.config.study import CellTraining
 from pipeline.runtime import checkpoints, workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, write_csv
-from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, RESULTS, SCORES
-from pipeline.storage.tables import FILTER_COLUMNS, POSITION_COLUMNS, RESULTS_COLUMNS
-from pipeline.storage.task_data import read_split, read_task
+from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, REFERENCES, RESULTS, SCORES
+from pipeline.storage.tables import FILTER_COLUMNS, POSITION_COLUMNS, PRIMARY, REFERENCE_COLUMNS, RESULTS_COLUMNS
+from pipeline.storage.task_data import read_meta, read_split, read_task, read_training
 
 Rows = list[dict[str, Any]]
 Sequences = dict[str, NDArray[np.float32]]
@@ -75,10 +79,37 @@ def evaluate(
         write_csv(path, (row for table in tables for row in table.filters), FILTER_COLUMNS)
     with atomic_write(POSITIONS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.positions), POSITION_COLUMNS)
+    with atomic_write(REFERENCES / f"{task}.csv") as path:
+        write_csv(path, references(task, data), REFERENCE_COLUMNS)
     with atomic_write(SCORES / f"{task}.npz") as path, path.open("wb") as file:
         arrays = {key: columns for table in tables for key, columns in table.sequences.items()}
         np.savez_compressed(file, allow_pickle=False, **arrays)
     checkpoints.prune(task, trained)
+
+
+def references(task: str, data: Task) -> Rows:
+    """Score the partial strategies of a task on its test splits: one row per strategy and length."""
+    if not data.reference_names:
+        return []
+    generated = GeneratedData(
+        tests={length: read_split(task, f"test_{length}") for length in data.lengths},
+        training=list(read_training(task)),
+        vocabulary=read_meta(task).vocabulary,
+        extents=_extents(task) if data.goal == "loss" else None,
+    )
+    multiples = dict(zip(data.lengths, data.multiples, strict=True))
+    return [
+        {
+            "task": task,
+            "reference": name,
+            "length": length,
+            "multiple": float(multiples[length]),
+            "metric": PRIMARY[data.goal],
+            "value": value,
+        }
+        for name, values in data.score_references(generated).items()
+        for length, value in values.items()
+    ]
 
 
 def metrics(totals: SequenceTotals, extents: Extents | None, *, autoregressive: bool) -> dict[str, float]:

@@ -27,6 +27,7 @@ from cat.seeding import generator
 from cat.tasks.base import Task, Windows
 from pipeline.storage.files import atomic_write, sha256, write_json
 from pipeline.storage.paths import DATA, HELDOUT
+from pipeline.storage.task_data import training_names
 
 TEST_KEYS = {"test_examples", "multiples"}
 """The keys of a task that only its test splits depend on."""
@@ -45,24 +46,31 @@ def generate(name: str, task: Task, data_seed: int) -> None:
 
 def _write_training(folder: Path, header: dict[str, Any], task: Task) -> None:
     name, data_seed = header["task"], header["data_seed"]
-    training = task.training(generator(data_seed, name, "train"))
-    arrays = training._asdict()
-    if isinstance(training, Windows):
-        np.save(folder / "tokens.npy", arrays.pop("tokens"))
-    np.savez(folder / "train.npz", **arrays)
+    splits = training_names(task.training_lengths)
+    training = {length: task.training(length, generator(data_seed, name, split)) for length, split in splits.items()}
+    for length, split in splits.items():
+        arrays = training[length]._asdict()
+        arrays.pop("tokens", None)
+        np.savez(folder / f"{split}.npz", **arrays)
+    longest = training[task.length]
     meta = {
         **header,
         "vocabulary": task.vocabulary,
         "length": task.length,
+        "training_lengths": list(task.training_lengths),
         "goal": task.goal,
         "autoregressive": task.autoregressive,
         "splits": {
-            "train": {"examples": task.train_examples, "length": task.length, "sha256": _digest(training)},
+            **{
+                split: {"examples": task.training_counts[length], "length": length, "sha256": _digest(training[length])}
+                for length, split in splits.items()
+            },
             "valid": _write_split(folder, header, task, "valid", "valid", task.length, task.valid_examples),
         },
         "config": task.model_dump(mode="json", exclude_defaults=True, exclude=TEST_KEYS),
     }
-    if isinstance(training, Windows):
+    if isinstance(longest, Windows):
+        np.save(folder / "tokens.npy", longest.tokens)  # the same for every length
         meta["tokens"] = sha256(folder / "tokens.npy")
     if (tokenizer := task.tokenizer()) is not None:
         (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")

@@ -37,8 +37,8 @@ from pipeline.config.study import Study
 from pipeline.reporting.verdicts import ABSENT
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import SCORES, VERDICTS
-from pipeline.storage.results import PRIMARY, read_results
-from pipeline.storage.tables import CLAIM_COLUMNS, COMPARISON_COLUMNS, read_arrays
+from pipeline.storage.results import read_results
+from pipeline.storage.tables import CLAIM_COLUMNS, COMPARISON_COLUMNS, PRIMARY, read_arrays
 
 LEVEL = 0.05
 """Bound of the false discovery rate per kind of verdict; one minus the nominal coverage of an interval."""

@@ -13,11 +13,14 @@ from tabulate import tabulate
 
 from cat.config import ModelConfig, VariantConfig
 from cat.mixers.registry import CONSTRUCTION, ConstructionConfig, mixer_module
-from pipeline.config.code_digest import code_digest
+from cat.tasks.registry import module_of
+from pipeline.config.code_digest import code_digest, is_own, modules_reached, source_file
 from pipeline.config.errors import ParamsError, config_error, printable
-from pipeline.config.grid import seeds_of, shown_variants, variants_on
+from pipeline.config.grid import seeds_of, shown_tasks, shown_variants, variants_on
 from pipeline.config.json_schema import json_schema
-from pipeline.config.resolve import resolved
+from pipeline.config.outputs import figure_plots
+from pipeline.config.plots import load_plot
+from pipeline.config.resolve import resolved, unwritten
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml, to_yaml
 from pipeline.storage.files import atomic_write, json_text, read_json, write_json
@@ -49,9 +52,7 @@ def stage_files(study: Study) -> dict[str, str]:
     for task, variant in study.training:
         texts[f"train/{task}/{variant}.json"] = json_text(cell_plan(study, task, variant, digests[f"train/{variant}"]))
     for task, section in study.tasks.items():
-        texts[f"generate/{task}.txt"] += "".join(
-            f"{key}: {value}\n" for key, value in resolved(section.data).items() if key not in section.data.model_fields_set
-        )
+        texts[f"generate/{task}.txt"] += "".join(f"{key}: {value}\n" for key, value in unwritten(section.data).items())
         texts[f"evaluate/{task}.txt"] += "".join(
             f"{variant}: {', '.join(map(str, seeds_of(study, task, variant)))}\n" for variant in variants_on(study, task)
         )
@@ -62,16 +63,15 @@ def stage_files(study: Study) -> dict[str, str]:
 
 def stage_modules(study: Study) -> dict[str, list[str]]:
     """The entry modules of each stage, by the name of its file in plan/."""
-    kinds = {task: f"cat.tasks.{section.data.kind}" for task, section in study.tasks.items()}
-    example_variants = {v for a in study.ablations.values() if a.plot == "example" for v in shown_variants(a)}
+    kinds = {task: module_of(section.data.kind) for task, section in study.tasks.items()}
+    plots = {module for modules in _plot_modules(study).values() for module in modules}
+    run_variants = {v for a in study.ablations.values() if load_plot(a.plot).runs_models for v in shown_variants(a)}
+    run_models = chain(*(_code_of(study.variants[variant]) for variant in run_variants))
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
-        "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values()],
-        "publish": ["pipeline.stages.report", "pipeline.tracking.sync"],
+        "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values(), *plots, *run_models],
+        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *kinds.values(), *plots],
     }
-    if example_variants:
-        models = chain(*(_code_of(study.variants[variant]) for variant in example_variants))
-        modules["render"] += ["cat.evaluation.diagnostics", *models]
     for task, kind in kinds.items():
         models = chain(*(_code_of(study.variants[variant]) for variant in variants_on(study, task)))
         modules[f"generate/{task}"] = ["pipeline.stages.generate", kind]
@@ -79,6 +79,15 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
     for variant, model in study.variants.items():
         modules[f"train/{variant}"] = ["pipeline.stages.train", *_code_of(model)]
     return modules
+
+
+def _plot_modules(study: Study) -> dict[str, list[str]]:
+    """The modules of the plots of each ablation that has a figure."""
+    return {
+        name: [type(plot).__module__ for plot in figure_plots(name, ablation).values()]
+        for name, ablation in study.ablations.items()
+        if shown_tasks(study, ablation) and shown_variants(ablation)
+    }
 
 
 def cell_plan(study: Study, task: str, variant: str, code: str) -> dict[str, Any]:
@@ -99,7 +108,7 @@ def _code_of(model: VariantConfig) -> list[str]:
 
 
 def check_stages(study: Study, file: str = "params.yaml") -> None:
-    """Raise ParamsError unless dvc.yaml has exactly one train stage per ablation with tasks and variants."""
+    """Raise ParamsError unless dvc.yaml has exactly one train stage per ablation, and depends on the packages of own tasks."""
     if not _STAGES.exists():
         return
     raw = read_yaml(_STAGES)
@@ -129,8 +138,27 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
         f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"
         for name in sorted(trained.keys() - study.ablations.keys() - set(study.switched_off))
     ]
+    plan_deps = stages.get("plan", {}).get("deps", [])
+    packages = {task: section.data.kind.split(".")[0] for task, section in study.tasks.items() if "." in section.data.kind}
+    faults += [
+        f"tasks.{task}.data.kind: the plan stage of dvc.yaml does not depend on {package}. Fix: add {package} to its deps"
+        for task, package in packages.items()
+        if package not in plan_deps
+    ]
+    faults += _own_plots_without_dependency(study, stages.get("plan"))
     if faults:
         raise config_error(file, faults)
+
+
+def _own_plots_without_dependency(study: Study, plan: Any) -> Iterator[str]:
+    """Yield one line per file of an own plot that the plan does not depend on: DVC would miss its changes."""
+    deps = plan.get("deps") if isinstance(plan, dict) else None
+    known = {Path(dep) for dep in deps or () if isinstance(dep, str)}
+    for name, modules in _plot_modules(study).items():
+        for module in sorted(filter(is_own, modules_reached(filter(is_own, modules)))):
+            path = source_file(module)
+            if not known & {path, *path.parents}:
+                yield f"ablations.{name}: the stage plan in dvc.yaml must depend on {path}. Fix: add {path.parts[0]} to its deps"
 
 
 def changed_sources(study: Study) -> Iterator[str]:
@@ -183,6 +211,11 @@ def table(study: Study) -> str:
     return (
         tabulate(rows, headers=["variant", *study.tasks])
         + f"\n\n{len(study.training)} cells, each with seeds x learning rates x steps at most; {steps:,} steps in all"
+        + "".join(
+            f"\n{task} trains on sequences of {', '.join(map(str, lengths[:-1]))} and {lengths[-1]} tokens, one length per batch"
+            for task, section in study.tasks.items()
+            if len(lengths := section.data.training_lengths) > 1
+        )
     )
 
 

@@ -13,18 +13,17 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.config.grid import shown_tasks, shown_variants
+from pipeline.config.outputs import COST, figure_plots
+from pipeline.config.plots import load_plot
 from pipeline.config.study import Study
-from pipeline.figures.attention import attention
-from pipeline.figures.cost import PARAMETERS, cost, cost_table
-from pipeline.figures.plots import figures_of
-from pipeline.figures.recall import recall
+from pipeline.figures.drawing.cost import PARAMETERS, cost, cost_table
+from pipeline.figures.drawing.style import Picture, draw_all
 from pipeline.figures.stability import full_stability_table
-from pipeline.figures.style import Picture, draw_all
 from pipeline.reporting.diagnosis import diagnose
 from pipeline.reporting.tables import headline
 from pipeline.storage.files import atomic_write, write_json
 from pipeline.storage.paths import REPORTS
-from pipeline.storage.results import orphans, primary, read_results
+from pipeline.storage.results import orphans, primary, read_references, read_results
 
 README_MARKS = ("<!-- results: written by `python -m pipeline update-readme` -->", "<!-- end of results -->")
 
@@ -42,7 +41,7 @@ def render(study: Study) -> None:
             write_json(metrics / f"{variant}.json", values)
         tables = {
             "lengths": _curves(study, scores),
-            "diagnosis": diagnose(study, results),
+            "diagnosis": diagnose(study, results, read_references(study)),
             "stability": full_stability_table(study),
         }
         for name, table in tables.items():
@@ -55,15 +54,18 @@ def render(study: Study) -> None:
 
 def _pictures(study: Study, results: pd.DataFrame, folder: Path) -> Iterator[Picture]:
     """The figures of the study. Those that show models come first: they take longest to draw."""
-    for name, ablation in sorted(study.ablations.items(), key=lambda item: not item[1].shows_models):
+    references = primary(study, read_references(study))
+    for name, ablation in sorted(study.ablations.items(), key=lambda item: not load_plot(item[1].plot).shows_models):
         tasks, variants = shown_tasks(study, ablation), shown_variants(ablation)
         shown = results[results["task"].isin(tasks) & results["variant"].isin(variants)]
-        for file, draw in figures_of(name, ablation).items() if tasks and variants else ():
-            table = shown if draw in (attention, recall) else primary(study, shown)
-            yield Picture(partial(draw, ablation=ablation, results=table), folder / f"{file}.svg")
+        levels = references[references["task"].isin(tasks) & references["reference"].isin(ablation.reference_lines)]
+        for file, plot in figure_plots(name, ablation).items() if tasks and variants else ():
+            table = shown if plot.uses_metrics else primary(study, shown)
+            draw = partial(plot.draw, ablation=ablation, results=table, references=levels)
+            yield Picture(draw, folder / f"{file}.svg")
     costs = cost_table(study, primary(study, results))
     if len(costs):  # a study with only constructions has no costs
-        yield Picture(partial(cost, costs=costs, price=PARAMETERS), folder / "cost.svg")
+        yield Picture(partial(cost, costs=costs, price=PARAMETERS), folder / f"{COST}.svg")
 
 
 def _curves(study: Study, results: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,22 +18,20 @@ import pandas as pd
 from pipeline.config.errors import ParamsError
 from pipeline.config.grid import Cell, cells, seeds_text, shown_cells, shown_tasks, shown_variants
 from pipeline.config.outputs import CLAIMS, COST, COST_BY_TIME, figure_plots
+from pipeline.config.plots import load_plot
 from pipeline.config.study import Ablation, Study
 from pipeline.config.yaml_file import read_yaml
-from pipeline.figures.cost import SECONDS, cost, cost_table
-from pipeline.figures.positions import positions_table
-from pipeline.figures.recall import gains_table
-from pipeline.figures.stability import stability_table
-from pipeline.figures.style import save, set_theme
+from pipeline.figures.drawing.cost import SECONDS, cost, cost_table
+from pipeline.figures.drawing.style import save, set_theme
 from pipeline.reporting.html import page
 from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.markdown import escape
-from pipeline.reporting.tables import claims_section, key_filter_table, results_table, with_labels
+from pipeline.reporting.tables import claims_section, folded, references_table, results_table, with_labels
 from pipeline.reporting.verdicts import markdown_table, of_the_study, read_verdicts
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import REPORTS
-from pipeline.storage.results import primary, read_results
+from pipeline.storage.results import primary, read_references, read_results
 from pipeline.storage.tables import DIAGNOSIS_COLUMNS, read_table
 from pipeline.storage.training_log import read_log
 
@@ -54,31 +53,24 @@ def report(study: Study) -> None:
 
 def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: bool) -> str:
     """The report as Markdown; with training times, dates and commits if `timed`."""
-    scores, verdicts = primary(study, results), read_verdicts()
+    scores, references, verdicts = primary(study, results), read_references(study), read_verdicts()
     diagnosis = read_table(REPORTS / "diagnosis.csv", DIAGNOSIS_COLUMNS)
     parts = ["# Results of the study", _anchor(CLAIMS), claims_section(), _study(study, timed)]
     for name, ablation in study.ablations.items():
         if not (shown_tasks(study, ablation) and shown_variants(ablation)):
             continue
         parts += [_anchor(name), f"## {escape(ablation.question)}", _verdicts(verdicts, name), _figures(name, ablation)]
-        if not ablation.shows_models:
-            parts.append(results_table(study, scores, ablation))
-            if ablation.plot == "learning_rates":
-                parts.append(with_labels(study, key_filter_table(study, ablation)).to_markdown(index=False))
-            if ablation.plot == "stability":
-                title = "Every run, with the entropy of each head (layers separated by semicolons)"
-                parts.append(_folded(title, with_labels(study, stability_table(study, ablation))))
-            parts.append(_failures(study, ablation, diagnosis))
-        if ablation.plot == "positions":
-            parts.append(_table(with_labels(study, positions_table(study, ablation))))
-        if ablation.plot == "recall":
-            parts.append(_table(with_labels(study, gains_table(study, ablation, results))))
+        plot = load_plot(ablation.plot)
+        scored = not plot.shows_models
+        parts += [results_table(study, scores, ablation), references_table(study, references, ablation)] if scored else []
+        parts += plot.tables(study, ablation, results)
+        parts += [_failures(study, ablation, diagnosis)] if scored else []
         parts.append(_what_was_run(study, ablation, timed))
     if len(costs):  # a study with only constructions has no costs
         parts += [_anchor(COST), "## What does it cost?", f"![score by parameters](figures/{COST}.svg)", _COST]
         if timed and costs[SECONDS].notna().any():
             parts += [f"![score by training time]({COST_BY_TIME}.svg)", _COST_BY_TIME]
-        parts.append(_folded("The numbers", with_labels(study, costs if timed else costs.drop(columns=SECONDS))))
+        parts.append(folded("The numbers", with_labels(study, costs if timed else costs.drop(columns=SECONDS))))
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -90,16 +82,6 @@ _COST_BY_TIME = (
     "The same scores by training time per run, with validation and early stopping. Other runs were active at the same time, so"
     " this is no benchmark; benchmarks/ has one."
 )
-
-
-def _folded(title: str, table: pd.DataFrame) -> str:
-    text = _table(table, intfmt=",")
-    return f"<details><summary>{title}</summary>\n\n{text}\n\n</details>"
-
-
-def _table(table: pd.DataFrame, **options: str) -> str:
-    """Markdown, with a dash for missing values."""
-    return table.astype(object).where(table.notna(), None).to_markdown(index=False, floatfmt=".3f", missingval="-", **options)
 
 
 def _study(study: Study, timed: bool) -> str:
@@ -130,7 +112,8 @@ def _verdicts(verdicts: pd.DataFrame, ablation: str) -> str:
 
 
 def _figures(name: str, ablation: Ablation) -> str:
-    return "\n\n".join(f"![{file.replace('_', ' ')}](figures/{file}.svg)" for file in figure_plots(name, ablation))
+    figures = figure_plots(name, ablation).items()
+    return "\n\n".join(f"![{file.replace('_', ' ')}](figures/{file}.svg)\n\n*{plot.caption}*" for file, plot in figures)
 
 
 def _failures(study: Study, ablation: Ablation, diagnosis: pd.DataFrame) -> str:
@@ -147,17 +130,7 @@ def _failures(study: Study, ablation: Ablation, diagnosis: pd.DataFrame) -> str:
     if not len(by_cell):
         return without
     failures = with_labels(study, by_cell.reset_index()).rename(columns={"failure_mode": "failure"})
-    return f"{without}\n\n{_folded(f'{len(failures)} failures', failures)}"
-
-
-_ROWS = {
-    "filters": "the rows of these variants",
-    "stability": "the rows of these variants, in nats, for every learning rate",
-    "positions": "the rows of these variants",
-    "recall": "the rows of these variants with the metric recalled_share or a metric that starts with loss",
-    "example": "the first test sequence of the training length, with the weights in runs/",
-}
-_SCORES = "the rows of these variants with the metric accuracy, or bits_per_byte for text; the curves use every length"
+    return f"{without}\n\n{folded(f'{len(failures)} failures', failures)}"
 
 
 def _what_was_run(study: Study, ablation: Ablation, timed: bool) -> str:
@@ -165,14 +138,9 @@ def _what_was_run(study: Study, ablation: Ablation, timed: bool) -> str:
     shown = [cell for cell in cells(study) if cell.task in tasks and cell.variant in variants]
     own = [cell for cell in shown if cell.task in ablation.tasks and cell.variant in ablation.variants]
     others = f" ({len(shown) - len(own)} trained for another ablation)" if len(own) < len(shown) else ""
-    sources = ", ".join(f"[results/{task}.csv](../results/{task}.csv)" for task in tasks)
-    if ablation.plot in ("filters", "positions"):
-        files = [f"results/{ablation.plot}/{task}.csv" for task in tasks]
-        sources = ", ".join(f"[{file}](../{file})" for file in files)
-    if ablation.plot == "stability":
-        sources = "[reports/stability.csv](stability.csv)"
-    rows = _ROWS.get(ablation.plot, _SCORES)
-    numbers = f"Numbers: {rows}." if ablation.plot == "example" else f"Numbers: {sources}, {rows}."
+    plot = load_plot(ablation.plot)
+    sources = [f"[{file}]({os.path.relpath(file, REPORTS)})" for file in plot.sources(study, ablation)]
+    numbers = f"Numbers: {', '.join([*sources, plot.rows])}."
     seeds = seeds_text(study, shown)
     return f"*What was run*: {len(shown)} cells{others}, seeds {seeds}. {_trained(shown, timed)} {numbers}"
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from cat.config import TrainingConfig
 from cat.evaluation.diagnostics import head_entropies, key_filter_solves_every_length, max_logit
-from cat.evaluation.scores import Split, TrainingSplit, score
+from cat.evaluation.scores import MixedSplit, Split, TrainingSplit, score
 from cat.mixers.registry import AnyVariant, ConstructionConfig
 from cat.model import SequenceModel
 from cat.seeding import derive_seed
@@ -190,8 +190,8 @@ def group_jobs(cell: Cell, device: torch.device, group: ProcessGroup = SINGLE_PR
     """Split the runs of the cell into groups that train as one ensemble.
 
     One small model does not fill a GPU, so an ensemble there has up to MAX_ENSEMBLE_TOKENS tokens per step. On a CPU each run
-    trains by itself, so its last bits do not depend on the other runs. So does a run that is compiled, splits its batches, or
-    uses several processes.
+    trains by itself, so its last bits do not depend on the other runs. So does a run that is compiled, splits its batches, uses
+    several processes, or has several training lengths.
     """
     setting, jobs = cell.setting, cell.jobs
     tokens = setting.training.batch * cell.meta.length
@@ -202,7 +202,7 @@ def group_jobs(cell: Cell, device: torch.device, group: ProcessGroup = SINGLE_PR
 def uses_ensemble(cell: Cell, device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> bool:
     """Whether `fit_ensemble` trains the cell, even a single run of it: its steps are CUDA graphs."""
     model, training = cell.setting.model, cell.setting.training
-    single = training.compile or training.micro_batch is not None or group.size > 1
+    single = training.compile or training.micro_batch is not None or group.size > 1 or len(cell.meta.training_lengths) > 1
     return device.type == "cuda" and not single and not isinstance(model, ConstructionConfig) and can_ensemble(model)
 
 
@@ -289,6 +289,7 @@ def _fit(
         "precision": setting.precision,
     }
     if ensemble and not any(state and (state.stop or state.micro_batch) for state in states):
+        assert not isinstance(train, MixedSplit)  # uses_ensemble: a CUDA graph has one shape
         options |= {"progress": lambda index, *news: progress(jobs[index], *news), "checkpoint": keeper}
         resume = [state for state in states if state is not None]
         trained = fit_ensemble(models, train, valid, learning_rates=rates, seeds=seeds, resume=resume or None, **options)
@@ -325,7 +326,7 @@ def _construct(cell: Cell, job: Job, device: torch.device, report: workers.Repor
 
 
 @functools.lru_cache(maxsize=2)
-def _splits(task: str, device: torch.device) -> tuple[TrainingSplit, Split]:
+def _splits(task: str, device: torch.device) -> tuple[TrainingSplit | MixedSplit, Split]:
     return runs.training_split(task, device), runs.split(task, "valid", device)
 
 

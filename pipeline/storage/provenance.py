@@ -17,7 +17,9 @@ def provenance() -> dict[str, str | bool | None]:
     Only files in the folder of params.yaml count, since the repository may have other folders. `commit` and `dirty` are None
     if this folder is not in git, or git cannot read the repository. `experiment` is set only under `dvc exp run`.
     """
-    project = next((folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "params.yaml").exists()), Path.cwd())
+    # Unlike Path.exists, os.path.exists does not raise in a folder that the user may not enter.
+    folders = (Path.cwd(), *Path.cwd().parents)
+    project = next((folder for folder in folders if os.path.exists(folder / "params.yaml")), Path.cwd())  # noqa: PTH110
     # `HEAD:./` is the folder in the commit: it fails for a copy of the project inside another repository.
     found = _git(project, "rev-parse", "HEAD", "HEAD:./")
     excluded = [f":(exclude){path}" for path in OUTPUTS]

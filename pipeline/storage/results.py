@@ -13,14 +13,19 @@ import pandas as pd
 
 from pipeline.config.grid import cells, seeds_of, variants_on
 from pipeline.config.study import Study
-from pipeline.storage.paths import FILTERS, POSITIONS, RESULTS, RUNS, SCORES
-from pipeline.storage.tables import FILTER_COLUMNS, HISTORY_COLUMNS, POSITION_COLUMNS, RESULTS_COLUMNS, read_table
+from pipeline.storage.paths import FILTERS, POSITIONS, REFERENCES, RESULTS, RUNS, SCORES
+from pipeline.storage.tables import (
+    FILTER_COLUMNS,
+    HISTORY_COLUMNS,
+    POSITION_COLUMNS,
+    PRIMARY,
+    REFERENCE_COLUMNS,
+    RESULTS_COLUMNS,
+    read_table,
+)
 
 KEYS = ("task", "variant", "seed", "length", "metric")
 """Columns that identify a row of the results."""
-
-PRIMARY = {"accuracy": "accuracy", "loss": "bits_per_byte"}
-"""Goal of a task -> its primary metric."""
 
 
 def read_results(study: Study) -> pd.DataFrame:
@@ -78,12 +83,31 @@ def read_positions(task: str) -> pd.DataFrame:
     return read_table(POSITIONS / f"{task}.csv", POSITION_COLUMNS)
 
 
+def read_references(study: Study) -> pd.DataFrame:
+    """Read the scores of the partial strategies of every task, in the order of the study, weakest first within a task.
+
+    There is one row per task, reference and test length. The label of a reference is `reference_labels[reference]` of its task.
+    Raises ValueError if a row is missing.
+    """
+    tables = []
+    for task, section in study.tasks.items():
+        path = REFERENCES / f"{task}.csv"
+        table = read_table(path, REFERENCE_COLUMNS).set_index(["reference", "length"], drop=False)
+        expected = list(itertools.product(section.data.reference_names, section.data.lengths))
+        for name, length in expected:
+            if (name, length) not in table.index:
+                raise ValueError(f"{path}: lacks {name} at length {length}; run `dvc repro`")
+        tables.append(table[table.index.isin(expected)])
+    return pd.concat(tables, ignore_index=True)
+
+
 def orphans(study: Study) -> Iterator[Path]:
     """Find run folders without a cell in the study, and result files without a task."""
     expected = {RUNS / cell.task / cell.variant for cell in cells(study)}
     for folder in sorted(RUNS.glob("*/*/")):
         if folder not in expected and not folder.name.startswith("."):
             yield folder
-    for file in itertools.chain.from_iterable(sorted(folder.glob("*.*")) for folder in (RESULTS, FILTERS, POSITIONS, SCORES)):
+    folders = (RESULTS, FILTERS, POSITIONS, REFERENCES, SCORES)
+    for file in itertools.chain.from_iterable(sorted(folder.glob("*.*")) for folder in folders):
         if file.stem not in study.tasks and not file.name.startswith("."):
             yield file

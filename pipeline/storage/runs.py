@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cat.evaluation.scores import Split, TrainingSplit
+    from cat.evaluation.scores import MixedSplit, Split, TrainingSplit
     from cat.model import SequenceModel
 
 
@@ -94,22 +95,33 @@ def split(task: str, name: str, device: torch.device) -> Split:
     return Split.of(*(_to_device(array, device) for array in read_split(task, name)))
 
 
-def training_split(task: str, device: torch.device) -> TrainingSplit:
-    """Read the training split of `task` as tensors on `device`.
+def training_split(task: str, device: torch.device) -> TrainingSplit | MixedSplit:
+    """Read the training split of `task` as tensors on `device`, one split per training length if there are several.
 
     On a CPU the tokens of a text stay in their file, which is memory-mapped.
     """
+    from cat.evaluation.scores import MixedSplit
+
+    splits = tuple(_training_splits(task, device))
+    return splits[0] if len(splits) == 1 else MixedSplit(splits)
+
+
+def _training_splits(task: str, device: torch.device) -> Iterator[TrainingSplit]:
     import torch
 
     from cat.evaluation.scores import Split, TextSplit
 
-    data = read_training(task)
-    if not isinstance(data, Windows):
-        return Split.of(*(_to_device(array, device) for array in data))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that the mapped file is read-only; nothing writes to it
-        tokens = torch.from_numpy(data.tokens)
-    return TextSplit(_indexable(tokens, device), torch.from_numpy(data.starts).to(device), data.length)
+    tokens: Tensor | None = None
+    for data in read_training(task):
+        if not isinstance(data, Windows):
+            yield Split.of(*(_to_device(array, device) for array in data))
+            continue
+        if tokens is None:
+            with warnings.catch_warnings():
+                # torch warns that the mapped file is read-only; nothing writes to it.
+                warnings.simplefilter("ignore", UserWarning)
+                tokens = _indexable(torch.from_numpy(data.tokens), device)
+        yield TextSplit(tokens, torch.from_numpy(data.starts).to(device), data.length)
 
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:

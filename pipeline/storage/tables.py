@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 CURVES = ("train_loss", "max_loss", "grad_norm", "valid_loss", "valid_accuracy", "max_logit")
 """Quantities of a training history: the fields of cat.training.fit.ValidationRecord without `step`."""
 
+PRIMARY = {"accuracy": "accuracy", "loss": "bits_per_byte"}
+"""Goal of a task -> its primary metric."""
+
 RESULTS_COLUMNS = {"task": str, "variant": str, "seed": int, "length": int, "metric": str, "value": float}
 FILTER_COLUMNS = {
     "task": str, "variant": str, "seed": int, "layer": int, "projection": str, "head": str, "lag": int, "value": float,
@@ -30,6 +33,7 @@ FILTER_COLUMNS = {
 POSITION_COLUMNS = {
     "task": str, "variant": str, "seed": int, "context": str, "position": int, "tokens": int, "bits_per_byte": float,
 }  # fmt: skip
+REFERENCE_COLUMNS = {"task": str, "reference": str, "length": int, "multiple": float, "metric": str, "value": float}
 HISTORY_COLUMNS = {"learning_rate": float, "seed": int, "step": int, **dict.fromkeys(CURVES, float)}
 """The run, then the fields of cat.training.fit.ValidationRecord."""
 COMPARISON_COLUMNS = {

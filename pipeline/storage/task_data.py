@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,18 +19,28 @@ class Meta(NamedTuple):
     """Description of a task's data for training."""
 
     vocabulary: int
-    length: int
+    training_lengths: tuple[int, ...]
     goal: str
     autoregressive: bool
     digest: str
     """Changes with everything that training reads, including the examples, but not with the test splits."""
+
+    @property
+    def length(self) -> int:
+        """The training length, the longest if there are several."""
+        return self.training_lengths[-1]
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length of the training sequences: training takes each length equally often."""
+        return sum(self.training_lengths) / len(self.training_lengths)
 
 
 def read_meta(task: str) -> Meta:
     path = DATA / task / "meta.json"
     meta = read_json(path)
     with readable(path, "the description of a task's data"):
-        fields = meta["vocabulary"], meta["length"], meta["goal"], meta["autoregressive"]
+        fields = meta["vocabulary"], tuple(meta["training_lengths"]), meta["goal"], meta["autoregressive"]
         return Meta(*fields, digest=hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -47,14 +59,31 @@ def read_split(task: str, split: str) -> Examples:
         return Examples(arrays["inputs"], arrays["targets"])
 
 
-def read_training(task: str) -> Examples | Windows:
-    """Read the training split; the tokens of a text are memory-mapped. Raises ValueError as `read_split` does."""
-    path = DATA / task / "train.npz"
+def training_names(lengths: Sequence[int]) -> dict[int, str]:
+    """The name of the training split of each length: `train`, or `train_<length>` if there are several."""
+    return {length: "train" if len(lengths) == 1 else f"train_{length}" for length in lengths}
+
+
+def read_training(task: str) -> Iterator[Examples | Windows]:
+    """Read the training split of each length, shortest first; the tokens of a text are memory-mapped and shared.
+
+    Raises ValueError as `read_split` does.
+    """
+    tokens: np.ndarray | None = None
+    for name in training_names(read_meta(task).training_lengths).values():
+        stored = _read_examples_or_starts(DATA / task / f"{name}.npz")
+        if isinstance(stored, Examples):
+            yield stored
+        else:
+            tokens = _map_tokens(task) if tokens is None else tokens
+            yield Windows(tokens, *stored)
+
+
+def _read_examples_or_starts(path: Path) -> Examples | tuple[np.ndarray, int]:
     with readable(path, "a split of a task's data"), path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        if "starts" not in arrays:
-            return Examples(arrays["inputs"], arrays["targets"])
-        starts, length = arrays["starts"], int(arrays["length"])
-    return Windows(_map_tokens(task), starts, length)
+        if "starts" in arrays:
+            return arrays["starts"], int(arrays["length"])
+        return Examples(arrays["inputs"], arrays["targets"])
 
 
 def _map_tokens(task: str) -> np.ndarray:

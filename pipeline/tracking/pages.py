@@ -33,7 +33,7 @@ class Pages:
         """Describe an experiment, with links to useful views of its runs."""
         if experiment == REPORT_EXPERIMENT:
             return "The reports: figures, tables, verdicts. The tag `current` is yes for the report of the present files."
-        from pipeline.storage.results import PRIMARY
+        from pipeline.storage.tables import PRIMARY
 
         goal = self.study.tasks[experiment].data.goal
         metric = f"{PRIMARY[goal]}_{max(self.study.evaluate.multiples):g}x"

@@ -280,7 +280,7 @@ def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[MetricVal
     The primary metric is repeated as e.g. `accuracy_8x` for each length of the tables, so that runs can be sorted by it. Several
     seeds give the mean and, with the ending `_sd`, the standard deviation.
     """
-    from pipeline.storage.results import PRIMARY
+    from pipeline.storage.tables import PRIMARY
 
     name = PRIMARY[study.tasks[task].data.goal]
     grouped = scores.dropna(subset="value").groupby(["metric", "length", "multiple"], sort=False)["value"]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ import cat
 from cat import ConvolutionAugmentedAttention
 from examples import transformer
 from tests.helpers.reference import normal
-from tests.helpers.study import ROOT
 from tests.repo.test_imports import FOREIGN_TO_CAT, loaded_by
 
+ROOT = Path(__file__).parents[2]
 BLOCKED = FOREIGN_TO_CAT | {"yaml", "scipy", "rich", "markdown_it"}
 WIDTH, HEADS, LENGTH = 12, 2, 9
 ATTENTIONS = {
@@ -127,8 +128,7 @@ def test_every_argument_equals_its_configuration_key(options):
     torch.manual_seed(0)
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS, length=LENGTH, **options)
     torch.manual_seed(0)
-    same = {"mixer": "attention", "layers": 1, "width": WIDTH, "heads": HEADS, "position": "none", **options}
-    mixer = cat.build_mixer(cat.AttentionConfig(**same), LENGTH)
+    mixer = cat.build_mixer(cat.AttentionConfig(heads=HEADS, **options), width=WIDTH, length=LENGTH)
     actual, expected = layer.mixer.state_dict(), mixer.state_dict()
     assert actual.keys() == expected.keys()
     x = torch.randn(2, LENGTH, WIDTH)
@@ -203,7 +203,7 @@ def test_padding_on_the_right_has_finite_gradients_in_half_precision():
 
 def test_the_repr_shows_the_convolutions():
     layer = ConvolutionAugmentedAttention(12, 2, conv_q=4, conv_v="state", filter_size=3, length=9, position="rotary")
-    assert "width=12, heads=2, position=rotary, conv_q=4, conv_v=state, filter_size=3" in repr(layer)
+    assert "width=12, heads=2, conv_q=4, conv_v=state, filter_size=3, position=rotary" in repr(layer)
     assert "(q): ExplicitFilter(kernel_size=4, sharing=head)" in repr(layer)
     assert "(v): DecayFilter(coefficients=3, sharing=head)" in repr(layer)
     dilated = ConvolutionAugmentedAttention(12, 2, conv_k=3, dilation=2, sharing="channel")

@@ -1,19 +1,25 @@
-"""The parts of a block that are no mixer, against their formulas."""
+"""The parts of a block that are no mixer, against their formulas. Models with several mixers."""
 
 import pytest
 import torch
 
-from cat.mixers.attention.config import AttentionConfig
+from cat.mixers.attention.layer import CausalAttention
+from cat.mixers.mamba.layer import Mamba
+from cat.mixers.registry import model_config
 from cat.model import SequenceModel
-from cat.training.fit import split_by_weight_decay
+from cat.training.fit import build_model, split_by_weight_decay
+from tests.helpers.reference import close
 
+VOCABULARY, LENGTH = 11, 67  # longer than the chunks of every mixer
+MAMBA = {"mixer": "mamba", "state": 3}
+ATTENTION = {"mixer": "attention", "heads": 2, "position": "rotary", "qk_norm": True, "conv_k": 3}
 LLAMA = {"mlp": 3, "activation": "swiglu", "norm": "rms"}
 
 
 def model(**changes):
     line = {"mixer": "attention", "width": 8, "layers": 2, "heads": 2, "position": "none", "conv_k": 3, **changes}
     torch.manual_seed(0)
-    built = SequenceModel(AttentionConfig(**line), vocabulary=11, length=9).double()
+    built = SequenceModel(model_config(**line), vocabulary=11, length=9).double()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)  # scales of norms are 1 at first
@@ -55,3 +61,51 @@ def test_weight_decay_is_on_the_maps_of_a_gated_mlp_and_on_no_norm():
 def test_an_activation_needs_an_mlp():
     with pytest.raises(ValueError, match="activation = swiglu needs an MLP"):
         model(activation="swiglu")
+
+
+# Several mixers.
+
+
+def several(mixers, **changes):
+    config = model_config(**{"mixer": mixers, "width": 12, "layers": 4, "mlp": 2, **changes})
+    return build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=0)
+
+
+def test_each_block_has_its_mixer():
+    blocks = several([MAMBA, ATTENTION]).layers()
+    assert [type(block.mixer) for block in blocks] == 2 * [Mamba, CausalAttention]
+    assert all(block.mlp is not None for block in blocks)
+
+
+def test_equal_mixers_equal_the_model_with_that_mixer():
+    model, expected = several([ATTENTION, ATTENTION], layers=2), several([ATTENTION], layers=2)
+    for (name, weight), (its_name, its_weight) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert name == its_name
+        assert torch.equal(weight, its_weight)
+
+
+@pytest.mark.parametrize(
+    ("mixers", "position"),
+    [([MAMBA, ATTENTION], "none"), ([MAMBA, ATTENTION], "learned"), ([ATTENTION, MAMBA], "sinusoidal")],
+    ids=["none", "learned", "sinusoidal"],
+)
+def test_a_model_with_several_mixers_is_causal_and_continues_from_its_cache(mixers, position):
+    model = several(mixers, position=position).double()
+    tokens = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    logits = model(tokens)
+    changed = tokens.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % VOCABULARY
+    close(model(changed)[:, :5], logits[:, :5])
+    assert not torch.allclose(model(changed)[:, 5:], logits[:, 5:])
+    _, caches = model.step(tokens[:, :4])
+    close(model.step(tokens[:, 4:], caches)[0], logits[:, -1])
+    positions = torch.tensor([[1, 4]]).expand(3, -1)
+    close(model.logits_at(tokens, positions), logits[:, [1, 4]])
+
+
+def test_learned_positions_belong_to_the_whole_model():
+    model = several([MAMBA, ATTENTION], position="learned")
+    assert model.embedding.position.shape == (LENGTH, 12)
+    assert model.max_length == LENGTH
+    with pytest.raises(ValueError, match=f"learned positions reach {LENGTH} tokens"):
+        model(torch.zeros(1, LENGTH + 1, dtype=torch.long))

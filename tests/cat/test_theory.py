@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cat import theory
+from cat.config import ModelConfig
 from cat.evaluation.diagnostics import solves_every_length
 from cat.evaluation.scores import Split, score
 from cat.mixers.landmark.layer import LandmarkAttention
 from cat.model import SequenceModel
 from cat.ops.attention import attend
 from cat.ops.conv.causal import filter_heads
-from cat.tasks.registry import Copying, Recall, Task, generator
+from cat.tasks.copying import Copying
+from cat.tasks.recall import Recall
+from cat.tasks.registry import Task, generator
 from cat.training.fit import build_model
 
 SPLITS = {"train_examples": 1, "valid_examples": 1, "test_examples": 1}
@@ -151,14 +154,20 @@ def test_the_decay_decides_the_margin(decay, worse):
 
 def changed(model: SequenceModel, **changes: object) -> SequenceModel:
     """Return a model with the changed configuration and the same weights. Without qk_norm, the temperature scales the queries."""
-    config = model.config.model_copy(update=changes)
+    config = with_mixer(model, **changes)
     other = build_model(config, vocabulary=model.head.out_features, length=model.length, seed=0)
     other.load_state_dict(model.state_dict(), strict=False)
-    if not config.qk_norm:
+    if not config.mixers[0].qk_norm:
         c = model.layers()[0].mixer.log_temperature.exp().item()
         with torch.no_grad():
             other.layers()[0].mixer.projection.weight[: config.width] *= c * math.sqrt(config.width)
     return other
+
+
+def with_mixer(model: SequenceModel, **changes: object) -> ModelConfig:
+    """Return the configuration of a model of one layer with another mixer configuration."""
+    (mixer,) = model.config.mixers
+    return model.config.model_copy(update={"mixers": (mixer.model_copy(update=changes),)})
 
 
 def with_kernel(model: SequenceModel, kernel: Tensor) -> SequenceModel:
@@ -330,7 +339,7 @@ def test_the_condition_on_key_filters_is_what_hard_attention_does():
 @pytest.mark.parametrize(("kernel", "solves"), [([0.2, 1, 0.5], True), ([0.6, 1, 0.5], False), ([0.6, 0.5, 0], False)])
 def test_a_key_filter_that_meets_the_condition_solves_recall_in_a_model(kernel, solves):
     model = theory.recall(vocabulary=30, ngram=1, length=LONGEST)
-    config = model.config.model_copy(update={"conv_q": None, "conv_k": 3, "qk_norm": False})
+    config = with_mixer(model, conv_q=None, conv_k=3, qk_norm=False)
     other = build_model(config, vocabulary=30, length=LONGEST, seed=0)
     weights = model.state_dict() | {"blocks.0.mixer.filters.k.kernel": torch.tensor([kernel])}
     weights["blocks.0.mixer.projection.weight"][: config.width] *= 1e3
@@ -347,7 +356,7 @@ BLOCK, BLOCKS = 4, 32
 def wrong_blocks(mixer: LandmarkAttention, blocks: int, count: int) -> float:
     """Return the share of sequences whose last token attends to a block before its own that does not hold its copy."""
     x, position = theory.random_context(
-        width=mixer.config.width, length=blocks * BLOCK, block=BLOCK, count=count, generator=torch.Generator().manual_seed(0)
+        width=mixer.width, length=blocks * BLOCK, block=BLOCK, count=count, generator=torch.Generator().manual_seed(0)
     )
     with torch.no_grad():
         q, k, v, *others = mixer.prepare(mixer.project(x))

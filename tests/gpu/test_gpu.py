@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import cat.training.cuda_graph
-from cat.config import TrainingConfig
 from cat.evaluation.scores import Split, score
 from cat.ops.conv.causal import filter_channels, filter_heads
 from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads
@@ -18,7 +17,7 @@ from cat.training.ensemble import Ensemble, can_ensemble, fit_ensemble
 from cat.training.fit import backward, build_model, fit, mean_loss
 from pipeline.storage import runs
 from tests.cat.mixers.test_mixers import BATTERY, configure
-from tests.cat.training.test_ensemble import GRID, LENGTH, OPTIMIZER, VOCABULARY, successor
+from tests.cat.training.test_ensemble import GRID, LENGTH, TRAINING, VOCABULARY, successor
 
 REPRODUCIBLE = [name for name in BATTERY if not name.startswith("landmark")]
 """Mixers that train to the same bits without `deterministic`. Landmark attention sums gradients of its blocks in any order."""
@@ -41,8 +40,7 @@ def train(name, *, steps=9, precision="float32", **options):
         models(name, seeds),
         on_gpu(successor(18)),
         on_gpu(successor(7, seed=1)),
-        optimizer_config=OPTIMIZER,
-        training_config=TrainingConfig(steps=steps, batch=4, learning_rates=[0.1]),
+        config=TRAINING.model_copy(update={"steps": steps}),
         learning_rates=rates,
         seeds=seeds,
         stop_early=False,
@@ -151,8 +149,7 @@ def test_tokens_of_every_type_can_be_indexed(dtype):
 
 def test_members_train_as_alone():
     seeds, rates = zip(*GRID, strict=True)
-    training = TrainingConfig(steps=9, batch=4, learning_rates=[0.1])
-    options = {"training_config": training, "optimizer_config": OPTIMIZER, "stop_early": False}
+    options = {"config": TRAINING.model_copy(update={"steps": 9}), "stop_early": False}
     splits = on_gpu(successor(18)), on_gpu(successor(7, seed=1))
     alone = [
         fit(model, *splits, learning_rate=rate, seed=seed, **options)
@@ -172,8 +169,7 @@ def test_when_a_member_leaves_the_step_is_recorded_again(monkeypatch):
         models("performer_state", seeds),
         on_gpu(successor(18)),
         on_gpu(successor(7, seed=1)),
-        optimizer_config=OPTIMIZER.model_copy(update={"eval_every": 5}),
-        training_config=TrainingConfig(steps=15, batch=4, learning_rates=[0.1]),
+        config=TRAINING.model_copy(update={"eval_every": 5, "steps": 15}),
         learning_rates=rates,
         seeds=seeds,
         stop_early=False,
@@ -268,7 +264,7 @@ def train_with_half_the_memory():
 
     def steps():
         members = models("attention_all", seeds)
-        ensemble = Ensemble(members, [0.01] * len(seeds), optimizer_config=OPTIMIZER, precision="float32")
+        ensemble = Ensemble(members, [0.01] * len(seeds), config=TRAINING, precision="float32")
         return [ensemble.step(batches, 1.0) for _ in range(4)], ensemble.members_at_once
 
     torch.cuda.reset_peak_memory_stats()

@@ -26,7 +26,6 @@ from benchmarks.recurrence import scan
 from benchmarks.training import replicas, step
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
-from tests.helpers import oracles
 from tests.helpers.study import ROOT
 
 CPU = Place("cpu", 1)
@@ -201,7 +200,7 @@ def test_both_ways_of_generating_recall_agree_with_the_oracle(way):
     task = mqar(32)
     assert task.vocabulary == 32
     examples = way(32, 20, "cpu")()
-    np.testing.assert_array_equal(examples.targets, oracles.answers(task, examples.inputs))
+    np.testing.assert_array_equal(examples.targets, task.oracle(examples))
     assert ((examples.targets >= 0).sum(1) == 4).all()
 
 

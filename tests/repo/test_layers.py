@@ -86,7 +86,7 @@ def test_each_room_imports_only_rooms_below_it(package, layers):
 
 def test_the_rule_above_can_fail():
     graph = modules("pipeline")
-    graph["pipeline.storage.runs"].add("pipeline.figures.style")
+    graph["pipeline.storage.runs"].add("pipeline.figures.drawing.style")
     assert wrong_arrows(graph, "pipeline", PIPELINE) == {("storage", "figures")}
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cat.config import DotProductConfig, ModelConfig, VariantConfig
 
 
 class AttentionConfig(DotProductConfig):
     """Dense causal softmax attention: the transformer, or CAT with convolutions."""
+
+    label: ClassVar = "Transformer"
+    label_with_convolution: ClassVar = "CAT"
 
 
 def only_keys_convolved(model: VariantConfig) -> bool:

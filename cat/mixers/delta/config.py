@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cat.config import QKVConfig
 
 
@@ -12,5 +14,6 @@ class DeltaConfig(QKVConfig):
     positions: they would rotate the keys that the rule compares.
     """
 
+    label: ClassVar = "DeltaNet"
     gate: bool = False
     """Let the state decay by a factor that depends on the token."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from cat.config import Count, QKVConfig
 
 
@@ -12,6 +14,7 @@ class GLAConfig(QKVConfig):
     temperature: the output is normalized, which cancels it.
     """
 
+    label: ClassVar = "GLA"
     gate_rank: Count
     """Rank of the linear map from a token to the decay of each channel."""
     output_gate: bool = False

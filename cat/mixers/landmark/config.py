@@ -15,6 +15,9 @@ class LandmarkConfig(DotProductConfig):
     The best blocks are those whose landmarks match the query best.
     """
 
+    label: ClassVar = "Landmark attention"
+    label_with_convolution: ClassVar = "Landmark CAT"
+    selects_tokens: ClassVar = True
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v", "summary")
     renamed_keys: ClassVar = {**DotProductConfig.renamed_keys, "summary": "conv_summary"}
     block: Count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
@@ -11,6 +11,9 @@ from cat.config import DotProductConfig
 
 class LinearConfig(DotProductConfig):
     """Linear attention with the feature map elu + 1; with convolutions it is LinCAT."""
+
+    label: ClassVar = "Linear attention"
+    label_with_convolution: ClassVar = "LinCAT"
 
     @property
     def has_attention(self) -> bool:

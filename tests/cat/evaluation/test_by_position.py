@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 import cat.evaluation.scores
 from cat.evaluation.by_position import TOKENS, bin_ends, loss_by_position, loss_by_recall, scored_windows
 from cat.evaluation.scores import SequenceTotals, Split, sequence_totals, token_scores
-from cat.mixers.registry import AnyModel
+from cat.mixers.registry import model_config
 from cat.model import SequenceModel
 from cat.tasks import ngrams
 from cat.tasks.ngrams import occurs, occurs_earlier, pack
-from cat.tasks.registry import IGNORE, Text, generator
+from cat.tasks.registry import IGNORE, generator
+from cat.tasks.text import Text
 from pipeline.stages.generate import generate
 from pipeline.storage.paths import HELDOUT
 
@@ -25,7 +26,7 @@ VOCABULARY = 11
 def model(length, **changes):
     torch.manual_seed(0)
     keys = {"mixer": "attention", "width": 8, "layers": 2, "heads": 2, "position": "none", "conv_k": 3, **changes}
-    config = TypeAdapter(AnyModel).validate_python(keys)
+    config = model_config(**keys)
     return SequenceModel(config, vocabulary=VOCABULARY, length=length).double().eval()
 
 

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 
 from cat import theory
 from cat.evaluation.diagnostics import (
@@ -15,8 +14,11 @@ from cat.evaluation.diagnostics import (
     key_filter_solves_every_length,
     max_logit,
 )
-from cat.mixers.registry import AnyModel
-from cat.tasks.registry import Copying, Recall, generator
+from cat.mixers.attention.config import only_keys_convolved
+from cat.mixers.registry import model_config
+from cat.tasks.copying import Copying
+from cat.tasks.recall import Recall
+from cat.tasks.registry import generator
 from cat.training.fit import build_model
 from tests.helpers.reference import normal
 
@@ -26,7 +28,7 @@ SIZES = {"length": 40, "multiples": [1, 2], "train_examples": 1, "valid_examples
 
 
 def build(**parameters):
-    config = TypeAdapter(AnyModel).validate_python({**HEADS, **parameters})
+    config = model_config(**{**HEADS, **parameters})
     return build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=0)
 
 
@@ -135,7 +137,7 @@ def test_attention_weights_are_causal_normalised_and_give_the_output(parameters)
     ],
 )
 def test_mixers_without_attention_have_no_statistics(parameters):
-    config = TypeAdapter(AnyModel).validate_python({"width": 12, "layers": 2, **{**parameters, "layers": 2}})
+    config = model_config(**{"width": 12, **parameters, "layers": 2})
     model = build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=0)
     is_target = torch.ones(2, LENGTH, dtype=torch.bool)
     assert attention_statistics(model, torch.zeros(2, LENGTH, dtype=torch.long), is_target) == [None, None]
@@ -267,9 +269,21 @@ def test_the_condition_applies_to_one_kind_of_model(changes):
     model, other = build(mixer="attention", conv_k=3), build(**{"mixer": "attention", "conv_k": 3, **changes})
     assert key_filter_solves_every_length(model) is not None
     assert key_filter_solves_every_length(other) is None
-    assert model.config.only_keys_convolved
-    assert not other.config.only_keys_convolved
+    assert only_keys_convolved(model.config)
+    assert not only_keys_convolved(other.config)
     assert key_filter_solves_every_length(build(mixer="linear", conv_k=3)) is None
+
+
+def test_layers_without_attention_or_filters_are_left_out():
+    attention = {"mixer": "attention", "heads": 2, "position": "rotary", "qk_norm": True, "conv_k": 3}
+    config = model_config(mixer=["mamba", attention], width=12, layers=4)
+    model = build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=0)
+    tokens, everywhere = torch.zeros(2, LENGTH, dtype=torch.long), torch.ones(2, LENGTH, dtype=torch.bool)
+    assert [statistics is None for statistics in attention_statistics(model, tokens, everywhere)] == 2 * [True, False]
+    assert [heads and len(heads) for heads in head_entropies(model, tokens)] == 2 * [None, 2]
+    assert max_logit(model, tokens) == pytest.approx(8, rel=0.2)  # tokens are equal, and 8 is the initial temperature
+    assert [(kernel.layer, kernel.projection) for kernel in filter_kernels(model)] == [(2, "k"), (2, "k"), (4, "k"), (4, "k")]
+    assert key_filter_solves_every_length(model) is None
 
 
 # What precedes divergence.

@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from cat.mixers.build import build_mixer
 from cat.mixers.delta.op import CHUNK, delta_rule, delta_rule_step, naive_delta_rule
-from cat.mixers.registry import AnyModel
+from cat.mixers.registry import model_config
 from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, WIDTH = 2, 3, 5, 18
@@ -30,7 +29,8 @@ def build(**parameters: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = {"mixer": "delta", "width": WIDTH, "layers": 1, "heads": HEADS, "position": "none", **parameters}
-        return build_mixer(TypeAdapter(AnyModel).validate_python(config), 13).double()
+        model = model_config(**config)
+        return build_mixer(model.mixers[0], width=model.width, length=13).double()
 
 
 @gated

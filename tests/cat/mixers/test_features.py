@@ -6,7 +6,6 @@ from itertools import accumulate
 
 import pytest
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from cat.mixers.based.op import (
@@ -21,7 +20,7 @@ from cat.mixers.based.op import (
 from cat.mixers.build import build_mixer
 from cat.mixers.linear.op import linear_attend, linear_attend_step
 from cat.mixers.performer.op import naive_performer_attend, orthogonal_directions, performer_attend, performer_attend_step
-from cat.mixers.registry import AnyModel
+from cat.mixers.registry import model_config
 from cat.ops.attention import naive_attend
 from cat.ops.position import rotate
 from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
@@ -45,8 +44,8 @@ def directions(heads: int, features: int, channels: int) -> Tensor:
 def build(**parameters: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = TypeAdapter(AnyModel).validate_python({"width": 18, "layers": 1, **parameters})
-        return build_mixer(config, 13).double()
+        model = model_config(**{"width": 18, "layers": 1, **parameters})
+        return build_mixer(model.mixers[0], width=model.width, length=13).double()
 
 
 def assert_finite(attend, *inputs: Tensor) -> None:

@@ -156,8 +156,7 @@ def test_only_explicit_kernels_have_a_dilation():
 
 def test_a_configuration_builds_its_filters():
     def filters(**keys):
-        config = AttentionConfig(mixer="attention", width=12, layers=1, heads=2, position="none", **keys)
-        return build_mixer(config, LENGTH).filters
+        return build_mixer(AttentionConfig(heads=2, **keys), width=12, length=LENGTH).filters
 
     assert filters().keys() == set()
     made = filters(conv_q=3, conv_k="full", dilation=2, sharing="channel", filter_norm=True, filter_bias=True)

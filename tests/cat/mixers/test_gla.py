@@ -6,13 +6,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from cat.mixers.build import build_mixer
 from cat.mixers.gla.op import CHUNK, gated_linear_attend, gated_linear_attend_step, naive_gated_linear_attend
 from cat.mixers.linear.op import causal_sum
-from cat.mixers.registry import AnyModel
+from cat.mixers.registry import model_config
 from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, VALUES, WIDTH, RANK = 2, 3, 5, 7, 18, 4
@@ -31,7 +30,8 @@ def build(**parameters: object) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = {"mixer": "gla", "width": WIDTH, "layers": 1, "heads": HEADS, "position": "none", **parameters}
-        return build_mixer(TypeAdapter(AnyModel).validate_python(config), 13).double()
+        model = model_config(**config)
+        return build_mixer(model.mixers[0], width=model.width, length=13).double()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1, 131])

@@ -14,7 +14,7 @@ import pytest
 
 from cat.tasks import corpus as corpora
 from cat.tasks.corpus import FOLDER, REPOSITORY, REVISION, WIKITEXT_103, Published, corpus, digests, ends_a_word, read
-from cat.tasks.registry import Text
+from cat.tasks.text import Text
 from pipeline.stages.generate import generate
 from pipeline.storage.paths import DATA, HELDOUT
 from tests.helpers.hub import serving

@@ -14,9 +14,11 @@ import torch
 from pydantic import ValidationError
 
 from cat.tasks.base import draw_distinct
+from cat.tasks.copying import Copying
 from cat.tasks.corpus import corpus
-from cat.tasks.registry import IGNORE, Copying, Examples, Recall, Text, generator
-from tests.helpers.oracles import answers, next_tokens
+from cat.tasks.recall import Recall
+from cat.tasks.registry import IGNORE, Examples, generator
+from cat.tasks.text import Text
 
 SIZES = {"length": 29, "multiples": (0.5, 1, 2, 5), "train_examples": 7, "valid_examples": 5, "test_examples": 3}
 LENGTHS = (14, 29, 58, 145)
@@ -55,6 +57,11 @@ def splits(task, seed=0):
     return {name: task.examples(*size, generator(seed, "task", name)) for name, size in sizes.items()}
 
 
+def with_lengths(task, *lengths):
+    """The same task, trained on several lengths."""
+    return type(task)(**(task.model_dump() | {"length": lengths}))
+
+
 def many(task, count=500, length=29, seed=0):
     return task.examples("train", length, count, generator(seed, "task", "train"))
 
@@ -71,10 +78,36 @@ def same(a, b):
 @pytest.mark.parametrize("task", RECALL + COPYING)
 def test_the_targets_are_those_of_the_oracle(task):
     assert task.lengths == LENGTHS
-    for name, (inputs, targets) in splits(task).items():
+    for name, examples in splits(task).items():
+        inputs, targets = examples
         count, length = {"train": (7, 29), "valid": (5, 29)}.get(name) or (3, int(name.removeprefix("test_")))
         assert inputs.shape == targets.shape == (count, length)
-        np.testing.assert_array_equal(answers(task, inputs), targets, err_msg=name)
+        unanswered = Examples(inputs, np.full_like(targets, IGNORE))
+        np.testing.assert_array_equal(task.oracle(unanswered), targets, err_msg=name)
+
+
+@pytest.mark.parametrize("task", [with_lengths(task.values[0], 14, 20, 29) for task in RECALL + COPYING])
+def test_each_training_length_has_its_share_of_the_examples(task):
+    assert (task.length, task.lengths, task.training_counts) == (29, LENGTHS, {14: 3, 20: 2, 29: 2})
+    for length, count in task.training_counts.items():
+        inputs, targets = task.training(length, generator(0, "task", f"train_{length}"))
+        assert inputs.shape == targets.shape == (count, length)
+        np.testing.assert_array_equal(task.oracle(Examples(inputs, np.full_like(targets, IGNORE))), targets)
+
+
+@pytest.mark.parametrize("lengths", [29, (14, 20, 29), {"from": 14, "to": 145}])
+def test_a_task_is_read_back_with_its_training_lengths(lengths):
+    task = recall(length=lengths, train_examples=8)
+    assert recall(**task.model_dump(mode="json")) == task
+    assert isinstance(task.model_dump()["length"], int) == (lengths == 29)
+
+
+@pytest.mark.parametrize(("first", "last", "count"), [(14, 145, 8), (20, 23, 4), (2**30, 2**31 - 1, 8)])
+def test_a_range_of_lengths_has_equal_ratios(first, last, count):
+    lengths = copying(length={"from": first, "to": last}, train_examples=8).training_lengths
+    assert (lengths[0], lengths[-1], len(lengths)) == (first, last, count)
+    if count == 8:
+        np.testing.assert_allclose(np.diff(np.log(lengths)), np.log(last / first) / 7, atol=1 / first)
 
 
 @pytest.mark.parametrize("task", RECALL)
@@ -378,7 +411,7 @@ def test_windows_of_text_come_from_their_split_and_target_the_next_byte(source, 
     for name, (inputs, targets) in splits(task).items():
         own = name.partition("_")[0]
         is_target = targets != IGNORE
-        np.testing.assert_array_equal(targets[:, :-1][is_target[:, :-1]], next_tokens(inputs)[is_target[:, :-1]])
+        np.testing.assert_array_equal(targets[:, :-1][is_target[:, :-1]], inputs[:, 1:][is_target[:, :-1]])
         assert own == "test" or is_target.all()
         for row, answer in zip(inputs, targets[:, -1], strict=True):
             window = bytes([*row, answer])
@@ -511,7 +544,7 @@ def test_an_empty_file_has_too_little_text(tmp_path):
         (recall, {"keys": 2}, "pairs = 3 exceeds the 2 distinct 1-grams over keys = 2"),
         (recall, {"ngram": 3, "keys": 2, "pairs": 9}, "pairs = 9 exceeds the 8 distinct 3-grams"),
         (recall, {"length": 12}, "length 12 is too short for 3 pairs and their queries, which need 13 tokens"),
-        (recall, {"multiples": (0.25, 1)}, "length 7 is too short for 1 pairs and their queries, which need 5 tokens"),
+        (recall, {"multiples": (0.25, 1)}, "length 7 is too short for a pair: 3 pairs at length 29 give none"),
         (
             recall,
             {"ngram": 3, "keys": 2, "pairs": 5, "queries": "one", "length": 24, "multiples": (0.3, 1)},
@@ -524,6 +557,10 @@ def test_an_empty_file_has_too_little_text(tmp_path):
         (text, {"vocabulary_size": 300}, "vocabulary_size = 300 needs tokens = bpe or words"),
         (text, {"tokens": "bpe"}, "tokens = bpe needs vocabulary_size"),
         (text, {"tokens": "bpe", "vocabulary_size": 256}, "vocabulary_size = 256 must exceed 256"),
+        (recall, {"length": (5, 29)}, "length 5 is too short for a pair: 3 pairs at length 29 give none"),
+        (copying, {"length": (10, 29)}, "length 10 is too short for signals = 5"),
+        (recall, {"length": (20, 20, 29)}, "length = [20, 20, 29] must be ascending, each length once"),
+        (recall, {"length": {"from": 14, "to": 29}}, "train_examples = 7 are too few for 8 training lengths"),
         (recall, {"multiples": (2, 4)}, "multiples = [2.0, 4.0] must be ascending and contain 1"),
         (recall, {"multiples": (2, 1)}, "multiples = [2.0, 1.0] must be ascending and contain 1"),
         (recall, {"multiples": (1, 4, 2)}, "multiples = [1.0, 4.0, 2.0] must be ascending and contain 1"),
@@ -552,5 +589,5 @@ def test_a_configuration_that_breaks_a_rule_is_refused(make, changes, message):
 )
 def test_a_configuration_at_the_limit_of_its_rules_is_valid(make, changes):
     task = make(**changes)
-    inputs, targets = many(task, 53, task.length)
-    np.testing.assert_array_equal(answers(task, inputs), targets)
+    examples = many(task, 53, task.length)
+    np.testing.assert_array_equal(task.oracle(examples), examples.targets)

@@ -20,7 +20,8 @@ from tokenizers import Tokenizer
 
 from cat.evaluation.scores import Scores, SequenceTotals
 from cat.tasks.base import Extents
-from cat.tasks.registry import IGNORE, Text, generator
+from cat.tasks.registry import IGNORE, generator
+from cat.tasks.text import Text
 from cat.tasks.tokenizer import BPE, Bytes, Words, load
 from pipeline.cli import main
 from pipeline.config.grid import cells
@@ -249,7 +250,7 @@ def test_the_data_of_a_task_include_its_tokenizer_extents_and_source_digests(nam
     with np.load(heldout / "extents.npz") as arrays:
         assert {key: int(arrays[key].sum()) for key in arrays} == test_meta["extents"]
     largest = [read_split("text", split).inputs.max() for split in ("valid", *test_meta["splits"])]
-    assert max(*largest, read_training("text").tokens.max()) < meta["vocabulary"] == text.vocabulary
+    assert max(*largest, next(read_training("text")).tokens.max()) < meta["vocabulary"] == text.vocabulary
 
 
 def make_totals(seed, rows=5, tokens=7):

@@ -8,10 +8,11 @@ import psutil
 import pytest
 import torch
 
-from cat.config import OptimizerConfig, TrainingConfig
+from cat.config import TrainingConfig
 from cat.evaluation.scores import Split, TextSplit
-from cat.mixers.attention.config import AttentionConfig
-from cat.tasks.registry import Text, Windows, generator
+from cat.mixers.registry import model_config
+from cat.tasks.registry import Windows, generator
+from cat.tasks.text import Text
 from cat.training.ensemble import fit_ensemble
 from cat.training.fit import build_model, fit
 from pipeline.stages.generate import generate
@@ -64,15 +65,14 @@ def test_the_last_window_ends_with_the_last_token():
 
 def test_training_on_windows_equals_training_on_examples_to_the_bit():
     data, valid = windows(), split_of(windows(count=5))
-    training_config = TrainingConfig(steps=5, batch=4, learning_rates=(0.01,))
-    optimizer_config = OptimizerConfig(
-        weight_decay=0.1, grad_clip=1, warmup=0.2, eval_every=3, early_stop_accuracy=1, early_stop_patience=1
+    training = TrainingConfig(
+        steps=5, batch=4, weight_decay=0.1, grad_clip=1, warmup=0.2, eval_every=3, early_stop_accuracy=1, early_stop_patience=1
     )
 
     def train_on(train, *, ensemble):
-        config = AttentionConfig(mixer="attention", width=8, layers=1, heads=2, position="none", conv_k=3)
+        config = model_config(mixer="attention", width=8, layers=1, heads=2, conv_k=3)
         models = [build_model(config, vocabulary=256, length=7, seed=seed) for seed in (0, 1)]
-        settings = {"optimizer_config": optimizer_config, "training_config": training_config, "stop_early": False}
+        settings = {"config": training, "stop_early": False}
         if ensemble:
             return fit_ensemble(models, train, valid, learning_rates=[0.01] * 2, seeds=[0, 1], **settings)
         return [fit(models[0], train, valid, learning_rate=0.01, seed=0, **settings)]
@@ -84,17 +84,30 @@ def test_training_on_windows_equals_training_on_examples_to_the_bit():
 
 def test_the_windows_of_a_task_equal_its_training_examples(text):
     examples = text.examples("train", text.length, text.train_examples, generator(0, "prose", "train"))
-    stored = read_training("prose")
+    (stored,) = read_training("prose")
     for actual, expected in zip(stored.rows(), examples, strict=True):
         np.testing.assert_array_equal(actual, expected)
     for row, index in zip(runs.training_split("prose", CPU).rows(torch.tensor([11, 3])).inputs, (11, 3), strict=True):
         assert row.tolist() == examples.inputs[index].tolist()
 
 
+def test_windows_of_several_lengths_share_the_tokens(text):
+    task = Text(**(text.model_dump() | {"length": (5, 13)}))
+    generate("prose", task, 0)
+    assert {path.name for path in (DATA / "prose").iterdir()} == {
+        "tokens.npy", "train_5.npz", "train_13.npz", "valid.npz", "meta.json",
+    }  # fmt: skip
+    short, long = runs.training_split("prose", CPU).splits
+    assert ((short.length, short.size), (long.length, long.size)) == ((5, 15), (13, 14))
+    assert short.tokens is long.tokens
+    stored = task.examples("train", 5, 15, generator(0, "prose", "train_5"))
+    assert torch.equal(short.rows(torch.arange(15)).inputs, torch.tensor(stored.inputs).long())
+
+
 def test_the_tokens_are_stored_once_and_memory_mapped(text):
     meta = read_json(DATA / "prose" / "meta.json")
     assert meta["tokens"] == sha256(DATA / "prose" / "tokens.npy")
-    stored = read_training("prose")
+    (stored,) = read_training("prose")
     assert isinstance(stored.tokens, np.memmap)
     assert (stored.tokens.dtype, len(stored.tokens), stored.starts.shape) == (np.uint8, 2400, (29,))
     with np.load(DATA / "prose" / "train.npz") as arrays:

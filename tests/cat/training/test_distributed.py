@@ -23,7 +23,7 @@ from pipeline.runtime.devices import describe, own_device
 from pipeline.stages import train as training
 from pipeline.storage.files import read_json
 from tests.helpers.study import stage, tiny_study
-from tests.pipeline.runtime.test_checkpoints import CPU, OPTIMIZER, TrainingConfig, build, digests, successor
+from tests.pipeline.runtime.test_checkpoints import CPU, MIXED, TRAINING, build, digests, successor
 
 
 def in_processes(count, function):
@@ -53,19 +53,19 @@ def in_processes(count, function):
     return [outcomes[rank] for rank in range(count)]
 
 
-def run(group=SINGLE_PROCESS, *, batch=16, **options):
+def run(group=SINGLE_PROCESS, *, batch=16, train=None, **options):
     """Train and return the digest of the weights, the steps, the stop reason, the micro-batch size and the history."""
-    training_config = TrainingConfig(steps=400, batch=batch, learning_rates=[0.03])
-    options = {"optimizer_config": OPTIMIZER, "learning_rate": 0.03, "seed": 2, "stop_early": True, **options}
-    run = fit(build(), successor(50, 0), successor(17, 1), training_config=training_config, group=group, **options)
+    config = TRAINING.model_copy(update={"steps": 400, "batch": batch})
+    options = {"learning_rate": 0.03, "seed": 2, "stop_early": True, **options}
+    run = fit(build(), train or successor(50, 0), successor(17, 1), config=config, group=group, **options)
     weights = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in run.model.state_dict().values()))
     return weights.hexdigest(), run.steps, run.stop, run.micro_batch, [vars(record) for record in run.history]
 
 
-def run_in_group(rank):
+def run_in_group(rank, train=None):
     with process_group(CPU) as group:
         assert (group.rank, group.broadcast(lambda: rank)) == (rank, 0)
-        return run(group, batch=17)
+        return run(group, batch=17, train=train)
 
 
 def assert_close(history, expected):
@@ -74,11 +74,12 @@ def assert_close(history, expected):
         assert actual_record == pytest.approx(expected_record, rel=1e-4)
 
 
-def test_several_processes_train_the_run_of_one():
+@pytest.mark.parametrize("train", [None, MIXED], ids=["one length", "two lengths"])
+def test_several_processes_train_the_run_of_one(train):
     """Nothing divides evenly: batches of 17, 17 validation examples, varying numbers of targets."""
-    first, *others = in_processes(3, run_in_group)
+    first, *others = in_processes(3, lambda rank: run_in_group(rank, train))
     assert others == [first] * 2
-    _, steps, stop, micro_batch, history = run(batch=17)
+    _, steps, stop, micro_batch, history = run(batch=17, train=train)
     assert first[1:4] == (steps, stop, micro_batch) == (steps, "accuracy", None)
     assert_close(first[4], history)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import cat.training.ensemble
-from cat.config import OptimizerConfig, TrainingConfig
+from cat.config import TrainingConfig
 from cat.evaluation.scores import Split
 from cat.mixers.mamba.op import selective_scan
 from cat.ops.conv.causal import filter_heads
@@ -17,8 +17,8 @@ from tests.cat.mixers.test_mixers import BATTERY, configure
 from tests.helpers.reference import assert_matches_reference, normal
 
 VOCABULARY, LENGTH = 11, 67  # longer than the chunks of every mixer
-OPTIMIZER = OptimizerConfig(
-    weight_decay=0.5, grad_clip=0.2, warmup=0.3, eval_every=2, early_stop_accuracy=1.0, early_stop_patience=2
+TRAINING = TrainingConfig(
+    steps=3, batch=4, weight_decay=0.5, grad_clip=0.2, warmup=0.3, eval_every=2, early_stop_accuracy=1.0, early_stop_patience=2
 )
 GRID = [(1, 0.01), (0, 0.003)]
 """Seed and learning rate of each member."""
@@ -39,15 +39,14 @@ def successor(count, *, length=LENGTH, seed=0, tokens=VOCABULARY):
     return Split.of(inputs, targets)
 
 
-def train_both(parameters, *, grid=GRID, steps=3, length=LENGTH, train=None, change=lambda models: None, batch=4, **options):
+def train_both(parameters, *, grid=GRID, length=LENGTH, train=None, change=lambda models: None, training=None, **options):
     """Train a grid of (seed, learning rate) as an ensemble and one by one.
 
     Returns the runs of both, and per member the progress calls of both.
     """
     train = successor(18, length=length) if train is None else train
     valid = successor(7, length=length, seed=1, tokens=VOCABULARY - 1)
-    options = {"optimizer_config": OPTIMIZER, "stop_early": False, **options}
-    options["training_config"] = TrainingConfig(steps=steps, batch=batch, learning_rates=[0.1])
+    options = {"config": TRAINING.model_copy(update=training or {}), "stop_early": False, **options}
 
     def build():
         models = [build_model(configure(**parameters), vocabulary=VOCABULARY, length=length, seed=seed) for seed, _ in grid]
@@ -91,7 +90,7 @@ def assert_same(ensemble, alone, calls, *, rtol=1e-4, atol=1e-4):
 @pytest.mark.parametrize("name", BATTERY)
 def test_every_mixer_trains_in_an_ensemble_as_it_does_alone(name):
     assert can_ensemble(configure(**BATTERY[name]))
-    assert_same(*train_both({**BATTERY[name], "mlp": 2}, steps=2))
+    assert_same(*train_both({**BATTERY[name], "mlp": 2}, training={"steps": 2}))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +98,11 @@ def test_every_mixer_trains_in_an_ensemble_as_it_does_alone(name):
 )
 def test_every_seed_with_every_learning_rate(name):
     assert_same(*train_both(BATTERY[name], grid=[(seed, rate) for seed in (0, 1, 2) for rate in (0.01, 0.003)]))
+
+
+def test_a_model_with_several_mixers():
+    mixers = [{"mixer": "mamba", "state": 3}, {"mixer": "attention", "heads": 2, "position": "rotary", "conv_k": 3}]
+    assert_same(*train_both({"mixer": mixers, "width": 12, "layers": 4, "mlp": 2}, training={"steps": 5}))
 
 
 @pytest.mark.parametrize(
@@ -170,26 +174,22 @@ def sizes(monkeypatch):
 
 
 def test_members_that_stop_early_leave_the_others_training(sizes):
-    changes = {"weight_decay": 0.0, "grad_clip": 1.0, "warmup": 0.1, "early_stop_accuracy": 0.6}
-    optimizer = OPTIMIZER.model_copy(update=changes)
+    training = {"weight_decay": 0.0, "grad_clip": 1.0, "warmup": 0.1, "early_stop_accuracy": 0.6, "steps": 21, "batch": 16}
     grid = [(0, 1e-5), (1, 0.03), (2, 1e-4), (3, 0.06)]
-    runs = train_both(
-        CAT, grid=grid, steps=21, batch=16, length=7, train=successor(96, length=7), optimizer_config=optimizer, stop_early=True
-    )
+    runs = train_both(CAT, grid=grid, length=7, train=successor(96, length=7), training=training, stop_early=True)
     assert_same(*runs, atol=1e-3)
     assert [run.stop for run in runs[0]] == ["steps", "accuracy", "steps", "accuracy"]
     assert sizes == [sum(step < run.steps for run in runs[0]) for step in range(21)]
 
 
 def test_training_ends_with_the_last_member(sizes):
-    optimizer = OPTIMIZER.model_copy(update={"early_stop_accuracy": 1e-9})
-    runs = train_both(CAT, steps=9, length=7, optimizer_config=optimizer, stop_early=True)
+    runs = train_both(CAT, training={"early_stop_accuracy": 1e-9, "steps": 9}, length=7, stop_early=True)
     assert_same(*runs)
     assert sizes == [len(GRID)] * 4
 
 
 def test_a_diverged_member_does_not_change_the_others(sizes):
-    runs = train_both(BATTERY["performer_state"], grid=[(0, 0.01), (1, 1e30), (2, 0.003)], steps=7)
+    runs = train_both(BATTERY["performer_state"], grid=[(0, 0.01), (1, 1e30), (2, 0.003)], training={"steps": 7})
     assert [run.stop for run in runs[0]] == ["steps", "diverged", "steps"]
     assert_same(*([entries[index] for index in (0, 2)] for entries in runs))
     assert (runs[0][1].steps, runs[0][1].history) == (runs[1][1].steps, runs[1][1].history)
@@ -206,7 +206,7 @@ def test_divergence_is_found_at_validation_and_recorded_with_its_step(sizes):
     def insert_nan(models):
         models[1].embedding.token.weight.data[VOCABULARY - 1] = math.nan
 
-    runs = train_both(CAT, grid=[(0, 0.01), (1, 0.01), (2, 0.003)], steps=7, train=train, change=insert_nan)
+    runs = train_both(CAT, grid=[(0, 0.01), (1, 0.01), (2, 0.003)], training={"steps": 7}, train=train, change=insert_nan)
     assert_same(*runs)
     diverged = runs[0][1]
     assert (diverged.stop, diverged.steps, [row.step for row in diverged.history]) == ("diverged", 3, [2])

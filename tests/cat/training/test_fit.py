@@ -10,23 +10,21 @@ import torch
 
 import cat.evaluation.scores
 import cat.training.fit
-from cat.config import OptimizerConfig, TrainingConfig
-from cat.evaluation.scores import Scores, Split, score
-from cat.mixers.attention.config import AttentionConfig
+from cat.config import TrainingConfig
+from cat.evaluation.scores import MixedSplit, Scores, Split, score
+from cat.mixers.registry import model_config
 from cat.model import SequenceModel
-from cat.training.fit import batch_indices, build_model, fit, lr_scale, split_by_weight_decay
+from cat.training.fit import batch_indices, build_model, draw_batches, fit, lr_scale, split_by_weight_decay
 from cat.training.optimizer import AdamW
 
 VOCABULARY, LENGTH = 11, 7
-OPTIMIZER = OptimizerConfig(
-    weight_decay=0.0, grad_clip=1.0, warmup=0.1, eval_every=5, early_stop_accuracy=1.0, early_stop_patience=2
+TRAINING = TrainingConfig(
+    steps=30, batch=16, weight_decay=0.0, grad_clip=1.0, warmup=0.1, eval_every=5, early_stop_accuracy=1.0, early_stop_patience=2
 )
 
 
 def config(**changes):
-    return AttentionConfig(
-        **{"mixer": "attention", "width": 12, "layers": 1, "heads": 2, "position": "none", "conv_k": 3, **changes}
-    )
+    return model_config(**{"mixer": "attention", "width": 12, "layers": 1, "heads": 2, "conv_k": 3, **changes})
 
 
 def successor(count=96, seed=0):
@@ -45,13 +43,12 @@ def build(seed=0, **changes):
     return build_model(config(**changes), vocabulary=VOCABULARY, length=LENGTH, seed=seed)
 
 
-def run(*, seed=0, steps=30, rate=0.03, batch=16, optimizer=OPTIMIZER, stop_early=True, training=None, **changes):
+def run(*, seed=0, steps=30, rate=0.03, stop_early=True, training=None, train=None, **changes):
     return fit(
         build(seed, **changes),
-        successor(),
+        train or successor(),
         successor(32, seed=1),
-        optimizer_config=optimizer,
-        training_config=TrainingConfig(steps=steps, batch=batch, learning_rates=[rate], **(training or {})),
+        config=TRAINING.model_copy(update={"steps": steps, **(training or {})}),
         learning_rate=rate,
         seed=seed,
         stop_early=stop_early,
@@ -79,8 +76,8 @@ def test_learns_and_stops_early_after_consecutive_validations():
     trained = run(steps=400)
     assert trained.stop == "accuracy"
     assert trained.steps < 400
-    reached = [row.valid_accuracy >= OPTIMIZER.early_stop_accuracy for row in trained.history]
-    assert list(itertools.pairwise(reached)).index((True, True)) == len(reached) - OPTIMIZER.early_stop_patience
+    reached = [row.valid_accuracy >= TRAINING.early_stop_accuracy for row in trained.history]
+    assert list(itertools.pairwise(reached)).index((True, True)) == len(reached) - TRAINING.early_stop_patience
     assert trained.history[-1].step == trained.steps
 
 
@@ -91,7 +88,7 @@ def test_runs_to_the_last_step_without_early_stopping():
 
 
 def test_divergence_is_recorded_with_its_step(monkeypatch):
-    trained = run(rate=1.0, optimizer=OPTIMIZER.model_copy(update={"grad_clip": 1e30}), steps=12)
+    trained = run(rate=1.0, training={"grad_clip": 1e30}, steps=12)
     assert trained.stop == "steps"  # a bad learning rate alone is no divergence
 
     cross_entropy, calls = cat.training.fit.cross_entropy, []
@@ -108,8 +105,8 @@ def test_divergence_is_recorded_with_its_step(monkeypatch):
 
 
 def test_bfloat16_trains_float32_weights():
-    training = TrainingConfig(steps=5, batch=8, learning_rates=[0.01])
-    options = {"optimizer_config": OPTIMIZER, "training_config": training, "learning_rate": 0.01, "seed": 0, "stop_early": False}
+    training = TRAINING.model_copy(update={"steps": 5, "batch": 8})
+    options = {"config": training, "learning_rate": 0.01, "seed": 0, "stop_early": False}
     half = fit(build(), successor(), successor(16), precision="bfloat16", **options)
     assert all(weight.dtype == torch.float32 for weight in half.model.state_dict().values())
     full = fit(build(), successor(), successor(16), **options)
@@ -134,6 +131,44 @@ def test_an_epoch_has_each_example_at_most_once_in_a_new_order():
     assert epochs[0].tolist() != epochs[1].tolist()
     assert next(batch_indices(20, 6, seed=3)).tolist() == epochs[0][:6].tolist()
     assert next(batch_indices(20, 6, seed=4)).tolist() != epochs[0][:6].tolist()
+
+
+def test_one_split_has_the_batches_of_its_own_order():
+    drawn, expected = draw_batches([20], 6, seed=3), batch_indices(20, 6, seed=3)
+    for _ in range(10):
+        split, rows = next(drawn)
+        assert (split, rows.tolist()) == (0, next(expected).tolist())
+
+
+def test_splits_take_turns_in_a_new_order_and_have_their_own_epochs():
+    counts = [9, 8, 11]
+    batches = list(itertools.islice(draw_batches(counts, 4, seed=3), 24))
+    rounds = [[split for split, _ in batches[start : start + 3]] for start in range(0, 24, 3)]
+    assert all(sorted(order) == [0, 1, 2] for order in rounds)
+    assert len({tuple(order) for order in rounds}) > 2
+    for split, count in enumerate(counts):
+        own = [rows for index, rows in batches if index == split]
+        for epoch in zip(own[::2], own[1::2], strict=True):
+            assert len(set(torch.cat(epoch).tolist())) == 8
+        assert max(map(max, own)) < count
+    again = itertools.islice(draw_batches(counts, 4, seed=3), 24)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(batches, again, strict=True))
+
+
+def test_each_batch_has_one_of_the_training_lengths(monkeypatch):
+    shapes, logits_at = [], SequenceModel.logits_at
+
+    def recorded(model, tokens, positions):
+        if torch.is_grad_enabled():
+            shapes.append(tuple(tokens.shape))
+        return logits_at(model, tokens, positions)
+
+    monkeypatch.setattr(SequenceModel, "logits_at", recorded)
+    inputs, targets = examples()
+    shorter = Split.of(inputs[:, :5], targets[:, :5])
+    run(steps=6, train=MixedSplit((shorter, successor())))
+    assert sorted(shapes) == [(16, 5)] * 3 + [(16, LENGTH)] * 3
+    assert run(steps=6, train=MixedSplit((successor(),))).history == run(steps=6).history
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -301,7 +336,7 @@ def test_a_record_has_the_metrics_of_the_steps_before_it(monkeypatch):
 
     monkeypatch.setattr(cat.training.fit, "backward", record_loss)
     monkeypatch.setattr(AdamW, "step", record_norm)
-    for index, record in enumerate(run(steps=10, optimizer=OPTIMIZER.model_copy(update={"grad_clip": 1e-3})).history):
+    for index, record in enumerate(run(steps=10, training={"grad_clip": 1e-3}).history):
         steps = slice(5 * index, 5 * index + 5)
         assert record.train_loss == pytest.approx(sum(losses[steps]) / 5)
         assert record.max_loss == max(losses[steps])

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import DeviceType
 
 from pipeline.commands.profile import time_of_parts
-from tests.helpers.study import ROOT, stage
+from tests.helpers.study import ROOT, edit, stage
 
 
 @pytest.fixture
@@ -104,6 +104,12 @@ def test_a_step_is_described_with_its_speed(study, capsys):
     median, minimum, speed = (float(number.replace(",", "")) for number in found.groups())
     assert 0 < minimum <= median
     assert speed == pytest.approx(16 * 20 / (median / 1e3), rel=0.01)
+
+
+def test_the_longest_of_several_training_lengths_is_profiled(study, capsys):
+    edit(**{"tasks.ar.data.length": [10, 23]})
+    stage("generate", "ar")
+    assert "16 sequences of 23 tokens" in profiled(capsys, "ar", "k")[0]
 
 
 def test_a_profile_writes_no_files(study, capsys):

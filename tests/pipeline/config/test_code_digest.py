@@ -1,6 +1,7 @@
 """Code digests cover all code that a stage runs, nothing else, and no comments or docstrings."""
 
 import functools
+import json
 
 import pytest
 from ruamel.yaml import YAML
@@ -117,6 +118,15 @@ def test_importing_another_name_changes_the_digest(package):
     assert package(cat__first=USE.format("from cat.second import third as second")) != before
 
 
+@pytest.mark.parametrize("use", ["from own.second import second", "from own import second", "import own.second"])
+def test_code_of_a_package_in_the_working_directory_counts(use, package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"import numpy as np\nfrom os import path\n{use}\n\nprint(np, path)\n"
+    before = package(cat__first=text, own__second="def second():\n    return 2\n")
+    assert modules_reached(["cat.first"]) == {"cat.first", "own.second"}
+    assert package(own__second="def second():\n    return 3\n") != before
+
+
 def test_an_import_for_type_checking_does_not_change_the_digest(package):
     typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from cat.second import second\n"
     before = package(cat__first=typed, cat__second="def second():\n    return 2\n")
@@ -139,7 +149,7 @@ def plan(tmp_path, monkeypatch):
 
     def planned():
         write(load_study())
-        return {str(path.relative_to(PLAN)): path.read_text() for path in PLAN.rglob("*.txt")}
+        return {str(path.relative_to(PLAN)): path.read_text() for path in PLAN.rglob("*.*")}
 
     return planned
 
@@ -159,17 +169,22 @@ def test_a_new_cell_changes_only_the_evaluation_of_its_task(plan):
     edit(**{"variants.added": dict(read_params()["variants"]["k"])})
     edit(**{"ablations.parametrization.variants": ["qk_channel", "qk_mixing", "qk_network", "added"]})
     after = plan()
-    assert {name for name in after if after[name] != before.get(name)} == {"train/added.txt", "evaluate/nar.txt", "render.txt"}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "train/nar/added.json",
+        "evaluate/nar.txt",
+        "render.txt",
+    }
 
 
 def test_defaults_are_listed_unless_they_are_off(plan):
-    def defaults(name):
-        return [line for line in plan()[name].splitlines() if ": " in line]
+    def model():
+        return json.loads(plan()["train/ar/mamba.json"])["model"]
 
-    assert defaults("train/mamba.txt") == ["activation: gelu", "norm: layer", "expand: 2", "state: 16", "conv_size: 4"]
-    edit(**{"variants.mamba.state": 8})
-    assert defaults("train/mamba.txt") == ["activation: gelu", "norm: layer", "expand: 2", "conv_size: 4"]
-    assert defaults("generate/text.txt") == ["tokens: bytes"]
+    mamba = {"mixer": "mamba", "expand": 2, "state": 16, "conv_size": 4}
+    assert model() == {"width": 16, "layers": 1, "activation": "gelu", "norm": "layer", "position": "none", "mixers": [mamba]}
+    edit(**{"variants.mamba.mlp": 2})
+    assert model()["mlp"] == 2
+    assert [line for line in plan()["generate/text.txt"].splitlines() if ": " in line] == ["tokens: bytes"]
 
 
 def test_a_new_order_of_variants_redraws_the_figures(plan):
@@ -186,7 +201,7 @@ def test_other_lengths_rebuild_the_construction_and_retrain_nothing(plan):
     before = plan()
     edit(**{"tasks.copying.data.test_examples": 31, "tasks.copying.data.multiples": [1, 2, 8]})
     after = plan()
-    assert {name for name in after if after[name] != before[name]} == {"train/construction.txt"}
+    assert {name for name in after if after[name] != before[name]} == {"train/copying/construction.json"}
     edit(**{"tasks.copying.data.test_examples": 30, "tasks.copying.data.multiples": [0.5, 1, 2, 8]})
     assert plan() == after
 
@@ -194,6 +209,6 @@ def test_other_lengths_rebuild_the_construction_and_retrain_nothing(plan):
 def test_the_schema_is_the_same_for_every_study(plan):
     plan()
     before = (PLAN.parent / "params.schema.json").read_text()
-    edit(seeds=[4], **{"variants.k.conv_k": 2})
+    edit(**{"defaults.training.seeds": [4], "variants.k.conv_k": 2})
     plan()
     assert (PLAN.parent / "params.schema.json").read_text() == before

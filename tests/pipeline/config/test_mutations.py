@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from pipeline.config.claims import Claim
 from pipeline.config.errors import MAX_CHARACTERS, ParamsError, parse_config
-from pipeline.config.load import load_study
+from pipeline.config.load import SWITCHED_OFF, load_study, without_switched_off
 from pipeline.config.names import Name
+from pipeline.config.resolve import complete
 from pipeline.config.rules import contradictions
-from pipeline.config.study import Study
+from pipeline.config.study import StudyFile
 from pipeline.config.yaml_file import read_yaml
 from tests.pipeline.config.test_study import ROOT, at, contents, dump, places, plain, run, subject
 
@@ -65,11 +66,17 @@ def parse(raw: Any, file: str | Path) -> tuple[Any, list[str], bool]:
         if Path(file).name == "claims.yaml":
             claims = parse_config(dict[Name, Claim], raw, file)
             return {name: claim.model_dump(mode="json", exclude_unset=True) for name, claim in claims.items()}, [], False
-        study = parse_config(Study, raw, file)
+        sections, switched_off = without_switched_off(raw)
+        written = parse_config(StudyFile, sections, file)
     except ParamsError as error:
         return None, error.lines, True
-    lines = ParamsError([f"{file}: {line}" for line in contradictions(study)]).lines
-    return study.model_dump(mode="json", exclude_unset=True), lines, False
+    try:
+        lines = ParamsError([f"{file}: {line}" for line in contradictions(complete(written, file))]).lines
+    except ParamsError as error:
+        lines = error.lines
+    kept = written.model_dump(mode="json", exclude_unset=True)
+    kept["ablations"] |= dict.fromkeys(switched_off, SWITCHED_OFF)
+    return kept, lines, False
 
 
 def check_errors(raw: Any, file: str | Path) -> tuple[list[str], bool]:
@@ -139,10 +146,13 @@ def test_one_wrong_key_is_kept_or_refused_by_its_name(file):
     original = plain(raw)
     for path, value in MUTATIONS[file]:
         others = related_names(raw, path, value)
+        # One that is switched off and gets another value is an ablation without a question.
+        owners = [path[:2]] if at(raw, path[:2]) == SWITCHED_OFF else []
         with edited(raw, path, value) as wrong:
             lines, by_schema = check_errors(raw, file)
         for line in lines:
-            about = is_about_path(line, file, [path, wrong]) if by_schema else is_about(line, file, [path, wrong], others)
+            paths = [path, wrong, *owners]
+            about = is_about_path(line, file, paths) if by_schema else is_about(line, file, paths, others)
             assert about, (path, value, line)
         valid += not lines
     assert plain(raw) == original
@@ -203,7 +213,7 @@ def test_several_wrong_keys_are_refused_by_name_in_memory_and_in_a_file(file, tm
 @pytest.mark.parametrize(
     ("file", "key", "arguments"),
     [
-        ("params.yaml", "seeds", ("validate",)),
+        ("params.yaml", "data_seed", ("validate",)),
         ("params.yaml", "variants.k.width", ("train", "ar", "k")),
         ("claims.yaml", "cat_solves_recall.baseline", ("plan",)),
     ],
@@ -238,7 +248,7 @@ def test_an_exponentially_large_value_is_not_printed(tmp_path):
 
 def test_a_long_error_is_shortened():
     raw = copy.deepcopy(RAW["params.yaml"])
-    raw["seeds"] = [*range(500), 0]
+    raw["tasks"]["ar"]["training"]["seeds"] = [*range(500), 0]
     (line,), _ = check_errors(raw, "params.yaml")
-    assert line.startswith("params.yaml: seeds = [0, 1, 2")
+    assert line.startswith("params.yaml: tasks.ar.training: seeds = [0, 1, 2")
     assert len(line) == len("params.yaml: ") + MAX_CHARACTERS

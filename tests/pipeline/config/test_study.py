@@ -33,7 +33,9 @@ SMOKE_TEXT = (ROOT / "presets/smoke.yaml").read_text(encoding="utf-8")
 SMOKE = YAML(typ="safe").load(SMOKE_TEXT)
 for shown_only in ("example", "filters", "positions"):  # these restrict the variants of other ablations
     del SMOKE["ablations"][shown_only]
-SMOKE["ablations"]["stability"] |= {"reference_tasks": [], "reference_variants": [], "plot": "heatmap"}
+for name, ablation in list(SMOKE["ablations"].items()):
+    SMOKE["ablations"][name] = {"tasks": [], "variants": []} | ablation
+del SMOKE["ablations"]["stability"]
 RECALL = SMOKE["ablations"].pop("recall")
 SMOKE_JSON = json.dumps(SMOKE)
 
@@ -114,17 +116,18 @@ def test_a_study_of_this_repository_is_valid(file, monkeypatch):
 def test_a_study_stays_the_same_after_dvc_rewrites_it_for_an_experiment(file, tmp_path):
     written = shutil.copy(file, tmp_path)
     with modify_yaml(written) as content:
-        content["seeds"] = [7]
-    assert load_yaml(written) == {**load_yaml(file), "seeds": [7]}
+        content["data_seed"] = 7
+    assert load_yaml(written) == {**load_yaml(file), "data_seed": 7}
 
 
 def test_a_file_that_dvc_would_make_unreadable_is_refused(project):
-    text = SMOKE_TEXT.replace("{question: Other blocks,", '{question: "Other blocks?",')
+    extra = 'extra: {question: "Other blocks?", reference_tasks: [ar], reference_variants: [k], plot: heatmap}'
+    text = SMOKE_TEXT.replace("\nevaluate:", f"  {extra}\n\nevaluate:")
     assert text != SMOKE_TEXT
     (project / "params.yaml").write_text(text, encoding="utf-8")
-    assert load_study().ablations["blocks"].question == "Other blocks?"
+    assert load_study().ablations["extra"].question == "Other blocks?"
     (line,) = refused(project, "validate")
-    assert line.startswith("params.yaml: blocks: {question: Other blocks?, tasks: []")
+    assert line.startswith("params.yaml: extra: {question: Other blocks?, reference_tasks: [ar]")
     assert "`dvc exp run -S`" in line
 
 
@@ -189,13 +192,14 @@ def test_validating_imports_nothing_heavy():
 
 
 TASK = SMOKE["tasks"]["ar"]
-PLAIN = {"mixer": "attention", "width": 16, "layers": 1, "heads": 2, "position": "none"}
+PLAIN = {"mixer": "attention"}
 LANDMARK = PLAIN | {"mixer": "landmark", "conv_k": 3, "block": 8, "top": 2}
 LINEAR, BASED = PLAIN | {"mixer": "linear"}, PLAIN | {"mixer": "based", "window": 4}
 PERFORMER = PLAIN | {"mixer": "performer", "features": 8}
 DELTA, GLA = PLAIN | {"mixer": "delta"}, PLAIN | {"mixer": "gla", "gate_rank": 4}
-MAMBA = {"mixer": "mamba", "width": 16, "layers": 1}
-HYENA = {"mixer": "hyena", "width": 16, "layers": 1, "conv_size": 3, "filter_size": 4}
+MAMBA = {"mixer": "mamba"}
+HYENA = {"mixer": "hyena", "conv_size": 3, "filter_size": 4}
+USED = "(used by variants."
 CONSTRUCTION = {"mixer": "construction"}
 NAME = "must be 1 to 40 lowercase letters, digits and underscores"
 DEVICE = "must be auto, cpu, cuda or cuda:N"
@@ -206,7 +210,7 @@ AT_LEAST_1 = "must be greater than or equal to 1"
 # One key with one value: the error is about this key and contains the phrase.
 VALUES = [
     # Unknown keys, with the nearest known name.
-    ("seed", [0], "unknown key; did you mean 'seeds'?"),
+    ("datas_eed", 0, "unknown key; did you mean 'data_seed'?"),
     ("tasks.ar.trainin", {}, "did you mean 'training'?"),
     ("tasks.ar.data.ngrams", 1, "did you mean 'ngram'?"),
     ("tasks.copying.data.signal", 3, "did you mean 'signals'?"),
@@ -214,7 +218,7 @@ VALUES = [
     ("tasks.ar.training.learning_rate", 0.1, "did you mean 'learning_rates'?"),
     ("variants.qk.qknorm", True, "did you mean 'qk_norm'?"),
     ("ablations.qkv_subsets.questions", "?", "did you mean 'question'?"),
-    ("optimizer.weightdecay", 0, "did you mean 'weight_decay'?"),
+    ("defaults.training.weightdecay", 0, "did you mean 'weight_decay'?"),
     ("evaluate.multiple", [1], "did you mean 'multiples'?"),
     ("render.error_bands", None, "did you mean 'error_band'?"),
     ("render.zzz", 1, "unknown key; known are error_band"),
@@ -225,18 +229,29 @@ VALUES = [
     ("tasks.ar.training.steps", "20", INTEGER),
     ("variants.qk.qk_norm", 1, "must be a valid boolean"),
     ("tasks.copying.data.unique", "yes", "must be a valid boolean"),
-    ("optimizer.grad_clip", "x", "must be a valid number"),
-    ("optimizer.grad_clip", True, "must be a valid number"),
+    ("defaults.training.grad_clip", "x", "must be a valid number"),
+    ("defaults.training.grad_clip", True, "must be a valid number"),
     ("device", 0, "must be a valid string"),
     ("device", None, "must be a valid string"),
-    ("seeds", {"a": 1}, LIST),
-    ("seeds", 3, LIST),
+    ("defaults.training.seeds", {"a": 1}, LIST),
+    ("defaults.training.seeds", 0, LIST),
+    ("defaults.training.seeds", True, LIST),
+    ("defaults.widht", 3, "no variant has this key; did you mean 'width'?"),
+    ("defaults.width", 0, AT_LEAST_1),
+    ("defaults.heads", "x", INTEGER),
+    ("defaults.position", "rotory", "did you mean 'rotary'?"),
+    ("defaults.mixer", "atention", "did you mean 'attention'?"),
+    ("defaults", [], MAPPING),
+    ("defaults.training", [1], MAPPING),
+    ("variants.k.training", 3, MAPPING),
+    ("variants.k.mixer", [], "needs at least one mixer"),
+    ("variants.k.mixer", ["attention", 3], "must be the name of a mixer, or a list of names and of mappings"),
+    ("variants.k.mixer", "my_package.retention", "there is no my_package/retention/config.py"),
     ("ablations.qkv_subsets.tasks", "ar", LIST),
     ("tasks", [1], MAPPING),
-    ("optimizer", [1, 2], MAPPING),
     ("tasks.ar.training", None, MAPPING),
     ("variants.none", "x", MAPPING),
-    ("seeds", [], "must have at least 1 item"),
+    ("defaults.training.seeds", [], "must have at least 1 item"),
     ("tasks", {}, "must have at least 1 item"),
     ("evaluate.multiples", [], "must have at least 1 item"),
     ("parallel_runs", "autos", "must be a valid integer or 'auto'; did you mean 'auto'?"),
@@ -246,11 +261,11 @@ VALUES = [
     ("tasks.ar.training.steps", -5, AT_LEAST_1),
     ("tasks.ar.training.steps", 2**31, "must be less than 2147483648"),
     ("tasks.ar.data.ngram", 9, "must be less than or equal to 8"),
-    ("optimizer.warmup", 1, "must be less than 1"),
-    ("optimizer.warmup", 1.0, "must be less than 1"),
-    ("optimizer.early_stop_accuracy", 1.5, "must be less than or equal to 1"),
-    ("optimizer.weight_decay", float("nan"), "must be a finite number"),
-    ("optimizer.weight_decay", float("inf"), "must be a finite number"),
+    ("defaults.training.warmup", 1, "must be less than 1"),
+    ("defaults.training.warmup", 1.0, "must be less than 1"),
+    ("defaults.training.early_stop_accuracy", 1.5, "must be less than or equal to 1"),
+    ("defaults.training.weight_decay", float("nan"), "must be a finite number"),
+    ("defaults.training.weight_decay", float("inf"), "must be a finite number"),
     ("data_seed", 2**31, "must be less than 2147483648"),
     # Choices.
     ("device", "cuda:128", DEVICE),
@@ -259,10 +274,10 @@ VALUES = [
     ("device", "cuda:\N{ARABIC-INDIC DIGIT THREE}", DEVICE),
     ("precision", "float16", "must be 'float32' or 'bfloat16'; did you mean 'bfloat16'?"),
     ("variants.none.mixer", "atention", "did you mean 'attention'?"),
-    ("variants.none.mixer", "zzz", "must be one of 'attention', 'linear'"),
-    ("tasks.ar.data.kind", "recal", "must be one of 'recall', 'copying', 'text'; did you mean 'recall'?"),
-    ("tasks.ar.data.kind", None, "must be one of 'recall', 'copying', 'text'"),
-    ("tasks.ar.data.kind", True, "must be one of 'recall', 'copying', 'text'"),
+    ("variants.none.mixer", "zzz", "must be one of 'attention', 'based', 'delta'"),
+    ("tasks.ar.data.kind", "recal", "must be one of 'copying', 'recall', 'text'; did you mean 'recall'?"),
+    ("tasks.ar.data.kind", None, "must be one of 'copying', 'recall', 'text'"),
+    ("tasks.ar.data.kind", True, "must be one of 'copying', 'recall', 'text'"),
     ("tasks.ar.data.queries", "al", "must be 'one' or 'all'; did you mean 'all'?"),
     ("variants.none.position", "rotory", "did you mean 'rotary'?"),
     ("ablations.ngram.plot", "line", "did you mean 'lines'?"),
@@ -271,27 +286,41 @@ VALUES = [
 ]
 # The error is about an item of the value, or about another key.
 ITEMS = [
-    ("seeds", [0, -1], "seeds.1", "must be greater than or equal to 0"),
-    ("seeds", [0, None], "seeds.1", INTEGER),
-    ("seeds", [None], "seeds.0", INTEGER),
+    ("defaults.training.seeds", [0, -1], "defaults.training.seeds.1", "must be greater than or equal to 0"),
+    ("defaults.training.seeds", [0, None], "defaults.training.seeds.1", INTEGER),
+    ("defaults.training.seeds", [None], "defaults.training.seeds.0", INTEGER),
+    ("variants.k.training", {"step": 3}, "variants.k.training.step", "did you mean 'steps'?"),
+    ("variants.k.training", {"tasks": {"arr": {}}}, "variants.k.training.tasks.arr", "is not among tasks; did you mean 'ar'?"),
+    ("variants.k.training", {"tasks": {"ar": 3}}, "variants.k.training.tasks.ar", MAPPING),
+    ("variants.k.training", {"tasks": {"ar": {"batch": 0}}}, "variants.k.training.tasks.ar.batch", AT_LEAST_1),
+    (
+        "variants.k.mixer",
+        [{"mixer": "attention", "width": 8}],
+        "variants.k.mixer.0.width",
+        "is a key of the model, not of a mixer",
+    ),
+    ("variants.k.mixer", [{"mixer": "attention", "conv_k": 0}], "variants.k.mixer.0.conv_k", "must be greater than"),
+    ("variants.k.mixer", ["attention", "mamba"], "variants.k", "needs a multiple of 2 layers, not layers = 1"),
     ("tasks.ar.training.learning_rates", [0.01, 0], "tasks.ar.training.learning_rates.1", "must be greater than 0"),
     ("tasks.ar.data.multiples", [-1, 1], "tasks.ar.data.multiples.0", "must be greater than 0"),
     ("ablations.qkv_subsets.variants", ["Q"], "ablations.qkv_subsets.variants.0", NAME),
     ("ablations.qkv_subsets.variants", [1], "ablations.qkv_subsets.variants.0", "must be a valid string"),
-    (("optimizer", 1), 2, "optimizer.1", "must be a valid string"),
     ("variants", {True: MAMBA}, "variants.1", "must be a valid string"),
 ]
 ABSENT = [
-    "seeds", "optimizer", "tasks.ar.data", "tasks.ar.data.length", "tasks.ar.data.kind", "tasks.ar.training.batch",
-    "variants.none.heads", "variants.none.mixer", "ablations.qkv_subsets.question", "evaluate.multiples",
+    "defaults", "tasks.ar.data", "tasks.ar.data.length", "tasks.ar.data.kind", "defaults.training.batch",
+    "ablations.qkv_subsets.question", "evaluate.multiples",
 ]  # fmt: skip
 RENAMED = [
     ("threads", "auto", "parallel_runs"),
-    ("train", {}, "optimizer"),
+    ("train", {}, "defaults.training"),
+    ("optimizer", {}, "defaults.training"),
+    ("seeds", [0], "defaults.training.seeds"),
     ("tasks.ar.train", {}, "training"),
     ("tasks.ar.data.questions", "all", "queries"),
     ("tasks.ar.data.train", 5, "train_examples"),
-    ("optimizer.clip", 1, "grad_clip"),
+    ("defaults.training.clip", 1, "grad_clip"),
+    ("variants.k.blocks", [], "mixer, which can be a list"),
     ("variants.k.k", 3, "conv_k"),
     ("variants.hyena.conv", 3, "conv_size"),
     ("ablations.width.beside", [], "reference_variants"),
@@ -320,14 +349,9 @@ VARIANTS = [
     (BASED, {"position": "alibi"}, "", "alibi"),
     (PERFORMER, {"position": "alibi"}, "", "alibi"),
     (LANDMARK, {"position": "alibi"}, "", "alibi"),
-    (DELTA, {"position": "alibi"}, "", "alibi"),
-    (DELTA, {"position": "rotary"}, "", "rotary"),
-    (DELTA, {"qk_norm": True}, "", "qk_norm = true"),
-    (DELTA, {"temperature": True}, "", "temperature = true"),
-    (GLA, {"position": "alibi"}, "", "alibi"),
-    (GLA, {"position": "rotary"}, "", "rotary"),
-    (GLA, {"qk_norm": True}, "", "qk_norm = true"),
-    (GLA, {"temperature": True}, "", "temperature = true"),
+    (DELTA, {"position": "rotary"}, ".position", "no mixer of this variant has it. Fix: use none, learned or sinusoidal"),
+    (DELTA, {"qk_norm": True}, ".qk_norm", "mixer 'delta' has no qk_norm"),
+    (GLA, {"temperature": True}, ".temperature", "mixer 'gla' has no temperature"),
     (GLA, {"gate_rank": 17}, "", "gate_rank = 17"),
     (PLAIN, {"heads": 3}, "", "heads = 3 does not divide width = 16"),
     (PLAIN, {"position": "rotary", "width": 6}, "", "even head width, not 3"),
@@ -343,7 +367,7 @@ VARIANTS = [
     (MAMBA, {"heads": 2}, ".heads", "mixer 'mamba' has no heads"),
     (MAMBA, {"expansion": 2}, ".expansion", "did you mean 'expand'?"),
     (LANDMARK, {"blok": 8}, ".blok", "did you mean 'block'?"),
-    (CONSTRUCTION, {"width": 16}, ".width", "mixer 'construction' has no width"),
+    (CONSTRUCTION, {"width": 16}, ".width", "a construction has no keys besides mixer"),
     # Settings that do not fit the training length or the task.
     (PLAIN, {"conv_k": 17}, "", "conv_k = 17 is longer than the training length of 16 (task 'copying')"),
     (PLAIN, {"conv_k": 4, "dilation": 6}, "", "conv_k = 4 with dilation = 6 is longer than the training length of 16"),
@@ -387,11 +411,38 @@ RULES = {
     "two test splits of one length": ({"tasks.ar.data.multiples": [0.5, 0.51, 1, 2]}, ("tasks.ar.data", "must differ")),
     "huge sequence": ({"tasks.ar.data.length": 10**400}, ("tasks.ar.data.length", "must be less than")),
     "n-gram longer than the context": ({"tasks.text.data.ngram": 9}, ("tasks.text.data", "ngram = 9 exceeds the 8 tokens")),
-    "seed twice": ({"seeds": [3, 0, 3]}, ("seeds", "[3, 0, 3] contains a seed twice")),
+    "no training length": ({"tasks.ar.data.length": []}, ("tasks.ar.data.length", "an empty list has no training length")),
+    "training length twice": ({"tasks.ar.data.length": [10, 10]}, ("tasks.ar.data", "length = [10, 10] must be ascending")),
+    "training length too short for its pairs": (
+        {"tasks.ar.data.length": [4, 20]},
+        ("tasks.ar.data", "length 4 is too short for a pair: 4 pairs at length 20 give none"),
+    ),
+    "training length that is no number": ({"tasks.ar.data.length": [10, "x"]}, ("tasks.ar.data.length.1", INTEGER)),
+    "range of lengths that falls": (
+        {"tasks.ar.data.length": {"from": 40, "to": 20}},
+        ("tasks.ar.data.length", "from = 40 must be smaller than to = 20"),
+    ),
+    "range of lengths without its end": ({"tasks.ar.data.length": {"from": 20}}, ("tasks.ar.data.length", "needs to")),
+    "range of lengths with another key": (
+        {"tasks.ar.data.length": {"form": 20, "to": 40}},
+        ("tasks.ar.data.length", "unknown key 'form'; a range of lengths has the keys from and to"),
+    ),
+    "range of huge lengths": (
+        {"tasks.ar.data.length": {"from": 20, "to": 10**400}},
+        ("tasks.ar.data.length", "to must be a whole number"),
+    ),
+    "batch larger than the examples of a length": (
+        {"tasks.ar.data.length": [10, 20], "tasks.ar.training.batch": 129},
+        ("tasks.ar.data.train_examples", "is fewer than the batch of 129, which give 128 per training length"),
+    ),
+    "seed twice": ({"tasks.ar.training": {"seeds": [3, 0, 3]}}, ("tasks.ar.training", "seeds = [3, 0, 3] has a value twice")),
     "multiple twice": ({"evaluate.multiples": [1, 2, 1]}, ("evaluate", "twice")),
     "learning rate twice": ({"tasks.ar.training.learning_rates": [0.01, 1e-2]}, ("tasks.ar.training", "twice")),
     "micro-batch of a whole batch": ({"tasks.ar.training.micro_batch": 16}, ("tasks.ar.training", "micro_batch = 16")),
-    "batch larger than the training split": ({"tasks.ar.training.batch": 257}, ("tasks.ar.training.batch", "exceeds")),
+    "batch larger than the training split": (
+        {"tasks.ar.training.batch": 257},
+        ("tasks.ar.data.train_examples", "is fewer than the batch of 257"),
+    ),
     "evaluated at a length without a test split": (
         {"tasks.text.data.multiples": [0.5, 1]},
         ("evaluate.multiples", "2 is not among tasks.text.data.multiples"),
@@ -403,28 +454,28 @@ RULES = {
     "x is no key": (
         {"ablations.depth.x": "layer"},
         *(
-            ("ablations.depth.x", f"variant {variant!r} has no such key; did you mean 'layers'?")
+            ("ablations.depth", f"x = \"layer\": variant {variant!r} has no key 'layer'; did you mean 'layers'?")
             for variant in ("none", "qk", "qk_l2")
         ),
     ),
     "two variants in one place": (
         {"ablations.depth.x": "width"},
-        ("ablations.depth.x", "same value for variants 'qk' and 'qk_l2'"),
+        ("ablations.depth", "x = \"width\": has the same value for variants 'qk' and 'qk_l2'"),
     ),
     "sweep over text": (
         {"ablations.width.reference_variants": [], "ablations.width.x": "position"},
-        ("ablations.width.x", "needs numbers, but variant 'qk_full' has \"none\""),
+        ("ablations.width", "a sweep needs numbers, but variant 'qk_full' has \"none\""),
     ),
     "sweep over a key that a reference variant does not set": (
         {"ablations.width.x": "conv_v", "variants.qk_full.conv_v": "full"},
-        ("ablations.width.x", "Fix: set variants.qk.conv_v, or remove it from reference_variants"),
+        ("ablations.width", "Fix: set variants.qk.conv_v, or remove it from reference_variants"),
     ),
     "sweep over generated kernels": (
         {
             "ablations.width.variants": ["qk_full", "qk_network"],
             "ablations.parametrization.variants": ["qk_channel", "qk_mixing"],
         },
-        ("ablations.width.x", "variant 'qk_network' has \"network\""),
+        ("ablations.width", "variant 'qk_network' has \"network\""),
     ),
     # Names and cells.
     "unknown task": (
@@ -512,7 +563,10 @@ RULES = {
     ),
     "stability at one learning rate": (
         {"ablations.dilation.plot": "stability", "ablations.dilation.x": MISSING},
-        ("ablations.dilation", "plot = stability needs at least two learning rates, but task 'nar' has one"),
+        *(
+            ("ablations.dilation", f"plot = stability needs at least two learning rates, but variant {v!r} has one on task 'nar'")
+            for v in ("qk", "qk_d2")
+        ),
     ),
     "example of another task": (
         {"ablations.depth.plot": "example", "ablations.depth.x": MISSING, "ablations.depth.tasks": ["copying"]},
@@ -601,14 +655,22 @@ def test_an_error_is_one_line_with_its_key(edits, errors):
     lines = errors_of(edits)
     assert len(lines) == len(errors), lines
     for line, (key, phrase) in zip(lines, errors, strict=True):
-        assert re.match(f"{re.escape(key)}( = |: )", line), line
+        assert re.match(rf"{re.escape(key)}( = |: | \(used by )", line), line
         assert phrase in line
 
 
 GOLDEN = {
-    "seeds": (3, "seeds = 3: must be a list"),
-    "optimizer.clip": (1.0, "optimizer.clip = 1.0: renamed to grad_clip"),
+    "seeds": ([0], "seeds = [0]: renamed to defaults.training.seeds"),
+    "defaults.training.clip": (
+        1.0,
+        "defaults.training.clip = 1.0 (used by variants.none on ar and 37 more): renamed to grad_clip",
+    ),
+    "defaults.training.warmup": (
+        1,
+        "defaults.training.warmup = 1 (used by variants.none on ar and 37 more): must be less than 1",
+    ),
     "tasks.ar.data.ngrams": (1, "tasks.ar.data.ngrams = 1: unknown key; did you mean 'ngram'?"),
+    "tasks.ar.data.lenght": (20, "tasks.ar.data.lenght = 20: unknown key; did you mean 'length'?"),
     "tasks.ar.data.kind": (MISSING, "tasks.ar.data.kind: is missing"),
     "tasks.ar.training.steps": (
         3.5,
@@ -619,7 +681,7 @@ GOLDEN = {
         "variants.k.conv_k = \"ful\": must be a valid integer or 'full', 'network', 'decay' or 'state'; did you mean 'full'?",
     ),
     "variants.mamba.heads": (2, "variants.mamba.heads = 2: mixer 'mamba' has no heads"),
-    "variants.none.heads": (3, "variants.none: heads = 3 does not divide width = 16"),
+    "variants.none.heads": (3, "variants.none: heads = 3 does not divide width = 16 (width from defaults)"),
     "ablations.width.x": (MISSING, "ablations.width: plot = sweep needs x, the key on its axis"),
     "ablations.width.reference_variants": (
         ["qk", "constructio"],
@@ -765,7 +827,7 @@ def subject(line: str, file: str | Path) -> tuple[str, ...]:
     """The path of the key that an error is about."""
     assert line.startswith(f"{file}: ")
     assert line.isprintable()
-    key = re.split(" = |: ", line.removeprefix(f"{file}: "), maxsplit=1)[0]
+    key = re.split(r" = |: | \(used by ", line.removeprefix(f"{file}: "), maxsplit=1)[0]
     return () if key == "the file" else tuple(key.split("."))
 
 
@@ -849,8 +911,8 @@ def test_the_cells_are_the_train_stages_of_dvc(file, train_stages, project):
     raw = load_yaml(str(file))
     expected = []
     for name, ablation in raw["ablations"].items():
-        for task in ablation["tasks"]:
-            for variant in ablation["variants"]:
+        for task in ablation.get("tasks", []):
+            for variant in ablation.get("variants", []):
                 expected.append((task, variant, name))
     assert trained == expected
     for task in raw["tasks"]:
@@ -898,7 +960,7 @@ def models(value: Any) -> Iterator[BaseModel]:
 def test_a_study_cannot_be_changed():
     study = study_of(SMOKE, "params.yaml")
     found = {type(model).__name__ for model in models(study)}
-    assert found >= {"Study", "TaskConfig", "AttentionConfig", "Ablation", "OptimizerConfig"}
+    assert found >= {"Study", "TaskConfig", "AttentionConfig", "Ablation", "CellTraining"}
     for model in models(study):
         for key in type(model).model_fields:
             with pytest.raises(ValidationError, match="frozen"):

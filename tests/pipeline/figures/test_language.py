@@ -15,16 +15,16 @@ from cat.evaluation.scores import Split, token_scores
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
 from pipeline.config.study import Ablation
-from pipeline.figures.positions import positions, positions_table
-from pipeline.figures.recall import gains, gains_table, recall
-from pipeline.figures.style import save
-from pipeline.figures.training import training
+from pipeline.figures.drawing.style import save
+from pipeline.figures.positions import positions_table
+from pipeline.figures.recall import gains, gains_table
 from pipeline.reporting.labels import variant_label
 from pipeline.stages.evaluate import Job, ModelResults, _evaluate_model
 from pipeline.stages.generate import generate
 from pipeline.storage import runs
 from pipeline.storage.results import read_positions
 from pipeline.storage.task_data import read_split, read_task
+from tests.helpers.figures import draw
 from tests.helpers.study import edit, stage, tiny_study
 
 LENGTHS, TRAINED = (16, 32, 64), 32
@@ -161,7 +161,7 @@ def test_full_context_is_solid_and_a_sliding_window_dashed(study, tmp_path):
     table = pd.read_csv(path)
     table = table[~(table["variant"].eq("none") & table["context"].eq("full") & table["position"].gt(TRAINED))]
     table.to_csv(path, index=False)
-    figure = positions(study, POSITIONS, read_results())
+    figure = draw("positions", study, POSITIONS, read_results())
     (axes,) = figure.axes
     *lines, mark = axes.lines
     assert [*mark.get_xdata()] == [TRAINED, TRAINED]
@@ -183,7 +183,7 @@ def test_full_context_is_solid_and_a_sliding_window_dashed(study, tmp_path):
 
 def test_the_validation_loss_is_per_token(study):
     """Not per byte: the loss of an untrained model is the logarithm of the vocabulary."""
-    axes = training(study, RECALL, read_results()).axes[0]
+    axes = draw("training", study, RECALL, read_results()).axes[0]
     assert axes.get_ylabel() == "validation loss, nats per token"
     size = study.tasks["text"].data.vocabulary
     starts = [line.get_ydata()[0] for line in axes.lines if len(line.get_ydata())]
@@ -192,7 +192,7 @@ def test_the_validation_loss_is_per_token(study):
 
 def test_gains_are_drawn_per_class_at_the_training_length_and_the_longest(study, tmp_path):
     results = read_results()
-    figure = recall(study, RECALL, results)
+    figure = draw("recall", study, RECALL, results)
     table = gains(study, RECALL, results)
     for length, axes in zip((32, 64), figure.axes, strict=True):
         assert axes.get_title() == f"text, {length} tokens"
@@ -210,7 +210,7 @@ def test_gains_are_drawn_per_class_at_the_training_length_and_the_longest(study,
 def test_a_reference_without_the_longest_length_leaves_a_panel_empty(study, tmp_path):
     results = read_results()
     shown = results[~(results["variant"].eq("none") & results["length"].eq(64))]
-    figure = recall(study, RECALL, shown)
+    figure = draw("recall", study, RECALL, shown)
     assert [label.get_text() for label in figure.axes[1].get_xticklabels()] == [
         "CAT-K, kernel 3,\nno QK-norm\nno gain",
         "Mamba\nno gain",

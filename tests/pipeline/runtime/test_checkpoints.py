@@ -22,11 +22,9 @@ from dvc.stage.exceptions import StageCmdFailedError
 from filelock import FileLock
 
 import cat.training.fit
-from cat.config import OptimizerConfig, TrainingConfig
-from cat.evaluation.scores import Split, sequence_totals
-from cat.mixers.attention.config import AttentionConfig
-from cat.mixers.mamba.config import MambaConfig
-from cat.mixers.performer.config import PerformerConfig
+from cat.config import TrainingConfig
+from cat.evaluation.scores import MixedSplit, Split, sequence_totals
+from cat.mixers.registry import model_config
 from cat.training.ensemble import Ensemble, fit_ensemble
 from cat.training.fit import backward, build_model, fit
 from pipeline.cli import _end_with_dvc
@@ -44,19 +42,19 @@ from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study, writ
 
 CPU = torch.device("cpu")
 VOCABULARY, LENGTH = 11, 7
-OPTIMIZER = OptimizerConfig(
-    weight_decay=0.1, grad_clip=1.0, warmup=0.1, eval_every=5, early_stop_accuracy=0.9, early_stop_patience=2
+TRAINING = TrainingConfig(
+    steps=13, batch=16, weight_decay=0.1, grad_clip=1.0, warmup=0.1, eval_every=5, early_stop_accuracy=0.9, early_stop_patience=2
 )
 MODELS = {
-    "filters": AttentionConfig(mixer="attention", width=12, layers=2, heads=2, position="none", conv_q=3, conv_k=3, tied=True),
-    "mamba": MambaConfig(mixer="mamba", width=12, layers=1),
-    "features": PerformerConfig(mixer="performer", width=12, layers=1, heads=2, position="none", features=4),
+    "filters": model_config(mixer="attention", width=12, layers=2, heads=2, conv_q=3, conv_k=3, tied=True),
+    "mamba": model_config(mixer="mamba", width=12, layers=1),
+    "features": model_config(mixer="performer", width=12, layers=1, heads=2, features=4),
 }
 
 
-def successor(count, seed):
+def successor(count, seed, length=LENGTH):
     """The next number as target at every other token; some examples have one target fewer."""
-    inputs = torch.randint(0, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
+    inputs = torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
     targets = torch.full_like(inputs, -100)
     targets[:, 2::2] = (inputs[:, 2::2] + 1) % VOCABULARY
     targets[::3, 2] = -100
@@ -67,11 +65,14 @@ def build(name="filters", seed=3):
     return build_model(MODELS[name], vocabulary=VOCABULARY, length=LENGTH, seed=seed)
 
 
-def run(name="filters", *, steps=23, rate=0.03, **options):
+MIXED = MixedSplit((successor(33, 0, length=5), successor(50, 0)))
+
+
+def run(name="filters", *, steps=23, rate=0.03, train=None, **options):
     """A run with three steps per epoch and a validation every five."""
-    config = TrainingConfig(steps=steps, batch=16, learning_rates=[rate])
-    options = {"optimizer_config": OPTIMIZER, "seed": 2, "stop_early": True, **options}
-    return fit(build(name), successor(50, 0), successor(17, 1), training_config=config, learning_rate=rate, **options)
+    config = TRAINING.model_copy(update={"steps": steps})
+    options = {"seed": 2, "stop_early": True, **options}
+    return fit(build(name), train or successor(50, 0), successor(17, 1), config=config, learning_rate=rate, **options)
 
 
 def with_states(train):
@@ -87,14 +88,14 @@ def assert_same(first, second):
         assert torch.equal(weight.nan_to_num(7), weights[name].nan_to_num(7)), name
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_run_resumed_at_any_step_gives_the_same_bits(name):
-    whole_run, states = with_states(lambda **options: run(name, stop_early=False, **options))
+@pytest.mark.parametrize(("name", "train"), [*((name, None) for name in MODELS), ("filters", MIXED)])
+def test_a_run_resumed_at_any_step_gives_the_same_bits(name, train):
+    whole_run, states = with_states(lambda **options: run(name, train=train, stop_early=False, **options))
     assert whole_run.stop == "steps"
     assert [ended for _, ended in states] == [False] * 22 + [True]
     for state, _ in [states[0], states[4], states[7], states[15], states[-1]]:
-        assert_same(run(name, stop_early=False, resume=state), whole_run)
-    assert_same(whole_run, run(name, stop_early=False))
+        assert_same(run(name, train=train, stop_early=False, resume=state), whole_run)
+    assert_same(whole_run, run(name, train=train, stop_early=False))
 
 
 def test_a_run_that_stopped_early_is_not_continued(monkeypatch):
@@ -116,9 +117,8 @@ def test_a_resumed_run_diverges_at_the_same_step(monkeypatch):
 
 
 def fit_three(name="filters", **options):
-    config = TrainingConfig(steps=13, batch=16, learning_rates=[0.1])
     models = [build(name, seed=seed) for seed in (0, 1, 2)]
-    options = {"optimizer_config": OPTIMIZER, "training_config": config, "learning_rates": (0.01, 0.2, 0.03), **options}
+    options = {"config": TRAINING, "learning_rates": (0.01, 0.2, 0.03), **options}
     return fit_ensemble(models, successor(50, 0), successor(17, 1), seeds=(4, 5, 6), stop_early=False, **options)
 
 
@@ -131,8 +131,7 @@ def test_an_ensemble_is_resumed_from_its_states(step):
     for actual, reference in zip(fit_three(resume=list(members.values())), expected, strict=True):
         assert_same(actual, reference)
     # A single member is resumed by `fit`, which adds in another order.
-    config = TrainingConfig(steps=13, batch=16, learning_rates=[0.1])
-    options = {"optimizer_config": OPTIMIZER, "training_config": config, "learning_rate": 0.2, "stop_early": False}
+    options = {"config": TRAINING, "learning_rate": 0.2, "stop_early": False}
     single = fit(build(seed=1), successor(50, 0), successor(17, 1), seed=5, resume=members[1], **options)
     assert [record.step for record in single.history] == [5, 10, 13]
     assert single.history[-1].valid_loss == pytest.approx(expected[1].history[-1].valid_loss, rel=1e-3)
@@ -231,7 +230,7 @@ def test_an_ensemble_that_does_not_fit_trains_fewer_members_at_a_time(monkeypatc
 def test_scoring_that_does_not_fit_takes_fewer_sequences_at_a_time(monkeypatch):
     valid, expected, sizes = successor(17, 1), sequence_totals(build(), successor(17, 1)), []
     logits_at, vmap = cat.model.SequenceModel.logits_at, Ensemble._vmap
-    ensemble = Ensemble([build(), build()], [0.1, 0.1], optimizer_config=OPTIMIZER, precision="float32")
+    ensemble = Ensemble([build(), build()], [0.1, 0.1], config=TRAINING, precision="float32")
     scores = ensemble.score(valid)
 
     def limited(self, tokens, positions):

@@ -20,20 +20,20 @@ from pipeline.config.errors import ParamsError
 from pipeline.config.load import load_study
 from pipeline.config.outputs import clashes
 from pipeline.config.study import Ablation
-from pipeline.figures.cost import pareto_front
-from pipeline.figures.example import query_attention, read_example
-from pipeline.figures.example_plot import example
-from pipeline.figures.filters import filters
-from pipeline.figures.stability import full_stability_table, stability, stability_table
-from pipeline.figures.style import draw_line, errorbar
+from pipeline.figures.drawing.cost import pareto_front
+from pipeline.figures.drawing.example_sequence import query_attention, read_example
+from pipeline.figures.drawing.style import draw_line, errorbar
+from pipeline.figures.heatmap import Heatmap
+from pipeline.figures.stability import full_stability_table, stability_table
 from pipeline.reporting.diagnosis import diagnose
 from pipeline.reporting.markdown import escape
 from pipeline.stages import render
 from pipeline.storage import runs
-from pipeline.storage.results import primary, read_results
+from pipeline.storage.results import primary, read_references, read_results
 from pipeline.storage.tables import CURVES
 from pipeline.storage.training_log import read_log
 from pipeline.tracking.records import report_record
+from tests.helpers.figures import draw
 from tests.helpers.study import ROOT, edit, stage
 
 SEEDS = (0, 1)
@@ -138,7 +138,7 @@ def test_the_preset_is_named(study):
 
 
 def signs(study, results, variant="k", task="ar"):
-    table = diagnose(study, results)
+    table = diagnose(study, results, read_references(study))
     here = table[(table["task"] == task) & (table["variant"] == variant)]
     return dict(zip(here["failure_mode"], here["evidence"], strict=True))
 
@@ -183,6 +183,24 @@ def test_poor_recall_shows_where_attention_is(study, planted):
     plant(0.75, metric="attention_on_answer_1")
     assert signs(study, results)["poor recall"].endswith("0.75: the model attends to it but gives another output")
     assert "poor copying" in signs(study, results, task="copying", variant="none")
+
+
+@pytest.mark.parametrize(("distance", "named"), [(0.019, True), (-0.019, True), (0.021, False)])
+def test_poor_recall_names_a_partial_strategy_that_is_as_good(distance, named, study, planted):
+    results, plant = planted
+    (value,) = read_references(study).query("task == 'ar' and multiple == 1")["value"]
+    plant(value + distance)
+    phrase = f"at the training length; as good as: guess a value of the context ({value:.3f}); attention"
+    assert (phrase in signs(study, results)["poor recall"]) == named
+
+
+def test_partial_strategies_stand_below_the_results(study):
+    text = Path("reports/report.md").read_text()
+    section = text.split('<a id="qkv_subsets"></a>')[1].split("<a id=")[0]
+    (value,) = read_references(study).query("task == 'copying' and reference == 'any_uncopied' and multiple == 2")["value"]
+    (row,) = [line for line in section.splitlines() if "guess a signal that is not yet copied" in line]
+    assert [cell.strip() for cell in row.split("|")][4] == f"{value:.3f}"
+    assert section.index("partial strategy") > section.index("| parameters |")
 
 
 def test_limited_length_generalisation_shows_the_lengths(study, planted):
@@ -256,7 +274,7 @@ def test_a_construction_attends_to_the_answers_in_the_frames(study):
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(weights[np.arange(len(weights)), data.answer_positions], 1, atol=1e-3)
     ablation = Ablation(question="?", tasks=["ar"], variants=["construction"], plot="example")
-    axes = example(study, ablation, read_results(study)).axes[0]
+    axes = draw("example", study, ablation, read_results(study)).axes[0]
     frames = [tuple(map(int, frame.get_xy())) for frame in axes.patches]
     assert frames == list(zip(data.answer_positions, range(len(weights)), strict=True))
     labels = [label.get_text() for label in axes.get_xticklabels()]
@@ -277,7 +295,7 @@ KERNELS = Ablation(question="?", tasks=["ar"], variants=["qk"], reference_varian
 
 
 def test_kernels_are_drawn_with_those_of_the_construction(study):
-    _, keys, values = filters(study, KERNELS, primary(study, read_results(study))).axes
+    _, keys, values = draw("filters", study, KERNELS, primary(study, read_results(study))).axes
     table = pd.read_csv("results/filters/ar.csv")
     constructed, *trained = [line for line in keys.lines if line.get_marker() not in ("None", "", None)]
     np.testing.assert_allclose(constructed.get_ydata(), [0, 1])
@@ -291,7 +309,7 @@ def test_kernels_are_drawn_with_those_of_the_construction(study):
 
 def test_without_trained_kernels_the_figure_is_empty(study):
     pd.read_csv("results/filters/ar.csv").head(0).to_csv("results/filters/ar.csv", index=False)
-    axes = filters(study, KERNELS, primary(study, read_results(study))).axes
+    axes = draw("filters", study, KERNELS, primary(study, read_results(study))).axes
     assert [a.get_title() for a in axes] == ["no trained kernel: every seed diverged", "", ""]
 
 
@@ -354,18 +372,20 @@ def test_stability_has_the_measures_of_every_run(study):
     mamba = table[table["variant"] == "mamba"]
     assert mamba["max_logit"].isna().all()
     assert mamba["grad_norm"].gt(0).all()
-    panels = stability(study, ablation, read_results(study)).axes
+    panels = draw("stability", study, ablation, read_results(study)).axes
     crosses = [line for axes in panels for line in axes.lines if line.get_marker() == "x" and line.get_clip_on() is False]
     assert [list(line.get_xdata()) for line in crosses] == [[rates[0]]] * len(panels)
     assert len(panels[0].lines) > len(panels[3].lines)  # Mamba has no logits
 
 
-def fails(study, ablation, results):
-    raise ValueError("no figure of this")
+class Fails(Heatmap):
+    def draw(self, study, ablation, results, references):
+        raise ValueError("no figure of this")
 
 
-def is_killed(study, ablation, results):
-    os.kill(os.getpid(), signal.SIGKILL)
+class IsKilled(Heatmap):
+    def draw(self, study, ablation, results, references):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def outputs(folder=Path("reports")):
@@ -373,14 +393,14 @@ def outputs(folder=Path("reports")):
 
 
 @pytest.mark.parametrize(
-    ("draw", "words"),
-    [(fails, "no figure of this"), (is_killed, "a process that draws figures was killed")],
+    ("plot", "words"),
+    [(Fails(), "no figure of this"), (IsKilled(), "a process that draws figures was killed")],
 )
-def test_a_failing_figure_gives_one_line_and_keeps_the_old_outputs(study, monkeypatch, capsys, draw, words):
+def test_a_failing_figure_gives_one_line_and_keeps_the_old_outputs(study, monkeypatch, capsys, plot, words):
     edit(parallel_runs=2)
     before = outputs()
-    others = render.figures_of
-    monkeypatch.setattr(render, "figures_of", lambda name, ablation: others(name, ablation) | {"another": draw})
+    others = render.figure_plots
+    monkeypatch.setattr(render, "figure_plots", lambda name, ablation: others(name, ablation) | {"another": plot})
     with pytest.raises(SystemExit) as stopped:
         stage("render")
     (line,) = capsys.readouterr().err.splitlines()

@@ -18,8 +18,8 @@ from pipeline.config.code_digest import is_declaration, modules_reached
 from pipeline.config.errors import ParamsError
 from pipeline.config.grid import cells, shown_tasks, shown_variants, variants_on
 from pipeline.config.load import load_study, study_of
+from pipeline.config.outputs import figure_plots
 from pipeline.config.study import Ablation
-from pipeline.figures.plots import figures_of
 from pipeline.reporting.labels import variant_label, with_slug
 from pipeline.reporting.tables import key_filter_table
 from pipeline.runtime import workers
@@ -30,6 +30,7 @@ from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, write_csv
 from pipeline.storage.results import orphans, primary, read_results
 from pipeline.storage.task_data import read_meta, read_split, read_task
+from tests.helpers.figures import draw
 from tests.helpers.study import ROOT, edit, read_params, stage
 
 
@@ -280,7 +281,8 @@ def test_a_missing_cell_is_an_error_and_an_orphan_is_ignored(study, monkeypatch,
 
 def test_files_of_removed_tasks_are_reported(study, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.stages.render.draw_all", lambda study, pictures: None)
-    old = [Path("results/old.csv"), Path("results/filters/old.csv"), Path("results/positions/old.csv"), Path("scores/old.npz")]
+    folders = ("results", "results/filters", "results/positions", "results/references")
+    old = [*(Path(folder, "old.csv") for folder in folders), Path("scores/old.npz")]
     for path in old:
         shutil.copy(path.with_stem("ar"), path)
     Path("results/.old.csv.part").touch()
@@ -318,7 +320,7 @@ def test_metrics_are_one_file_per_variant(study):
 
 
 def test_a_variant_keeps_its_style_when_others_are_added(study):
-    from pipeline.figures.style import style
+    from pipeline.figures.drawing.style import style
 
     study_params = load_study()
     styles = {variant: style(study_params, variant) for variant in study_params.variants}
@@ -329,13 +331,10 @@ def test_a_variant_keeps_its_style_when_others_are_added(study):
 
 
 def test_a_construction_is_a_horizontal_line(study):
-    from pipeline.figures.contrast import contrast
-    from pipeline.figures.sweep import sweep
-
     study_params = load_study()
     scores = primary(study_params, read_results(study_params))
-    for figure, name in ((sweep, "width"), (contrast, "position")):
-        axes = figure(study_params, study_params.ablations[name], scores).axes
+    for plot, name in (("sweep", "width"), ("contrast", "position")):
+        axes = draw(plot, study_params, study_params.ablations[name], scores).axes
         lines = [line for a in axes for line in a.lines if line.get_label() == "construction"]
         assert [set(line.get_ydata()) for line in lines] == [{1.0}] * len(axes)
         assert all("onstruction" not in label.get_text() for a in axes for label in a.get_xticklabels())
@@ -540,13 +539,13 @@ def resolved_stages(folder):
 
 
 def each_plot_once():
-    """`figures_of` with each kind of plot for the first ablation that has it: the others run the same code."""
+    """`figure_plots` with each kind of plot for the first ablation that has it: the others run the same code."""
     drawn = set()
 
     def new_figures(name, ablation):
-        figures = {file: draw for file, draw in figures_of(name, ablation).items() if draw not in drawn}
+        figures = {file: plot for file, plot in figure_plots(name, ablation).items() if plot.name not in drawn}
         if shown_tasks(load_study(), ablation) and shown_variants(ablation):
-            drawn.update(figures.values())
+            drawn.update(plot.name for plot in figures.values())
         return figures
 
     return new_figures
@@ -561,7 +560,7 @@ def executed_by(monkeypatch, *arguments):
     monkeypatch.setattr("pipeline.stages.train.load_study", lambda: loaded)
     # Under a profile, matplotlib takes minutes to write the figures.
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
-    monkeypatch.setattr("pipeline.stages.render.figures_of", each_plot_once())
+    monkeypatch.setattr("pipeline.stages.render.figure_plots", each_plot_once())
 
     def note(frame, event, _):
         if event == "call" and frame.f_code.co_name != "<module>" and frame.f_code.co_filename.startswith(packages):

@@ -1,5 +1,6 @@
 """The recorded commit, and the changes that make the checkout dirty."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -88,6 +89,19 @@ def test_a_repository_that_git_refuses_is_named_with_the_remedy(checkout, monkey
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{Path.cwd()}: belongs to another user")
     assert line.endswith(f"Fix: `git config --global --add safe.directory {Path.cwd()}`")
+
+
+def test_a_folder_that_may_not_be_entered_is_no_project(tmp_path, monkeypatch):
+    stat = os.stat
+
+    def refuse(path, **options):
+        if Path(path).name == "params.yaml":
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "stat", refuse)
+    assert provenance()["commit"] is None
 
 
 def test_outputs_in_git_are_those_without_dvc_cache():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -24,12 +24,6 @@ from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import variant_label
 from pipeline.runtime import workers
 from pipeline.runtime.processes import available
-
-
-class Draw(Protocol):
-    """Draw the figure of an ablation from the results table."""
-
-    def __call__(self, study: Study, ablation: Ablation, results: pd.DataFrame) -> Figure: ...
 
 
 class Picture(NamedTuple):

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.axes import Axes
 
 from cat.mixers.registry import ConstructionConfig
-from pipeline.config.grid import shown_variants
-from pipeline.config.study import Ablation, Study
+from pipeline.config.study import Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.tables import LABELS
-from pipeline.storage.results import PRIMARY
+from pipeline.storage.tables import PRIMARY
 
-AXIS_LABELS = {
-    "conv_q": "kernel size of Q",
-    "conv_k": "kernel size of K",
-    "conv_v": "kernel size of V",
-    "position": "positional encoding",
-}
+KERNELS = {"conv_q": "Q", "conv_k": "K", "conv_v": "V"}
+AXIS_LABELS = {"position": "positional encoding"}
 
 
-def trained_variants(study: Study, ablation: Ablation) -> list[str]:
-    """The variants of the figure without constructions, which have no value on a settings axis."""
-    return [v for v in shown_variants(ablation) if not isinstance(study.variants[v], ConstructionConfig)]
+def axis_label(keys: Sequence[str]) -> str:
+    """The axis label of keys of a variant that have the same value: `kernel size of Q and K`."""
+    if all(key in KERNELS for key in keys):
+        return f"kernel size of {_listed([KERNELS[key] for key in keys])}"
+    return _listed([AXIS_LABELS.get(key, key.replace("_", " ")) for key in keys])
 
 
-def axis_label(key: str) -> str:
-    """The axis label of a variant's key."""
-    return AXIS_LABELS.get(key, key.replace("_", " "))
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def task_title(study: Study, task: str) -> str:

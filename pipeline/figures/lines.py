@@ -1,0 +1,39 @@
+"""The metric by evaluation length."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pipeline.config.grid import shown_tasks
+from pipeline.config.plots import Plot
+from pipeline.config.study import Ablation, Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class Lines(Plot):
+    """One panel per task, one line per variant."""
+
+    caption = "Score by test length, one line per variant."
+    shows_references = True
+    extra_plots: ClassVar = {"training": "training"}
+
+    def draw(self, study: Study, ablation: Ablation, results: pd.DataFrame, references: pd.DataFrame) -> Figure:
+        from pipeline.figures.drawing.axes import label_axes
+        from pipeline.figures.drawing.references import draw_by_length
+        from pipeline.figures.drawing.style import add_legend, draw_lines, panels_of, set_ticks
+
+        figure, panels = panels_of(shown_tasks(study, ablation))
+        for task, axes in panels.items():
+            draw_lines(study, ablation, results[results["task"] == task], axes, x="multiple", y="value")
+            draw_by_length(study, ablation, references[references["task"] == task], axes)
+            axes.set_xscale("log", base=2)
+            set_ticks(axes, study.tasks[task].data.multiples, "{:g}x")
+            axes.axvline(1, color="0.6", lw=1, ls=":", zorder=0)
+            data = study.tasks[task].data
+            longest = "longest " if len(data.training_lengths) > 1 else ""
+            label_axes(study, task, axes, f"length / {longest}training length of {data.length}")
+        add_legend(figure, panels)
+        return figure
