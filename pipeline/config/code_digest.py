@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("cat", "pipeline")
 DECLARATIONS = {
     "cat.config", "cat.mixers.registry", "cat.tasks.registry",
-    *(f"pipeline.config.{name}" for name in ("errors", "load", "names", "rules", "study", "yaml_file")),
+    *(f"pipeline.config.{name}" for name in ("errors", "load", "names", "resolve", "rules", "study", "yaml_file")),
 }  # fmt: skip
 """Schemas and their rules; see also `is_declaration`. No result depends on their code, because `plan` lists the values in use."""
 

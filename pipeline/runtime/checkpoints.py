@@ -76,7 +76,7 @@ class Checkpoint(NamedTuple):
         if self.key is None:
             return
         tensors = {f"weights.{name}": tensor for name, tensor in state.weights.items()}
-        tensors |= {"moments": torch.empty(0) if state.stop else state.moments, "recent": state.recent}
+        tensors |= {"moments": torch.empty(2, 0) if state.stop else state.moments, "recent": state.recent}
         history = [asdict(record) for record in state.history]
         fields = {"step": state.step, "micro_batch": state.micro_batch, "stop": state.stop}
         text = json.dumps({**fields, "history": history, "seconds": seconds})

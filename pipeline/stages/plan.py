@@ -31,10 +31,21 @@ _STAGES = Path("dvc.yaml")
 
 
 def write(study: Study) -> None:
-    """Write plan/<stage>/..., what each stage depends on besides data, and params.schema.json.
+    """Write plan/, what each stage depends on besides data, and params.schema.json."""
+    with atomic_write(PLAN) as folder:
+        for name, text in stage_files(study).items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    with atomic_write(SCHEMA) as path:
+        write_json(path, json_schema(study))
 
-    plan/train/<task>/<variant>.json has all settings of a cell, complete. The other files have what DVC does not see in
-    params.yaml: the digest of the code that the stage runs, and defaults of keys that are left out.
+
+def stage_files(study: Study) -> dict[str, str]:
+    """The text of each file in plan/, by its path there.
+
+    train/<task>/<variant>.json has all settings of a cell, complete. The other files have what DVC does not see in params.yaml:
+    the digest of the code that the stage runs, and defaults of keys that are left out.
     """
     digests = {name: code_digest(modules) for name, modules in stage_modules(study).items()}
     texts = {f"{name}.txt": f"code {digest}\n" for name, digest in digests.items() if not name.startswith("train/")}
@@ -47,13 +58,7 @@ def write(study: Study) -> None:
         )
     # The figures and tables follow the order of these mappings, which DVC ignores.
     texts["render.txt"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
-    with atomic_write(PLAN) as folder:
-        for name, text in texts.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-    with atomic_write(SCHEMA) as path:
-        write_json(path, json_schema(study))
+    return texts
 
 
 def stage_modules(study: Study) -> dict[str, list[str]]:

@@ -229,7 +229,7 @@ def _cell_params(study: Study, task: str, variant: str, summary: Mapping[str, An
         **_model_params(study, variant),
         "learning_rate": f"{summary['learning_rate']:g}",
         "parameters": str(summary["parameters"]),
-        **{key: f"{value:g}" for key, value in study.training[task, variant].run.items() if value is not None},
+        **{key: _param_value(value) for key, value in study.training[task, variant].run.items()},
         "precision": study.precision,
         **{f"data.{key}": str(value) for key, value in section.data.model_dump(mode="json").items()},
     }
@@ -253,7 +253,9 @@ def _mixer_params(config: MixerConfig) -> str:
 
 
 def _param_value(value: Any) -> str:
-    return _OFF if value is None or value is False else str(value).lower()
+    if value is None or value is False:
+        return _OFF
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def _curves(history: pd.DataFrame) -> Iterator[MetricValue]:

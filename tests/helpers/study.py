@@ -39,7 +39,10 @@ def edit(**changes):
 
 
 def finished_study(folder, *, tasks):
-    """Run every stage except `track` on `tasks`, which must contain `copying`."""
+    """Run every stage except `track` on `tasks`, which must contain `copying`.
+
+    There are no checkpoints, as in a new clone: training a cell again trains all its runs.
+    """
     tiny_study(folder, tasks=tasks)
     stage("plan")
     for task in tasks:
@@ -48,6 +51,7 @@ def finished_study(folder, *, tasks):
         stage("train", cell.task, cell.variant)
     for task in tasks:
         stage("evaluate", task)
+    shutil.rmtree("checkpoints")
     stage("judge")
     stage("render")
     stage("report")
@@ -60,15 +64,17 @@ def tiny_study(folder, *, tasks):
     raw = YAML(typ="safe").load(ROOT / "presets" / "smoke.yaml")
     raw["parallel_runs"] = 1
     raw["tasks"] = {name: raw["tasks"][name] for name in tasks}
+    raw["defaults"]["training"]["steps"] = 5
     for task in raw["tasks"].values():
-        task["training"]["steps"] = 5
+        task.get("training", {}).pop("steps", None)
     raw["ablations"]["depth"]["tasks"] = ["copying"]
-    for ablation in raw["ablations"].values():
-        trains_nothing = not ablation["tasks"]
-        ablation["tasks"] = [task for task in ablation["tasks"] if task in tasks]
-        ablation["reference_tasks"] = [task for task in ablation.get("reference_tasks", ()) if task in tasks]
-        if not ablation["reference_tasks" if trains_nothing else "tasks"]:
-            ablation |= {"variants": [], "reference_variants": [], "reference_tasks": []}
-    trained = {variant for ablation in raw["ablations"].values() for variant in ablation["variants"]}
+    for name, ablation in raw["ablations"].items():
+        trains = "tasks" in ablation
+        for key in ("tasks", "reference_tasks"):
+            if key in ablation:
+                ablation[key] = [task for task in ablation[key] if task in tasks]
+        if not ablation.get("tasks" if trains else "reference_tasks"):
+            raw["ablations"][name] = {"tasks": [], "variants": []}
+    trained = {variant for ablation in raw["ablations"].values() for variant in ablation.get("variants", ())}
     raw["variants"] = {name: config for name, config in raw["variants"].items() if name in trained}
     write_params(raw)

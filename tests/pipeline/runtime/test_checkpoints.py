@@ -436,14 +436,14 @@ def test_the_seconds_of_a_run_add_up_over_all_sessions(tmp_path, monkeypatch):
 MORE = {"tasks.copying.data.test_examples": 40, "tasks.copying.data.multiples": [1, 2, 3]}
 CHANGES = {
     "nothing": (lambda: None, 4),
-    "another seed": (lambda: edit(seeds=[0, 1, 2]), 4 + 2 * 7),
+    "another seed": (lambda: edit(**{"defaults.training.seeds": [0, 1, 2]}), 4 + 2 * 7),
     "another learning rate": (lambda: edit(**{"tasks.copying.training.learning_rates": [0.005, 0.02]}), 2 * 7),
     "the training": (lambda: edit(**{"tasks.copying.training.steps": 8}), 4 * 8),
-    "the optimizer": (lambda: edit(**{"optimizer.grad_clip": 0.5}), 4 * 7),
+    "a default": (lambda: edit(**{"defaults.training.grad_clip": 0.5}), 4 * 7),
     "the variant": (lambda: edit(**{"variants.k.conv_k": 2}), 4 * 7),
     "the data": (lambda: (edit(data_seed=1), stage("generate", "copying")), 4 * 7),
     "other test sequences": (lambda: (edit(**MORE), stage("generate", "copying")), 4),
-    "the code": (lambda: Path("plan/train/k.txt").write_text("code 0123456789abcdef\n"), 4 * 7),
+    "the code": (lambda: Path("plan/train/copying/k.json").write_text('{"code": "0123456789abcdef"}'), 4 * 7),
     "no plan": (lambda: shutil.rmtree("plan"), 4 * 7),
     "a bit": (lambda: flip_bit(Path("checkpoints/copying/k/0.01_1.safetensors"), -3), 7),
     "its length": (lambda: os.truncate("checkpoints/copying/k/0.01_1.safetensors", 1000), 7),
@@ -461,10 +461,7 @@ def test_a_checkpoint_with_another_key_is_ignored(killed_study, tmp_path, monkey
 
 def test_the_key_of_a_checkpoint_depends_on_determinism(study, monkeypatch):
     study = load_study()
-    setting = training.CellSetting(
-        study.variants["k"], study.optimizer, study.tasks["copying"].training, study.seeds, study.precision
-    )
-    cell = training.Cell.of("copying", "k", setting)
+    cell = training.Cell.of("copying", "k", training.CellSetting.of(study, "copying", "k"))
     usual = training._checkpoint(cell, cell.jobs[0], "a GPU")
     monkeypatch.setenv(MARK, "1")  # deterministic: true, which the name of a GPU does not show
     assert training._checkpoint(cell, cell.jobs[0], "a GPU").key not in (usual.key, None)
@@ -683,10 +680,7 @@ def test_a_clock_that_is_set_back_changes_nothing(study, planned, monkeypatch):
     monkeypatch.setattr(
         workers, "run_jobs", lambda function, jobs, **_: ((i, function(j, CPU, print)) for i, j in enumerate(jobs))
     )
-    study = load_study()
-    setting = training.CellSetting(
-        study.variants["k"], study.optimizer, study.tasks["copying"].training, study.seeds, study.precision
-    )
+    setting = training.CellSetting.of(load_study(), "copying", "k")
     stale = scheduler.StageCell("train", training.Cell.of("copying", "k", setting), {})
     assert [failure for _, failure in scheduler.train([stale], [CPU])] == [None]
     assert digests(Path("runs")) == planned[1]

@@ -36,6 +36,7 @@ from pipeline.tracking.records import report_record
 from tests.helpers.figures import draw
 from tests.helpers.study import ROOT, edit, stage
 
+SEEDS = (0, 1)
 
 def page_text():
     """The text of report.html, written anew."""
@@ -154,7 +155,7 @@ def planted(study):
         run |= {"stop": "accuracy", "steps": 100}
     summary.write_text(json.dumps(about))
     flat = {"learning_rate": about["learning_rate"], **dict.fromkeys(CURVES, 1.0)}
-    rows = [flat | {"seed": seed, "step": step} for seed in study.seeds for step in range(10, 101, 10)]
+    rows = [flat | {"seed": seed, "step": step} for seed in SEEDS for step in range(10, 101, 10)]
     pd.DataFrame(rows).to_csv("runs/ar/k/history.csv", index=False)
 
     def plant(value, metric="accuracy", **where):
@@ -269,7 +270,7 @@ def test_the_front_has_the_best_variant_per_price():
 
 def test_a_construction_attends_to_the_answers_in_the_frames(study):
     data = read_example("ar")
-    weights = query_attention("ar", "construction", study.seeds, data)
+    weights = query_attention("ar", "construction", SEEDS, data)
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
     np.testing.assert_allclose(weights[np.arange(len(weights)), data.answer_positions], 1, atol=1e-3)
     ablation = Ablation(question="?", tasks=["ar"], variants=["construction"], plot="example")
@@ -285,9 +286,9 @@ def test_a_construction_attends_to_the_answers_in_the_frames(study):
 def test_a_diverged_seed_is_skipped(study):
     runs.weights_path("ar", "k", 0).unlink()
     of_second = query_attention("ar", "k", [1], read_example("ar"))
-    np.testing.assert_array_equal(query_attention("ar", "k", study.seeds, read_example("ar")), of_second)
+    np.testing.assert_array_equal(query_attention("ar", "k", SEEDS, read_example("ar")), of_second)
     runs.weights_path("ar", "k", 1).unlink()
-    assert query_attention("ar", "k", study.seeds, read_example("ar")) is None
+    assert query_attention("ar", "k", SEEDS, read_example("ar")) is None
 
 
 KERNELS = Ablation(question="?", tasks=["ar"], variants=["qk"], reference_variants=["construction"], plot="filters")
@@ -298,7 +299,7 @@ def test_kernels_are_drawn_with_those_of_the_construction(study):
     table = pd.read_csv("results/filters/ar.csv")
     constructed, *trained = [line for line in keys.lines if line.get_marker() not in ("None", "", None)]
     np.testing.assert_allclose(constructed.get_ydata(), [0, 1])
-    heads_and_seeds = [(head, seed) for head in (0, 1) for seed in study.seeds]
+    heads_and_seeds = [(head, seed) for head in (0, 1) for seed in SEEDS]
     for (head, seed), line in zip(heads_and_seeds, trained, strict=True):
         rows = table.query(f"variant == 'qk' and projection == 'k' and head == {head} and seed == {seed}")
         kernel = rows["value"].to_numpy()
@@ -334,7 +335,7 @@ def test_stability_has_the_measures_of_every_run(study):
     assert (ablation.plot, ablation.reference_tasks) == ("stability", ("ar",))
     path = Path("runs/ar/k/history.csv")
     about = json.loads(Path("runs/ar/k/summary.json").read_text())
-    rates = study.tasks["ar"].training.learning_rates
+    rates = study.training["ar", "k"].learning_rates
     flat = {
         "train_loss": 2.0,
         "max_loss": 2.1,
@@ -344,7 +345,7 @@ def test_stability_has_the_measures_of_every_run(study):
         "max_logit": 4.0,
     }
     steps = [1, 3, 5]
-    rows = [{"learning_rate": r, "seed": s, "step": step, **flat} for r in rates for s in study.seeds for step in steps]
+    rows = [{"learning_rate": r, "seed": s, "step": step, **flat} for r in rates for s in SEEDS for step in steps]
     history = pd.DataFrame(rows)
     spiking = (history["learning_rate"] == rates[1]) & (history["seed"] == 1)
     history.loc[spiking & (history["step"] == 3), "train_loss"] = 1.5
@@ -360,7 +361,7 @@ def test_stability_has_the_measures_of_every_run(study):
     pd.testing.assert_frame_equal(table, stability_table(study, ablation), check_dtype=False)
     assert set(table["variant"]) == set(ablation.reference_variants)
     runs_of_k = table[table["variant"] == "k"].set_index(["learning_rate", "seed"])
-    assert len(runs_of_k) == len(rates) * len(study.seeds)
+    assert len(runs_of_k) == len(rates) * len(SEEDS)
     calm, spiked, diverged = runs_of_k.loc[(rates[1], 0)], runs_of_k.loc[(rates[1], 1)], runs_of_k.loc[(rates[0], 0)]
     assert calm["loss_rise"] == pytest.approx(0.1)  # above the lowest mean before, which is 2
     assert spiked["loss_rise"] == pytest.approx(3.25 - 1.5)

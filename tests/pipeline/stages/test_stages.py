@@ -24,7 +24,7 @@ from pipeline.reporting.labels import variant_label, with_slug
 from pipeline.reporting.tables import key_filter_table
 from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_device
-from pipeline.stages.plan import stage_modules
+from pipeline.stages.plan import stage_files, stage_modules
 from pipeline.stages.train import Job, Trained, choose_learning_rate
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, write_csv
@@ -118,7 +118,7 @@ def outputs():
 
 def test_a_cell_does_not_depend_on_other_cells(study):
     before = digests(Path("runs/copying/k"))
-    edit(seeds=[1])
+    edit(**{"defaults.training.seeds": [1]})
     stage("train", "copying", "k")
     after = digests(Path("runs/copying/k"))
     assert after["seed_1.safetensors"] == before["seed_1.safetensors"]
@@ -455,7 +455,7 @@ def test_stages_by_hand_leave_the_targets_of_links_as_they_are(study, tmp_path, 
         target = path.rename(tmp_path / "cache" / str(number))
         targets[target] = target.read_bytes()
         link(path, target)
-    edit(seeds=[1])
+    edit(**{"defaults.training.seeds": [1]})
     for arguments in (["plan"], ["generate", "copying"], ["train", "copying", "none"], ["evaluate", "copying"]):
         stage(*arguments)
     assert {path: path.read_bytes() for path in targets} == targets
@@ -552,10 +552,11 @@ def each_plot_once():
 
 
 def executed_by(monkeypatch, *arguments):
-    """The project's modules with a function that ran in a stage, except for the reading of params.yaml, which runs every rule."""
+    """The project's modules with a function that ran in a stage, except for checks of params.yaml and the arguments."""
     files, packages = set(), (str(ROOT / "cat"), str(ROOT / "pipeline"))
     loaded = load_study()
     monkeypatch.setattr("pipeline.cli.load_study", lambda: loaded)
+    monkeypatch.setattr("pipeline.cli.check_cell", lambda *_: None)
     monkeypatch.setattr("pipeline.stages.train.load_study", lambda: loaded)
     # Under a profile, matplotlib takes minutes to write the figures.
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
@@ -600,7 +601,8 @@ def test_a_stage_depends_on_the_code_that_it_runs(study, monkeypatch, name, argu
     for dep in resolved_stages(study)[name].deps:
         path = Path(dep.def_path)
         if path.parts[0] == "plan":
-            declared |= modules_reached(modules[path.relative_to("plan").with_suffix("").as_posix()])
+            parts = path.relative_to("plan").with_suffix("").parts
+            declared |= modules_reached(modules["/".join([parts[0], *parts[1:][-1:]])])
         elif path.name in ("cat", "pipeline"):
             declared |= {".".join(file.relative_to(ROOT).with_suffix("").parts) for file in (ROOT / path).rglob("*.py")}
     used = executed_by(monkeypatch, *arguments)
@@ -617,12 +619,19 @@ def test_a_stage_depends_on_the_code_that_it_runs(study, monkeypatch, name, argu
     ],
 )
 def test_a_stage_gets_exactly_its_declared_parameters(study, monkeypatch, name, arguments, function):
-    """Changes every number of params.yaml in turn: the stage sees a change only if its `params` contain the key."""
-    module, _, attribute = function.rpartition(".")
-    monkeypatch.setattr(f"{module}.{attribute}", lambda *a, device=None, parallel_runs=None: seen.append(repr(a)))
-    declared = {key for dep in resolved_stages(study)[name].deps for key in getattr(dep, "params", ())}
-    if name.startswith("evaluate"):
-        declared.add("ablations")  # through plan/evaluate/copying.txt, which lists the variants of the task
+    """Changes every number of params.yaml in turn: the stage sees a change only if it depends on the key.
+
+    That is a key of its `params` or, for training and evaluation, one that changes its file in plan/.
+    """
+
+    def watched(*received, device=None, parallel_runs=None):
+        # Evaluation needs the seeds; it gets all training settings because it removes the checkpoints of other runs.
+        seen.append([{v: t.seeds for v, t in part.items()} if isinstance(part, dict) else part for part in received])
+
+    monkeypatch.setattr(function, watched)
+    deps = resolved_stages(study)[name].deps
+    declared = {key for dep in deps for key in getattr(dep, "params", ())}
+    (plan_file,) = (Path(dep.def_path).relative_to("plan").as_posix() for dep in deps if dep.def_path.startswith("plan/"))
     raw = read_params()
     changed = dict(leaves(raw))
     assert len(changed) > 60
@@ -631,6 +640,7 @@ def test_a_stage_gets_exactly_its_declared_parameters(study, monkeypatch, name, 
     seen = []
     stage(*arguments)
     (before,) = seen
+    planned = stage_files(load_study())[plan_file]
     reached = set()
     for path, value in changed.items():
         mutated = deepcopy(raw)
@@ -644,6 +654,7 @@ def test_a_stage_gets_exactly_its_declared_parameters(study, monkeypatch, name, 
         except SystemExit:  # an invalid study
             continue
         is_declared = any(f"{'.'.join(map(str, path))}.".startswith(f"{key}.") for key in declared)
+        is_declared |= stage_files(study_of(mutated, "params.yaml"))[plan_file] != planned
         assert (seen[0] != before) == is_declared, path
         reached |= {is_declared}
     assert reached == {True, False}
