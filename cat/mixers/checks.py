@@ -245,8 +245,8 @@ def baseline_has_the_size_of_attention(mixer: str) -> None:
         _expect(within, f"BASELINE has {size:,} parameters with {BASELINE_WIDTH} channels, and attention {expected:,}")
 
 
-def compile_traces_the_first_example(mixer: str) -> None:
-    """torch.compile traces the forward pass, which may have several graphs. It generates no kernels, which takes a minute."""
+def torch_compile_traces_the_first_example(mixer: str) -> None:
+    """It may trace several graphs. No kernels are generated, which would take up to a minute."""
     built, x = build(next(iter(mixer_examples(mixer).values()))), normal(BATCH, LENGTH, WIDTH).requires_grad_()
     torch.compiler.reset()
     with warnings.catch_warnings(action="ignore"):
@@ -259,7 +259,7 @@ def compile_traces_the_first_example(mixer: str) -> None:
 FOLDER_CHECKS: dict[str, Callable[[str], None]] = {
     "examples": examples_cover_every_key,
     "baseline": baseline_has_the_size_of_attention,
-    "compile": compile_traces_the_first_example,
+    "compile": torch_compile_traces_the_first_example,
 }
 """The checks of a folder by name."""
 
