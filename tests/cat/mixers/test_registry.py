@@ -1,5 +1,7 @@
 """Mixers are found by their folder, and a model is composed from keys in one mapping."""
 
+import importlib
+import re
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from cat.mixers.registry import (
     UnknownMixerError,
     compose,
     mixer_class,
+    mixer_examples,
     mixer_module,
     mixer_names,
     model_config,
@@ -118,6 +121,28 @@ def test_a_folder_has_one_configuration_and_one_layer(package, count):
     (package / "config.py").write_text(f"from cat.mixers.linear.config import LinearConfig\n{copies}")
     with pytest.raises(ValueError, match=rf"somebody_s\.mean\.config must define exactly one MixerConfig, found {count}"):
         mixer_class("somebody_s.mean")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "there is no somebody_s/mean/examples.py"),
+        ("", "somebody_s.mean.examples must define EXAMPLES, a dict of names and MeanConfig objects"),
+        ("EXAMPLES = {}", "must define EXAMPLES"),
+        ("EXAMPLES = {'plain': {'scale': 2}}", "must define EXAMPLES"),
+        ("from cat.mixers.mamba.config import MambaConfig; EXAMPLES = {'plain': MambaConfig()}", "must define EXAMPLES"),
+    ],
+    ids=str,
+)
+def test_a_folder_has_examples_of_its_configuration(package, text, problem):
+    if text is not None:
+        (package / "examples.py").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        mixer_examples("somebody_s.mean")
+    sys.modules.pop("somebody_s.mean.examples", None)
+    (package / "examples.py").write_text("from .config import MeanConfig\n\nEXAMPLES = {'scaled': MeanConfig(scale=2)}\n")
+    importlib.invalidate_caches()
+    assert mixer_examples("somebody_s.mean") == {"scaled": mixer_class("somebody_s.mean")(scale=2)}
 
 
 # Keys.

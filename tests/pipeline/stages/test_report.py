@@ -38,6 +38,7 @@ from tests.helpers.study import ROOT, edit, stage
 
 SEEDS = (0, 1)
 
+
 def page_text():
     """The text of report.html, written anew."""
     stage("report")

@@ -94,7 +94,14 @@ def test_every_variant_and_every_seed_has_a_run(store):
         "variant": "qk", "label": label, "seed": "1", "model.conv_q": "3", "model.conv_k": "3", "model.conv_v": "-",
     }  # fmt: skip
     assert run.data.params["model.qk_norm"] == "true"
-    training = {"steps": "5", "learning_rate": "0.005", "weight_decay": "0.01", "grad_clip": "1", "micro_batch": "-", "compile": "-"}
+    training = {
+        "steps": "5",
+        "learning_rate": "0.005",
+        "weight_decay": "0.01",
+        "grad_clip": "1",
+        "micro_batch": "-",
+        "compile": "-",
+    }
     assert {key: run.data.params[key] for key in training} == training
     assert {"task", "variant", "label", "seed", "data_digest", "device", "figure.qkv_subsets"} <= set(run.data.tags)
     lengths = {metric.step for metric in store.get_metric_history(run.info.run_id, "test/accuracy")}
