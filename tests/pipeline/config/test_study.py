@@ -35,6 +35,7 @@ for shown_only in ("example", "filters", "positions"):  # these restrict the var
     del SMOKE["ablations"][shown_only]
 for name, ablation in list(SMOKE["ablations"].items()):
     SMOKE["ablations"][name] = {"tasks": [], "variants": []} | ablation
+    SMOKE["ablations"][name].pop("reference_lines", None)
 del SMOKE["ablations"]["stability"]
 RECALL = SMOKE["ablations"].pop("recall")
 SMOKE_JSON = json.dumps(SMOKE)
