@@ -1,7 +1,8 @@
 """Checks that every mixer must pass, each on one example configuration.
 
-A check raises AssertionError with one line if the mixer fails it. Mixers are built in float64 with 24 channels and a training length
-of 13, always with the same weights. `tests/cat/mixers/test_mixers.py` and `python -m pipeline check-mixer` run the same checks.
+A check raises AssertionError with one line if the mixer fails it. Mixers are built in float64 with 24 channels and a training
+length of 13, always with the same weights. `tests/cat/mixers/test_mixers.py` and `python -m pipeline check-mixer` run the same
+checks.
 """
 
 from __future__ import annotations

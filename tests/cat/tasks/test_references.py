@@ -175,12 +175,8 @@ def test_text_is_scored_on_the_targets_of_the_models_in_bits_per_byte(tokens, tm
     training = task.training(task.length, generator(0, "text", "train"))
     tests = {length: task.examples("test", length, 3, generator(0, "text", "test")) for length in task.lengths}
     extents = task.extents()
-<<<<<<< HEAD
-    scores = task.score_references(GeneratedData(tests, [training], task.vocabulary, extents))
-=======
     assert tokens == {} or extents.unknown.sum() > 0
-    scores = task.score_references(GeneratedData(tests, training, task.vocabulary, extents))
->>>>>>> h3
+    scores = task.score_references(GeneratedData(tests, [training], task.vocabulary, extents))
     positions = sorted({start + offset for start in training.starts.tolist() for offset in range(1, 13)})
     rows = [[*row, last] for row, last in zip(tests[24].inputs.tolist(), tests[24].targets[:, -1].tolist(), strict=True)]
     asked = [row[end - 5 : end] for row in rows for end in range(len(row) - 2, len(row) + 1)]
