@@ -89,7 +89,7 @@ print("up to date: nothing ran again")
 
 lock = Path("dvc.lock").read_text()
 raw = YAML(typ="safe").load(Path("params.yaml"))
-raw["variants"]["qk"]["conv_k"] = 2
+raw["variants"]["qk"] |= {"conv_q": 2, "conv_k": 2}
 with Path("params.yaml").open("w") as file:
     YAML().dump(raw, file)
 ran = repro()

@@ -281,6 +281,25 @@ def add_variant(name: str, source: str, settings: tuple[str, ...], ablation: str
 
 
 @command("Tools")
+@click.argument("mixer")
+def check_mixer(mixer: str) -> None:
+    """Check MIXER on the examples in its folder.
+
+    MIXER is the name of a folder in cat/mixers/, or the import path of your own, such as my_package.retention. Exits with 1 if a
+    check fails.
+    """
+    from pipeline.commands.check_mixer import check_mixer, summary
+
+    results = []
+    for result in check_mixer(mixer):
+        results.append(result)
+        click.echo(result.line)
+    click.echo(summary(mixer, results))
+    if not all(result.passed for result in results):
+        sys.exit(1)
+
+
+@command("Tools")
 @click.argument("task")
 @click.argument("variant")
 @click.option("--steps", default=50, show_default=True, type=click.IntRange(min=1), help="Steps to time and to profile.")

@@ -1,7 +1,7 @@
 """Find a mixer by its name, and compose a model from settings in one mapping.
 
-A mixer is a folder with a config.py, which defines its configuration, and a layer.py. `attention` is cat/mixers/attention/;
-`my_package.retention` is a folder of a package elsewhere.
+A mixer is a folder with a config.py, which defines its configuration, a layer.py, and an examples.py, with which it is tested.
+`attention` is cat/mixers/attention/; `my_package.retention` is a folder of a package elsewhere.
 
     {mixer: attention, width: 64, layers: 1, heads: 1}                           one mixer in every layer
     {mixer: [mamba, attention], width: 64, layers: 2, heads: 1}                  two mixers, one after the other
@@ -85,7 +85,7 @@ def mixer_names() -> tuple[str, ...]:
 
 
 def mixer_module(name: str, module: str) -> str:
-    """Return the import path of the `config`, `layer` or `op` module of a mixer."""
+    """Return the import path of the `config`, `layer`, `examples` or `op` module of a mixer."""
     return f"{name if '.' in name else f'cat.mixers.{name}'}.{module}"
 
 
@@ -110,6 +110,20 @@ def mixer_class(name: str) -> type[MixerConfig]:
         raise ValueError(f"{path} must define exactly one MixerConfig, found {len(configs)}")
     config: type[MixerConfig] = configs[0]
     return config
+
+
+def mixer_examples(name: str) -> dict[str, MixerConfig]:
+    """Return the example configurations of a mixer by name, without importing torch.
+
+    Raises UnknownMixerError if there is no such mixer, ValueError if its folder has no examples of it.
+    """
+    config, path = mixer_class(name), mixer_module(name, "examples")
+    if find_spec(path) is None:
+        raise ValueError(f"there is no {path.replace('.', '/')}.py")
+    examples = getattr(import_module(path), "EXAMPLES", None)
+    if not isinstance(examples, dict) or not examples or not all(type(example) is config for example in examples.values()):
+        raise ValueError(f"{path} must define EXAMPLES, a dict of names and {config.__name__} objects")
+    return examples
 
 
 def compose(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Composition:

@@ -17,9 +17,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator
 
 import cat.tasks
 from cat.seeding import generator
@@ -62,22 +60,19 @@ def _kinds() -> dict[str, type[Task]]:
     return {name: task for name, task in found.items() if task is not None}
 
 
-class _OwnKinds:
-    """Lets the union of the tasks in cat/tasks/ also take a kind with a dot, the task of another package."""
+def _also_own_kinds(raw: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """Validate a kind with a dot, which is not in the union, by its own class."""
+    kind = raw.get("kind") if isinstance(raw, dict) else None
+    if isinstance(kind, str) and "." in kind:
+        return task_class(kind).model_validate(raw)
+    return handler(raw)
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        own = {"type": "object", "properties": {"kind": {"type": "string", "pattern": "\\."}}, "required": ["kind"]}
-        return {"anyOf": [handler(schema), own]}
-
-    @staticmethod
-    def _validate(raw: Any, handler: core_schema.ValidatorFunctionWrapHandler) -> Any:
-        kind = raw.get("kind") if isinstance(raw, dict) else None
-        if isinstance(kind, str) and "." in kind:
-            return task_class(kind).model_validate(raw)
-        return handler(raw)
+def _add_own_kinds(schema: dict[str, Any]) -> None:
+    union = dict(schema)
+    own = {"type": "object", "properties": {"kind": {"type": "string", "pattern": "\\."}}, "required": ["kind"]}
+    schema.clear()
+    schema["anyOf"] = [union, own]
 
 
 KINDS = _kinds()
@@ -86,5 +81,9 @@ KINDS = _kinds()
 if TYPE_CHECKING:
     AnyTask = Task
 else:
-    AnyTask = Annotated[functools.reduce(operator.or_, KINDS.values()), Field(discriminator="kind"), _OwnKinds()]
+    AnyTask = Annotated[
+        functools.reduce(operator.or_, KINDS.values()),
+        Field(discriminator="kind", json_schema_extra=_add_own_kinds),
+        WrapValidator(_also_own_kinds),
+    ]
     """Any task; `kind` selects the class."""

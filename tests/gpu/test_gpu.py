@@ -16,10 +16,10 @@ from cat.training.cuda_graph import GraphedFunction
 from cat.training.ensemble import Ensemble, can_ensemble, fit_ensemble
 from cat.training.fit import backward, build_model, fit, mean_loss
 from pipeline.storage import runs
-from tests.cat.mixers.test_mixers import BATTERY, configure
 from tests.cat.training.test_ensemble import GRID, LENGTH, TRAINING, VOCABULARY, successor
+from tests.helpers.mixers import EXAMPLES, configure
 
-REPRODUCIBLE = [name for name in BATTERY if not name.startswith("landmark")]
+REPRODUCIBLE = [name for name in EXAMPLES if not configure(**EXAMPLES[name]).mixers[0].selects_tokens]
 """Mixers that train to the same bits without `deterministic`. Landmark attention sums gradients of its blocks in any order."""
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -29,7 +29,7 @@ def on_gpu(split):
 
 
 def models(name, seeds=(0, 1)):
-    config = configure(**BATTERY[name])
+    config = configure(**EXAMPLES[name])
     return [build_model(config, vocabulary=VOCABULARY, length=LENGTH, seed=seed).cuda() for seed in seeds]
 
 
@@ -109,7 +109,7 @@ def test_vmap_of_the_triton_kernel_over_sequences_and_kernels(mapped):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("name", [name for name in BATTERY if name != "landmark"])  # its blocks can tie
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "landmark"])  # its blocks can tie
 def test_losses_and_gradients_equal_those_of_the_cpu(name):
     (model,) = models(name, (3,))
     model.double()  # in float32, rounding can decide which block is chosen
@@ -124,9 +124,9 @@ def test_losses_and_gradients_equal_those_of_the_cpu(name):
     assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
 
 
-@pytest.mark.parametrize("name", BATTERY)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_a_replayed_step_equals_the_step_to_the_bit(name, monkeypatch):
-    assert can_ensemble(configure(**BATTERY[name]))
+    assert can_ensemble(configure(**EXAMPLES[name]))
     recorded, record = [], GraphedFunction._record
 
     def record_and_note(graphed, inputs):
@@ -200,7 +200,7 @@ def test_a_function_that_cannot_be_recorded_is_called():
     subprocess.run([sys.executable, "-W", "ignore", "-c", UNRECORDABLE], check=True)
 
 
-@pytest.mark.parametrize("name", [name for name in BATTERY if name != "landmark"])
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "landmark"])
 def test_cached_steps_equal_the_forward_pass_of_the_cpu(name):
     (model,) = models(name, (3,))
     model.double()
@@ -313,8 +313,8 @@ from pipeline.runtime.determinism import apply_determinism, set_deterministic_en
 set_deterministic_env(True)
 apply_determinism()
 import hashlib
-from tests.gpu.test_gpu import BATTERY, train
-for name in BATTERY:
+from tests.gpu.test_gpu import EXAMPLES, train
+for name in EXAMPLES:
     weights = [run.model.state_dict() for run in train(name)]
     print(name, hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for own in weights for w in own.values())).hexdigest())
 """
@@ -326,4 +326,4 @@ def test_deterministic_trains_every_mixer_to_the_same_bits():
         for _ in range(2)
     ]
     assert digests[0] == digests[1]
-    assert len(digests[0].splitlines()) == len(BATTERY)
+    assert len(digests[0].splitlines()) == len(EXAMPLES)

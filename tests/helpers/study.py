@@ -83,6 +83,7 @@ def tiny_study(folder, *, tasks):
         for key in ("tasks", "reference_tasks"):
             if key in ablation:
                 ablation[key] = [task for task in ablation[key] if task in tasks]
+        ablation.pop("reference_lines", None)
         if not ablation.get("tasks" if trains else "reference_tasks"):
             raw["ablations"][name] = {"tasks": [], "variants": []}
     trained = {variant for ablation in raw["ablations"].values() for variant in ablation.get("variants", ())}

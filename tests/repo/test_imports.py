@@ -45,6 +45,13 @@ def test_validation_imports_no_torch_mlflow_or_pandas():
     assert not loaded_by(f"import {modules}") & {"torch", "mlflow", "pandas", "matplotlib"}
 
 
+def test_checking_every_plot_imports_no_package_that_draws():
+    heavy = {"torch", "pandas", "matplotlib", "seaborn", "scipy"}
+    load = "from pipeline.config import names, plots; used = [plots.load_plot(name) for name in names.plot_names()]"
+    assert not loaded_by(load) & heavy
+    assert loaded_by(f"{load}; import pipeline.figures.drawing.style") >= {"pandas", "matplotlib", "seaborn"}
+
+
 def test_only_tracking_imports_mlflow():
     stages = ("train", "evaluate", "generate", "judge", "render", "report")
     assert "mlflow" not in loaded_by("import " + ", ".join(f"pipeline.stages.{stage}" for stage in stages))

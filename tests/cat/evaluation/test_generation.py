@@ -11,7 +11,7 @@ from cat.mixers.base import Cache, Mixer
 from cat.model import SequenceModel
 from cat.ops.attention import attend_last, naive_attend
 from cat.ops.position import gather_positions
-from tests.cat.mixers.test_mixers import BATTERY, QKV, build, configure, hidden
+from tests.helpers.mixers import EXAMPLES, ONE_PER_MIXER, QKV, build, configure, hidden
 from tests.helpers.reference import close, naive_continuation, normal
 
 VOCABULARY, LENGTH = 61, 13
@@ -63,7 +63,7 @@ FILTERS = {
 }
 BLOCKS = {"mixer": "landmark", **QKV, "block": 4, "top": 1}
 MODELS = {
-    **BATTERY,
+    **{name: EXAMPLES[name] for name in ONE_PER_MIXER},
     "landmark_summary": {**BLOCKS, "conv_k": 3, "conv_summary": "state", "filter_size": 3, "qk_norm": True, "position": "rotary"},
     "landmark_dilated": {
         **BLOCKS,
@@ -124,7 +124,7 @@ def test_cached_steps_equal_the_forward_pass_beyond_the_training_length(name):
     assert_steps_equal_forward(model_of(MODELS[name]), tokens(2 * LENGTH + 4), [LENGTH - 2, 1, 1, 1, 1, LENGTH, 1, 1])
 
 
-@pytest.mark.parametrize("name", ["cat_mixing", "lincat_channels", "mamba", "gla"])
+@pytest.mark.parametrize("name", ["cat_mixing", "lincat_channels", *ONE_PER_MIXER])
 def test_cached_steps_equal_the_forward_pass_with_projection_look_up(name):
     model = model_of(MODELS[name])
     sequence = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -132,9 +132,9 @@ def test_cached_steps_equal_the_forward_pass_with_projection_look_up(name):
     assert_steps_equal_forward(model, sequence, [35, 1, 4])
 
 
-@pytest.mark.parametrize("name", ["attention", "attention_q", "attention_all", "attention_mixing", "cat_dilated"])
+@pytest.mark.parametrize("name", ["attention", "attention_q", "attention_all", "attention_mixing"])
 def test_attention_caches_keys_values_and_the_inputs_of_its_filters(name):
-    mixer = build(MODELS[name], LENGTH)
+    mixer = build(EXAMPLES[name], LENGTH)
     x, cache = mixer.project(hidden(LENGTH + 3)), Cache()
     receptive_fields = {name: (f.kernel.shape[-1] - 1) * f.dilation for name, f in mixer.filters.items()}
     for length, token in enumerate(x.split(1, dim=1), start=1):
@@ -188,7 +188,7 @@ def test_cached_steps_under_autocast_are_close_to_float32(name):
 
 def test_a_step_does_not_change_its_cache():
     for name in ("attention_all", "linear_all", "mamba"):
-        model, sequence = model_of(MODELS[name]), tokens(LENGTH)
+        model, sequence = model_of(EXAMPLES[name]), tokens(LENGTH)
         _, caches = model.step(sequence[:, :9])
         first, _ = model.step(sequence[:, 9:12], caches)
         model.step(sequence[:, 12:], caches)
@@ -224,7 +224,7 @@ def test_attention_of_the_last_tokens_equals_the_reference(count, alibi):
 
 
 def test_learned_positions_refuse_longer_sequences():
-    model, sequence = model_of(MODELS["attention_v"]), tokens(LENGTH + 1)
+    model, sequence = model_of({**ATTENTION, "position": "learned"}), tokens(LENGTH + 1)
     _, caches = model.step(sequence[:, :-1])
     for call in (
         lambda: model.step(sequence[:, -1:], caches),
@@ -239,7 +239,7 @@ def test_learned_positions_refuse_longer_sequences():
 # Sampling.
 
 
-@pytest.mark.parametrize("name", [*CAT, "attention", "based_all", "performer_q", "delta_all", "landmark_all", "hyena", "mamba"])
+@pytest.mark.parametrize("name", [*CAT, *ONE_PER_MIXER])
 def test_greedy_sampling_equals_the_reference(name):
     model, prompt = model_of(MODELS[name]), tokens(5)
     continuation = torch.stack(list(generate(model, prompt, LENGTH - 5)), dim=1)
@@ -265,7 +265,7 @@ def test_tokens_are_drawn_from_the_softmax_and_reproducible():
 
 
 def test_the_global_random_state_is_unchanged():
-    model, before = model_of(MODELS["attention_k"]), torch.get_rng_state()
+    model, before = model_of(EXAMPLES["attention_k"]), torch.get_rng_state()
     generator = torch.Generator().manual_seed(5)
     first, again, other = (
         torch.stack(list(generate(model, tokens(4), 9, temperature=2.0, top_k=7, generator=generator.manual_seed(seed))))
@@ -288,11 +288,11 @@ def test_the_global_random_state_is_unchanged():
 )
 def test_invalid_arguments_are_refused_before_the_first_token(prompt, count, options, message):
     with pytest.raises(ValueError, match=message):
-        generate(model_of(MODELS["attention"]), tokens(prompt), count, **options)
+        generate(model_of(ATTENTION), tokens(prompt), count, **options)
 
 
 def test_logits_that_are_not_finite_are_refused():
-    model = model_of(MODELS["attention"])
+    model = model_of(ATTENTION)
     model.head.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="not finite"):
         next(generate(model, tokens(3), 3))

@@ -151,22 +151,6 @@ def test_a_gate_without_decay_equals_no_gate():
     close(gate(normal(BATCH, 41, WIDTH)), plain(normal(BATCH, 41, WIDTH)))
 
 
-@gated
-def test_every_weight_has_a_gradient(gate):
-    mixer = build(conv_q=2, conv_k=4, conv_v="full", gate=gate)
-    (mixer(normal(BATCH, 13, WIDTH)) * normal(BATCH, 13, WIDTH, seed=1)).sum().backward()
-    for name, parameter in mixer.named_parameters():
-        assert (parameter.grad != 0).all(), name
-
-
-@gated
-def test_the_mixer_in_bfloat16_agrees_roughly_with_float32(gate):
-    mixer, x = build(conv_k=3, gate=gate).float(), normal(BATCH, 131, WIDTH).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = mixer(x)
-    assert (rough - mixer(x)).norm() < 0.02 * mixer(x).norm()
-
-
 def test_the_gate_starts_with_the_rates_and_steps_of_mamba_2():
     mixer = build(width=2000, heads=1000, gate=True)
     rates, logs = mixer.log_rate.exp(), F.softplus(mixer.dt_proj.bias).log()

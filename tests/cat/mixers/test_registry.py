@@ -1,5 +1,7 @@
 """Mixers are found by their folder, and a model is composed from keys in one mapping."""
 
+import importlib
+import re
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ from cat.mixers.registry import (
     UnknownMixerError,
     compose,
     mixer_class,
+    mixer_examples,
     mixer_module,
     mixer_names,
     model_config,
@@ -120,6 +123,28 @@ def test_a_folder_has_one_configuration_and_one_layer(package, count):
         mixer_class("somebody_s.mean")
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "there is no somebody_s/mean/examples.py"),
+        ("", "somebody_s.mean.examples must define EXAMPLES, a dict of names and MeanConfig objects"),
+        ("EXAMPLES = {}", "must define EXAMPLES"),
+        ("EXAMPLES = {'plain': {'scale': 2}}", "must define EXAMPLES"),
+        ("from cat.mixers.mamba.config import MambaConfig; EXAMPLES = {'plain': MambaConfig()}", "must define EXAMPLES"),
+    ],
+    ids=str,
+)
+def test_a_folder_has_examples_of_its_configuration(package, text, problem):
+    if text is not None:
+        (package / "examples.py").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        mixer_examples("somebody_s.mean")
+    sys.modules.pop("somebody_s.mean.examples", None)
+    (package / "examples.py").write_text("from .config import MeanConfig\n\nEXAMPLES = {'scaled': MeanConfig(scale=2)}\n")
+    importlib.invalidate_caches()
+    assert mixer_examples("somebody_s.mean") == {"scaled": mixer_class("somebody_s.mean")(scale=2)}
+
+
 # Keys.
 
 
@@ -221,7 +246,7 @@ def test_a_mixer_that_is_none_is_refused(mixer, problem):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"mixer": ["mamba", "attention"], "heads": 2, "layers": 3}, "layers = 3 must be a multiple of the number of mixers, 2"),
+        ({"mixer": ["mamba", "attention"], "heads": 2, "layers": 3}, "needs a multiple of 2 layers, not layers = 3"),
         ({"mixer": ["mamba", {**ATTENTION, "heads": 5}]}, "mixer 1: heads = 5 does not divide width = 12"),
         ({"mixer": "attention", "heads": 5}, "heads = 5 does not divide width = 12"),
         ({"mixer": ["mamba", "attention"]}, "heads"),

@@ -13,7 +13,7 @@ from cat.mixers.mamba.op import selective_scan
 from cat.ops.conv.causal import filter_heads
 from cat.training.ensemble import Ensemble, _project, _tokens_per_sum, can_ensemble, fit_ensemble
 from cat.training.fit import batch_indices, build_model, fit
-from tests.cat.mixers.test_mixers import BATTERY, configure
+from tests.helpers.mixers import EXAMPLES, ONE_PER_MIXER, configure
 from tests.helpers.reference import assert_matches_reference, normal
 
 VOCABULARY, LENGTH = 11, 67  # longer than the chunks of every mixer
@@ -87,17 +87,15 @@ def assert_same(ensemble, alone, calls, *, rtol=1e-4, atol=1e-4):
         torch.testing.assert_close(*weights, rtol=rtol, atol=atol, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", BATTERY)
+@pytest.mark.parametrize("name", EXAMPLES)
 def test_every_mixer_trains_in_an_ensemble_as_it_does_alone(name):
-    assert can_ensemble(configure(**BATTERY[name]))
-    assert_same(*train_both({**BATTERY[name], "mlp": 2}, training={"steps": 2}))
+    assert can_ensemble(configure(**EXAMPLES[name]))
+    assert_same(*train_both({**EXAMPLES[name], "mlp": 2}, training={"steps": 2}))
 
 
-@pytest.mark.parametrize(
-    "name", ["attention_all", "linear_q", "landmark_all", "based_q", "performer_q", "delta_q", "gla_q", "hyena", "mamba"]
-)
+@pytest.mark.parametrize("name", ONE_PER_MIXER)
 def test_every_seed_with_every_learning_rate(name):
-    assert_same(*train_both(BATTERY[name], grid=[(seed, rate) for seed in (0, 1, 2) for rate in (0.01, 0.003)]))
+    assert_same(*train_both(EXAMPLES[name], grid=[(seed, rate) for seed in (0, 1, 2) for rate in (0.01, 0.003)]))
 
 
 def test_a_model_with_several_mixers():
@@ -109,7 +107,7 @@ def test_a_model_with_several_mixers():
     ("name", "length"), [("attention_channel", 131), ("attention_mixing", 257), ("hyena", 131), ("delta", 5), ("gla", 5)]
 )
 def test_lengths_with_other_convolution_algorithms(name, length):
-    assert_same(*train_both(BATTERY[name], length=length))
+    assert_same(*train_both(EXAMPLES[name], length=length))
 
 
 @pytest.mark.parametrize(
@@ -135,16 +133,16 @@ def test_the_kernel_of_mamba_ssm_cannot_be_ensembled(monkeypatch):
             return x.clone()
 
     monkeypatch.setattr("cat.mixers.mamba.op.fused_scan", lambda *arguments: Kernel.apply)
-    refused = {name for name in BATTERY if not can_ensemble(configure(**BATTERY[name]))}
+    refused = {name for name in EXAMPLES if not can_ensemble(configure(**EXAMPLES[name]))}
     assert refused == {"mamba", "mamba_small", "mamba_single"}
     with pytest.raises(RuntimeError, match="vmap"):
-        train_both(BATTERY["mamba"], length=5)
+        train_both(EXAMPLES["mamba"], length=5)
 
 
 @pytest.mark.parametrize(("name", "length"), [("attention_all", 29), ("attention_k", 257), ("landmark_q", 29), ("mamba", 29)])
 def test_bfloat16_trains_float32_weights_as_it_does_alone(name, length):
     grid = [(1, 0.01), (0, 0.0)]  # at learning rate 0, only the precision differs
-    rough, exact = (train_both(BATTERY[name], length=length, grid=grid, precision=p) for p in ("bfloat16", "float32"))
+    rough, exact = (train_both(EXAMPLES[name], length=length, grid=grid, precision=p) for p in ("bfloat16", "float32"))
     assert all(weight.dtype == torch.float32 for run in rough[0] for weight in run.model.state_dict().values())
     assert_same(*rough, rtol=0.02, atol=0.05)
     for record, exact_record in zip(rough[0][1].history, exact[0][1].history, strict=True):
@@ -189,7 +187,7 @@ def test_training_ends_with_the_last_member(sizes):
 
 
 def test_a_diverged_member_does_not_change_the_others(sizes):
-    runs = train_both(BATTERY["performer_state"], grid=[(0, 0.01), (1, 1e30), (2, 0.003)], training={"steps": 7})
+    runs = train_both(EXAMPLES["performer_state"], grid=[(0, 0.01), (1, 1e30), (2, 0.003)], training={"steps": 7})
     assert [run.stop for run in runs[0]] == ["steps", "diverged", "steps"]
     assert_same(*([entries[index] for index in (0, 2)] for entries in runs))
     assert (runs[0][1].steps, runs[0][1].history) == (runs[1][1].steps, runs[1][1].history)

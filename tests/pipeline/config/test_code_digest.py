@@ -133,6 +133,70 @@ def test_an_import_for_type_checking_does_not_change_the_digest(package):
     assert package(cat__second="def second():\n    return 3\n") == before
 
 
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A function that writes modules into the working folder and returns the digest of `mine.plot`."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**texts):
+        module_digest.cache_clear()
+        for name, text in texts.items():
+            path = tmp_path / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        return module_digest("mine.plot")
+
+    yield write
+    module_digest.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from mine.helper import f\n",
+        "from mine import helper\n",
+        "from .helper import f\n",
+        "from . import helper\n",
+        "import mine.helper as h\n",
+        "def draw():\n    from mine.helper import f\n",
+        "from .deeper.more import g\n",
+        "import single\n",
+    ],
+)
+def test_a_module_of_ones_own_counts_with_its_imports(own, use):
+    def changed(value):
+        helper = f"def f():\n    return {value}\n"
+        return own(
+            mine__plot=use, mine__helper=helper, mine__deeper__more="from ..helper import f\n", single="import mine.helper\n"
+        )
+
+    assert changed("1") == changed("1  # one") != changed("2")
+
+
+def test_a_package_file_of_ones_own_counts(own, tmp_path):
+    own(mine__plot="from mine import f\n")
+    digests = []
+    for value in ("1", "1  # one", "2"):
+        (tmp_path / "mine/__init__.py").write_text(f"f = {value}\n")
+        digests.append(own())
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_code_of_the_program_counts_for_a_module_of_ones_own(own):
+    own(mine__plot="from pipeline.figures.heatmap import Heatmap\n")
+    assert {"mine.plot", "pipeline.figures.heatmap", "pipeline.config.plots"} <= modules_reached(["mine.plot"])
+
+
+def test_installed_packages_do_not_count(own):
+    own(mine__plot="import pandas\nfrom matplotlib import pyplot\n")
+    assert modules_reached(["mine.plot"]) == {"mine.plot"}
+
+
+def test_modules_of_ones_own_may_not_import_each_other(own):
+    with pytest.raises(ValueError, match=r"mine/(plot|helper)\.py: imports itself by way of other modules"):
+        own(mine__plot="import mine.helper\n", mine__helper="def f():\n    import mine.plot\n")
+
+
 def test_modules_in_packages_are_found():
     assert {"pipeline.runtime.workers", "pipeline.storage.runs"} <= modules_reached(["pipeline.stages.train"])
 
@@ -162,6 +226,25 @@ def test_a_variant_depends_only_on_its_own_mixer(plan):
     assert "cat.theory" in reached["train/construction"]
     assert "cat.tasks.text" in reached["generate/text"]
     assert not any("cat.tasks.text" in reached[f"train/{variant}"] for variant in ("k", "mamba", "construction"))
+
+
+def test_the_figures_depend_on_the_code_of_their_plots_only(plan):
+    def plots(stage):
+        return {module for module in stage_modules(load_study())[stage] if module.startswith("pipeline.figures.")}
+
+    plan()
+    assert plots("render") == plots("publish")
+    assert {"pipeline.figures.recall", "pipeline.figures.lines", "pipeline.figures.training"} <= plots("render")
+    edit(**{"ablations.recall.plot": "positions"})
+    assert "pipeline.figures.recall" not in plots("render")
+
+
+def test_only_a_plot_that_runs_models_depends_on_their_code(plan):
+    plan()
+    edit(**{"ablations.example.reference_variants": ["k"]})
+    assert "cat.mixers.attention.layer" in stage_modules(load_study())["render"]
+    edit(**{"ablations.example.plot": "filters"})
+    assert not any(module.startswith("cat.mixers.") for module in stage_modules(load_study())["render"])
 
 
 def test_a_new_cell_changes_only_the_evaluation_of_its_task(plan):

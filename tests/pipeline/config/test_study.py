@@ -35,6 +35,7 @@ for shown_only in ("example", "filters", "positions"):  # these restrict the var
     del SMOKE["ablations"][shown_only]
 for name, ablation in list(SMOKE["ablations"].items()):
     SMOKE["ablations"][name] = {"tasks": [], "variants": []} | ablation
+    SMOKE["ablations"][name].pop("reference_lines", None)
 del SMOKE["ablations"]["stability"]
 RECALL = SMOKE["ablations"].pop("recall")
 SMOKE_JSON = json.dumps(SMOKE)
@@ -472,6 +473,7 @@ RULES = {
     ),
     "sweep over generated kernels": (
         {
+            "ablations.width.x": "conv_q",
             "ablations.width.variants": ["qk_full", "qk_network"],
             "ablations.parametrization.variants": ["qk_channel", "qk_mixing"],
         },

@@ -540,11 +540,11 @@ def resolved_stages(folder):
 
 def each_plot_once():
     """`figure_plots` with each kind of plot for the first ablation that has it: the others run the same code."""
-    drawn = set()
+    drawn, study = set(), load_study()
 
     def new_figures(name, ablation):
         figures = {file: plot for file, plot in figure_plots(name, ablation).items() if plot.name not in drawn}
-        if shown_tasks(load_study(), ablation) and shown_variants(ablation):
+        if shown_tasks(study, ablation) and shown_variants(ablation):
             drawn.update(plot.name for plot in figures.values())
         return figures
 

@@ -1,0 +1,138 @@
+"""Queries, keys and values: their convolutions, scales and positions, and the rules of their configuration."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cat.mixers.qkv import group_adjacent
+from cat.model import SequenceModel
+from cat.ops.attention import naive_attend
+from cat.ops.conv.causal import HEAD_LIMITS
+from cat.ops.conv.reference import naive_filter_heads
+from cat.ops.position import gather_positions, rotate
+from tests.helpers.mixers import BATCH, EXAMPLES, HEADS, QKV, WIDTH, build, configure, hidden
+from tests.helpers.reference import close, normal
+
+LANDMARK = {"mixer": "landmark", "heads": 3, "block": 5, "top": 2}
+
+
+@pytest.mark.parametrize("projection", "qkv")
+def test_a_convolution_acts_on_its_own_projection(projection):
+    convolved = build({**EXAMPLES["attention"], f"conv_{projection}": 2}, 13)
+    plain = build(EXAMPLES["attention"], 13)
+    plain.load_state_dict(convolved.state_dict(), strict=False)
+    with torch.no_grad():
+        convolved.filters[projection].kernel.copy_(torch.tensor([0.0, 1.0]))
+    before, after = (mixer.prepare(mixer.project(hidden(13))) for mixer in (plain, convolved))
+    for name, x, y in zip("qkv", before, after, strict=True):
+        close(y, F.pad(x[:, :, :-1], (0, 0, 1, 0)) if name == projection else x)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "linear"])
+def test_identity_kernels_make_cat_the_transformer(mixer):
+    cat = build({"mixer": mixer, **QKV, "position": "rotary", "conv_q": 2, "conv_k": "full", "conv_v": 3}, 13)
+    transformer = build({"mixer": mixer, **QKV, "position": "rotary"}, 13)
+    with torch.no_grad():
+        for filter_ in cat.filters.values():
+            filter_.kernel.zero_()[:, 0] = 1
+    transformer.load_state_dict({name: w for name, w in cat.state_dict().items() if "filters" not in name})
+    close(cat(hidden(13)), transformer(hidden(13)))
+
+
+def test_kernels_start_near_the_identity_and_full_is_the_training_length():
+    kernel = build({**EXAMPLES["attention"], "conv_q": "full"}, 13).filters["q"].kernel
+    assert kernel.shape == (HEADS, 13)
+    assert ((kernel - torch.eye(13)[0]).abs() < 0.2).all()
+
+
+def test_a_normalized_kernel_is_divided_by_the_sum_of_its_absolute_values():
+    filter_ = build({**EXAMPLES["attention"], "conv_k": 3, "filter_norm": True}, 13).filters["k"]
+    x, kernel = normal(BATCH, HEADS, 13, 5), normal(HEADS, 3, seed=1)
+    with torch.no_grad():
+        filter_.kernel.copy_(kernel)
+    close(filter_(x), naive_filter_heads(x, kernel / kernel.abs().sum(1, keepdim=True)))
+
+
+def test_qk_norm_scales_after_the_convolution_and_adds_a_temperature():
+    mixer = build(EXAMPLES["attention_all"], 13)
+    q, k, _ = mixer.prepare(mixer.project(hidden(13)))
+    close(k.norm(dim=-1), torch.ones(BATCH, HEADS, 13).double())
+    torch.testing.assert_close(q.norm(dim=-1), torch.full((BATCH, HEADS, 13), 8.0).double())
+
+
+@pytest.mark.parametrize("position", ["none", "rotary", "alibi"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_positions_and_the_scale_act_after_the_convolutions(position, qk_norm):
+    mixer = build({**EXAMPLES["attention"], "conv_k": 3, "position": position, "qk_norm": qk_norm}, 13)
+    q, k, v = mixer.prepare(mixer.project(hidden(13)))
+    if position == "rotary":
+        q, k = rotate(q), rotate(k)
+    heads = naive_attend(q, k, v, scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5, alibi=position == "alibi")
+    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
+
+
+@pytest.mark.parametrize(
+    ("changes", "groups"),
+    [
+        ({}, ["q", "k", "v"]),
+        ({"conv_k": 3}, ["q", "k", "v"]),
+        ({"conv_q": 3, "conv_k": 3}, ["qk", "v"]),
+        ({"conv_q": 3, "conv_v": 3}, ["q", "k", "v"]),
+        ({"conv_q": 3, "conv_k": 3, "conv_v": 2, "filter_bias": True}, ["qk", "v"]),
+        ({"conv_q": 3, "conv_k": 3, "conv_v": 3, "sharing": "channel", "filter_bias": True, "filter_norm": True}, ["qkv"]),
+        ({"conv_q": "full", "conv_k": "full", "conv_v": "full", "dilation": 1}, ["q", "k", "v"]),
+        ({"conv_q": 3, "conv_k": 3, "sharing": "mixing"}, ["q", "k", "v"]),
+        ({"conv_q": "state", "conv_k": "state", "filter_size": 3}, ["q", "k", "v"]),
+    ],
+)
+def test_projections_convolved_in_one_call_equal_those_convolved_separately(changes, groups, monkeypatch):
+    any_work = HEAD_LIMITS.numba._replace(work=0)
+    monkeypatch.setattr("cat.ops.conv.causal.HEAD_LIMITS", HEAD_LIMITS._replace(numba=any_work))
+    mixer = build({"mixer": "attention", **QKV, **changes}, 97)
+    with torch.no_grad():
+        for weight in mixer.filters.parameters():
+            weight += torch.linspace(-1, 1, weight.numel()).view_as(weight)
+    projected = torch.randn(2, 97, mixer.projection.out_features, generator=torch.Generator().manual_seed(0)).double()
+    assert group_adjacent(mixer.filters, "qkv", projected) == groups
+    separate = {
+        name: mixer.filters[name](x) if name in mixer.filters else x
+        for name, x in zip("qkv", mixer.split_heads(projected), strict=True)
+    }
+    for actual, expected in zip(mixer.convolve(projected), separate.values(), strict=True):
+        torch.testing.assert_close(actual, expected)
+    positions = torch.tensor([[0, 3, 96], [1, 2, 7]])
+    at_positions = gather_positions(separate["q"], positions), separate["k"], separate["v"]
+    for actual, expected in zip(mixer.convolve(projected, positions), at_positions, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({**EXAMPLES["linear"], "position": "alibi"}, "position = alibi needs a softmax"),
+        ({**LANDMARK, "position": "alibi"}, "position = alibi would choose landmarks by distance"),
+        ({"mixer": "landmark", **QKV, "block": 5}, "top"),
+        ({"mixer": "landmark", **QKV, "top": 5}, "block"),
+        ({**EXAMPLES["mamba"], "heads": 3}, "heads: unknown key"),
+        ({**EXAMPLES["linear"], "heads": 4}, "heads = 4 does not divide width = 18"),
+    ],
+)
+def test_an_invalid_configuration_is_refused(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        configure(**parameters)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({**LANDMARK, "block": 64}, "block = 64 is longer than the training length of 32"),
+        ({**LANDMARK, "conv_k": 33}, "conv_k = 33 is longer than the training length of 32"),
+        ({**EXAMPLES["linear"], "conv_v": 33}, "conv_v = 33 is longer than the training length of 32"),
+        ({**EXAMPLES["mamba"], "conv_size": 33}, "conv_size = 33 is longer than the training length of 32"),
+    ],
+)
+def test_a_kernel_or_block_longer_than_its_sequences_is_refused(parameters, message):
+    config = configure(**parameters)
+    config.check_length(64)
+    with pytest.raises(ValueError, match=message):
+        SequenceModel(config, vocabulary=11, length=32)
