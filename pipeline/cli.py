@@ -129,9 +129,12 @@ def generate(task: str) -> None:
 def train(task: str, variant: str) -> None:
     """Train VARIANT on TASK with every seed."""
     study = _load_for_torch()
+    from pipeline.stages.plan import check_planned
     from pipeline.stages.train import CellSetting, train
 
     check_cell(study, task, variant)
+    if "DVC_STAGE" in os.environ:
+        check_planned(study, task, variant)
     train(task, variant, CellSetting.of(study, task, variant), device=study.device, parallel_runs=study.parallel_runs)
 
 

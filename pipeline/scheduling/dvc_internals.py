@@ -9,13 +9,9 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from copy import deepcopy
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dvc.dependency import param
 from dvc.dvcfile import PROJECT_FILE
 from dvc.exceptions import DvcException, PrettyDvcException
 from dvc.repo import Repo, lock_repo
@@ -41,7 +37,7 @@ def stale_stages(command: list[str]) -> Iterator[StaleStage]:
     Stages that can be restored from DVC's cache are left out. DVC's lock is held until the iterator ends.
     """
     repo = Repo()
-    with repo.lock, parse_params_once():
+    with repo.lock:
         for stage in repo.index.stages:
             words = shlex.split(stage.cmd) if isinstance(stage.cmd, str) else []
             if words[: len(command)] == command and stage.changed() and not is_restorable(repo, stage):
@@ -77,7 +73,7 @@ def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) ->
 
     # Wait for another DVC command instead of losing trained cells.
     repo = Repo(_wait_for_lock=bool(trained))
-    with parse_params_once(), lock_repo(repo), repo.scm_context():
+    with lock_repo(repo), repo.scm_context():
         try:
             # Not passed to DVC as targets: it would read dvc.yaml and dvc.lock again for each of them.
             stages = named_stages(repo, targets)
@@ -116,38 +112,6 @@ def declared_dependencies(stage: PipelineStage) -> dict[str, Any]:
     """Return the command and the current digest or parameter values of each dependency."""
     stage.save_deps()
     return {"cmd": stage.cmd, **{str(dep): dep.hash_info.value for dep in stage.deps}}
-
-
-@contextmanager
-def parse_params_once() -> Iterator[None]:
-    """Make DVC parse params.yaml only when the file changes, and look up keys directly.
-
-    DVC itself parses the file for every stage and scans all of it for every key, which is quadratic in the number of cells.
-    """
-    read_param_file = param.read_param_file
-    parsed: dict[tuple[Any, ...], Any] = {}
-
-    def read_cached(fs: Any, path: str, keys: list[str] | None = None, flatten: bool = False, **options: Any) -> Any:
-        if not (keys and flatten):
-            return read_param_file(fs, path, keys, flatten, **options)
-        stat = Path(path).stat()
-        version = (path, stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        if version not in parsed:
-            parsed.clear()
-            parsed[version] = read_param_file(fs, path, **options)
-        values = {}
-        for key in keys:
-            # Missing keys are left out, as DVC does.
-            with suppress(KeyError, TypeError):
-                # A copy: DVC would write a value shared by two stages as a YAML alias into the lock file.
-                values[key] = deepcopy(reduce(getitem, key.split("."), parsed[version]))
-        return values
-
-    param.read_param_file = read_cached
-    try:
-        yield
-    finally:
-        param.read_param_file = read_param_file
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cat.training.fit import ValidationRecord
+from pipeline.config.grid import check_cell
 from pipeline.config.load import load_study
 from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_devices
@@ -33,6 +34,7 @@ from pipeline.scheduling import ray_cluster
 from pipeline.scheduling.dvc_internals import exclusive_run, readable_dvc_errors, repair_rwlock, reproduce, stale_stages
 from pipeline.scheduling.progress import Progress
 from pipeline.scheduling.ray_cluster import Cluster
+from pipeline.stages.plan import check_planned
 from pipeline.stages.train import Cell, CellSetting, Job, Trained, choose_learning_rate, group_jobs, train_jobs, write
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import LOGS
@@ -140,17 +142,16 @@ def assign(devices: list[torch.device], jobs: int | None) -> list[torch.device]:
 def stale_cells() -> list[StageCell]:
     """Return the train stages that `dvc repro` would run, in its order.
 
-    These are changed stages that DVC's cache cannot restore. Raises ValueError if params.yaml is edited at the same time.
+    These are changed stages that DVC's cache cannot restore. Raises ValueError if params.yaml changed a cell since `plan` ran.
     """
     stale = []
-    text = Path("params.yaml").read_bytes()
     study = load_study()
     for stage in stale_stages(TRAIN_COMMAND):
         task, variant = stage.command[len(TRAIN_COMMAND) :]
+        check_cell(study, task, variant)
+        check_planned(study, task, variant)
         cell = Cell.of(task, variant, CellSetting.of(study, task, variant))
         stale.append(StageCell(stage.name, cell, stage.dependencies))
-    if Path("params.yaml").read_bytes() != text:
-        raise ValueError("params.yaml: changed while it was read; run the command again")
     return stale
 
 

@@ -100,6 +100,15 @@ def cell_plan(study: Study, task: str, variant: str, code: str) -> dict[str, Any
     return {**common, "model": resolved(model), "training": resolved(training)}
 
 
+def check_planned(study: Study, task: str, variant: str) -> None:
+    """Raise ValueError if params.yaml changed a cell since `plan` ran: DVC would record its result for the old settings."""
+    path = PLAN / "train" / task / f"{variant}.json"
+    planned = read_json(path)
+    if planned != cell_plan(study, task, variant, planned["code"]):
+        subject = f"params.yaml: has other settings for {variant!r} on {task!r} than when this run began"
+        raise ValueError(f"{subject}. Fix: run the command again")
+
+
 def _code_of(model: VariantConfig) -> list[str]:
     if isinstance(model, ConstructionConfig):
         return ["cat.theory", "cat.mixers.attention.layer"]

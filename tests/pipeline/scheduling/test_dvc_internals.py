@@ -7,7 +7,6 @@ import re
 import dvc
 import pytest
 from dvc import exceptions
-from dvc.dependency import param
 from dvc.dvcfile import PROJECT_FILE, ProjectFile
 from dvc.repo import Repo, lock_repo, reproduce
 from dvc.rwlock import RWLOCK_FILE
@@ -24,7 +23,6 @@ CALLS = {
     "reproduce.get_active_graph": (reproduce.get_active_graph, ("graph",), {}),
     "reproduce.plan_repro": (reproduce.plan_repro, ("graph", "stages"), {}),
     "reproduce._reproduce": (reproduce._reproduce, ("stages",), {"graph": None, "repro_fn": None}),
-    "param.read_param_file": (param.read_param_file, ("fs", "path", "keys", True), {"flag": 1}),
     "stage.changed": (PipelineStage.changed, ("self", False, "upstream"), {}),
     "stage.changed_stage": (PipelineStage.changed_stage, ("self",), {}),
     "stage.changed_deps": (PipelineStage.changed_deps, ("self",), {}),
@@ -65,15 +63,6 @@ def test_a_stage_and_a_repository_have_the_attributes_that_we_read(tmp_path, mon
         stage.save_deps()
         assert {str(dep): bool(dep.hash_info.value) for dep in stage.deps} == {"x": True, "params.yaml": True}
         assert str(tmp_path / dvc_internals.RWLOCK) == f"{repo.tmp_dir}/{RWLOCK_FILE}"
-
-
-def test_reading_parameters_once_returns_what_dvc_returns(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "params.yaml").write_text("a: {b: [1, 2], c: {d: 1e-3}}\n")
-    arguments = (dvc.fs.LocalFileSystem(), "params.yaml", ["a.c", "a.c.d", "a.x", "a.b.x", "y"])
-    expected = param.read_param_file(*arguments, flatten=True)
-    with dvc_internals.parse_params_once():
-        assert param.read_param_file(*arguments, flatten=True) == expected == {"a.c": {"d": 0.001}, "a.c.d": 0.001}
 
 
 def test_errors_have_the_classes_that_we_catch():
