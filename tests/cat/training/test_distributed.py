@@ -164,8 +164,8 @@ def test_a_cell_resumes_to_the_same_bits_after_one_process_was_interrupted(tmp_p
     stage("plan")
     stage("generate", "copying")
     study = load_study()
-    training_config = study.tasks["copying"].training.model_copy(update={"steps": 20})
-    setting = training.CellSetting(study.variants["k"], study.optimizer, training_config, study.seeds, study.precision)
+    setting = training.CellSetting.of(study, "copying", "k")
+    setting = setting._replace(training=setting.training.model_copy(update={"steps": 20}))
 
     def train(rank, until=None):
         lr_scale, steps = cat.training.fit.lr_scale, []
