@@ -1,7 +1,7 @@
 """Settings that the examples of several mixers share.
 
-A mixer's folder has an `examples.py` with `EXAMPLES`: small configurations by name, on which cat/mixers/checks.py runs. Together they
-have at least two values of each key. They are built with 24 channels and a training length of 13.
+A mixer's folder has an `examples.py` with `EXAMPLES`: small configurations by name, on which cat/mixers/checks.py runs. Together
+they have at least two values of each key. They are built with 24 channels and a training length of 13.
 
 It may also have `BASELINE`: the configuration that, with 64 channels, has about as many parameters as attention.
 """
