@@ -421,6 +421,7 @@ RULES = {
     ),
     "sweep over generated kernels": (
         {
+            "ablations.width.x": "conv_q",
             "ablations.width.variants": ["qk_full", "qk_network"],
             "ablations.parametrization.variants": ["qk_channel", "qk_mixing"],
         },
