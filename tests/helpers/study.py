@@ -38,6 +38,16 @@ def edit(**changes):
     write_params(raw)
 
 
+def keep_ablation(name, *, tasks, variants):
+    """Switch off all ablations but one, which trains `variants` on `tasks`."""
+    raw = read_params()
+    ablation = {key: raw["ablations"][name][key] for key in ("question", "plot")}
+    raw["ablations"] = {other: {"tasks": [], "variants": []} for other in raw["ablations"]}
+    raw["ablations"][name] = ablation | {"tasks": tasks, "variants": variants}
+    raw["variants"] = {variant: raw["variants"][variant] for variant in variants}
+    write_params(raw)
+
+
 def finished_study(folder, *, tasks):
     """Run every stage except `track` on `tasks`, which must contain `copying`.
 
