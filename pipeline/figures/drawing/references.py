@@ -13,7 +13,7 @@ from pipeline.config.study import Ablation, Study
 
 GREYS = ("0.3", "0.5", "0.65")
 DASHES = ((5, 2), (5, 2, 1, 2), (9, 3), (5, 2, 1, 2, 1, 2))
-"""Lengths of dashes and gaps, in line widths. None is dotted, as constructions are. 3 and 4 have no common factor: twelve lines differ."""
+"""Dashes and gaps in line widths, none dotted like a construction. 3 and 4 have no common factor: twelve lines differ."""
 
 
 def reference_words(study: Study, ablation: Ablation) -> dict[str, str]:
