@@ -339,10 +339,10 @@ def sample(
     study = _load_for_torch()
     from pipeline.commands.sample import SamplingOptions, escape_for_terminal, sample
 
-    check_cell(study, task, variant)
+    find_entry(study.tasks, "tasks", task)
+    find_entry(study.variants, "variants", variant)
     prompt_bytes = sys.stdin.buffer.read() if prompt is None else os.fsencode(prompt)
     options = SamplingOptions(tokens, temperature, top_k, seed)
-    model_seed = study.training[task, variant].seeds[0] if model_seed is None else model_seed
     for text in sample(study, task, variant, prompt_bytes, options, model_seed=model_seed, device=device or study.device):
         click.echo(escape_for_terminal(text) if sys.stdout.isatty() else text, nl=False, color=True)
     click.echo()

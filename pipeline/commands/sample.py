@@ -11,7 +11,7 @@ import torch
 from cat.evaluation.generation import generate
 from cat.tasks.tokenizer import Bytes, Tokenizer, load
 from pipeline.config.errors import printable
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import seeds_of, variants_on
 from pipeline.config.study import Study
 from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_device
@@ -31,16 +31,18 @@ class SamplingOptions(NamedTuple):
 
 
 def sample(
-    study: Study, task: str, variant: str, prompt: bytes, options: SamplingOptions, *, model_seed: int, device: str
+    study: Study, task: str, variant: str, prompt: bytes, options: SamplingOptions, *, model_seed: int | None, device: str
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` token by token, by the model of `variant`, `task` and `model_seed`.
 
-    Raises ValueError if the model does not exist or the prompt is empty.
+    Without `model_seed`, it is the model of the cell's first seed. Raises ValueError if the model does not exist or the prompt is
+    empty.
     """
     where = resolve_device(device)
     _check(study, task, variant)
     tokenizer = _tokenizer(task)
-    path = runs.weights_path(task, variant, model_seed)
+    seed = seeds_of(study, task, variant)[0] if model_seed is None else model_seed
+    path = runs.weights_path(task, variant, seed)
     workers.prepare()
     model = runs.load_model(path).to(where)
     if (vocabulary := model.embedding.token.num_embeddings) != tokenizer.size:

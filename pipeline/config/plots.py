@@ -87,8 +87,8 @@ class Plot(ABC):
         if not any(plot.shows_references for plot in plots):
             yield f"plot = {self.name} shows no reference_lines"
             return
-        tasks = shown_tasks(study, ablation)
-        known = list(dict.fromkeys(name for task in tasks for name in study.tasks[task].data.reference_names))
+        # Known to any task of the study: an ablation keeps its lines when a task is taken from its list.
+        known = list(dict.fromkeys(name for section in study.tasks.values() for name in section.data.reference_names))
         for name in ablation.reference_lines:
             if name not in known:
                 problem = f"known are {', '.join(known)}" if known else "they state none"

@@ -38,6 +38,16 @@ def edit(**changes):
     write_params(raw)
 
 
+def keep_ablation(name, *, tasks, variants):
+    """Switch off all ablations but one, which trains `variants` on `tasks`."""
+    raw = read_params()
+    ablation = {key: raw["ablations"][name][key] for key in ("question", "plot")}
+    raw["ablations"] = {other: {"tasks": [], "variants": []} for other in raw["ablations"]}
+    raw["ablations"][name] = ablation | {"tasks": tasks, "variants": variants}
+    raw["variants"] = {variant: raw["variants"][variant] for variant in variants}
+    write_params(raw)
+
+
 def finished_study(folder, *, tasks):
     """Run every stage except `track` on `tasks`, which must contain `copying`.
 
@@ -73,6 +83,7 @@ def tiny_study(folder, *, tasks):
         for key in ("tasks", "reference_tasks"):
             if key in ablation:
                 ablation[key] = [task for task in ablation[key] if task in tasks]
+        ablation.pop("reference_lines", None)
         if not ablation.get("tasks" if trains else "reference_tasks"):
             raw["ablations"][name] = {"tasks": [], "variants": []}
     trained = {variant for ablation in raw["ablations"].values() for variant in ablation.get("variants", ())}

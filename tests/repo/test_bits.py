@@ -26,19 +26,18 @@ TASK = {
         "kind": "copying", "signals": 3, "alphabet": 8, "noise": 4, "unique": True, "length": 16, "multiples": [1, 2],
         "train_examples": 64, "valid_examples": 16, "test_examples": 16,
     },
-    "training": {"steps": 5, "batch": 16, "learning_rates": [0.01]},
+}  # fmt: skip
+DEFAULTS = {
+    "width": 16, "layers": 1, "heads": 2, "training": {
+        "steps": 5, "batch": 16, "learning_rates": [0.01], "seeds": [0], "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.1,
+        "eval_every": 1, "early_stop_accuracy": 1.0, "early_stop_patience": 5,
+    },
 }  # fmt: skip
 VARIANTS = {
-    "qk": {
-        "mixer": "attention", "width": 16, "layers": 1, "heads": 2, "position": "rotary", "qk_norm": True, "conv_q": 3,
-        "conv_k": "full",
-    },
-    "delta": {"mixer": "delta", "width": 16, "layers": 1, "heads": 2, "position": "none", "conv_k": 3, "gate": True},
-    "mamba": {"mixer": "mamba", "width": 16, "layers": 1},
-}  # fmt: skip
-OPTIMIZER = {
-    "weight_decay": 0.01, "grad_clip": 1.0, "warmup": 0.1, "eval_every": 1, "early_stop_accuracy": 1.0, "early_stop_patience": 5,
-}  # fmt: skip
+    "qk": {"mixer": "attention", "position": "rotary", "qk_norm": True, "conv_q": 3, "conv_k": "full"},
+    "delta": {"mixer": "delta", "conv_k": 3, "gate": True},
+    "mamba": {"mixer": "mamba"},
+}
 STAGES = """\
 from pipeline.runtime.determinism import set_deterministic_env
 set_deterministic_env(True)
@@ -79,8 +78,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_study(tmp_path, tasks=["copying"])
     ablation = {"question": "?", "tasks": ["copying"], "variants": [*VARIANTS], "plot": "lines"}
-    edit(seeds=[0], tasks={"copying": TASK}, variants=VARIANTS, ablations={"copying": ablation}, deterministic=True)
-    edit(optimizer=OPTIMIZER)
+    edit(defaults=DEFAULTS, tasks={"copying": TASK}, variants=VARIANTS, ablations={"copying": ablation}, deterministic=True)
     Path("dvc.yaml").unlink()
     return tmp_path
 

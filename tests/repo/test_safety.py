@@ -272,6 +272,7 @@ DAMAGED = [
     (("judge",), TABLE, spoil_a_number, "is not a CSV table"),
     *[(("judge",), TABLE, without(c), f"column {c}") for c in ("task", "variant", "seed", "length", "metric", "value")],
     (("render",), TABLE, without("value"), "lacks the column value"),
+    (("render",), "results/references/copying.csv", without("reference"), "lacks the column reference"),
     (("show",), TABLE, without("variant"), "lacks the column variant"),
     (("render",), CURVES, without("valid_accuracy"), "lacks the column valid_accuracy"),
     (("render",), CURVES, cut, "its last line has no line break"),

@@ -12,16 +12,15 @@ from pipeline.config.grid import shown_tasks
 from pipeline.config.study import Ablation, Study
 
 GREYS = ("0.3", "0.5", "0.65")
-DASHES = ((5, 2), (1, 1.5), (5, 1.5, 1, 1.5), (2, 2))
-"""Lengths of dashes and gaps, in line widths. 3 and 4 have no common factor, so twelve lines differ."""
+DASHES = ((5, 2), (5, 2, 1, 2), (9, 3), (5, 2, 1, 2, 1, 2))
+"""Dashes and gaps in line widths, none dotted like a construction. 3 and 4 have no common factor: twelve lines differ."""
 
 
 def reference_words(study: Study, ablation: Ablation) -> dict[str, str]:
-    """Reference -> its words in the first task of the figure that states it."""
-    words: dict[str, str] = {}
-    for task in reversed(shown_tasks(study, ablation)):
-        words |= study.tasks[task].data.reference_labels
-    return {name: words[name] for name in ablation.reference_lines}
+    """Reference -> its words, or its name if tasks of the figure have different words for it; only those that a task states."""
+    stated = [study.tasks[task].data.reference_labels for task in shown_tasks(study, ablation)]
+    words = {name: {labels[name] for labels in stated if name in labels} for name in ablation.reference_lines}
+    return {name: min(labels) if len(labels) == 1 else name.replace("_", " ") for name, labels in words.items() if labels}
 
 
 def draw_by_length(study: Study, ablation: Ablation, references: pd.DataFrame, axes: Axes) -> None:

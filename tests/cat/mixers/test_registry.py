@@ -246,7 +246,7 @@ def test_a_mixer_that_is_none_is_refused(mixer, problem):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"mixer": ["mamba", "attention"], "heads": 2, "layers": 3}, "layers = 3 must be a multiple of the number of mixers, 2"),
+        ({"mixer": ["mamba", "attention"], "heads": 2, "layers": 3}, "needs a multiple of 2 layers, not layers = 3"),
         ({"mixer": ["mamba", {**ATTENTION, "heads": 5}]}, "mixer 1: heads = 5 does not divide width = 12"),
         ({"mixer": "attention", "heads": 5}, "heads = 5 does not divide width = 12"),
         ({"mixer": ["mamba", "attention"]}, "heads"),

@@ -114,7 +114,7 @@ def small(kind, tmp_path):
 def test_every_task_has_an_oracle_or_says_that_it_has_none_and_scores_its_strategies(kind, tmp_path):
     task = small(kind, tmp_path)
     tests = {length: task.examples("test", length, 3, generator(0, kind, f"test_{length}")) for length in task.lengths}
-    training = task.training(generator(0, kind, "train"))
+    training = task.training(task.length, generator(0, kind, "train"))
     scores = task.score_references(GeneratedData(tests, [training], task.vocabulary, task.extents()))
     assert (task.oracle(tests[40]) is None) == (task.goal == "loss"), "the past of a text does not determine what follows"
     assert tuple(scores) == task.reference_names != ()
@@ -166,15 +166,16 @@ def test_tables_of_ngrams_agree_with_counting(chunk, monkeypatch):
     np.testing.assert_allclose(bits, bits_by_counting(text.tolist(), positions, asked.tolist(), 7))
 
 
-@pytest.mark.parametrize("tokens", [{}, {"tokens": "words"}])
+@pytest.mark.parametrize("tokens", [{}, {"tokens": "words", "vocabulary_size": 5}])
 def test_text_is_scored_on_the_targets_of_the_models_in_bits_per_byte(tokens, tmp_path):
     letters = generator(0, "text", "train").choice([*b"ab   \n"], size=3001).astype(np.uint8)
     (tmp_path / "one.txt").write_bytes(letters.tobytes())
     settings = {**SIZES, "length": 12, "multiples": (0.5, 1, 2)}
     task = Text(kind="text", source=str(tmp_path / "one.txt"), **tokens, **settings)
-    training = task.training(generator(0, "text", "train"))
+    training = task.training(task.length, generator(0, "text", "train"))
     tests = {length: task.examples("test", length, 3, generator(0, "text", "test")) for length in task.lengths}
     extents = task.extents()
+    assert tokens == {} or extents.unknown.sum() > 0
     scores = task.score_references(GeneratedData(tests, [training], task.vocabulary, extents))
     positions = sorted({start + offset for start in training.starts.tolist() for offset in range(1, 13)})
     rows = [[*row, last] for row, last in zip(tests[24].inputs.tolist(), tests[24].targets[:, -1].tolist(), strict=True)]

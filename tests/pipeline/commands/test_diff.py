@@ -14,7 +14,7 @@ from pipeline.cli import main
 from pipeline.commands.diff import Section, compare, resolve, show
 
 PARAMETERS = """\
-seeds: [0, 1]
+defaults: {training: {seeds: 2}}
 variants:
   k:  {position: none, conv_k: 3}
   qk: {position: none, conv_q: 3, conv_k: 3}
@@ -30,7 +30,6 @@ RESULTS = """\
 task,variant,seed,length,metric,value
 ar,k,0,10,accuracy,0.49
 ar,k,1,10,accuracy,0.51
-ar,k,7,10,accuracy,0.9
 ar,k,0,80,accuracy,0.25
 ar,k,1,80,accuracy,0.25
 ar,qk,0,10,accuracy,1.0
@@ -100,7 +99,7 @@ def test_nothing_changed(study):
 
 
 def test_parameters_by_their_keys(study):
-    new = PARAMETERS.replace("[0, 1]", "[0, 1, 2]").replace(
+    new = PARAMETERS.replace("seeds: 2", "seeds: 3").replace(
         "qk: {position: none, conv_q: 3, conv_k: 3}", "qk: {position: rotary, conv_q: 3}"
     )
     write(
@@ -109,7 +108,7 @@ def test_parameters_by_their_keys(study):
         )
     )
     assert compare("HEAD")[0].rows == [
-        ("seeds", "[0, 1]", "[0, 1, 2]"),
+        ("defaults.training.seeds", "2", "3"),
         ("variants.qk.position", "none", "rotary"),
         ("variants.qk.conv_k", "3", "-"),
         ("variants.v", "-", "{position: none, conv_v: 3}"),

@@ -15,10 +15,11 @@ from tests.helpers.study import ROOT, edit, stage
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """The working folder: the smoke study with the data of one task."""
+    """The working folder: the smoke study with the data of two tasks."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "presets" / "smoke.yaml", "params.yaml")
     stage("generate", "ar")
+    stage("generate", "nar")
 
 
 def profiled(capsys, *arguments):
@@ -29,15 +30,15 @@ def profiled(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("variant", "blocks"),
+    ("task", "variant", "blocks"),
     [
-        ("k", ["block 1: mixer"]),
-        ("qk_l2", ["block 1: mixer", "block 1: mlp", "block 2: mixer", "block 2: mlp"]),
-        ("mamba", ["block 1: mixer"]),
+        ("ar", "k", ["block 1: mixer"]),
+        ("nar", "qk_l2", ["block 1: mixer", "block 1: mlp", "block 2: mixer", "block 2: mlp"]),
+        ("ar", "mamba", ["block 1: mixer"]),
     ],
 )
-def test_every_part_has_a_name_and_the_parts_add_up_to_the_step(study, capsys, variant, blocks):
-    _, parts, operators = profiled(capsys, "ar", variant)
+def test_every_part_has_a_name_and_the_parts_add_up_to_the_step(study, capsys, task, variant, blocks):
+    _, parts, operators = profiled(capsys, task, variant)
     forward = ["embedding", *blocks, "head and loss", "forward: other"]
     assert [row[0] for row in parts] == ["data", *forward, "backward", "clip and optimizer", "between", "total"]
     *times, step = [float(row[1]) for row in parts]
@@ -121,9 +122,10 @@ def test_a_profile_writes_no_files(study, capsys):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("nar", "k"), "profile: data/nar: is missing"),
+        (("copying", "k"), "profile: data/copying: is missing"),
         (("ar", "construction"), "profile: construction is not trained"),
         (("ar", "kk"), "params.yaml: variants.kk: is missing"),
+        (("ar", "qk_l2"), "params.yaml: ablations: none trains 'qk_l2' on 'ar'; name both in one"),
         (("ar", "k", "--device", "cuda"), "params.yaml: device = cuda: "),
     ],
 )

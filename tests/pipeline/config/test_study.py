@@ -35,6 +35,7 @@ for shown_only in ("example", "filters", "positions"):  # these restrict the var
     del SMOKE["ablations"][shown_only]
 for name, ablation in list(SMOKE["ablations"].items()):
     SMOKE["ablations"][name] = {"tasks": [], "variants": []} | ablation
+    SMOKE["ablations"][name].pop("reference_lines", None)
 del SMOKE["ablations"]["stability"]
 RECALL = SMOKE["ablations"].pop("recall")
 SMOKE_JSON = json.dumps(SMOKE)
@@ -299,6 +300,9 @@ ITEMS = [
         "variants.k.mixer.0.width",
         "is a key of the model, not of a mixer",
     ),
+    ("variants.k.mixer", {"mixer": "attention", "width": 8}, "variants.k.mixer.0.width", "is a key of the model, not of a mixer"),
+    ("defaults.mixer", [{"mixer": "attention", "conv_k": 0}], "defaults.mixer.0.conv_k", "must be greater than"),
+    ("defaults.mixer", [{"mixer": "attention", "width": 8}], "defaults.mixer.0.width", "is a key of the model, not of a mixer"),
     ("variants.k.mixer", [{"mixer": "attention", "conv_k": 0}], "variants.k.mixer.0.conv_k", "must be greater than"),
     ("variants.k.mixer", ["attention", "mamba"], "variants.k", "needs a multiple of 2 layers, not layers = 1"),
     ("tasks.ar.training.learning_rates", [0.01, 0], "tasks.ar.training.learning_rates.1", "must be greater than 0"),
@@ -472,6 +476,7 @@ RULES = {
     ),
     "sweep over generated kernels": (
         {
+            "ablations.width.x": "conv_q",
             "ablations.width.variants": ["qk_full", "qk_network"],
             "ablations.parametrization.variants": ["qk_channel", "qk_mixing"],
         },

@@ -38,7 +38,7 @@ from pipeline.stages import train as training
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, read_json
 from pipeline.storage.task_data import read_meta, read_split, read_task
-from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study, write_params
+from tests.helpers.study import ROOT, edit, keep_ablation, read_params, stage, tiny_study
 
 CPU = torch.device("cpu")
 VOCABULARY, LENGTH = 11, 7
@@ -265,14 +265,8 @@ def test_scoring_that_does_not_fit_takes_fewer_sequences_at_a_time(monkeypatch):
 def small_study(folder):
     """Two cells of four runs of seven steps."""
     tiny_study(folder, tasks=["copying"])
-    raw = read_params()
-    for name, ablation in raw["ablations"].items():
-        variants = ["none", "k"] if name == "qkv_subsets" else []
-        tasks = ["copying"] if variants else []
-        ablation |= {"variants": variants, "tasks": tasks, "reference_variants": [], "reference_tasks": []}
-    raw["variants"] = {name: raw["variants"][name] for name in ("none", "k")}
-    raw["tasks"]["copying"]["training"] |= {"steps": 7, "learning_rates": [0.005, 0.01]}
-    write_params(raw)
+    keep_ablation("qkv_subsets", tasks=["copying"], variants=["none", "k"])
+    edit(**{"tasks.copying.training": {"steps": 7, "learning_rates": [0.005, 0.01]}})
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +339,10 @@ def train_until(monkeypatch, owner, name, count, *, how=signal.SIGKILL):
     return process.exitcode
 
 
+def checkpoint_files():
+    return set(Path("checkpoints/copying").rglob("*.safetensors"))
+
+
 def count_steps(monkeypatch):
     """Train the cell in this process and return the number of steps."""
     steps, inner = [], cat.training.fit.backward
@@ -374,15 +372,21 @@ def test_a_killed_cell_is_resumed(study, planned, monkeypatch, owner, name, coun
     assert temporary_files() == []
 
 
-def test_evaluating_a_task_removes_its_checkpoints(study, monkeypatch):
+def test_evaluating_a_task_removes_the_checkpoints_of_runs_that_are_not_in_the_study(study, monkeypatch):
     monkeypatch.setattr(checkpoints, "INTERVAL_SECONDS", 60)  # finished runs are saved in any case
     stage("train", "copying", "none")
     stage("train", "copying", "k")
-    assert len(list(Path("checkpoints/copying").rglob("*.safetensors"))) == 8
+    saved = checkpoint_files()
+    assert len(saved) == 8
+    stage("evaluate", "copying")
+    assert checkpoint_files() == saved
+    edit(**{"ablations.qkv_subsets.variants": ["k"], "tasks.copying.training.learning_rates": [0.005]})
+    edit(variants={"k": read_params()["variants"]["k"]})
     locked = Path("checkpoints/copying/k/0.01_1.safetensors")
     with FileLock(locked.with_suffix(".lock")):  # another process is training this run again
         stage("evaluate", "copying")
-    assert list(Path("checkpoints/copying").rglob("*.safetensors")) == [locked]
+    kept = [Path(f"checkpoints/copying/k/0.005_{seed}.safetensors") for seed in (0, 1)]
+    assert checkpoint_files() == {*kept, locked}
     lock = FileLock(locked.with_suffix(".lock"))
     with lock, pytest.raises(ValueError, match="another process"), Checkpoint(locked, "").exclusive():
         pass

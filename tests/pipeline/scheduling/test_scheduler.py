@@ -26,7 +26,7 @@ from pipeline.scheduling import dvc_internals, scheduler
 from pipeline.scheduling.dvc_internals import exclusive_run, reproduce
 from pipeline.scheduling.progress import Progress
 from pipeline.storage.files import read_json
-from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study, write_params
+from tests.helpers.study import ROOT, edit, keep_ablation, stage, tiny_study
 
 CPU = torch.device("cpu")
 
@@ -45,13 +45,7 @@ def planned(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         tiny_study(folder, tasks=["copying"])
-        raw = read_params()
-        for name, ablation in raw["ablations"].items():
-            ablation["variants"] = ablation["variants"][:2] if name == "qkv_subsets" else []
-            ablation["tasks"] = ["copying"] if ablation["variants"] else []
-            ablation |= {"reference_variants": [], "reference_tasks": []}
-        raw["variants"] = {n: v for n, v in raw["variants"].items() if any(n in a["variants"] for a in raw["ablations"].values())}
-        write_params(raw)
+        keep_ablation("qkv_subsets", tasks=["copying"], variants=["none", "k"])
         for package in ("cat", "pipeline"):
             shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
         for name in (".gitignore", ".dvcignore"):

@@ -13,7 +13,7 @@ from pipeline.stages.evaluate import references
 from pipeline.stages.plan import check_stages
 from pipeline.storage.results import read_references
 from pipeline.storage.task_data import read_split, read_task
-from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study
+from tests.helpers.study import ROOT, edit, stage, tiny_study
 
 
 def test_the_table_has_each_strategy_at_each_length(study):
@@ -50,8 +50,7 @@ def own_study(tmp_path, monkeypatch):
     Path("my_tasks/first.py").write_text(source)
     data = {"kind": "my_tasks.first", "alphabet": 16, "length": 32, "multiples": [1, 2]}
     data |= {"train_examples": 128, "valid_examples": 8, "test_examples": 64}
-    training = read_params()["tasks"]["copying"]["training"]
-    edit(**{"tasks.first": {"data": data, "training": training}, "ablations.qkv_subsets.tasks": ["copying", "first"]})
+    edit(**{"tasks.first": {"data": data}, "ablations.qkv_subsets.tasks": ["copying", "first"]})
     text = Path("dvc.yaml").read_text()
     assert "deps: [params.yaml, claims.yaml, cat, pipeline]" in text
     Path("dvc.yaml").write_text(text.replace("claims.yaml, cat, pipeline]", "claims.yaml, cat, pipeline, my_tasks]"))

@@ -17,11 +17,10 @@ from pipeline.storage.task_data import read_meta, read_task
 from tests.helpers.study import read_params, stage, tiny_study, write_params
 from tests.pipeline.runtime.test_checkpoints import digests
 
-ATTENTION = {"mixer": "attention", "width": 16, "layers": 1, "heads": 2}
 VARIANTS = {
-    "learned": {**ATTENTION, "position": "learned"},
-    "full": {**ATTENTION, "position": "none", "conv_q": "full", "conv_k": "full"},
-    "state": {**ATTENTION, "position": "none", "conv_q": "state", "conv_k": "state", "filter_size": 3},
+    "learned": {"position": "learned"},
+    "full": {"conv_q": "full", "conv_k": "full"},
+    "state": {"conv_q": "state", "conv_k": "state", "filter_size": 3},
 }
 LENGTHS = {"list": ([9, 16], [9, 16]), "range": ({"from": 9, "to": 16}, [9, 10, 11, 12, 13, 14, 15, 16])}
 
@@ -33,9 +32,9 @@ def lengths(request, tmp_path, monkeypatch):
     tiny_study(tmp_path, tasks=["copying"])
     length, lengths = LENGTHS[request.param]
     ablation = {"question": "?", "tasks": ["copying"], "variants": [*VARIANTS], "plot": "lines"}
-    raw = read_params() | {"seeds": [0], "variants": VARIANTS, "ablations": {"copying": ablation}}
+    raw = read_params() | {"variants": VARIANTS, "ablations": {"copying": ablation}}
     raw["tasks"]["copying"]["data"]["length"] = length
-    raw["tasks"]["copying"]["training"] |= {"steps": 18, "batch": 8}
+    raw["defaults"]["training"] |= {"steps": 18, "batch": 8, "seeds": [0]}
     write_params(raw)
     Path("dvc.yaml").unlink()
     stage("plan")
@@ -110,7 +109,4 @@ def test_such_runs_train_one_by_one_on_a_gpu(lengths):
 
 
 def cell():
-    study = load_study()
-    section = study.tasks["copying"]
-    setting = training.CellSetting(study.variants["state"], study.optimizer, section.training, study.seeds, study.precision)
-    return training.Cell.of("copying", "state", setting)
+    return training.Cell.of("copying", "state", training.CellSetting.of(load_study(), "copying", "state"))

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cat.tasks.registry import Recall
-from pipeline.config.grid import shown_cells
+from cat.tasks.copying import Copying
+from cat.tasks.recall import Recall
+from cat.tasks.text import Text
+from pipeline.config.grid import seeds_of, shown_cells
 from pipeline.config.load import study_of
 from pipeline.config.plots import load_plot
-from pipeline.figures.drawing.references import DASHES, GREYS, _style
-from pipeline.storage.results import read_references
+from pipeline.figures.drawing.references import DASHES, GREYS, _style, reference_words
 from pipeline.storage.tables import REFERENCE_COLUMNS
 from tests.helpers.figures import draw
 from tests.pipeline.config.test_study import MISSING, edited, errors_of
@@ -25,6 +26,9 @@ NAMES = list(WORDS)
 def _tasks_state_references(monkeypatch):
     monkeypatch.setattr(Recall, "reference_names", tuple(WORDS))
     monkeypatch.setattr(Recall, "reference_labels", WORDS)
+    for other in (Copying, Text):
+        monkeypatch.setattr(other, "reference_names", ())
+        monkeypatch.setattr(other, "reference_labels", {})
     yield
     plt.close("all")
 
@@ -40,7 +44,7 @@ def results_of(study, ablation):
     rows = [
         (task, variant, seed, multiple, "bits_per_byte" if task == "text" else "accuracy", 0.7)
         for task, variant in shown_cells(study, ablation)
-        for seed, multiple in itertools.product(study.seeds, study.tasks[task].data.multiples)
+        for seed, multiple in itertools.product(seeds_of(study, task, variant), study.tasks[task].data.multiples)
     ]
     return pd.DataFrame(rows, columns=["task", "variant", "seed", "multiple", "metric", "value"])
 
@@ -124,6 +128,18 @@ def test_a_heatmap_has_a_row_per_reference_that_is_empty_for_other_tasks():
     assert [label.get_text() for label in without.axes[0].get_yticklabels()] == labels[:-2]
 
 
+def test_a_figure_leaves_out_the_lines_that_its_tasks_do_not_state():
+    study = study_with_lines("language")
+    assert reference_words(study, study.ablations["language"]) == {}
+
+
+def test_a_line_with_other_words_in_another_task_has_its_name(monkeypatch):
+    monkeypatch.setattr(Copying, "reference_labels", {"guess_value": "guess anything"})
+    study = study_with_lines("qkv_subsets")
+    words = reference_words(study, study.ablations["qkv_subsets"])
+    assert words == {"guess_value": "guess value", "last_key_token": WORDS["last_key_token"]}
+
+
 def test_no_two_of_twelve_lines_look_the_same():
     looks = {(style["color"], style["linestyle"]) for style in map(_style, range(len(GREYS) * len(DASHES)))}
     assert len(looks) == 12
@@ -136,10 +152,6 @@ def test_no_two_of_twelve_lines_look_the_same():
             {"ablations.hybrid.reference_lines": ["gues_value"]},
             "ablations.hybrid: reference_lines: the tasks state no 'gues_value'; known are guess_value, last_key_token;"
             " did you mean 'guess_value'?",
-        ),
-        (
-            {"ablations.language.reference_lines": ["guess_value"]},
-            "ablations.language: reference_lines: the tasks state no 'guess_value'; they state none",
         ),
         (
             {"ablations.hybrid.reference_lines": ["guess_value", "guess_value"]},
@@ -163,19 +175,3 @@ def test_a_plot_whose_further_figures_show_references_may_name_them():
     study = study_with_lines("qk_norm")
     assert not load_plot(study.ablations["qk_norm"].plot).shows_references
     assert list(load_plot("attention").problems(study, study.ablations["qk_norm"])) == []
-
-
-def test_the_tables_of_all_tasks_are_read_as_one(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    study = study_with_lines("hybrid")
-    table = references_of(study, score)
-    (tmp_path / "results/references").mkdir(parents=True)
-    for task, rows in table.groupby("task"):
-        rows.to_csv(f"results/references/{task}.csv", index=False)
-    pd.testing.assert_frame_equal(read_references(study), table)
-
-
-def test_without_references_the_table_is_empty(monkeypatch):
-    monkeypatch.setattr(Recall, "reference_names", ())
-    table = read_references(study_of(edited({}), "params.yaml"))
-    assert (len(table), list(table)) == (0, [*REFERENCE_COLUMNS])
