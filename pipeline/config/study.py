@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from cat.config import Config, Count, TrainingConfig
 from cat.mixers.registry import AnyVariant
-from cat.tasks.registry import AnyTask
+from cat.tasks.registry import AnyTask, Task
 from pipeline.config.names import DEVICE, LINE, Name, PlotName
 
 MAX_SEEDS = 1000
@@ -64,7 +64,7 @@ class TaskFile(Config):
 class TaskConfig(Config):
     """One task of a complete study."""
 
-    data: AnyTask
+    data: SerializeAsAny[Task]
 
 
 class Ablation(Config):
