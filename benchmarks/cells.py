@@ -102,12 +102,11 @@ def in_project(size: int) -> dict[str, float]:
 def trivial(study: dict[str, Any], cells: int) -> dict[str, Any]:
     """Reduce the study to one task and copies of one variant, with one step per run."""
     names = [VARIANT, *(f"copy_{n}" for n in range(1, cells))]
-    study |= {"seeds": list(SEEDS), "device": "cpu", "tasks": {TASK: study["tasks"][TASK]}}
-    study["tasks"][TASK]["training"] |= {"steps": 1, "learning_rates": [0.01]}
+    study |= {"device": "cpu", "tasks": {TASK: study["tasks"][TASK]}}
+    study["tasks"][TASK]["training"] = {"steps": 1, "learning_rates": [0.01], "seeds": list(SEEDS)}
     study["variants"] = {name: dict(study["variants"][VARIANT]) for name in names}
-    for name, ablation in study["ablations"].items():
-        trained = name == "qkv_subsets"
-        ablation |= {"tasks": [TASK] * trained, "variants": names * trained, "reference_variants": [], "reference_tasks": []}
+    trained = study["ablations"]["qkv_subsets"] | {"tasks": [TASK], "variants": names, "reference_variants": []}
+    study["ablations"] = {name: {"tasks": [], "variants": []} for name in study["ablations"]} | {"qkv_subsets": trained}
     return study
 
 
@@ -140,9 +139,8 @@ def measure(path: str) -> None:
     timed("record", lambda: reproduce(declared, declared))
     if timed("rest", scheduler.stale_cells):
         raise RuntimeError("recorded cells are stale")
-    timed(
-        "evaluate", lambda: evaluate(TASK, variants_on(study, TASK), SEEDS, study.precision, device="cpu", parallel_runs="auto")
-    )
+    settings = {variant: study.training[TASK, variant] for variant in variants_on(study, TASK)}
+    timed("evaluate", lambda: evaluate(TASK, settings, study.precision, device="cpu", parallel_runs="auto"))
     judge(study, {})  # MLflow logs the verdicts too
     timed("mlflow", lambda: track(study))
     timed("look", lambda: track(study))

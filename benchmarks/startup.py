@@ -145,10 +145,11 @@ def begin_study(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]
 def enlarged(study: dict[str, Any], cells: int, place: Place) -> dict[str, Any]:
     """Set one step per run and copy a variant until the study has `cells` cells."""
     study |= {"device": place.device, "parallel_runs": place.threads}
-    for task in study["tasks"].values():
-        task["training"]["steps"] = 1
+    study["defaults"]["training"]["steps"] = 1
+    for section in study["tasks"].values():
+        section.get("training", {}).pop("steps", None)
     ablation = study["ablations"]["qkv_subsets"]
-    missing = cells - sum(len(a["tasks"]) * len(a["variants"]) for a in study["ablations"].values())
+    missing = cells - sum(len(a.get("tasks", ())) * len(a.get("variants", ())) for a in study["ablations"].values())
     copies = [f"copy_{n}" for n in range(max(0, -(-missing // len(ablation["tasks"]))))]
     study["variants"] |= {name: dict(study["variants"][CELL[1]]) for name in copies}
     ablation["variants"] += copies

@@ -16,7 +16,7 @@ import pdoc
 from markdown2 import markdown
 from pdoc.doc_ast import walk_tree
 from pdoc.render_helpers import markdown_extensions, markdown_link_patterns
-from pydantic import WrapValidator
+from pydantic import BeforeValidator, WrapValidator
 from pydantic.fields import FieldInfo
 from torch import nn
 
@@ -71,7 +71,7 @@ def _configure_pdoc() -> None:
     )
     nn.Module.__init__.__doc__ = nn.Module.forward.__doc__ = None
     walk_tree(nn.Module).func_docstrings.clear()
-    WrapValidator.__repr__ = lambda validator: validator.func.__name__
+    BeforeValidator.__repr__ = WrapValidator.__repr__ = lambda validator: validator.func.__name__
     FieldInfo.__repr__ = lambda field: ", ".join(map(repr, field.metadata)) or f"discriminator={field.discriminator!r}"
 
 

@@ -1,8 +1,7 @@
 """Checks that every mixer must pass, each on one example configuration.
 
 A check raises AssertionError with one line if the mixer fails it. Mixers are built in float64 with 24 channels and a training
-length of 13, always with the same weights. `tests/cat/mixers/test_mixers.py` and `python -m pipeline check-mixer` run the same
-checks.
+length of 13, always with the same weights. tests/cat/mixers/test_mixers.py and `python -m pipeline check-mixer` run the checks.
 """
 
 from __future__ import annotations
@@ -315,7 +314,8 @@ def _close(
     wrong = ~torch.isclose(actual, expected, rtol=rtol, atol=atol)
     for index in wrong.nonzero().tolist():
         first, second = (tensor[tuple(index)].item() for tensor in (actual, expected))
-        raise AssertionError(f"{what} is not as {than}: {first:.6g} instead of {second:.6g} at {index}")
+        by = f"a difference of {abs(first - second):.1g}"
+        raise AssertionError(f"{what} is not as {than}: {first:.6g} instead of {second:.6g} at {index}, {by}")
 
 
 def _close_gradients(how: str, actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -31,7 +31,8 @@ Attended = tuple[Float[Tensor, "B H _ E"], dict[str, Tensor]]
 class QKVMixer(Mixer):
     """Map (B, L, D) to (B, L, D): project to q, k and v, attend, project back.
 
-    A subclass defines `attend` for a whole sequence and `attend_step` for the tokens after those in a cache.
+    A subclass defines `attend` for a whole sequence. It may define `attend_step` for the tokens after those in a cache. Without
+    it, the cache has the projections of all tokens.
 
     `length` is the training length, the kernel size of `full`. `scale` multiplies the products of queries and keys.
     """
@@ -60,6 +61,8 @@ class QKVMixer(Mixer):
         )
 
     def step(self, projected: Projection, cache: Cache, *, last: bool = False) -> tuple[Float[Tensor, "B _ D"], Cache]:
+        if type(self).attend_step is QKVMixer.attend_step:
+            return super().step(projected, cache, last=last)
         qkv, inputs = self.prepare_step(projected, cache, last=last)
         heads, state = self.attend_step(qkv, cache)
         outputs = self.merge_heads(last_tokens(heads, 1) if last else heads)
@@ -73,9 +76,9 @@ class QKVMixer(Mixer):
     def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
         """Return the causal outputs of the heads, at every position or at `positions`."""
 
-    @abstractmethod
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
-        """Return the outputs for the tokens after those in `cache`, and the new state."""
+        """Return the outputs for the tokens after those in `cache`, and the new state. Raises NotImplementedError if omitted."""
+        raise NotImplementedError
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"] | None:
         """Return the softmax inputs, -inf if masked; None if there is no softmax."""

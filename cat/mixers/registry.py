@@ -143,7 +143,7 @@ def compose(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = No
             if key in MODEL_KEYS and key not in section.schema.model_fields:
                 problems.append((path, f"is a key of the model, not of a mixer. Fix: move {key} out of the list"))
             elif key != "mixer":
-                section.set(key, value, Source(False, path))
+                section.set(key, value, Source("mixer" not in settings, path))
         mixers.append(section)
     for inherited, keys in ((False, settings), (True, defaults)):
         for key, value in keys.items():

@@ -73,7 +73,7 @@ class Copying(Task):
 
     @property
     def reference_labels(self) -> dict[str, str]:
-        return {"any_signal": "guess a signal of the context", "any_uncopied": "guess a signal that is not yet copied"}
+        return {"any_signal": "guess a signal of the context", "any_uncopied": "guess a signal not yet copied, after right ones"}
 
     def any_signal(self, examples: Examples) -> np.ndarray:
         """Guess any signal of the context: the most frequent one, because it is right most often."""

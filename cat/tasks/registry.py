@@ -62,7 +62,7 @@ def _kinds() -> dict[str, type[Task]]:
 
 def _also_own_kinds(raw: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     """Validate a kind with a dot, which is not in the union, by its own class."""
-    kind = raw.get("kind") if isinstance(raw, dict) else None
+    kind = raw.get("kind") if isinstance(raw, dict) else getattr(raw, "kind", None)
     if isinstance(kind, str) and "." in kind:
         return task_class(kind).model_validate(raw)
     return handler(raw)

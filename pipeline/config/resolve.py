@@ -222,9 +222,10 @@ def _is_unknown(name: str) -> bool:
 
 def _key_problem(own: Settings, defaults: Settings, where: str, path: tuple[str | int, ...], problem: str) -> Problem:
     """The problem of a key that no part of the variant's model has."""
-    value: Any = own
+    inherited = path[0] not in own
+    value: Any = defaults if inherited else own
     for step in path:
-        value = value[step]
+        value = value[step] if isinstance(step, str) or isinstance(value, list) else value  # a single mixer needs no list
     key = str(path[-1])
     if problem == "unknown key":
         classes = _mixer_classes(own.get("mixer", defaults.get("mixer")))
@@ -240,7 +241,8 @@ def _key_problem(own: Settings, defaults: Settings, where: str, path: tuple[str 
             problem += nearest(key, known) or f"; known are {', '.join(dict.fromkeys(known))}"
     elif key == "position" and value not in POSITIONS:
         problem += nearest(value, POSITIONS)
-    return Problem(subject_of(key_of([where, *path]), value), problem)
+    place = "defaults" if inherited else where
+    return Problem(subject_of(key_of([place, *path]), value), problem, where if inherited else None)
 
 
 def _mixer_classes(mixer: object) -> list[type[MixerConfig]]:

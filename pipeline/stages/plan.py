@@ -117,7 +117,7 @@ def _code_of(model: VariantConfig) -> list[str]:
 
 
 def check_stages(study: Study, file: str = "params.yaml") -> None:
-    """Raise ParamsError unless dvc.yaml has exactly one train stage per ablation, and depends on the packages of own tasks."""
+    """Raise ParamsError unless dvc.yaml has exactly one train stage per ablation, and depends on the files of your own code."""
     if not _STAGES.exists():
         return
     raw = read_yaml(_STAGES)
@@ -147,27 +147,23 @@ def check_stages(study: Study, file: str = "params.yaml") -> None:
         f"ablations.{name}: is missing, and dvc.yaml has a stage train_{name}; empty lists of tasks and variants switch it off"
         for name in sorted(trained.keys() - study.ablations.keys() - set(study.switched_off))
     ]
-    plan_deps = stages.get("plan", {}).get("deps", [])
-    packages = {task: section.data.kind.split(".")[0] for task, section in study.tasks.items() if "." in section.data.kind}
-    faults += [
-        f"tasks.{task}.data.kind: the plan stage of dvc.yaml does not depend on {package}. Fix: add {package} to its deps"
-        for task, package in packages.items()
-        if package not in plan_deps
-    ]
-    faults += _own_plots_without_dependency(study, stages.get("plan"))
+    faults += _own_code_without_dependency(study, stages.get("plan"))
     if faults:
         raise config_error(file, faults)
 
 
-def _own_plots_without_dependency(study: Study, plan: Any) -> Iterator[str]:
-    """Yield one line per file of an own plot that the plan does not depend on: DVC would miss its changes."""
+def _own_code_without_dependency(study: Study, plan: Any) -> Iterator[str]:
+    """Yield one line per file of an own task, mixer or plot that the plan does not depend on: DVC would miss its changes."""
     deps = plan.get("deps") if isinstance(plan, dict) else None
     known = {Path(dep) for dep in deps or () if isinstance(dep, str)}
-    for name, modules in _plot_modules(study).items():
+    used = {f"tasks.{name}": [module_of(section.data.kind)] for name, section in study.tasks.items()}
+    used |= {f"variants.{name}": _code_of(model) for name, model in study.variants.items()}
+    used |= {f"ablations.{name}": modules for name, modules in _plot_modules(study).items()}
+    for key, modules in used.items():
         for module in sorted(filter(is_own, modules_reached(filter(is_own, modules)))):
             path = source_file(module)
             if not known & {path, *path.parents}:
-                yield f"ablations.{name}: the stage plan in dvc.yaml must depend on {path}. Fix: add {path.parts[0]} to its deps"
+                yield f"{key}: the stage plan in dvc.yaml must depend on {path}. Fix: add {path.parts[0]} to its deps"
 
 
 def changed_sources(study: Study) -> Iterator[str]:

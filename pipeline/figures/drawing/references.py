@@ -12,8 +12,8 @@ from pipeline.config.grid import shown_tasks
 from pipeline.config.study import Ablation, Study
 
 GREYS = ("0.3", "0.5", "0.65")
-DASHES = ((5, 2), (1, 1.5), (5, 1.5, 1, 1.5), (2, 2))
-"""Lengths of dashes and gaps, in line widths. 3 and 4 have no common factor, so twelve lines differ."""
+DASHES = ((5, 2), (5, 2, 1, 2), (9, 3), (5, 2, 1, 2, 1, 2))
+"""Dashes and gaps in line widths, none dotted like a construction. 3 and 4 have no common factor: twelve lines differ."""
 
 
 def reference_words(study: Study, ablation: Ablation) -> dict[str, str]:

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from cat.evaluation.generation import choose, generate
+from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.base import Cache, Mixer
+from cat.mixers.qkv import QKVMixer
 from cat.model import SequenceModel
 from cat.ops.attention import attend_last, naive_attend
 from cat.ops.position import gather_positions
-from tests.helpers.mixers import EXAMPLES, ONE_PER_MIXER, QKV, build, configure, hidden
+from tests.helpers.mixers import EXAMPLES, HEADS, ONE_PER_MIXER, QKV, WIDTH, build, configure, hidden
 from tests.helpers.reference import close, naive_continuation, normal
 
 VOCABULARY, LENGTH = 61, 13
@@ -213,6 +215,20 @@ def test_a_mixer_without_a_cache_of_its_own_caches_projections():
         outputs.append(out)
     close(torch.cat(outputs, dim=1), mixer(x))
     close(cache.state["projected"], 2 * x)
+
+
+def test_a_mixer_with_heads_needs_no_step_of_its_own():
+    class Averages(QKVMixer):
+        def attend(self, q, k, v, *, positions=None):
+            count = torch.arange(1, v.shape[2] + 1)[:, None]
+            return gather_positions(v.cumsum(2) / count, positions)
+
+    mixer = Averages(AttentionConfig(heads=HEADS, conv_v=3), width=WIDTH, length=LENGTH).double()
+    x, cache, outputs = mixer.project(hidden(9)), Cache(), []
+    for part in x.split([1, 5, 3], dim=1):
+        out, cache = mixer.step(part, cache)
+        outputs.append(out)
+    close(torch.cat(outputs, dim=1), mixer.mix(x))
 
 
 @pytest.mark.parametrize("count", [1, 3, 13])

@@ -74,6 +74,7 @@ def test_a_task_of_another_package_is_named_by_its_import_path(own):
     assert (task.vocabulary, task.lengths, task.label) == (11, (8, 16), "parity")
     again = TypeAdapter(AnyTask).validate_python(task.model_dump(mode="json"))
     assert again == task
+    assert TypeAdapter(AnyTask).validate_python(task) is task
 
 
 def test_an_error_in_the_settings_of_an_own_task_names_the_key(own):
