@@ -133,8 +133,8 @@ def test_settings_of_a_task_or_a_variant_retrain_only_its_cells():
 def test_the_most_specific_setting_of_training_counts():
     places = ["defaults.training", "tasks.nar.training", "variants.k.training", "variants.k.training.tasks.nar"]
     written = {f"{place}.steps": steps for steps, place in enumerate(places, 100)}
-    training = study_of(edited(**written), "params.yaml").training
-    cells = [("nar", "k"), ("copying", "k"), ("nar", "none"), ("copying", "none")]
+    training = study_of(edited(**written, **{"tasks.copying.training.steps": 101}), "params.yaml").training
+    cells = [("nar", "k"), ("copying", "k"), ("copying", "none"), ("text", "none")]
     assert [training[cell].steps for cell in cells] == [103, 102, 101, 100]
 
 
