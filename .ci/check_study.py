@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 sys.path.insert(0, str(Path.cwd()))
 
 from pipeline.config.claims import load as load_claims
-from pipeline.config.grid import cells, shown_tasks, shown_variants
+from pipeline.config.grid import cells, seeds_of, shown_tasks, shown_variants
 from pipeline.config.load import load_study
 from pipeline.config.outputs import figure_plots
 from pipeline.reporting.labels import variant_label, with_slug
@@ -36,6 +36,11 @@ def mlflow_runs() -> dict[str, list[str]]:
     return {name: sorted(run.info.run_name for run in runs) for name, runs in runs_of.items()}
 
 
+def checkpoints() -> dict[Path, int]:
+    """Return the time of the last change of each checkpoint."""
+    return {path: path.stat().st_mtime_ns for path in Path("checkpoints").rglob("*.safetensors")}
+
+
 def recorded_outputs() -> dict[str, str]:
     """Return the DVC stage and output digest that the MLflow runs record."""
     client = MlflowClient("sqlite:///mlflow.db")
@@ -51,7 +56,7 @@ def expected_runs() -> dict[str, list[str]]:
             with_slug(variant_label(study, cell.variant), cell.variant) + end
             for cell in cells(study)
             if cell.task == task
-            for end in ["", *(f" seed {seed}" for seed in study.seeds)]
+            for end in ["", *(f" seed {seed}" for seed in seeds_of(study, cell.task, cell.variant))]
         )
         for task in study.tasks
     }
@@ -64,7 +69,8 @@ for cell in cells(study):
     rows = results[(results["task"] == cell.task) & (results["variant"] == cell.variant) & (results["metric"] == "accuracy")]
     limit = study.variants[cell.variant].max_length(study.tasks[cell.task].data.length)
     lengths = {n for n in study.tasks[cell.task].data.lengths if limit is None or n <= limit}
-    assert {*zip(rows["seed"], rows["length"], strict=True)} == {(s, n) for s in study.seeds for n in lengths}, cell
+    seeds = seeds_of(study, cell.task, cell.variant)
+    assert {*zip(rows["seed"], rows["length"], strict=True)} == {(s, n) for s in seeds for n in lengths}, cell
     assert rows["value"].between(0, 1).all(), cell
 for name, ablation in study.ablations.items():
     enabled = shown_tasks(study, ablation) and shown_variants(ablation)
@@ -97,6 +103,20 @@ trained = {stage for stage in ran if stage.startswith("train_")}
 assert trained == {f"train_{c.ablation}@{c.task}-{c.variant}" for c in cells(study) if c.variant == "qk"}, ran
 assert mlflow_runs() == expected_runs()
 print("exact: only the cells of the edited variant were trained again")
+
+shutil.copy("presets/smoke.yaml", "params.yaml")
+repro()
+before = checkpoints()
+raw = YAML(typ="safe").load(Path("params.yaml"))
+raw["variants"]["none"]["training"] = {"tasks": {"nar": {"seeds": 3}}}
+with Path("params.yaml").open("w") as file:
+    YAML().dump(raw, file)
+ran = repro()
+assert {stage for stage in ran if stage.startswith("train_")} == {"train_qkv_subsets@nar-none"}, ran
+added = {path for path, time in checkpoints().items() if before.get(path) != time}
+assert [path.name for path in added] == ["0.005_2.safetensors"], added
+assert mlflow_runs() == expected_runs()
+print("exact: another seed trained only its own run")
 
 shutil.copy("presets/smoke.yaml", "params.yaml")
 repro()

@@ -105,7 +105,7 @@ def trivial(study: dict[str, Any], cells: int) -> dict[str, Any]:
     study |= {"device": "cpu", "tasks": {TASK: study["tasks"][TASK]}}
     study["tasks"][TASK]["training"] = {"steps": 1, "learning_rates": [0.01], "seeds": list(SEEDS)}
     study["variants"] = {name: dict(study["variants"][VARIANT]) for name in names}
-    trained = study["ablations"]["qkv_subsets"] | {"tasks": [TASK], "variants": names, "reference_variants": []}
+    trained = {"question": "What does a cell cost?", "tasks": [TASK], "variants": names, "plot": "lines"}
     study["ablations"] = {name: {"tasks": [], "variants": []} for name in study["ablations"]} | {"qkv_subsets": trained}
     return study
 
