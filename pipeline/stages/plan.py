@@ -224,12 +224,16 @@ def table(study: Study) -> str:
     )
 
 
+def _all_values(model: VariantConfig) -> dict[str, Any]:
+    if not isinstance(model, ModelConfig):
+        return {"mixer": CONSTRUCTION}
+    mixers = [{"mixer": mixer.mixer, **mixer.model_dump(mode="json", exclude={"mixer"})} for mixer in model.mixers]
+    return {**model.model_dump(mode="json"), "mixers": mixers}
+
+
 def resolved_text(study: Study) -> str:
     """The complete configuration of every variant and cell, as YAML."""
-    models = {
-        name: model.model_dump(mode="json") if isinstance(model, ModelConfig) else {"mixer": CONSTRUCTION}
-        for name, model in study.variants.items()
-    }
+    models = {name: _all_values(model) for name, model in study.variants.items()}
     training: dict[str, dict[str, Any]] = {task: {} for task in study.tasks}
     for (task, variant), settings in study.training.items():
         training[task][variant] = settings.model_dump(mode="json")
