@@ -8,7 +8,7 @@ In the unique form each signal occurs at most once per sequence. A model is scor
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import model_validator
@@ -22,6 +22,7 @@ BOS, SEPARATOR = 0, 1
 class Copying(Task):
     """Selective copying. Longer sequences have more noise and the same number of signals."""
 
+    example: ClassVar = {"signals": 3, "alphabet": 5, "noise": 2, "unique": True}
     kind: Literal["copying"]
     signals: Count
     """Signals per sequence."""

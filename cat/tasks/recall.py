@@ -29,6 +29,7 @@ class Recall(Task):
     """A recall task. The number of pairs grows with the length, up to the number of N-grams; then only filler grows."""
 
     renamed_keys: ClassVar = {**Task.renamed_keys, "questions": "queries", "gaps": "query_gap"}
+    example: ClassVar = {"ngram": 3, "keys": 2, "values": 9, "filler": 1, "pairs": 2, "queries": "all", "query_gap": "uniform"}
     kind: Literal["recall"]
     ngram: Annotated[int, Field(ge=1, le=8)]
     """N: tokens per key."""

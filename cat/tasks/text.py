@@ -7,7 +7,7 @@ windows only add context before them.
 from __future__ import annotations
 
 import functools
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -26,6 +26,7 @@ ORDERS = {"bigram": 2, "trigram": 3, "fourgram": 4, "fivegram": 5}
 class Text(Task):
     """Windows of a corpus. Training windows start at random; each split has its own part of the corpus."""
 
+    example: ClassVar = {"source": "python-docs"}
     kind: Literal["text"]
     source: Annotated[str, Field(min_length=1)]
     """`python-docs`, `wikitext-103`, or the path of a UTF-8 text file or of a folder of `.txt`, `.md` and `.tokens` files."""

@@ -4,7 +4,8 @@ The digest of a module covers its own code and, through its imports, the code of
 comments, docstrings, blank lines and paths, so neither an edited comment nor a moved file retrains anything. Imports inside
 functions count. Imports by a computed name do not: such a module is one of several alternatives, and `plan` names the chosen one.
 
-The project is `cat`, `pipeline`, and the modules in the working folder, where your own mixers, tasks and plots are.
+The project is `cat`, `pipeline`, and the modules in the working folder, where your own mixers, tasks and plots are. Of a mixer,
+task or plot in an installed package, all Python files of its folder count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import io
 import tokenize
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -35,8 +37,10 @@ def code_digest(modules: Iterable[str]) -> str:
 def module_digest(module: str) -> str:
     """The digest of one module: of its own code and of the digest of each project module that it imports.
 
-    Raises ValueError if a module of your own imports itself by way of others.
+    Raises ValueError if a module of your own imports itself by way of others, or does not exist.
     """
+    if is_installed(module):
+        return _installed_digest(module)
     own_code, imports = _read(module)
     if is_own(module) and module in modules_reached(imported for imported, _ in imports):
         raise ValueError(f"{source_file(module)}: imports itself by way of other modules")
@@ -52,6 +56,8 @@ def modules_reached(modules: Iterable[str]) -> set[str]:
         module = pending.pop()
         if module not in reached and not is_declaration(module):
             reached.add(module)
+            if is_installed(module):
+                continue
             pending += (imported for imported, _ in _read(module)[1])
     return reached
 
@@ -66,11 +72,25 @@ def is_own(module: str) -> bool:
     return module.split(".")[0] not in PACKAGES
 
 
+def is_installed(module: str) -> bool:
+    """Whether a module that is not part of this program is not in the working folder either."""
+    return is_own(module) and not source_file(module).is_file()
+
+
 def source_file(module: str) -> Path:
     """The file of a module; it may not exist."""
     path = (Path() if is_own(module) else ROOT) / module.replace(".", "/")
     package = path / "__init__.py"
     return package if package.is_file() else path.with_name(f"{path.name}.py")
+
+
+def _installed_digest(module: str) -> str:
+    """The digest of the Python files in the folder of an installed module; what they import elsewhere does not count."""
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"{module}: there is no such module")
+    files = sorted(Path(spec.origin).parent.glob("*.py"))
+    return _sha256("\n".join(f"{path.name}\n{path.read_text(encoding='utf-8')}" for path in files))
 
 
 def _read(module: str) -> tuple[str, list[tuple[str, str]]]:

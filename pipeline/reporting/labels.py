@@ -12,11 +12,6 @@ from cat.mixers.landmark.config import LandmarkConfig
 from cat.mixers.registry import AnyVariant
 from pipeline.config.study import Study
 
-MIXERS = {
-    "attention": "Transformer", "linear": "Linear attention", "based": "Based", "performer": "Performer", "delta": "DeltaNet",
-    "gla": "GLA", "landmark": "Landmark attention", "hyena": "Hyena", "mamba": "Mamba",
-}  # fmt: skip
-WITH_CONVOLUTION = {"attention": "CAT", "linear": "LinCAT", "landmark": "Landmark CAT"}
 POSITIONS = {"rotary": "RoPE", "alibi": "ALiBi", "learned": "learned positions", "sinusoidal": "sinusoidal positions"}
 GENERATED = {
     "full": "full-length kernels",
@@ -84,15 +79,10 @@ def _distinct(mixer: MixerConfig, shared: Set[str], position: str | None = None)
 
 
 def _mixer_name(mixer: MixerConfig) -> str:
-    name = MIXERS.get(mixer.mixer, mixer.mixer)
-    if isinstance(mixer, DeltaConfig) and mixer.gate:
-        name = f"Gated {name}"
-    if not (isinstance(mixer, QKVConfig) and mixer.has_convolution):
-        return name
-    convolved = "".join(projection.upper() for projection in mixer.kernel_sizes if len(projection) == 1)
-    if mixer.mixer in WITH_CONVOLUTION:
-        return f"{WITH_CONVOLUTION[mixer.mixer]}-{convolved}" if convolved else WITH_CONVOLUTION[mixer.mixer]
-    return name
+    if isinstance(mixer, QKVConfig) and mixer.has_convolution and (name := mixer.label_with_convolution):
+        convolved = "".join(projection.upper() for projection in mixer.kernel_sizes if len(projection) == 1)
+        return f"{name}-{convolved}" if convolved else name
+    return f"Gated {mixer.label}" if isinstance(mixer, DeltaConfig) and mixer.gate else mixer.label
 
 
 def _details(mixer: MixerConfig, added_position: str | None = None) -> Iterator[str]:
@@ -107,7 +97,7 @@ def _details(mixer: MixerConfig, added_position: str | None = None) -> Iterator[
             yield GENERATED[size] if isinstance(size, str) else f"kernel {size}"
     if mixer.dilation > 1:
         yield f"dilation {mixer.dilation}"
-    if mixer.sharing != "head" and mixer.mixer in WITH_CONVOLUTION:
+    if mixer.sharing != "head" and mixer.label_with_convolution:
         yield {"channel": "per channel", "mixing": "head mixing"}[mixer.sharing]
     if mixer.filter_norm:
         yield "unit kernels"

@@ -14,7 +14,7 @@ from tabulate import tabulate
 from cat.config import ModelConfig, VariantConfig
 from cat.mixers.registry import CONSTRUCTION, ConstructionConfig, mixer_module
 from cat.tasks.registry import module_of
-from pipeline.config.code_digest import code_digest, is_own, modules_reached, source_file
+from pipeline.config.code_digest import code_digest, is_installed, is_own, modules_reached, source_file
 from pipeline.config.errors import ParamsError, config_error, printable
 from pipeline.config.grid import seeds_of, shown_tasks, shown_variants, variants_on
 from pipeline.config.json_schema import json_schema
@@ -162,7 +162,7 @@ def _own_code_without_dependency(study: Study, plan: Any) -> Iterator[str]:
     for key, modules in used.items():
         for module in sorted(filter(is_own, modules_reached(filter(is_own, modules)))):
             path = source_file(module)
-            if not known & {path, *path.parents}:
+            if not is_installed(module) and not known & {path, *path.parents}:
                 yield f"{key}: the stage plan in dvc.yaml must depend on {path}. Fix: add {path.parts[0]} to its deps"
 
 
@@ -224,12 +224,16 @@ def table(study: Study) -> str:
     )
 
 
+def _all_values(model: VariantConfig) -> dict[str, Any]:
+    if not isinstance(model, ModelConfig):
+        return {"mixer": CONSTRUCTION}
+    mixers = [{"mixer": mixer.mixer, **mixer.model_dump(mode="json", exclude={"mixer"})} for mixer in model.mixers]
+    return {**model.model_dump(mode="json"), "mixers": mixers}
+
+
 def resolved_text(study: Study) -> str:
     """The complete configuration of every variant and cell, as YAML."""
-    models = {
-        name: model.model_dump(mode="json") if isinstance(model, ModelConfig) else {"mixer": CONSTRUCTION}
-        for name, model in study.variants.items()
-    }
+    models = {name: _all_values(model) for name, model in study.variants.items()}
     training: dict[str, dict[str, Any]] = {task: {} for task in study.tasks}
     for (task, variant), settings in study.training.items():
         training[task][variant] = settings.model_dump(mode="json")

@@ -47,9 +47,8 @@ def render(study: Study) -> None:
         for name, table in tables.items():
             table.to_csv(parts.enter_context(atomic_write(REPORTS / f"{name}.csv")), index=False, lineterminator="\n")
         parts.enter_context(atomic_write(REPORTS / "headline.md")).write_text(headline() + "\n", encoding="utf-8")
-    for orphan in orphans(study):
-        reason = "the cell" if orphan.is_dir() else "its task"
-        print(f"{orphan}: {reason} is no longer part of the study, so it was ignored. Fix: `rm -r {orphan}`")
+    if paths := list(map(str, orphans(study))):
+        print(f"ignored what is no longer part of the study. Fix: `rm -r {' '.join(paths)}`")
 
 
 def _pictures(study: Study, results: pd.DataFrame, folder: Path) -> Iterator[Picture]:

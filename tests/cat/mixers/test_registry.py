@@ -109,6 +109,11 @@ def test_a_mixer_of_another_package_has_its_import_path_as_name(package):
     assert read_model(config.model_dump(mode="json")) == config
 
 
+def test_a_label_is_the_name_of_the_folder_unless_the_configuration_has_another(package):
+    assert [mixer_class(name).label for name in ("somebody_s.mean", "hyena", "gla")] == ["Mean", "Hyena", "GLA"]
+    assert [mixer_class(name).label_with_convolution for name in ("somebody_s.mean", "attention")] == [None, "CAT"]
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_a_folder_has_one_configuration_and_one_layer(package, count):
     copies = "".join(MEAN_LAYER.replace("class Mean", f"class Mean{n}") for n in range(count))

@@ -103,16 +103,10 @@ def test_the_score_is_the_mean_over_the_answers_of_each_length():
     assert scores == {"guess_value": {9: 1 / 2, 18: pytest.approx(1 / 3)}}
 
 
-def small(kind, tmp_path):
-    """A small task of each kind."""
-    path = tmp_path / "one.txt"
-    path.write_bytes(generator(0, "text", "train").integers(97, 101, size=4001, dtype=np.uint8).tobytes())
-    return {"recall": recall(3, 2), "copying": copying(True), "text": Text(kind="text", source=str(path), **SIZES)}[kind]
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_task_has_an_oracle_or_says_that_it_has_none_and_scores_its_strategies(kind, tmp_path):
-    task = small(kind, tmp_path)
+def test_every_task_has_an_oracle_or_says_that_it_has_none_and_scores_its_strategies(kind):
+    """A task's `example` has the settings that its class adds to those of all tasks."""
+    task = KINDS[kind](kind=kind, **SIZES, **KINDS[kind].example)
     tests = {length: task.examples("test", length, 3, generator(0, kind, f"test_{length}")) for length in task.lengths}
     training = task.training(task.length, generator(0, kind, "train"))
     scores = task.score_references(GeneratedData(tests, [training], task.vocabulary, task.extents()))

@@ -192,6 +192,26 @@ def test_installed_packages_do_not_count(own):
     assert modules_reached(["mine.plot"]) == {"mine.plot"}
 
 
+def test_an_installed_mixer_counts_with_the_files_of_its_folder(tmp_path, monkeypatch):
+    for name in ("site", "study"):
+        (tmp_path / name).mkdir()
+    folder = tmp_path / "site/installed_package/retention"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "study")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    digests = []
+    for scale in (1, 2, 1):
+        (folder / "layer.py").write_text("from installed_package.retention.op import scale\n")
+        (folder / "op.py").write_text(f"scale = {scale}\n")
+        module_digest.cache_clear()
+        digests.append(code_digest.code_digest(["installed_package.retention.layer"]))
+    assert digests[0] == digests[2] != digests[1]
+    assert modules_reached(["installed_package.retention.layer"]) == {"installed_package.retention.layer"}
+    with pytest.raises(ValueError, match="there is no such module"):
+        module_digest("installed_package.retention.missing")
+    module_digest.cache_clear()
+
+
 def test_modules_of_ones_own_may_not_import_each_other(own):
     with pytest.raises(ValueError, match=r"mine/(plot|helper)\.py: imports itself by way of other modules"):
         own(mine__plot="import mine.helper\n", mine__helper="def f():\n    import mine.plot\n")
