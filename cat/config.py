@@ -30,6 +30,11 @@ class Config(BaseModel):
     renamed_keys: ClassVar[Mapping[str, str]] = {}
     """New name of each renamed key, for the error message."""
 
+    @classmethod
+    def unused_keys(cls, values: Mapping[str, Any]) -> set[str]:
+        """Return keys that have no effect beside `values`, not yet checked. Defaults leave them out."""
+        return set()
+
 
 class VariantConfig(Config):
     """Properties of a variant that rules and figures use."""
@@ -119,6 +124,10 @@ class ModelConfig(VariantConfig):
     mixers: Annotated[tuple[SerializeAsAny[MixerConfig], ...], Field(min_length=1)]
     """Mixers of the first layers, repeated until there are `layers`."""
 
+    @classmethod
+    def unused_keys(cls, values: Mapping[str, Any]) -> set[str]:
+        return {"activation"} if values.get("mlp") is None else set()
+
     @model_validator(mode="after")
     def _activation_needs_mlp(self) -> Self:
         if self.mlp is None and self.activation != "gelu":
@@ -197,6 +206,16 @@ class QKVConfig(MixerConfig):
     """Add a learned bias to the convolution output."""
     filter_norm: bool = False
     """Divide every kernel by the sum of its absolute values; for a generated kernel, the sum over the training length."""
+
+    @classmethod
+    def unused_keys(cls, values: Mapping[str, Any]) -> set[str]:
+        sizes = [values[key] for projection in cls.projections if values.get(key := f"conv_{projection}") is not None]
+        unused = set() if sizes else {"sharing", "filter_init", "filter_bias", "filter_norm"}
+        if not any(size in get_args(KernelGenerator) for size in sizes):
+            unused.add("filter_size")
+        if not any(isinstance(size, int) and size > 1 for size in sizes):
+            unused.add("dilation")
+        return unused
 
     @model_validator(mode="after")
     def _convolution_settings_apply(self) -> Self:

@@ -129,8 +129,8 @@ def mixer_examples(name: str) -> dict[str, MixerConfig]:
 def compose(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Composition:
     """Assign each key of `settings` to the model or to every mixer that has it; then each key of `defaults` that is not yet set.
 
-    A default that no part of the model has is left out, and so is one whose key `settings` has. Raises UnknownMixerError or
-    ValueError for the mixers themselves.
+    A default is left out if no part of the model has its key, if it has no effect there, or if `settings` has the key. Raises
+    UnknownMixerError or ValueError for the mixers themselves.
     """
     defaults = defaults or {}
     model = Section(ModelConfig, {}, {})
@@ -154,6 +154,10 @@ def compose(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None = No
                 section.set(key, value, Source(inherited, (key,)))
             if not (takers or inherited):
                 problems.append(((key,), _no_taker(key, value, mixers)))
+    for section in (model, *mixers):
+        for key in section.schema.unused_keys(section.values):
+            if section.sources.get(key) == Source(True, (key,)):
+                del section.values[key], section.sources[key]
     return Composition(model, mixers, problems)
 
 

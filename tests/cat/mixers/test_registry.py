@@ -175,6 +175,31 @@ def test_a_default_is_used_where_its_key_exists_and_is_not_set():
     assert [section.schema for section in compose({}, defaults).mixers] == [AttentionConfig]
 
 
+@pytest.mark.parametrize(
+    ("settings", "used"),
+    [
+        ({}, set()),
+        ({"conv_k": 1}, {"sharing", "filter_init"}),
+        ({"conv_k": 3}, {"sharing", "filter_init", "dilation"}),
+        ({"conv_k": "full"}, {"sharing", "filter_init"}),
+        ({"conv_k": "state"}, {"sharing", "filter_init", "filter_size"}),
+    ],
+)
+def test_a_default_of_a_convolution_is_used_where_there_is_one(settings, used):
+    defaults = {"sharing": "channel", "filter_init": "random", "dilation": 2, "filter_size": 4}
+    (values,) = mixers({**ATTENTION, **settings}, defaults)
+    assert values.keys() & defaults.keys() == used
+    model_config(**ATTENTION, **SIZES, **settings, **{key: defaults[key] for key in used})
+    (own,) = mixers({**ATTENTION, "sharing": "channel"})
+    assert own["sharing"] == "channel", "an own setting without effect is an error"
+
+
+def test_a_default_activation_is_used_where_there_is_an_mlp():
+    for settings, used in (({}, {}), ({"mlp": 2}, {"mlp": 2, "activation": "swiglu"})):
+        values = compose({**ATTENTION, **settings}, {"activation": "swiglu"}).model.values
+        assert {key: values[key] for key in values.keys() & {"mlp", "activation"}} == used
+
+
 @pytest.mark.parametrize("position", ["none", "rotary", "sinusoidal"])
 @pytest.mark.parametrize("default", ["none", "rotary", "learned"])
 def test_a_position_replaces_the_default_one(position, default):
