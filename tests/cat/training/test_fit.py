@@ -141,7 +141,7 @@ def test_one_split_has_the_batches_of_its_own_order():
 
 
 def test_splits_take_turns_in_a_new_order_and_have_their_own_epochs():
-    counts = [9, 8, 11]
+    counts = [9, 9, 11]
     batches = list(itertools.islice(draw_batches(counts, 4, seed=3), 24))
     rounds = [[split for split, _ in batches[start : start + 3]] for start in range(0, 24, 3)]
     assert all(sorted(order) == [0, 1, 2] for order in rounds)
@@ -151,6 +151,8 @@ def test_splits_take_turns_in_a_new_order_and_have_their_own_epochs():
         for epoch in zip(own[::2], own[1::2], strict=True):
             assert len(set(torch.cat(epoch).tolist())) == 8
         assert max(map(max, own)) < count
+    first, second = (next(rows.tolist() for index, rows in batches if index == split) for split in (0, 1))
+    assert first != second
     again = itertools.islice(draw_batches(counts, 4, seed=3), 24)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in zip(batches, again, strict=True))
 
