@@ -36,28 +36,32 @@ class Config(BaseModel):
         return set()
 
 
-class VariantConfig(Config):
-    """Properties of a variant that rules and figures use."""
+class Traits(Config):
+    """Properties of a mixer or a whole model that rules and figures use."""
 
     @property
     def has_convolution(self) -> bool:
-        """Whether a mixer has a causal convolution that an ablation can remove."""
+        """Whether it has a causal convolution that an ablation can remove."""
         return False
 
     @property
     def has_attention(self) -> bool:
-        """Whether each output is a weighted mean of the values with non-negative weights, in every layer."""
+        """Whether each output, in every layer, is a weighted mean of the values with non-negative weights."""
         return False
 
     def check_length(self, length: int) -> None:
-        """Raise ValueError if the model cannot be trained on sequences of `length` tokens."""
+        """Raise ValueError if it cannot be trained on sequences of `length` tokens."""
+
+
+class VariantConfig(Traits):
+    """A model of a study, trained or constructed."""
 
     def max_length(self, length: int) -> int | None:
         """Return the maximum input length after training at `length`; None: no limit."""
         return None
 
 
-class MixerConfig(Config):
+class MixerConfig(Traits):
     """Settings of one token mixer. The width belongs to the model."""
 
     label: ClassVar[str]
@@ -80,21 +84,8 @@ class MixerConfig(Config):
         """Name of its folder in cat/mixers/, or import path of a package elsewhere."""
         return mixer_name(type(self))
 
-    @property
-    def has_convolution(self) -> bool:
-        """Whether the mixer has a causal convolution that an ablation can remove."""
-        return False
-
-    @property
-    def has_attention(self) -> bool:
-        """Whether each output is a weighted mean of the values with non-negative weights."""
-        return False
-
     def check_width(self, width: int) -> None:
         """Raise ValueError if the mixer cannot have `width` channels."""
-
-    def check_length(self, length: int) -> None:
-        """Raise ValueError if the mixer cannot be trained on sequences of `length` tokens."""
 
 
 def mixer_name(config: type[MixerConfig]) -> str:
@@ -148,11 +139,6 @@ class ModelConfig(VariantConfig):
     def layer_mixers(self) -> tuple[MixerConfig, ...]:
         """The mixer configuration of each layer, first to last."""
         return self.mixers * (self.layers // len(self.mixers))
-
-    @property
-    def only_mixer(self) -> MixerConfig | None:
-        """The mixer of all layers; None if layers have different ones."""
-        return self.mixers[0] if len(self.mixers) == 1 else None
 
     @property
     def has_convolution(self) -> bool:

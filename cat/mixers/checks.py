@@ -33,7 +33,7 @@ LONGER = 2 * LENGTH + 3
 """A length beyond that of the training."""
 BASELINE_WIDTH = 64
 SIZE_TOLERANCE = 0.2
-"""Relative difference in parameters between a mixer and attention; a tenth of a model, of which embeddings are about half."""
+"""Relative difference in parameters between a mixer and attention. Embeddings are about half of a model."""
 
 
 def output_has_the_input_shape(config: MixerConfig) -> None:

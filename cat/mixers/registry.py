@@ -1,6 +1,6 @@
 """Find a mixer by its name, and compose a model from settings in one mapping.
 
-A mixer is a folder with a config.py, which defines its configuration, a layer.py, and an examples.py, with which it is tested.
+A mixer is a folder: config.py defines its configuration, layer.py its layer, examples.py the configurations for its checks.
 `attention` is cat/mixers/attention/; `my_package.retention` is a folder of a package elsewhere.
 
     {mixer: attention, width: 64, layers: 1, heads: 1}                           one mixer in every layer
@@ -212,7 +212,7 @@ def _takers(key: str, value: object, model: Section, mixers: list[Section]) -> I
 
 
 def no_position(value: object) -> str:
-    """Say what is wrong with a position encoding that no part of a model has."""
+    """Return the problem of a position encoding without a taker."""
     if value not in POSITIONS:
         return f"must be {', '.join(map(repr, POSITIONS[:-1]))} or {POSITIONS[-1]!r}"
     *others, last = get_args(AddedPosition)

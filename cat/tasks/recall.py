@@ -151,9 +151,9 @@ class Recall(Task):
         return self._guess(examples, lambda keys: np.sort(keys, axis=1))
 
     def _guess(self, examples: Examples, clue: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """The probability to find each answer, N x L, if `clue` is all that is known of a key.
+        """The probability to find each answer, N x L, if only the clue of a key is known.
 
-        `clue` maps M keys, M x ngram, to what is known of each.
+        `clue` maps keys, M x ngram, to their known part.
         """
         inputs, targets = (np.asarray(array, dtype=np.int64) for array in examples)
         before = np.arange(-self.ngram, 0)

@@ -85,7 +85,7 @@ def source_file(module: str) -> Path:
 
 
 def _installed_digest(module: str) -> str:
-    """The digest of the Python files in the folder of an installed module; what they import elsewhere does not count."""
+    """The digest of the Python files in the folder of an installed module, without their imports."""
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise ValueError(f"{module}: there is no such module")

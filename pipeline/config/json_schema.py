@@ -32,7 +32,7 @@ def json_schema(study: Study) -> dict[str, Any]:
 
 
 def _variant(study: Study) -> dict[str, Any]:
-    """The keys of a variant: of the model, and of every mixer. A key of several mixers accepts what any of them accepts."""
+    """The keys of a variant: of the model, and of every mixer. A key of several mixers accepts the values of each."""
     used = [mixer for model in study.variants.values() if isinstance(model, ModelConfig) for mixer in model.mixers]
     mixers = {mixer_class(name) for name in mixer_names()} | {type(mixer) for mixer in used}
     classes: list[type[Config]] = [ModelConfig, *sorted(mixers, key=lambda cls: cls.__module__)]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Plot(ABC):
-    """One kind of figure: what it needs from params.yaml, and how it is drawn.
+    """One kind of figure: its check of params.yaml, its caption and its drawing.
 
     A file has one plot, and `plot` in params.yaml is the name of the file. Checking params.yaml imports the file. So it imports
     matplotlib, seaborn, pandas and torch only in the functions that use them.
@@ -57,7 +57,7 @@ class Plot(ABC):
         """
 
     def check(self, study: Study, ablation: Ablation) -> Iterator[str]:
-        """Yield in words what the plot needs and a task or variant does not have. All names of the ablation exist."""
+        """Yield each problem in words. All names of the ablation exist."""
         yield from ()
 
     def sources(self, study: Study, ablation: Ablation) -> list[str]:

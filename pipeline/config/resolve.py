@@ -39,7 +39,7 @@ TRAINING = "training"
 
 
 class Problem(NamedTuple):
-    """One error: the key's path in the file, its value, and what is wrong; or only a path, if it concerns a whole section."""
+    """One error: the path of a key with its value, or of a section, and the problem."""
 
     path: str
     problem: str
@@ -63,8 +63,7 @@ def complete(written: StudyFile, file: object, switched_off: tuple[str, ...] = (
 
 def variant_errors(raw: object) -> list[str]:
     """The errors of `defaults` and `variants` in a file whose other sections may be wrong."""
-    sections = [raw.get(key) if isinstance(raw, dict) else None for key in ("defaults", "variants")]
-    defaults, variants = sections
+    defaults, variants = (raw.get(key) if isinstance(raw, dict) else None for key in ("defaults", "variants"))
     if not (isinstance(defaults, dict) and isinstance(variants, dict) and all(isinstance(v, dict) for v in variants.values())):
         return []
     problems: list[Problem] = []

@@ -44,7 +44,7 @@ def write(study: Study) -> None:
 def stage_files(study: Study) -> dict[str, str]:
     """The text of each file in plan/, by its path there.
 
-    train/<task>/<variant>.json has all settings of a cell, complete. The other files have what DVC does not see in params.yaml:
+    train/<task>/<variant>.json has all settings of a cell, complete. The other files have the inputs that DVC does not see:
     the digest of the code that the stage runs, and defaults of keys that are left out.
     """
     digests = {name: code_digest(modules) for name, modules in stage_modules(study).items()}

@@ -303,8 +303,6 @@ def test_each_mixer_must_fit_the_training_length():
 def test_mixers_are_repeated_up_to_the_layers():
     config = model_config(mixer=[MAMBA, ATTENTION], **SIZES)
     assert config.layer_mixers == (MambaConfig(state=3), AttentionConfig(heads=2)) * 2
-    assert config.only_mixer is None
-    assert model_config(**ATTENTION, **SIZES).only_mixer == AttentionConfig(heads=2)
 
 
 def test_properties_of_a_model_are_those_of_its_mixers():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from functools import partial
 
 import pytest
 from ruamel.yaml import YAML
@@ -75,21 +76,23 @@ def test_imports_are_reached_except_declarations():
     }
 
 
+def digest_with(folder, target, **texts):
+    """Write modules below `folder`; return the digest of the module `target`."""
+    module_digest.cache_clear()
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return module_digest(target)
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A function that writes modules and returns the digest of `cat.first`, which imports `cat.second`."""
     monkeypatch.setattr("pipeline.config.code_digest.ROOT", tmp_path)
     module_digest.cache_clear()
 
-    def write(**texts):
-        module_digest.cache_clear()
-        for name, text in texts.items():
-            path = tmp_path / f"{name.replace('__', '/')}.py"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return module_digest("cat.first")
-
-    yield write
+    yield partial(digest_with, tmp_path, "cat.first")
     module_digest.cache_clear()
 
 
@@ -138,15 +141,7 @@ def own(tmp_path, monkeypatch):
     """A function that writes modules into the working folder and returns the digest of `mine.plot`."""
     monkeypatch.chdir(tmp_path)
 
-    def write(**texts):
-        module_digest.cache_clear()
-        for name, text in texts.items():
-            path = tmp_path / f"{name.replace('__', '/')}.py"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return module_digest("mine.plot")
-
-    yield write
+    yield partial(digest_with, tmp_path, "mine.plot")
     module_digest.cache_clear()
 
 
