@@ -89,7 +89,8 @@ class SequenceModel(nn.Module):
         caches = caches or [Cache()] * len(self.blocks)
         start = caches[0].length
         self.check_length(start + tokens.shape[1])
-        projected, blocks, new_caches = self.project_embeddings(tokens), self.layers(), list[Cache]()
+        new_caches: list[Cache] = []
+        projected, blocks = self.project_embeddings(tokens), self.layers()
         x = self.embedding(tokens if projected is None or len(blocks) > 1 else tokens[:, -1:], start)
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.step(x, cache, projected if block is blocks[0] else None, last=block is blocks[-1])
