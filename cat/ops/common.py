@@ -19,6 +19,14 @@ class Operation(torch.autograd.Function):
         super().__init_subclass__(**options)
         vars(cls)["forward"].__func__.__signature__ = inspect.signature(cls.forward)
 
+    @classmethod
+    def call(cls, *inputs: Any) -> Any:
+        """Apply an operation whose `forward` PyTorch could differentiate too.
+
+        torch.compile and torch.export do so: they fuse the passes themselves, and cannot trace autograd functions of any length.
+        """
+        return cls.forward(*inputs) if torch.compiler.is_compiling() else cls.apply(*inputs)
+
 
 def merge_vmap_dim(x: Shaped[Tensor, "*shape"], mapped: int | None, size: int, *, into: int) -> Shaped[Tensor, "*folded"]:
     """Merge the mapped axis of `x` into another axis, so that one large call replaces the calls that torch.vmap maps.

@@ -182,7 +182,9 @@ class _AttendFirst(Operation):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_log: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_log: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        grad_out = torch.zeros_like(ctx.saved_tensors[3]) if grad_out is None else grad_out
+        grad_log = torch.zeros_like(ctx.saved_tensors[5][..., 0]) if grad_log is None else grad_log
         q, k, v, out, weights, total = (saved.to(grad_out.dtype) for saved in ctx.saved_tensors)  # the dtype that autocast chose
         grad_out = grad_out / total
         rest = grad_log[..., None].to(grad_out.dtype) / total - (grad_out * out).sum(-1, keepdim=True)
