@@ -42,6 +42,8 @@ class Limits(NamedTuple):
         Toeplitz  otherwise, if L <= tokens
         FFT       otherwise
 
+    If PyTorch compiles or exports, one graph serves all lengths: direct if W <= kernel_size, otherwise FFT.
+
     The algorithms agree up to rounding. Only the FFT is not exactly causal: rounding carries later tokens into earlier outputs.
     """
 
@@ -139,9 +141,7 @@ def _convolve(
     if _is_direct(kernel, length, x.numel(), dilation, limits):
         return direct(x, kernel, dilation)
     kernel = _within_length(kernel, length, dilation)
-    if torch.compiler.is_exporting() or length > limits.tokens:  # an exported program is for all lengths
-        return by_fft(x, kernel)
-    return by_toeplitz(x, kernel)
+    return by_fft(x, kernel) if torch.compiler.is_compiling() or length > limits.tokens else by_toeplitz(x, kernel)
 
 
 def _within_length(kernel: Tensor, length: int, dilation: int) -> Tensor:
@@ -152,9 +152,9 @@ def _within_length(kernel: Tensor, length: int, dilation: int) -> Tensor:
 
 
 def _is_direct(kernel: Tensor, length: int, numel: int, dilation: int, limits: Limits) -> bool:
-    """Whether `limits` choose the direct algorithm. In an exported program, only the kernel decides."""
+    """Whether `limits` choose the direct algorithm."""
     width = kernel.shape[-1]
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_compiling():
         return statically_known_true(width <= limits.kernel_size)
     is_small = length <= limits.tokens and (width * limits.ratio > length or numel * length < limits.work)
     return width <= min(limits.kernel_size, -(-length // dilation)) and not is_small
