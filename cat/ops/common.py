@@ -45,7 +45,7 @@ def chunk_size(length: int, most: int) -> int:
 
 
 def in_chunks(
-    x: Float[Tensor, "B H L C"], size: int, *, value: float = 0, unrolled: bool = False
+    x: Float[Tensor, "B H L C"], size: int, *, value: float = 0.0, unrolled: bool = False
 ) -> Float[Tensor, "B H N S C"]:
     """Split tokens into chunks of `size`, the last one padded with `value`.
 

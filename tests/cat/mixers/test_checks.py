@@ -100,6 +100,11 @@ class NeedsData(Means):
         return super().means(x) * x.detach().abs().max().item() ** 0
 
 
+class WrongGradient(Means):
+    def means(self, x):
+        return super().means(x.detach() * 2 - x)
+
+
 class NegativeWeights(LinearAttention):
     def attend(self, q, k, v, **options):
         return -super().attend(q, k, v, **options)
@@ -118,6 +123,7 @@ FAULTS = [
     (NanGradient, "nan", "returned nan values"),
     (ForgetsItsCache, "cache", r"step with 1 token\(s\) after 1 is not as expected"),
     (NegativeWeights, "attention", "attention weights are negative, but has_attention is True"),
+    (WrongGradient, "gradcheck", "Jacobian"),
     (Branches, "vmap", "vmap"),
     (NeedsData, "meta", "meta"),
 ]
