@@ -235,6 +235,11 @@ class QKVConfig(MixerConfig):
         return {projection: size for projection, size in sizes.items() if size is not None}
 
     @property
+    def init_sums(self) -> Mapping[str, int]:
+        """Tokens that an identity kernel sums at initialization, by projection; 1 if not listed."""
+        return {}
+
+    @property
     def has_convolution(self) -> bool:
         return bool(self.kernel_sizes)
 

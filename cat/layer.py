@@ -16,7 +16,8 @@ from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.base import Cache
 from cat.mixers.build import build_mixer
 from cat.mixers.qkv import QKVMixer
-from cat.ops.common import autocast_enabled
+from cat.ops.common import autocast_enabled, reset_parameters
+from cat.ops.linear import is_plain
 from cat.types import Hidden
 
 
@@ -112,10 +113,16 @@ class ConvolutionAugmentedAttention(nn.Module):
         self._check(x)
         return self.mixer.step(self.mixer.project(x), cache or Cache())
 
+    def reset_parameters(self) -> None:
+        """Initialize all parameters and buffers again."""
+        reset_parameters(self.mixer)
+
     def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, length, {self.width}) with at least one token")
-        dtype = self.mixer.projection.weight.dtype
+        if not is_plain(self.mixer.q_proj):
+            return  # a wrapped or quantized layer decides itself which dtypes it takes
+        dtype = self.mixer.q_proj.weight.dtype
         if x.dtype != dtype and not (autocast_enabled(x) and x.is_floating_point() and torch.float64 not in (dtype, x.dtype)):
             raise ValueError(f"x has dtype {x.dtype}, the layer {dtype}. Fix: x.to({dtype}) or layer.to({x.dtype})")
 

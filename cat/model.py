@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cat.config import MixerConfig, ModelConfig
 from cat.mixers.base import Cache, last_tokens
 from cat.mixers.build import build_mixer
+from cat.ops.common import reset_parameters, set_values
 from cat.ops.position import gather_positions, sinusoidal
 from cat.types import Hidden, Positions, Tokens
 
@@ -36,10 +37,14 @@ class SequenceModel(nn.Module):
         self.embedding = Embedding(config, vocabulary, length)
         self.blocks = nn.ModuleList(Block(config, mixer, length) for mixer in config.layer_mixers)
         self.norm = build_norm(config)
-        self.head = nn.Linear(config.width, vocabulary, bias=False)
-        nn.init.normal_(self.head.weight, std=config.width**-0.5)
+        self.head = Head(config.width, vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.token.weight
+
+    def reset_parameters(self) -> None:
+        """Initialize all parameters and buffers again."""
+        for part in self.children():
+            reset_parameters(part)
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "B L V"]:
         """Return the logits of the next token at every position."""
@@ -110,21 +115,41 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: int, length: int):
         super().__init__()
-        self.token = nn.Embedding(vocabulary, config.width)
-        nn.init.normal_(self.token.weight, std=config.width**-0.5)
+        self.token = TokenEmbedding(vocabulary, config.width)
         self.scheme = config.position
-        if self.scheme == "learned":
-            self.position = nn.Parameter(torch.randn(length, config.width) * config.width**-0.5)
+        self.position = nn.Parameter(torch.empty(length, config.width)) if self.scheme == "learned" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the learned positions."""
+        if self.position is not None:
+            set_values(self.position, torch.randn(self.position.shape) * self.position.shape[1] ** -0.5)
 
     def forward(self, tokens: Tokens, start: int = 0) -> Hidden:
         """Embed tokens; the first one is at position `start`."""
         x, length = self.token(tokens), tokens.shape[1]
-        if self.scheme == "learned":
+        if self.position is not None:
             x = x + self.position[start : start + length]
         elif self.scheme == "sinusoidal":
             # Scaled to the norm of a token's vector: sines of amplitude 1 would dominate it.
             x = x + sinusoidal(length, x.shape[-1], x, start=start) * (2 / x.shape[-1]) ** 0.5
         return x
+
+
+class TokenEmbedding(nn.Embedding):
+    """One vector per token."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # drawn once more, so that the seeds of committed results keep their weights
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+
+class Head(nn.Linear):
+    """Map the residual stream to the logits of the next token."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # as in TokenEmbedding
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
 
 class Block(nn.Module):

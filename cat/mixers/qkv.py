@@ -18,6 +18,7 @@ from cat.config import DotProductConfig, QKVConfig
 from cat.mixers.base import Cache, Mixer, last_tokens
 from cat.mixers.filters import Filter, Layout, apply_grouped, build_filter, can_group
 from cat.ops.l2norm import l2_normalize
+from cat.ops.linear import apply_linear
 from cat.ops.position import gather_positions
 from cat.types import Heads, Hidden, Positions, Queries, Values
 
@@ -43,8 +44,7 @@ class QKVMixer(Mixer):
     def __init__(self, config: QKVConfig, *, width: int, length: int):
         super().__init__()
         self.config, self.width = config, width
-        self.projection = nn.Linear(width, 3 * width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.filters = build_filters(config, width=width, length=length)
         self.scale = 1 / math.sqrt(width // config.heads)
 
@@ -53,7 +53,7 @@ class QKVMixer(Mixer):
         return ", ".join(f"{key}={value}" for key, value in settings.items())
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
-        return self.projection(x)
+        return apply_linear(x, [self.q_proj, self.k_proj, self.v_proj])
 
     def mix(self, projected: Projection, positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
         return self.merge_heads(
@@ -70,7 +70,7 @@ class QKVMixer(Mixer):
 
     def merge_heads(self, heads: Values) -> Hidden:
         """Concatenate the heads and apply the output projection."""
-        return self.output(heads.transpose(1, 2).flatten(2))
+        return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     @abstractmethod
     def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
@@ -169,17 +169,22 @@ class DotProductMixer(QKVMixer):
         super().__init__(config, width=width, length=length)
         self.log_temperature: nn.Parameter | None = None
         if config.qk_norm:
-            self.log_temperature = nn.Parameter(torch.full((config.heads,), math.log(8.0)))
             self.scale = 1.0
-        elif config.temperature:
-            self.log_temperature = nn.Parameter(torch.zeros(config.heads))
+        if config.qk_norm or config.temperature:
+            self.log_temperature = nn.Parameter(torch.empty(config.heads))
+        DotProductMixer.reset_parameters(self)  # not of a subclass, whose tensors do not exist yet
+
+    def reset_parameters(self) -> None:
+        """Initialize the temperatures."""
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(8.0) if self.config.qk_norm else 0.0)
 
     def scale_qk(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
         """Apply qk_norm and the learned temperature, if configured."""
         if self.config.qk_norm:
             q, k = l2_normalize(q), l2_normalize(k)
         if self.log_temperature is not None:
-            q = q * self.log_temperature.exp()[:, None, None]
+            q = q * self.log_temperature.exp()[:, None, None].to(q.dtype)
         return q, k
 
 
@@ -195,7 +200,13 @@ def build_filters(config: QKVConfig, *, width: int, length: int) -> nn.ModuleDic
     return nn.ModuleDict(
         {
             projection: build_filter(
-                layout, kernel_size, init=config.filter_init, length=length, dilation=config.dilation, size=config.filter_size
+                layout,
+                kernel_size,
+                init=config.filter_init,
+                length=length,
+                dilation=config.dilation,
+                size=config.filter_size,
+                init_sum=config.init_sums.get(projection, 1),
             )
             for projection, kernel_size in config.kernel_sizes.items()
         }

@@ -32,6 +32,10 @@ def run(script):
     return done.stdout
 
 
+def projections(layer):
+    return [linear.weight for linear in (layer.mixer.q_proj, layer.mixer.k_proj, layer.mixer.v_proj)]
+
+
 def test_the_layer_does_not_import_the_study():
     script = f"""
         import sys
@@ -219,9 +223,9 @@ def test_without_convolutions_it_equals_the_attention_of_torch():
     torch.manual_seed(0)
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS)
     x = torch.randn(2, LENGTH, WIDTH)
-    q, k, v = ((x @ w.T).unflatten(-1, (HEADS, -1)).transpose(1, 2) for w in layer.mixer.projection.weight.chunk(3))
+    q, k, v = ((x @ w.T).unflatten(-1, (HEADS, -1)).transpose(1, 2) for w in projections(layer))
     heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.output.weight.T)
+    torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.o_proj.weight.T)
 
 
 def test_with_convolutions_it_equals_the_attention_of_torch_after_conv1d():
@@ -229,12 +233,12 @@ def test_with_convolutions_it_equals_the_attention_of_torch_after_conv1d():
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS, conv_q=4, conv_k=3, conv_v=2, filter_init="random")
     x = torch.randn(2, LENGTH, WIDTH)
     qkv = []
-    for projection, w in zip("qkv", layer.mixer.projection.weight.chunk(3), strict=True):
+    for projection, w in zip("qkv", projections(layer), strict=True):
         kernel = layer.mixer.filters[projection].kernel.repeat_interleave(WIDTH // HEADS, dim=0)[:, None]
         padded = F.pad((x @ w.T).mT, (kernel.shape[-1] - 1, 0))
         qkv.append(F.conv1d(padded, kernel.flip(-1), groups=WIDTH).mT.unflatten(-1, (HEADS, -1)).transpose(1, 2))
     heads = F.scaled_dot_product_attention(*qkv, is_causal=True)
-    torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.output.weight.T)
+    torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.o_proj.weight.T)
 
 
 def test_an_invalid_argument_is_a_one_line_error_that_names_it():
@@ -279,8 +283,8 @@ def test_an_input_of_another_shape_is_refused(shape):
 def test_torch_attention_of_the_example_equals_the_layer_without_convolutions():
     torch.manual_seed(0)
     layer, plain = ConvolutionAugmentedAttention(WIDTH, HEADS), transformer.TorchAttention(WIDTH, HEADS)
-    plain.attention.in_proj_weight.data = layer.mixer.projection.weight.data
-    plain.attention.out_proj.weight.data = layer.mixer.output.weight.data
+    plain.attention.in_proj_weight.data = torch.cat(projections(layer)).data
+    plain.attention.out_proj.weight.data = layer.mixer.o_proj.weight.data
     x = torch.randn(2, LENGTH, WIDTH)
     torch.testing.assert_close(plain(x), layer(x))
 

@@ -32,7 +32,7 @@ class GatedLinearAttention(QKVMixer):
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         gates = [self.decay(x)] if self.gate is None else [self.decay(x), self.gate(x)]
-        return torch.cat([self.projection(x), *gates], dim=-1)
+        return torch.cat([super().project(x), *gates], dim=-1)
 
     def attend(
         self, q: Heads, k: Heads, v: Values, *gates: Heads, positions: Positions | None = None

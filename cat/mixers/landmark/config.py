@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 from pydantic import model_validator
@@ -33,6 +34,10 @@ class LandmarkConfig(DotProductConfig):
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
         return self._refuse_alibi("would choose landmarks by distance instead of content")
+
+    @property
+    def init_sums(self) -> Mapping[str, int]:
+        return {"summary": self.block}
 
     def check_length(self, length: int) -> None:
         super().check_length(length)

@@ -3,6 +3,7 @@
 The features are drawn once at initialization. FAVOR+ of arXiv 2009.14794; op.py has the formula.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from cat.mixers.base import Cache
 from cat.mixers.performer.config import PerformerConfig
 from cat.mixers.performer.op import Sums, orthogonal_directions, performer_attend, performer_attend_step
 from cat.mixers.qkv import Attended, DotProductMixer
+from cat.ops.common import set_values
 from cat.ops.position import gather_positions, rotate
 from cat.types import Heads, Positions, Values
 
@@ -24,7 +26,13 @@ class Performer(DotProductMixer):
 
     def __init__(self, config: PerformerConfig, *, width: int, length: int):
         super().__init__(config, width=width, length=length)
-        self.register_buffer("directions", orthogonal_directions(config.heads, config.features, width // config.heads))
+        self.register_buffer("directions", torch.empty(config.heads, config.features, width // config.heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the temperatures and draw the directions."""
+        super().reset_parameters()
+        set_values(self.directions, orthogonal_directions(*self.directions.shape))
 
     def attend(self, q: Heads, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
         if self.config.position == "rotary":

@@ -115,10 +115,10 @@ def test_a_state_has_the_precision_of_the_weights():
 def test_mamba_has_a_gate_a_skip_connection_and_a_convolution():
     mixer = build(EXAMPLES["mamba"], 13)
     x = hidden(13)
-    u, gate = (x @ mixer.input.weight.T).chunk(2, dim=-1)
+    u, gate = (x @ mixer.in_proj.weight.T).chunk(2, dim=-1)
     kernel = mixer.convolution.weight[:, 0].flip(1)  # PyTorch's conv1d is a correlation: its last value is lag 0
     u = F.silu(naive_filter_heads(u.mT[..., None], kernel)[..., 0].mT + mixer.convolution.bias)
     step, b, c = (u @ mixer.selection.weight.T).split([2, 16, 16], dim=-1)
     delta = F.softplus(step @ mixer.dt_proj.weight.T + mixer.dt_proj.bias)
     y = naive_selective_scan(u, delta, -mixer.log_rate.exp(), b, c) + mixer.skip * u
-    close(mixer(x), (y * F.silu(gate)) @ mixer.output.weight.T)
+    close(mixer(x), (y * F.silu(gate)) @ mixer.o_proj.weight.T)
