@@ -15,6 +15,7 @@ from cat.config import Config, Count, KernelSize
 from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.base import Cache
 from cat.mixers.build import build_mixer
+from cat.mixers.packing import align_prompts
 from cat.mixers.qkv import QKVMixer
 from cat.ops.common import autocast_enabled, reset_parameters
 from cat.ops.linear import is_plain
@@ -99,19 +100,38 @@ class ConvolutionAugmentedAttention(nn.Module):
         self.width = width
         self.mixer = cast(QKVMixer, build_mixer(config, width=width, length=1 if length is None else length)).to(device, dtype)
 
-    def forward(self, x: Hidden) -> Hidden:
-        self._check(x)
-        return self.mixer(x)
+    def forward(self, x: Hidden, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Hidden:
+        """Return the outputs.
 
-    def step(self, x: Hidden, cache: Cache | None = None) -> tuple[Hidden, Cache]:
+        `attention_mask` (batch, length) is 1 or True at tokens, and 0 or False at padding on the left or on the right.
+        `segment_ids` (batch, length) are integers: consecutive tokens of a row with the same id are one document, and documents
+        do not see each other. With either, outputs and gradients equal those of separate sequences. At padding they are zero,
+        even if `x` is not finite there.
+
+        Raises ValueError if `x` or a mask has the wrong shape or dtype, if a mask has wrong values, or if both are given.
+        """
+        self._check(x)
+        return self.mixer(x, attention_mask=attention_mask, segment_ids=segment_ids)
+
+    def step(self, x: Hidden, cache: Cache | None = None, attention_mask: Tensor | None = None) -> tuple[Hidden, Cache]:
         """Return the outputs for the tokens after those in `cache`, and the new cache.
 
         The outputs equal those of `forward` on the whole sequence. For generation, one token or several at a time; `cache` is
-        None before the first token. The cache has the keys, the values and the inputs that the convolutions need next. Raises
-        ValueError if `x` has the wrong shape or dtype.
+        None before the first token. The cache has the keys, the values and the inputs that the convolutions need next. The first
+        axis of its tensors is the batch; for beam search, `cache.reorder(indices)` selects the sequences to continue.
+
+        `attention_mask` (batch, length) is for prompts of unequal length, with padding on the left or on the right: it is 1 or
+        True at tokens. Outputs at padding are zero. Later steps continue each prompt and have no padding.
+
+        Raises ValueError if `x` or the mask has the wrong shape or dtype, or if the mask is given with a cache that has tokens.
         """
         self._check(x)
-        return self.mixer.step(self.mixer.project(x), cache or Cache())
+        cache = cache or Cache()
+        prompts = None if attention_mask is None else align_prompts(x, attention_mask, cache.length)
+        if prompts is None:
+            return self.mixer.step_padded(self.mixer.project(x), cache)
+        y, cache = self.mixer.step_padded(self.mixer.project(prompts.align(x)), Cache(padding=prompts.padding))
+        return prompts.restore(y), cache
 
     def reset_parameters(self) -> None:
         """Initialize all parameters and buffers again."""

@@ -61,12 +61,16 @@ class QKVMixer(Mixer):
         )
 
     def step(self, projected: Projection, cache: Cache, *, last: bool = False) -> tuple[Float[Tensor, "B _ D"], Cache]:
-        if type(self).attend_step is QKVMixer.attend_step:
+        if type(self).attend_step is QKVMixer.attend_step or (cache.padding is not None and not self.supports_padding):
             return super().step(projected, cache, last=last)
         qkv, inputs = self.prepare_step(projected, cache, last=last)
+        padding = cache.new_padding(projected.shape[1])
+        if padding is not None:  # with a bias of its filter, v is not zero there
+            q, k, v, *others = qkv
+            qkv = (q, k, v.masked_fill(padding[:, None, :, None], 0), *others)
         heads, state = self.attend_step(qkv, cache)
         outputs = self.merge_heads(last_tokens(heads, 1) if last else heads)
-        return outputs, Cache(cache.length + projected.shape[1], {**state, **inputs})
+        return outputs, cache.after(projected.shape[1], {**state, **inputs})
 
     def merge_heads(self, heads: Values) -> Hidden:
         """Concatenate the heads and apply the output projection."""
@@ -77,7 +81,10 @@ class QKVMixer(Mixer):
         """Return the causal outputs of the heads, at every position or at `positions`."""
 
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
-        """Return the outputs for the tokens after those in `cache`, and the new state. Raises NotImplementedError if omitted."""
+        """Return the outputs for the tokens after those in `cache`, and the new state. Raises NotImplementedError if omitted.
+
+        With `supports_padding`, tokens that are padding according to `cache` have no weight. Their values are zero already.
+        """
         raise NotImplementedError
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"] | None:

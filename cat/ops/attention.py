@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cat.ops.position import alibi_bias
@@ -13,33 +13,64 @@ QUERY_CHUNK = 256
 
 
 def attend(
-    q: Queries, k: Heads, v: Values, *, scale: float, alibi: bool = False, positions: Positions | None = None
+    q: Queries,
+    k: Heads,
+    v: Values,
+    *,
+    scale: float,
+    alibi: bool = False,
+    positions: Positions | None = None,
+    valid: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B H _ E"]:
-    """Compute dense causal attention. With `positions`, `q` holds only the queries at these positions."""
+    """Compute dense causal attention. With `positions`, `q` holds only the queries at these positions.
+
+    `valid`: see `attend_last`; not with `positions`.
+    """
     length = k.shape[2]
     if positions is not None:
         visible = torch.arange(length, device=k.device) <= positions[:, None, :, None]
         mask = alibi_bias(q.shape[1], positions, length, q).transpose(0, 1) if alibi else visible
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    if not alibi:
+    if not alibi and valid is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    if not alibi:
+        return attend_last(q, k, v, scale=scale, valid=valid)
     ends = [min(start + QUERY_CHUNK, length) for start in range(0, length, QUERY_CHUNK)]
     chunks = zip(q.split(QUERY_CHUNK, dim=2), ends, strict=True)
     return torch.cat(
-        [attend_last(queries, k[:, :, :end], v[:, :, :end], scale=scale, alibi=True) for queries, end in chunks], dim=2
+        [
+            attend_last(
+                queries, k[:, :, :end], v[:, :, :end], scale=scale, alibi=True, valid=None if valid is None else valid[:, :end]
+            )
+            for queries, end in chunks
+        ],
+        dim=2,
     )
 
 
 def attend_last(
-    q: Float[Tensor, "B H A C"], k: Heads, v: Values, *, scale: float, alibi: bool = False
+    q: Float[Tensor, "B H A C"],
+    k: Heads,
+    v: Values,
+    *,
+    scale: float,
+    alibi: bool = False,
+    valid: Bool[Tensor, "B L"] | None = None,
 ) -> Float[Tensor, "B H A E"]:
-    """Compute dense causal attention of the last A tokens, whose queries are `q`."""
+    """Compute dense causal attention of the last A tokens, whose queries are `q`.
+
+    `valid` are the keys that exist. A token that does not exist attends to itself only, because a softmax needs a key.
+    """
     queries, length = q.shape[2], k.shape[2]
     mask = None
     if alibi:
         mask = alibi_bias(q.shape[1], torch.arange(length - queries, length, device=k.device), length, q)
     elif queries > 1:
         mask = torch.ones(queries, length, dtype=torch.bool, device=k.device).tril(length - queries)
+    if valid is not None:
+        own = torch.arange(length - queries, length, device=k.device)[:, None] == torch.arange(length, device=k.device)
+        exists = valid[:, None, None] | own
+        mask = exists if mask is None else mask & exists if mask.dtype == torch.bool else mask.masked_fill(~exists, float("-inf"))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 

@@ -4,7 +4,7 @@ Rotary and ALiBi act inside attention, after the convolutions. Sinusoidal and le
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cat.types import Heads, Positions
@@ -16,6 +16,11 @@ def gather_positions(x: Float[Tensor, "B *H L C"], positions: Positions | None) 
         return x
     index = positions.view(len(positions), *[1] * (x.dim() - 3), positions.shape[1], 1)
     return x.gather(-2, index.expand(*x.shape[:-2], -1, x.shape[-1]))
+
+
+def is_padding(padding: Int[Tensor, " B"], length: int) -> Bool[Tensor, "B L"]:
+    """Whether each of the first `length` tokens is one of the `padding` first tokens of its row."""
+    return torch.arange(length, device=padding.device) < padding[:, None]
 
 
 def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1, positions: Positions | None = None) -> Heads:
@@ -45,12 +50,15 @@ def alibi_bias(heads: int, queries: Int[Tensor, "*A"], length: int, like: Tensor
     return bias.unfold(1, length, 1)[:, length - 1 - queries]
 
 
-def sinusoidal(length: int, width: int, like: Tensor, *, start: int = 0) -> Float[Tensor, "L D"]:
-    """Return the sinusoidal vectors of the `length` tokens from position `start` on.
+def sinusoidal(
+    length: int, width: int, like: Tensor, *, start: int = 0, positions: Int[Tensor, "B L"] | None = None
+) -> Float[Tensor, "*#B L D"]:
+    """Return the sinusoidal vectors of the `length` tokens from position `start` on, or of the tokens at `positions`.
 
     At position i, channel 2c is sin(i * 10000^(-2c/D)) and channel 2c + 1 its cosine. `like` gives the dtype and the device.
     """
     channel = torch.arange(width, device=like.device, dtype=torch.float64)
     frequency = 10_000.0 ** (-(channel - channel % 2) / width)
-    angle = torch.arange(start, start + length, device=like.device, dtype=torch.float64)[:, None] * frequency
+    index = torch.arange(start, start + length, device=like.device, dtype=torch.float64) if positions is None else positions
+    angle = index[..., None] * frequency
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).to(like.dtype)

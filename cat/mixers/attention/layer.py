@@ -17,6 +17,7 @@ class CausalAttention(DotProductMixer):
     """Dense causal softmax attention over (B, L, D) with optional convolutions."""
 
     supports_positions = True
+    supports_padding = True
 
     def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
         return attend(*self._rotated(q, k, positions=positions), v, scale=self.scale, alibi=self.alibi, positions=positions)
@@ -30,7 +31,8 @@ class CausalAttention(DotProductMixer):
         q, k = self._rotated(q, k, start=cache.length)
         keys, values = append_to_cache(cache, "keys", k, dim=2), append_to_cache(cache, "values", v, dim=2)
         attention = attend if q.shape[2] == keys.shape[2] else attend_last
-        return attention(q, keys, values, scale=self.scale, alibi=self.alibi), {"keys": keys, "values": values}
+        heads = attention(q, keys, values, scale=self.scale, alibi=self.alibi, valid=cache.valid(keys.shape[2]))
+        return heads, {"keys": keys, "values": values}
 
     @property
     def alibi(self) -> bool:

@@ -38,6 +38,8 @@ class StepSize(nn.Linear):
 class DeltaRule(QKVMixer):
     """The delta rule over (B, L, D) with optional convolutions and an optional gate."""
 
+    supports_padding = True
+
     def __init__(self, config: DeltaConfig, *, width: int, length: int):
         super().__init__(config, width=width, length=length)
         self.gate = config.gate

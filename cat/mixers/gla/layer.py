@@ -25,6 +25,8 @@ from cat.types import Heads, Positions, Values
 class GatedLinearAttention(QKVMixer):
     """Gated linear attention over (B, L, D) with optional convolutions on q, k and v."""
 
+    supports_padding = True
+
     def __init__(self, config: GLAConfig, *, width: int, length: int):
         super().__init__(config, width=width, length=length)
         self.decay = nn.Sequential(nn.Linear(width, config.gate_rank, bias=False), nn.Linear(config.gate_rank, width))

@@ -24,6 +24,8 @@ class Hyena(Mixer):
     `length` is the training length.
     """
 
+    supports_padding = True
+
     def __init__(self, config: HyenaConfig, *, width: int, length: int):
         super().__init__()
         self.in_proj = nn.Linear(width, 3 * width, bias=False)
@@ -49,4 +51,4 @@ class Hyena(Mixer):
         x, products = self.long.step(k * v, cache.state.get("products", k[:, :, :0]))
         x = (q * x)[:, 0]
         state = {"inputs": inputs, "products": products}
-        return self.o_proj(last_tokens(x, 1) if last else x), Cache(cache.length + projected.shape[1], state)
+        return self.o_proj(last_tokens(x, 1) if last else x), cache.after(projected.shape[1], state)

@@ -38,6 +38,8 @@ class Mamba(Mixer):
     `length` has no effect.
     """
 
+    supports_padding = True
+
     def __init__(self, config: MambaConfig, *, width: int, length: int):
         super().__init__()
         inner = config.expand * width
@@ -73,12 +75,14 @@ class Mamba(Mixer):
         u, gate = projected.chunk(2, dim=-1)
         inputs = append_to_cache(cache, "inputs", u, dim=1) if cache.length else F.pad(u, (0, 0, self.reach, 0))
         u, delta, a, b, c = self._scan_arguments(inputs)
+        if (padding := cache.new_padding(u.shape[1])) is not None:  # with the bias of the convolution, u is not zero there
+            u = u.masked_fill(padding[..., None], 0)
         y, state = selective_scan_step(u, delta, a, b, c, state=cache.state.get("state"))
         y = y + self.skip * u
         if last:
             y, gate = last_tokens(y, 1), last_tokens(gate, 1)
         new_state = {"state": state, "inputs": last_tokens(inputs, self.reach)}
-        return self.o_proj(y * F.silu(gate)), Cache(cache.length + projected.shape[1], new_state)
+        return self.o_proj(y * F.silu(gate)), cache.after(projected.shape[1], new_state)
 
     def _scan_arguments(self, inputs: Float[Tensor, "B R E"]) -> tuple[Tensor, ...]:
         """Return the arguments of the scan: convolved u, delta, a, b and c.

@@ -22,6 +22,7 @@ class Performer(DotProductMixer):
     Convolutions on q, k and v are optional.
     """
 
+    supports_padding = True
     directions: Tensor
 
     def __init__(self, config: PerformerConfig, *, width: int, length: int):
@@ -43,7 +44,11 @@ class Performer(DotProductMixer):
         """Cache a sum over all tokens and the log of its scale."""
         q, k, v = qkv
         if self.config.position == "rotary":
-            q, k = rotate(q, start=cache.length), rotate(k, start=cache.length)
+            # Random features depend on the angles of queries and keys, and not only on their difference.
+            positions = cache.positions(k.shape[2])
+            q, k = (rotate(x, start=cache.length, positions=positions) for x in (q, k))
         before = Sums(cache.state["log_max"], cache.state["products"]) if cache.length else None
-        heads, sums = performer_attend_step(q, k, v, state=before, scale=self.scale, directions=self.directions)
+        heads, sums = performer_attend_step(
+            q, k, v, state=before, scale=self.scale, directions=self.directions, padding=cache.new_padding(k.shape[2])
+        )
         return heads, sums._asdict()
