@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from cat.config import MixerConfig, ModelConfig
 from cat.mixers.base import Cache, last_tokens
 from cat.mixers.build import build_mixer
-from cat.ops.common import reset_parameters, set_values
 from cat.mixers.packing import Packing, align_prompts, pack
+from cat.ops.common import reset_parameters, set_values
 from cat.ops.position import gather_positions, sinusoidal
 from cat.types import Hidden, Positions, Tokens
 

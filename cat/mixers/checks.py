@@ -18,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cat.config import MixerConfig
@@ -137,6 +138,42 @@ def step_continues_from_a_cache(config: MixerConfig) -> None:
                 _close(f"{where}: {name} in the cache, last = True", last_cache.state[name], state)
 
 
+def documents_equal_separate_sequences(config: MixerConfig) -> None:
+    """Documents of a row, and padded batches. Padding is NaN, and one row has nothing else."""
+    mixer, end = build(config), LONGER
+    batches = {
+        "of a row": [(0, 0, 1), (0, 1, LENGTH), (0, LENGTH, end), (1, 0, end), (2, 0, 4), (2, 4, 5), (2, 5, 6), (2, 6, end)],
+        "with padding on the right": [(0, 0, LENGTH), (1, 0, end)],
+        "with padding on the left": [(0, LENGTH, end), (2, end - 1, end)],
+    }
+    for where, documents in batches.items():
+        ids = torch.zeros(3, end, dtype=torch.long)
+        for index, (row, start, stop) in enumerate(documents, 1):
+            ids[row, start:stop] = index
+        padding = ids[..., None] == 0
+        x = normal(3, end, WIDTH).masked_fill(padding, float("nan")).requires_grad_()
+        y = mixer(x, attention_mask=ids > 0) if padding.any() else mixer(x, segment_ids=ids)
+        expected = torch.zeros_like(y)
+        for row, start, stop in documents:
+            expected[row, start:stop] = mixer(x[row : row + 1, start:stop])[0]
+        _close(f"the output of documents {where}", y, expected)
+        _close_gradients(f"of documents {where}", gradients_of(mixer, x, y), gradients_of(mixer, x, expected))
+
+
+def padded_prompts_equal_separate_prompts(config: MixerConfig) -> None:
+    """A padded prompt, then tokens one by one and in parts, also beyond the training length."""
+    mixer, padding, outputs = build(config), torch.tensor([0, 5, 8]), list[Tensor]()
+    projected, cache = mixer.project(normal(3, LONGER, WIDTH)), Cache(padding=padding)
+    for part in projected.split([9, 1, 1, 4, LONGER - 15], dim=1):
+        last, _ = mixer.step_padded(part, cache, last=True)
+        out, cache = mixer.step_padded(part, cache)
+        _close(f"step_padded until token {cache.length}, last = True", last, out[:, -1:])
+        outputs.append(out)
+    for row, first in enumerate(padding.tolist()):
+        expected = F.pad(mixer.mix(projected[row : row + 1, first:]), (0, 0, first, 0))
+        _close(f"step_padded after {first} tokens of padding", torch.cat(outputs, dim=1)[row : row + 1], expected)
+
+
 def attention_weights_are_a_mean(config: MixerConfig) -> None:
     """For `has_attention`: causal, non-negative weights with sum one, and the outputs are those of the weights."""
     if not config.has_attention:
@@ -218,6 +255,8 @@ CHECKS: dict[str, Callable[[MixerConfig], None]] = {
     "bfloat16": bfloat16_is_usable,
     "nan": no_intermediate_gradient_is_nan,
     "cache": step_continues_from_a_cache,
+    "documents": documents_equal_separate_sequences,
+    "prompts": padded_prompts_equal_separate_prompts,
     "attention": attention_weights_are_a_mean,
     "reference": operations_equal_their_references,
     "vmap": vmap_computes_each_sequence,

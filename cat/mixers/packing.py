@@ -63,7 +63,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Rows:
-    """Documents as the starts of rows of different lengths, with S places in all.
+    """Documents as the starts of rows of different lengths, with S places in all, for T = B L tokens.
 
     The rows of a group have the same length and are computed in one call. A row continues with the last token of its document,
     because not every `mix` may accept zeros.
@@ -72,8 +72,8 @@ class Rows:
     groups: list[tuple[int, int]]
     """Number of rows and their length, for each group."""
     token: Int[Tensor, " S"]
-    """Token at each place, as its index among the B * L tokens."""
-    place: Int[Tensor, " B*L"]
+    """Token at each place, as its index among all T."""
+    place: Int[Tensor, " T"]
     """Place of each token; 0 at padding."""
     padding: Int[Tensor, " _"]
     """Tokens without a place."""
@@ -206,7 +206,7 @@ def _repeated(x: Int[Tensor, "N ..."]) -> Int[Tensor, "_ ..."]:
     return values[counts > 1]
 
 
-def _in_rows(start: Documents, length: Documents, is_token: Bool[Tensor, " B*L"], device: torch.device) -> Rows:
+def _in_rows(start: Documents, length: Documents, is_token: Bool[Tensor, " T"], device: torch.device) -> Rows:
     """Give each document a row, in groups of similar length."""
     length, order = length.sort(descending=True, stable=True)
     start = start[order]
@@ -246,7 +246,7 @@ class _Move(Operation):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, source: Tensor, empty: Tensor | None, target: Tensor, unused: Tensor) -> Tensor:
+    def forward(x: Tensor, source: Tensor, empty: Tensor | None, target: Tensor, unused: Tensor | None) -> Tensor:
         y = x.index_select(0, source)
         return y if empty is None else y.index_fill_(0, empty, 0)
 
