@@ -205,6 +205,62 @@ def test_padding_on_the_right_has_finite_gradients_in_half_precision():
     assert all(weight.grad.isfinite().all() for weight in layer.parameters())
 
 
+MASKED = [
+    {"conv_q": 4, "conv_k": 3, "filter_bias": True},
+    {"conv_v": "state", "filter_size": 3, "length": 9, "position": "alibi"},
+]
+
+
+@pytest.mark.parametrize("options", MASKED)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_is_not_finite_reaches_no_token_and_no_gradient(options, side):
+    torch.manual_seed(0)
+    layer, x = ConvolutionAugmentedAttention(12, 2, **options).double(), normal(3, 9, 12)
+    lengths, column = torch.tensor([[4], [9], [1]]), torch.arange(9)
+    mask = column < lengths if side == "right" else column >= 9 - lengths
+    padded = x.masked_fill(~mask[..., None], float("inf")).requires_grad_()
+    y = layer(padded, attention_mask=mask)
+    y.sum().backward()
+    gradients = {name: weight.grad for name, weight in layer.named_parameters()}
+    layer.zero_grad()
+    x.requires_grad_()
+    for row in range(3):
+        alone = layer(x[row : row + 1, mask[row]])[0]
+        torch.testing.assert_close(y[row, mask[row]], alone)
+        alone.sum().backward()
+    assert not y[~mask].any()
+    for name, weight in layer.named_parameters():
+        torch.testing.assert_close(gradients[name], weight.grad)
+    torch.testing.assert_close(padded.grad, x.grad)
+
+
+def test_packed_documents_do_not_see_each_other():
+    torch.manual_seed(0)
+    layer, x = ConvolutionAugmentedAttention(12, 2, **MASKED[0]).double(), normal(1, 9, 12)
+    y = layer(x, segment_ids=torch.tensor([[3, 3, 3, 3, 3, 1, 2, 2, 2]]))
+    torch.testing.assert_close(y, torch.cat([layer(part) for part in x.split([5, 1, 3], dim=1)], dim=1))
+
+
+@pytest.mark.parametrize("options", MASKED)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_of_unequal_length_continue_from_one_cache(options, side):
+    torch.manual_seed(0)
+    layer, x = ConvolutionAugmentedAttention(12, 2, **options).double(), normal(3, 15, 12)
+    lengths, column = torch.tensor([[4], [9], [1]]), torch.arange(9)
+    mask = column < lengths if side == "right" else column >= 9 - lengths
+    y, cache = layer.step(x[:, :9].masked_fill(~mask[..., None], float("nan")), attention_mask=mask)
+    assert not y[~mask].any()
+    outputs = [y]
+    for part in x[:, 9:].split([1, 1, 4], dim=1):
+        y, cache = layer.step(part, cache)
+        outputs.append(y)
+    actual, is_token = torch.cat(outputs, dim=1), torch.cat([mask, torch.ones(3, 6, dtype=torch.bool)], dim=1)
+    for row in range(3):
+        torch.testing.assert_close(actual[row, is_token[row]], layer(x[row : row + 1, is_token[row]])[0])
+    with pytest.raises(ValueError, match="attention_mask needs an empty cache, not one of 15 tokens"):
+        layer.step(x[:, :1], cache, attention_mask=mask[:, :1])
+
+
 def test_the_repr_shows_the_convolutions():
     layer = ConvolutionAugmentedAttention(12, 2, conv_q=4, conv_v="state", filter_size=3, length=9, position="rotary")
     assert "width=12, heads=2, conv_q=4, conv_v=state, filter_size=3, position=rotary" in repr(layer)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,13 @@ class ForgetsItsCache(Means):
         return out[:, -1:] if last else out, Cache(cache.length + projected.shape[1])
 
 
+class ForgetsPadding(Means):
+    supports_padding = True
+
+    def step(self, projected, cache, *, last=False):
+        return super().step(projected, replace(cache, padding=None), last=last)
+
+
 class Branches(Means):
     def means(self, x):
         return super().means(x) if x.sum() > -math.inf else x
@@ -117,6 +125,8 @@ FAULTS = [
     (OverflowsInHalf, "bfloat16", "in bfloat16, output is not finite"),
     (NanGradient, "nan", "returned nan values"),
     (ForgetsItsCache, "cache", r"step with 1 token\(s\) after 1 is not as expected"),
+    (LooksAhead, "documents", "the output of documents of a row is not as expected"),
+    (ForgetsPadding, "prompts", "step_padded after 5 tokens of padding is not as expected"),
     (NegativeWeights, "attention", "attention weights are negative, but has_attention is True"),
     (Branches, "vmap", "vmap"),
     (NeedsData, "meta", "meta"),
