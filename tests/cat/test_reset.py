@@ -144,7 +144,7 @@ def test_plain_projections_are_one_product(monkeypatch):
     assert calls == [(36, 12)]
 
 
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 def test_a_quantized_layer_computes_nearly_the_same():
     cat, x = layer(), torch.randn(2, LENGTH, 12)
     expected = cat(x)
