@@ -20,6 +20,7 @@ from cat.mixers.base import Cache, last_tokens
 from cat.mixers.build import build_mixer
 from cat.mixers.packing import Packing, align_prompts, pack
 from cat.ops.common import reset_parameters, set_values
+from cat.ops.linear import has_hooks
 from cat.ops.position import gather_positions, sinusoidal
 from cat.types import Hidden, Positions, Tokens
 
@@ -106,9 +107,11 @@ class SequenceModel(nn.Module):
         """Return the first block's projection of each token, computed once per vocabulary entry.
 
         None if positions are added to the embedding, because the projection then depends on more than the token. None also if
-        the batch has no more tokens than the vocabulary, because the look-up then costs more.
+        the batch has no more tokens than the vocabulary, because the look-up then costs more, and if the block has hooks, which
+        only a call of the whole block runs.
         """
-        if self.embedding.scheme != "none" or tokens.numel() <= len(self.embedding.token.weight):
+        few = tokens.numel() <= len(self.embedding.token.weight)
+        if few or self.embedding.scheme != "none" or has_hooks(self.layers()[0]):
             return None
         return F.embedding(tokens, self.layers()[0].project(self.embedding.token.weight))
 

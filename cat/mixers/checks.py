@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.base import Cache, Mixer
 from cat.mixers.build import build_mixer
 from cat.mixers.registry import mixer_examples, mixer_module
+from cat.ops.common import reset_parameters
 from cat.ops.conv import reference
 
 BATCH, WIDTH, LENGTH = 2, 24, 13
@@ -244,6 +246,24 @@ def shapes_need_no_data(config: MixerConfig) -> None:
     _expect(y.shape == x.shape, f"on the meta device, the output has shape {tuple(y.shape)}")
 
 
+def reset_initializes_every_tensor(config: MixerConfig) -> None:
+    """A model that is built on the meta device gets its weights from `reset_parameters` of each module that owns some."""
+    mixer, built = build(config), build(config)
+    for name, module in mixer.named_modules():
+        owned = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        has_reset = callable(getattr(module, "reset_parameters", None))
+        _expect(has_reset or not owned, f"{name or 'the mixer'} owns parameters or buffers and has no reset_parameters")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for tensor in mixer.state_dict().values():
+            tensor.fill_(math.nan)
+        torch.manual_seed(0)
+        reset_parameters(mixer)
+    for (name, tensor), expected in zip(mixer.state_dict().items(), built.state_dict().values(), strict=True):
+        _expect(bool(tensor.isfinite().all()), f"reset_parameters leaves {name} as it is")
+        scales = [t.square().mean().sqrt().item() for t in (tensor, expected)]
+        _expect(max(scales) <= 4 * min(scales), f"after reset_parameters, {name} is about {scales[0]:.3g}, not {scales[1]:.3g}")
+
+
 CHECKS: dict[str, Callable[[MixerConfig], None]] = {
     "shapes": output_has_the_input_shape,
     "projection": projection_is_per_token,
@@ -261,6 +281,7 @@ CHECKS: dict[str, Callable[[MixerConfig], None]] = {
     "reference": operations_equal_their_references,
     "vmap": vmap_computes_each_sequence,
     "meta": shapes_need_no_data,
+    "reset": reset_initializes_every_tensor,
 }
 """The checks of one example by name."""
 

@@ -24,5 +24,10 @@ def apply_linear(x: Float[Tensor, "*tokens D"], layers: Sequence[nn.Module]) -> 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a call of `layer` is no more than a product with `layer.weight`, a tensor, and the addition of the bias."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter) and not any(hooks)
+    return type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter) and not has_hooks(layer)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something must happen around each call of `module`; a sharded one, for example, gathers its weights."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(len(found) > 0 for found in hooks)

@@ -8,8 +8,6 @@ convolutions and silu on q, k and v before the rule, and a norm after it; the se
 scales queries by 1 / sqrt(C), which the norm cancels. Here is neither, so a key retrieves the stored value at its full size.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -19,20 +17,11 @@ from cat.mixers.base import Cache
 from cat.mixers.delta.config import DeltaConfig
 from cat.mixers.delta.op import Rates, delta_rule, delta_rule_step
 from cat.mixers.qkv import Attended, Projection, QKVMixer
+from cat.mixers.step_size import StepSize
 from cat.ops.common import set_values
 from cat.ops.l2norm import l2_normalize
 from cat.ops.position import gather_positions
 from cat.types import Heads, Positions, Queries, Values
-
-
-class StepSize(nn.Linear):
-    """Map to the inputs of a softplus that are the step sizes."""
-
-    def reset_parameters(self) -> None:
-        """Initialize the steps at zero input log-uniformly between 0.001 and 0.1, as the code of Mamba-2 does."""
-        super().reset_parameters()
-        steps = torch.empty(self.out_features).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        set_values(self.bias, steps.expm1().log())  # the inverse of softplus
 
 
 class DeltaRule(QKVMixer):

@@ -18,18 +18,10 @@ from torch import Tensor, nn
 from cat.mixers.base import Cache, Mixer, append_to_cache, last_tokens
 from cat.mixers.mamba.config import MambaConfig
 from cat.mixers.mamba.op import selective_scan, selective_scan_step
+from cat.mixers.step_size import StepSize
 from cat.ops.common import set_values
 from cat.ops.position import gather_positions
 from cat.types import Positions
-
-
-class StepSize(nn.Linear):
-    """Map to the inputs of a softplus that are the step sizes."""
-
-    def reset_parameters(self) -> None:
-        """Initialize the steps at zero input between 0.001 and 0.1 (section 3.6)."""
-        super().reset_parameters()
-        set_values(self.bias, torch.empty(self.out_features).uniform_(1e-3, 1e-1).expm1().log())  # the inverse of softplus
 
 
 class Mamba(Mixer):
