@@ -48,10 +48,9 @@ def attend(
         parts = [last(q[:, :, a:b], k[:, :, :b], v[:, :, :b], valid=valid[:, :b]) for a, b in _parts(q.shape[2])]
         return torch.cat(parts, dim=2)
     if slopes is None and window is None:
-        grouped = bool(q.shape[1] != k.shape[1])
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=grouped)
+        return _attend(q, k, v, scale=scale, dropout=dropout, causal=True)
     # An exported program has one path for all lengths.
-    if window is not None and k.shape[2] > max(window, MIN_PART) and not torch.compiler.is_exporting():
+    if window is not None and not torch.compiler.is_exporting() and k.shape[2] > max(window, MIN_PART):
         return _attend_in_blocks(q, k, v, slopes=slopes, window=window, scale=scale, dropout=dropout)
     relative = partial(_attend_relative, slopes=slopes, window=window, scale=scale, dropout=dropout)
     return torch.cat([relative(q[:, :, a:b], k[:, :, :b], v[:, :, :b]) for a, b in _parts(q.shape[2])], dim=2)
@@ -180,10 +179,11 @@ def _attend_in_blocks(
 
 
 def _attend(
-    q: Float[Tensor, "B H A C"], k: KeyHeads, v: ValueHeads, mask: Tensor | None, *, scale: float, dropout: float
-) -> Float[Tensor, "B H A E"]:
-    grouped = bool(q.shape[1] != k.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=grouped)
+    q: Queries, k: KeyHeads, v: ValueHeads, mask: Tensor | None = None, *, scale: float, dropout: float, causal: bool = False
+) -> Float[Tensor, "B H _ E"]:
+    # A comparison of symbolic sizes is no bool.
+    grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, **grouped)
 
 
 def _mask(
