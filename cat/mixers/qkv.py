@@ -126,7 +126,8 @@ class QKVMixer(Mixer):
 
         `positions` are used if a group is only q.
         """
-        qkv, parts = list[Queries](), [projected]
+        qkv: list[Queries] = []
+        parts = [projected]
         if len(groups) > 1:  # splitting a single group would copy its gradient
             parts = list(projected.split([sum(self.widths[name] for name in group) for group in groups], dim=-1))
         for group, part in zip(groups, parts, strict=True):
@@ -160,7 +161,8 @@ class QKVMixer(Mixer):
         self, projected: Projection, cache: Cache, *, last: bool
     ) -> tuple[Queries, KeyHeads, KeyHeads, dict[str, Tensor]]:
         """Return convolved, unscaled q, k and v, and the inputs to cache."""
-        inputs, qkv = dict[str, Tensor](), dict(zip("qkv", self.split_heads(projected), strict=True))
+        inputs: dict[str, Tensor] = {}
+        qkv = dict(zip("qkv", self.split_heads(projected), strict=True))
         for projection, x in qkv.items():
             if projection in self.filters:
                 qkv[projection], inputs[projection] = self.filter_step(projection, x, cache)
