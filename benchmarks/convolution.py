@@ -58,7 +58,7 @@ def filters(length: int, *, tokens: int = 8192, sizes: Sequence[tuple[int, int]]
 
 
 def layer(width: int, heads: int, length: int, batch: int, convolutions: dict[str, Any], device: str) -> Work:
-    """Run the forward and backward pass: the output, and the gradients of the input and of both projections."""
+    """Run the forward and backward pass: the output, and the gradients of the input and of the projections."""
     config = AttentionConfig(heads=heads, **convolutions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -68,11 +68,11 @@ def layer(width: int, heads: int, length: int, batch: int, convolutions: dict[st
             weight.zero_()[..., 0] = 1
     mixer.to(device)
     x, gradient = (tensor.to(device) for tensor in normal((batch, length, width), (batch, length, width)))
-    leaves = [x.requires_grad_(), mixer.projection.weight, mixer.output.weight, *mixer.filters.parameters()]
+    leaves = [x.requires_grad_(), *mixer.parameters()]
 
     def work() -> list[Tensor]:
         y = mixer(x)
-        return [y.detach(), *torch.autograd.grad(y, leaves, gradient)][:4]
+        return [y.detach(), *torch.autograd.grad(y, leaves, gradient)][:6]
 
     return work
 

@@ -15,8 +15,10 @@ from cat.config import Config, Count, KernelSize
 from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.base import Cache
 from cat.mixers.build import build_mixer
+from cat.mixers.packing import align_prompts
 from cat.mixers.qkv import QKVMixer
-from cat.ops.common import autocast_enabled
+from cat.ops.common import autocast_enabled, reset_parameters
+from cat.ops.linear import is_plain
 from cat.types import Hidden
 
 
@@ -26,13 +28,21 @@ class ConvolutionAugmentedAttention(nn.Module):
     Maps `x` (batch, length, width) to the same shape, for any length. An output depends only on its own and earlier positions,
     except for rounding if long kernels are applied by FFT. Padding on the right therefore does not change other positions. This
     holds for finite numbers only: a NaN or an infinity at one position can reach earlier outputs, since 0 times NaN is NaN.
+    There is no `is_causal=False`: convolutions, cache and positions all use the past only, and an encoder would need other ones.
 
         width                    channels of x
         heads                    attention heads; must divide width
         conv_q, conv_k, conv_v   kernel size of the convolution on queries, keys and values; `full` for `length`; or the generator
                                  of a kernel of any length: a `network`, fixed exponentials (`decay`) or a `state` space of
                                  learned ones; None: no convolution. Without any, the layer is the transformer's attention
+        kv_heads                 heads of keys and values, which consecutive query heads share (grouped queries); must divide
+                                 heads; None: as many as heads
+        bias                     add a learned bias to the projections to q, k, v and the output
         position                 none, rotary or alibi; the convolutions need no positions
+        rope_base                base of the frequencies of rotary positions
+        rope_scale               divide rotary positions by this number (linear position interpolation, arXiv 2306.15595)
+        window                   tokens that a query sees, its own included; None: all
+        dropout                  probability that an attention weight is dropped; only in training mode
         sharing                  one kernel per head, one per channel, or one per pair of input and output heads (mixing)
         dilation                 tokens between consecutive kernel values; 1: no token is skipped
         filter_size              hidden units of a `network` kernel, or number of decays
@@ -56,7 +66,13 @@ class ConvolutionAugmentedAttention(nn.Module):
         conv_q: KernelSize | None = None,
         conv_k: KernelSize | None = None,
         conv_v: KernelSize | None = None,
+        kv_heads: int | None = None,
+        bias: bool = False,
         position: Literal["none", "rotary", "alibi"] = "none",
+        rope_base: float = 10_000.0,
+        rope_scale: float = 1.0,
+        window: int | None = None,
+        dropout: float = 0.0,
         sharing: Literal["head", "channel", "mixing"] = "head",
         dilation: int = 1,
         filter_size: int | None = None,
@@ -76,7 +92,13 @@ class ConvolutionAugmentedAttention(nn.Module):
                 conv_q=conv_q,
                 conv_k=conv_k,
                 conv_v=conv_v,
+                kv_heads=kv_heads,
+                bias=bias,
                 position=position,
+                rope_base=rope_base,
+                rope_scale=rope_scale,
+                window=window,
+                dropout=dropout,
                 sharing=sharing,
                 dilation=dilation,
                 filter_size=filter_size,
@@ -98,24 +120,49 @@ class ConvolutionAugmentedAttention(nn.Module):
         self.width = width
         self.mixer = cast(QKVMixer, build_mixer(config, width=width, length=1 if length is None else length)).to(device, dtype)
 
-    def forward(self, x: Hidden) -> Hidden:
-        self._check(x)
-        return self.mixer(x)
+    def forward(self, x: Hidden, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None) -> Hidden:
+        """Return the outputs.
 
-    def step(self, x: Hidden, cache: Cache | None = None) -> tuple[Hidden, Cache]:
+        `attention_mask` (batch, length) is 1 or True at tokens, and 0 or False at padding on the left or on the right.
+        `segment_ids` (batch, length) are integers: consecutive tokens of a row with the same id are one document, and documents
+        do not see each other. With either, outputs and gradients equal those of separate sequences. At padding they are zero,
+        even if `x` is not finite there.
+
+        Raises ValueError if `x` or a mask has the wrong shape or dtype, if a mask has wrong values, or if both are given.
+        """
+        self._check(x)
+        return self.mixer(x, attention_mask=attention_mask, segment_ids=segment_ids)
+
+    def step(self, x: Hidden, cache: Cache | None = None, attention_mask: Tensor | None = None) -> tuple[Hidden, Cache]:
         """Return the outputs for the tokens after those in `cache`, and the new cache.
 
         The outputs equal those of `forward` on the whole sequence. For generation, one token or several at a time; `cache` is
-        None before the first token. The cache has the keys, the values and the inputs that the convolutions need next. Raises
-        ValueError if `x` has the wrong shape or dtype.
+        None before the first token. The cache has the keys, the values and the inputs that the convolutions need next. The first
+        axis of its tensors is the batch; for beam search, `cache.reorder(indices)` selects the sequences to continue.
+
+        `attention_mask` (batch, length) is for prompts of unequal length, with padding on the left or on the right: it is 1 or
+        True at tokens. Outputs at padding are zero. Later steps continue each prompt and have no padding.
+
+        Raises ValueError if `x` or the mask has the wrong shape or dtype, or if the mask is given with a cache that has tokens.
         """
         self._check(x)
-        return self.mixer.step(self.mixer.project(x), cache or Cache())
+        cache = cache or Cache()
+        prompts = None if attention_mask is None else align_prompts(x, attention_mask, cache.length)
+        if prompts is None:
+            return self.mixer.step_padded(self.mixer.project(x), cache)
+        y, cache = self.mixer.step_padded(self.mixer.project(prompts.align(x)), Cache(padding=prompts.padding))
+        return prompts.restore(y), cache
+
+    def reset_parameters(self) -> None:
+        """Initialize all parameters and buffers again."""
+        reset_parameters(self.mixer)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, length, {self.width}) with at least one token")
-        dtype = self.mixer.projection.weight.dtype
+        if not is_plain(self.mixer.q_proj):
+            return  # a wrapped or quantized layer decides itself which dtypes it takes
+        dtype = self.mixer.q_proj.weight.dtype
         if x.dtype != dtype and not (autocast_enabled(x) and x.is_floating_point() and torch.float64 not in (dtype, x.dtype)):
             raise ValueError(f"x has dtype {x.dtype}, the layer {dtype}. Fix: x.to({dtype}) or layer.to({x.dtype})")
 

@@ -12,12 +12,15 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cat.config import MixerConfig, ModelConfig
 from cat.mixers.base import Cache, last_tokens
 from cat.mixers.build import build_mixer
+from cat.mixers.packing import Packing, align_prompts, pack
+from cat.ops.common import reset_parameters, set_values
+from cat.ops.linear import has_hooks
 from cat.ops.position import gather_positions, sinusoidal
 from cat.types import Hidden, Positions, Tokens
 
@@ -36,62 +39,107 @@ class SequenceModel(nn.Module):
         self.embedding = Embedding(config, vocabulary, length)
         self.blocks = nn.ModuleList(Block(config, mixer, length) for mixer in config.layer_mixers)
         self.norm = build_norm(config)
-        self.head = nn.Linear(config.width, vocabulary, bias=False)
-        nn.init.normal_(self.head.weight, std=config.width**-0.5)
+        self.head = Head(config.width, vocabulary, bias=False)
         if config.tied:
             self.head.weight = self.embedding.token.weight
 
-    def forward(self, tokens: Tokens) -> Float[Tensor, "B L V"]:
-        """Return the logits of the next token at every position."""
-        return self.head(self.hidden(tokens))
+    def reset_parameters(self) -> None:
+        """Initialize all parameters and buffers again."""
+        for part in self.children():
+            reset_parameters(part)
 
-    def logits_at(self, tokens: Tokens, positions: Positions) -> Float[Tensor, "B A V"]:
-        """Return the logits at `positions` only.
+    def forward(
+        self, tokens: Tokens, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
+    ) -> Float[Tensor, "B L V"]:
+        """Return the logits of the next token at every position.
+
+        `attention_mask` (B, L) is 1 or True at tokens, and 0 or False at padding on the left or on the right. `segment_ids`
+        (B, L) are integers: consecutive tokens of a row with the same id are one document, and documents do not see each other.
+        With either, logits and gradients equal those of separate sequences. Logits at padding are zero, and its tokens may be any
+        integers. Positions start at each document.
+
+        Raises ValueError if a mask has the wrong shape, dtype or values, or if both are given.
+        """
+        return self.head(self.hidden(tokens, attention_mask=attention_mask, segment_ids=segment_ids))
+
+    def logits_at(
+        self,
+        tokens: Tokens,
+        positions: Positions,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Float[Tensor, "B A V"]:
+        """Return the logits at `positions` only; masks as in `forward`.
 
         Positions of one sequence must differ. The last block is computed only at `positions`: in a recall task most positions
         have no target.
         """
-        return self.head(self.hidden(tokens, None if positions.shape == tokens.shape else positions))
+        positions_or_all = None if positions.shape == tokens.shape else positions
+        return self.head(self.hidden(tokens, positions_or_all, attention_mask=attention_mask, segment_ids=segment_ids))
 
-    def hidden(self, tokens: Tokens, positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
-        """Return the input of the head at `positions`, or at every position.
+    def hidden(
+        self,
+        tokens: Tokens,
+        positions: Positions | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Float[Tensor, "B _ D"]:
+        """Return the input of the head at `positions`, or at every position; masks as in `forward`.
 
-        Raises ValueError if the sequence is longer than the learned positions.
+        Raises ValueError if a sequence is longer than the learned positions.
         """
-        self.check_length(tokens.shape[1])
+        packing = pack(tokens, attention_mask, segment_ids)
+        tokens = tokens if packing is None else packing.clear(tokens)
+        self.check_length(tokens.shape[1] if packing is None else packing.longest)
         first, *others = self.layers()
         first_positions = None if others else positions
         projected = self.project_embeddings(tokens)
-        x = self.embedding(tokens if projected is None or first_positions is None else tokens.gather(1, first_positions))
-        x = first(x, first_positions, projected)
+        looked_up = tokens if projected is None or first_positions is None else tokens.gather(1, first_positions)
+        x = self.embedding(looked_up, positions=None if packing is None else packing.positions)
+        x = first(x, first_positions, projected, packing)
         for block in others:
-            x = block(x, positions if block is others[-1] else None)
-        return self.norm(x)
+            x = block(x, positions if block is others[-1] else None, packing=packing)
+        x = self.norm(x)
+        return x if packing is None else packing.clear_at(x, positions)
 
     def project_embeddings(self, tokens: Tokens) -> Float[Tensor, "B L P"] | None:
         """Return the first block's projection of each token, computed once per vocabulary entry.
 
         None if positions are added to the embedding, because the projection then depends on more than the token. None also if
-        the batch has no more tokens than the vocabulary, because the look-up then costs more.
+        the batch has no more tokens than the vocabulary, because the look-up then costs more, and if the block has hooks, which
+        only a call of the whole block runs.
         """
-        if self.embedding.scheme != "none" or tokens.numel() <= len(self.embedding.token.weight):
+        few = tokens.numel() <= len(self.embedding.token.weight)
+        if few or self.embedding.scheme != "none" or has_hooks(self.layers()[0]):
             return None
         return F.embedding(tokens, self.layers()[0].project(self.embedding.token.weight))
 
-    def step(self, tokens: Tokens, caches: Sequence[Cache] = ()) -> tuple[Float[Tensor, "B V"], list[Cache]]:
+    def step(
+        self, tokens: Tokens, caches: Sequence[Cache] = (), attention_mask: Tensor | None = None
+    ) -> tuple[Float[Tensor, "B V"], list[Cache]]:
         """Return the logits of the token after `tokens`, and the updated caches.
 
         `tokens` continue the sequence of `caches`: one cache per block, or none at the start of a sequence. The logits are those
-        of `forward` at the last position of the whole sequence.
+        of `forward` at the last position of the whole sequence. For beam search, `Cache.reorder` each cache.
 
-        Raises ValueError if the sequence is longer than the learned positions.
+        `attention_mask` (B, L) is for prompts of unequal length, with padding on the left or on the right: it is 1 or True at
+        tokens. Only a prompt has it, so it needs empty caches. Later steps continue each prompt.
+
+        Raises ValueError if a sequence is longer than the learned positions, if the mask has the wrong shape, dtype or values, if
+        it has no token in a row, or if it is given with caches.
         """
         caches = caches or [Cache()] * len(self.blocks)
-        start = caches[0].length
-        self.check_length(start + tokens.shape[1])
+        prompts = None if attention_mask is None else align_prompts(tokens, attention_mask, caches[0].length)
+        if prompts is not None:
+            tokens, caches = prompts.align(tokens), [Cache(padding=prompts.padding)] * len(self.blocks)
+        start, positions = caches[0].length, caches[0].positions(tokens.shape[1])
+        if self.max_length is not None:
+            self.check_length(start + tokens.shape[1] if positions is None else 1 + int(positions.max()))
         new_caches: list[Cache] = []
         projected, blocks = self.project_embeddings(tokens), self.layers()
-        x = self.embedding(tokens if projected is None or len(blocks) > 1 else tokens[:, -1:], start)
+        looked_up = tokens if projected is None or len(blocks) > 1 else tokens[:, -1:]
+        x = self.embedding(looked_up, start, None if positions is None else positions.clamp(min=0))
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.step(x, cache, projected if block is blocks[0] else None, last=block is blocks[-1])
             new_caches.append(cache)
@@ -111,21 +159,41 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: int, length: int):
         super().__init__()
-        self.token = nn.Embedding(vocabulary, config.width)
-        nn.init.normal_(self.token.weight, std=config.width**-0.5)
+        self.token = TokenEmbedding(vocabulary, config.width)
         self.scheme = config.position
-        if self.scheme == "learned":
-            self.position = nn.Parameter(torch.randn(length, config.width) * config.width**-0.5)
+        self.position = nn.Parameter(torch.empty(length, config.width)) if self.scheme == "learned" else None
+        self.reset_parameters()
 
-    def forward(self, tokens: Tokens, start: int = 0) -> Hidden:
-        """Embed tokens; the first one is at position `start`."""
+    def reset_parameters(self) -> None:
+        """Initialize the learned positions."""
+        if self.position is not None:
+            set_values(self.position, torch.randn(self.position.shape) * self.position.shape[1] ** -0.5)
+
+    def forward(self, tokens: Tokens, start: int = 0, positions: Int[Tensor, "B _"] | None = None) -> Hidden:
+        """Embed tokens; the first one is at position `start`, or each at its own of `positions`."""
         x, length = self.token(tokens), tokens.shape[1]
-        if self.scheme == "learned":
-            x = x + self.position[start : start + length]
+        if self.position is not None:
+            x = x + (self.position[start : start + length] if positions is None else F.embedding(positions, self.position))
         elif self.scheme == "sinusoidal":
             # Scaled to the norm of a token's vector: sines of amplitude 1 would dominate it.
-            x = x + sinusoidal(length, x.shape[-1], x, start=start) * (2 / x.shape[-1]) ** 0.5
+            x = x + sinusoidal(length, x.shape[-1], x, start=start, positions=positions) * (2 / x.shape[-1]) ** 0.5
         return x
+
+
+class TokenEmbedding(nn.Embedding):
+    """One vector per token."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # drawn once more, so that the seeds of committed results keep their weights
+        nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
+
+
+class Head(nn.Linear):
+    """Map the residual stream to the logits of the next token."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # as in TokenEmbedding
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
 
 class Block(nn.Module):
@@ -143,16 +211,21 @@ class Block(nn.Module):
             self.mlp = nn.Sequential(build_norm(config), inner, *gelu, nn.Linear(hidden, config.width))
 
     def forward(
-        self, x: Float[Tensor, "B _ D"], positions: Positions | None = None, projected: Float[Tensor, "B L P"] | None = None
+        self,
+        x: Float[Tensor, "B _ D"],
+        positions: Positions | None = None,
+        projected: Float[Tensor, "B L P"] | None = None,
+        packing: Packing | None = None,
     ) -> Float[Tensor, "B _ D"]:
         """Return the output at `positions`, or at every position.
 
         `projected` is the result of `project` at every position, if already computed. `x` then holds only the tokens at
-        `positions`.
+        `positions`. `packing` has the documents of the batch.
         """
         if projected is None:
             x, projected = gather_positions(x, positions), self.project(x)
-        return self.refine(x + self.mixer.mix(projected, positions))
+        mix = self.mixer.mix
+        return self.refine(x + (mix(projected, positions) if packing is None else packing.mix(mix, projected, positions)))
 
     def step(
         self, x: Float[Tensor, "B _ D"], cache: Cache, projected: Float[Tensor, "B L P"] | None = None, *, last: bool = False
@@ -162,7 +235,7 @@ class Block(nn.Module):
         With `last`, only the output of the last token is computed. `projected` is the result of `project` for every token, if
         already computed. With both, `x` may hold only the last token.
         """
-        mixed, cache = self.mixer.step(self.project(x) if projected is None else projected, cache, last=last)
+        mixed, cache = self.mixer.step_padded(self.project(x) if projected is None else projected, cache, last=last)
         return self.refine((last_tokens(x, 1) if last else x) + mixed), cache
 
     def refine(self, x: Float[Tensor, "B _ D"]) -> Float[Tensor, "B _ D"]:

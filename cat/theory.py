@@ -149,8 +149,9 @@ def _one_layer_model(
     norm = cast(nn.LayerNorm, block.mixer_norm)
     norm.weight.fill_(math.sqrt(1 / width - 1 / width**2 + norm.eps))
     norm.bias.fill_(1 / width)
-    mixer.projection.weight.copy_(torch.cat([F.pad(w, (0, half, 0, half)) for w in (q, k, torch.eye(half))]))
-    mixer.output.weight.copy_(F.pad(torch.eye(half), (0, half, half, 0)))
+    for linear, weight in ((mixer.q_proj, q), (mixer.k_proj, k), (mixer.v_proj, torch.eye(half))):
+        linear.weight.copy_(F.pad(weight, (0, half, 0, half)))
+    mixer.o_proj.weight.copy_(F.pad(torch.eye(half), (0, half, half, 0)))
     model.head.weight.copy_(F.pad(tokens, (half, 0)))
     return model, mixer
 
@@ -165,8 +166,8 @@ def block_retrieval(*, width: int, length: int, block: int, kernel: Float[Tensor
     config = LandmarkConfig(heads=1, conv_k=len(kernel), block=block, top=1)
     with torch.random.fork_rng(devices=[]):
         mixer = LandmarkAttention(config, width=width, length=length)
-    mixer.projection.weight.copy_(torch.eye(width).repeat(3, 1))
-    mixer.output.weight.copy_(torch.eye(width))
+    for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj):
+        linear.weight.copy_(torch.eye(width))
     cast(ExplicitFilter, mixer.filters["k"]).kernel.copy_(kernel)
     return mixer
 

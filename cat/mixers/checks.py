@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
@@ -27,6 +29,7 @@ from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.base import Cache, Mixer
 from cat.mixers.build import build_mixer
 from cat.mixers.registry import mixer_examples, mixer_module
+from cat.ops.common import reset_parameters
 from cat.ops.conv import reference
 
 BATCH, WIDTH, LENGTH = 2, 24, 13
@@ -138,6 +141,42 @@ def step_continues_from_a_cache(config: MixerConfig) -> None:
                 _close(f"{where}: {name} in the cache, last = True", last_cache.state[name], state)
 
 
+def documents_equal_separate_sequences(config: MixerConfig) -> None:
+    """Documents of a row, and padded batches. Padding is NaN, and one row has nothing else."""
+    mixer, end = build(config), LONGER
+    batches = {
+        "of a row": [(0, 0, 1), (0, 1, LENGTH), (0, LENGTH, end), (1, 0, end), (2, 0, 4), (2, 4, 5), (2, 5, 6), (2, 6, end)],
+        "with padding on the right": [(0, 0, LENGTH), (1, 0, end)],
+        "with padding on the left": [(0, LENGTH, end), (2, end - 1, end)],
+    }
+    for where, documents in batches.items():
+        ids = torch.zeros(3, end, dtype=torch.long)
+        for index, (row, start, stop) in enumerate(documents, 1):
+            ids[row, start:stop] = index
+        padding = ids[..., None] == 0
+        x = normal(3, end, WIDTH).masked_fill(padding, float("nan")).requires_grad_()
+        y = mixer(x, attention_mask=ids > 0) if padding.any() else mixer(x, segment_ids=ids)
+        expected = torch.zeros_like(y)
+        for row, start, stop in documents:
+            expected[row, start:stop] = mixer(x[row : row + 1, start:stop])[0]
+        _close(f"the output of documents {where}", y, expected)
+        _close_gradients(f"of documents {where}", gradients_of(mixer, x, y), gradients_of(mixer, x, expected))
+
+
+def padded_prompts_equal_separate_prompts(config: MixerConfig) -> None:
+    """A padded prompt, then tokens one by one and in parts, also beyond the training length."""
+    mixer, padding, outputs = build(config), torch.tensor([0, 5, 8]), list[Tensor]()
+    projected, cache = mixer.project(normal(3, LONGER, WIDTH)), Cache(padding=padding)
+    for part in projected.split([9, 1, 1, 4, LONGER - 15], dim=1):
+        last, _ = mixer.step_padded(part, cache, last=True)
+        out, cache = mixer.step_padded(part, cache)
+        _close(f"step_padded until token {cache.length}, last = True", last, out[:, -1:])
+        outputs.append(out)
+    for row, first in enumerate(padding.tolist()):
+        expected = F.pad(mixer.mix(projected[row : row + 1, first:]), (0, 0, first, 0))
+        _close(f"step_padded after {first} tokens of padding", torch.cat(outputs, dim=1)[row : row + 1], expected)
+
+
 def attention_weights_are_a_mean(config: MixerConfig) -> None:
     """For `has_attention`: causal, non-negative weights with sum one, and the outputs are those of the weights."""
     if not config.has_attention:
@@ -145,10 +184,11 @@ def attention_weights_are_a_mean(config: MixerConfig) -> None:
     mixer: Any = build(config)
     q, k, v, *others = mixer.prepare(mixer.project(normal(BATCH, LENGTH, WIDTH)))
     weights = mixer.attend(q, k, torch.eye(LENGTH, dtype=torch.float64).expand(*v.shape[:2], -1, -1), *others)
+    repeated = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)  # heads of queries may share heads of values
     _expect(bool((weights >= 0).all()), "attention weights are negative, but has_attention is True")
     _expect(not weights.triu(1).any(), "attention weights of later tokens are not zero")
     _close("the sum of attention weights", weights.sum(-1), torch.ones(weights.shape[:-1], dtype=torch.float64))
-    _close("attention weights times values", weights @ v, mixer.attend(q, k, v, *others))
+    _close("attention weights times values", weights @ repeated, mixer.attend(q, k, v, *others))
 
 
 def operations_equal_their_references(config: MixerConfig) -> None:
@@ -224,6 +264,24 @@ def shapes_need_no_data(config: MixerConfig) -> None:
     _expect(y.shape == x.shape, f"on the meta device, the output has shape {tuple(y.shape)}")
 
 
+def reset_initializes_every_tensor(config: MixerConfig) -> None:
+    """A model that is built on the meta device gets its weights from `reset_parameters` of each module that owns some."""
+    mixer, built = build(config), build(config)
+    for name, module in mixer.named_modules():
+        owned = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        has_reset = callable(getattr(module, "reset_parameters", None))
+        _expect(has_reset or not owned, f"{name or 'the mixer'} owns parameters or buffers and has no reset_parameters")
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for tensor in mixer.state_dict().values():
+            tensor.fill_(math.nan)
+        torch.manual_seed(0)
+        reset_parameters(mixer)
+    for (name, tensor), expected in zip(mixer.state_dict().items(), built.state_dict().values(), strict=True):
+        _expect(bool(tensor.isfinite().all()), f"reset_parameters leaves {name} as it is")
+        scales = [t.square().mean().sqrt().item() for t in (tensor, expected)]
+        _expect(max(scales) <= 4 * min(scales), f"after reset_parameters, {name} is about {scales[0]:.3g}, not {scales[1]:.3g}")
+
+
 CHECKS: dict[str, Callable[[MixerConfig], None]] = {
     "shapes": output_has_the_input_shape,
     "projection": projection_is_per_token,
@@ -235,23 +293,25 @@ CHECKS: dict[str, Callable[[MixerConfig], None]] = {
     "bfloat16": bfloat16_is_usable,
     "nan": no_intermediate_gradient_is_nan,
     "cache": step_continues_from_a_cache,
+    "documents": documents_equal_separate_sequences,
+    "prompts": padded_prompts_equal_separate_prompts,
     "attention": attention_weights_are_a_mean,
     "reference": operations_equal_their_references,
     "gradcheck": gradients_are_those_of_finite_differences,
     "vmap": vmap_computes_each_sequence,
     "meta": shapes_need_no_data,
+    "reset": reset_initializes_every_tensor,
 }
 """The checks of one example by name."""
 
 
 def examples_cover_every_key(mixer: str) -> None:
-    """Every key of the configuration has two values in the examples, except `heads`."""
+    """Every key of the configuration has two values in the examples, except `heads`, and `dropout`, which is random."""
     examples = mixer_examples(mixer).values()
     for key in type(next(iter(examples))).model_fields:
         values = {str(getattr(example, key)) for example in examples}
-        _expect(
-            key == "heads" or len(values) > 1, f"{key} = {', '.join(values)} in every example. Fix: add one with another value"
-        )
+        varied = key in ("heads", "dropout") or len(values) > 1
+        _expect(varied, f"{key} = {', '.join(values)} in every example. Fix: add one with another value")
 
 
 def baseline_has_the_size_of_attention(mixer: str) -> None:

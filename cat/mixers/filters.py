@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cat.config import KernelSize
-from cat.ops.common import autocast_to_compute_dtype
+from cat.ops.common import autocast_to_compute_dtype, set_values
 from cat.ops.conv.causal import (
     dilate,
     filter_channels,
@@ -75,7 +75,12 @@ class Filter(nn.Module, ABC):
     def __init__(self, layout: Layout):
         super().__init__()
         self.layout = layout
-        self.bias = nn.Parameter(torch.zeros(layout.heads, 1, layout.channels)) if layout.bias else None
+        self.bias = nn.Parameter(torch.empty(layout.heads, 1, layout.channels)) if layout.bias else None
+
+    def reset_parameters(self) -> None:
+        """Initialize the filter's own parameters and buffers; a subclass adds its own."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     @abstractmethod
     def generate(self, length: int) -> Tensor:
@@ -99,9 +104,13 @@ class Filter(nn.Module, ABC):
         total = train_kernel.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
         return kernel / total.clamp(min=min_norm(kernel.dtype))
 
+    def kernel_for(self, x: Float[Tensor, "*batch L C"]) -> Tensor:
+        """Return the kernel for a sequence like `x`, in its dtype: a layer in bfloat16 may keep its kernels in float32."""
+        return self.response(x.shape[-2]).to(x.dtype)
+
     def forward(self, x: Heads, positions: Positions | None = None) -> Queries:
         """Return the outputs at every position, or at `positions`."""
-        kernel = self.response(x.shape[2])
+        kernel = self.kernel_for(x)
         match self.layout.sharing:
             case "head" if positions is not None and is_sparse(x, positions):
                 return self.add_bias(filter_heads_at(x, kernel, positions, dilation=self.dilation))
@@ -121,7 +130,7 @@ class Filter(nn.Module, ABC):
         return ", ".join([*settings, f"sharing={self.layout.sharing}"])
 
     def add_bias(self, y: Queries) -> Queries:
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def at_block_ends(self, x: Heads, block: int) -> Float[Tensor, "B H N C"]:
         """Return the outputs only at the last tokens of the N whole blocks.
@@ -132,7 +141,7 @@ class Filter(nn.Module, ABC):
         blocks = x.shape[2] // block
         if blocks == 0:
             return x[:, :, :0]
-        kernel = dilate(self.response(x.shape[2]), self.dilation)[..., : blocks * block]
+        kernel = dilate(self.kernel_for(x), self.dilation)[..., : blocks * block]
         kernel = F.pad(kernel, (0, -kernel.shape[-1] % block)).unflatten(-1, (-1, block)).flip(-1).mT
         tokens = x[:, :, : blocks * block].unflatten(2, (blocks, block)).transpose(2, 3).flatten(1, 2)
         match self.layout.sharing:
@@ -158,7 +167,7 @@ class Filter(nn.Module, ABC):
     def last_output(self, x: Heads) -> Float[Tensor, "B H 1 C"]:
         """Return only the last output: the product of the kernel with its inputs."""
         length = x.shape[2]
-        kernel = self.response(length)[..., : -(-length // self.dilation)].flip(-1)
+        kernel = self.kernel_for(x)[..., : -(-length // self.dilation)].flip(-1)
         inputs = x[:, :, length - 1 - (kernel.shape[-1] - 1) * self.dilation :: self.dilation]
         match self.layout.sharing:
             case "head":
@@ -185,22 +194,23 @@ class Filter(nn.Module, ABC):
 
 
 class ExplicitFilter(Filter):
-    """A learned kernel of `kernel_size` values, `dilation` tokens apart."""
+    """A learned kernel of `kernel_size` values, `dilation` tokens apart.
 
-    def __init__(self, layout: Layout, kernel_size: int, *, init: Init, dilation: int = 1):
+    `init_sum`: the identity kernel becomes a moving sum over so many tokens. With dilation, the sum has the tokens that the
+    kernel covers.
+    """
+
+    def __init__(self, layout: Layout, kernel_size: int, *, init: Init, dilation: int = 1, init_sum: int = 1):
         super().__init__(layout)
-        self.dilation = dilation
-        kernel, direct = self._initial(kernel_size, init)
-        kernel[..., 0] += direct
-        self.kernel = nn.Parameter(kernel)
+        self.dilation, self.init, self.init_sum = dilation, init, init_sum
+        self.kernel = nn.Parameter(torch.empty(*layout.kernel_shape, kernel_size))
+        self.reset_parameters()
 
-    @torch.no_grad()
-    def init_moving_sum(self, tokens: int) -> None:
-        """Turn an identity kernel with its noise into a moving sum over `tokens` tokens.
-
-        With dilation, the sum has the tokens that the kernel covers.
-        """
-        self.kernel[..., 1 : -(-tokens // self.dilation)] += self._identity()[..., None]
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        kernel, direct = self._initial(self.kernel.shape[-1], self.init)
+        kernel[..., : -(-self.init_sum // self.dilation)] += direct[..., None]
+        set_values(self.kernel, kernel)
 
     def generate(self, length: int) -> Tensor:
         return self.kernel
@@ -217,17 +227,26 @@ class DecayFilter(Filter):
     """
 
     log_rate: Tensor
+    train_length: int
 
     def __init__(self, layout: Layout, size: int, *, init: Init, length: int, learned: bool):
         super().__init__(layout)
-        self.train_length = length
-        coefficients, direct = self._initial(size, init)
-        self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
-        log_rate = -time_scales(size, length).log()
+        self.init, self.train_length = init, length
+        shape = layout.kernel_shape
+        self.coefficients, self.direct = nn.Parameter(torch.empty(*shape, size)), nn.Parameter(torch.empty(shape))
         if learned:
-            self.log_rate = nn.Parameter(log_rate.repeat(*self.layout.kernel_shape, 1))
+            self.log_rate = nn.Parameter(torch.empty(*shape, size))
         else:
-            self.register_buffer("log_rate", log_rate)
+            self.register_buffer("log_rate", torch.empty(size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        size = self.coefficients.shape[-1]
+        coefficients, direct = self._initial(size, self.init)
+        set_values(self.coefficients, coefficients)
+        set_values(self.direct, direct)
+        set_values(self.log_rate, -time_scales(size, self.train_length).log().expand(self.log_rate.shape))
 
     def generate(self, length: int) -> Tensor:
         lags = torch.arange(length, device=self.coefficients.device)
@@ -243,16 +262,28 @@ class NetworkFilter(Filter):
     """
 
     scales: Tensor
+    train_length: int
 
     def __init__(self, layout: Layout, size: int, *, init: Init, length: int):
         super().__init__(layout)
-        self.train_length = length
-        coefficients, direct = self._initial(size, init)
-        self.coefficients, self.direct = nn.Parameter(coefficients), nn.Parameter(direct)
-        self.frequencies = nn.Parameter(math.pi * torch.randn(FEATURES, size))
-        self.phases = nn.Parameter(math.pi * torch.rand(size))
-        self.log_fading = nn.Parameter(torch.full(self.layout.kernel_shape, -math.log(length)))
-        self.register_buffer("scales", time_scales(FEATURES, length))
+        self.init, self.train_length = init, length
+        shape = layout.kernel_shape
+        self.coefficients, self.direct = nn.Parameter(torch.empty(*shape, size)), nn.Parameter(torch.empty(shape))
+        self.frequencies, self.phases = nn.Parameter(torch.empty(FEATURES, size)), nn.Parameter(torch.empty(size))
+        self.log_fading = nn.Parameter(torch.empty(shape))
+        self.register_buffer("scales", torch.empty(FEATURES))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        size = len(self.phases)
+        coefficients, direct = self._initial(size, self.init)
+        set_values(self.coefficients, coefficients)
+        set_values(self.direct, direct)
+        set_values(self.frequencies, math.pi * torch.randn(FEATURES, size))
+        set_values(self.phases, math.pi * torch.rand(size))
+        nn.init.constant_(self.log_fading, -math.log(self.train_length))
+        set_values(self.scales, time_scales(FEATURES, self.train_length))
 
     def generate(self, length: int) -> Tensor:
         lags = torch.arange(length, device=self.scales.device)
@@ -278,10 +309,10 @@ def apply_grouped(filters: Sequence[Filter], x: GroupedHeads, positions: Positio
 
     `positions` are only used for a single filter. All filters satisfy `can_group` with each other.
     """
-    length, first = x.shape[3], filters[0]
+    first = filters[0]
     if len(filters) == 1:
         return [first(x.squeeze(0), positions)]
-    kernel = torch.stack([filter_.response(length) for filter_ in filters])
+    kernel = torch.stack([filter_.kernel_for(x) for filter_ in filters])
     kernel = kernel[:, :, None] if first.layout.sharing == "head" else kernel
     outputs = filter_groups(x, kernel, dilation=first.dilation)
     return [filter_.add_bias(y) for filter_, y in zip(filters, outputs, strict=True)]
@@ -293,17 +324,25 @@ def time_scales(count: int, length: int) -> Tensor:
 
 
 def build_filter(
-    layout: Layout, kernel_size: KernelSize, *, init: Init, length: int, dilation: int = 1, size: int | None = None
+    layout: Layout,
+    kernel_size: KernelSize,
+    *,
+    init: Init,
+    length: int,
+    dilation: int = 1,
+    size: int | None = None,
+    init_sum: int = 1,
 ) -> Filter:
     """Build the filter of a configured kernel size or generator.
 
     `length` is the training length. `size` is required for generated kernels: hidden units of a network, or number of decays.
+    `init_sum` is for explicit kernels.
     """
     match kernel_size:
         case int():
-            return ExplicitFilter(layout, kernel_size, init=init, dilation=dilation)
+            return ExplicitFilter(layout, kernel_size, init=init, dilation=dilation, init_sum=init_sum)
         case "full":
-            return ExplicitFilter(layout, length, init=init)
+            return ExplicitFilter(layout, length, init=init, init_sum=init_sum)
     assert size is not None
     if kernel_size == "network":
         return NetworkFilter(layout, size, init=init, length=length)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Operation(torch.autograd.Function):
@@ -80,3 +80,21 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 def to_float32(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
     """Cast `x` to float32, or keep float64: sums over many tokens are inexact or overflow in half precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.no_grad()
+def set_values(tensor: Shaped[Tensor, "*shape"], values: Shaped[Tensor, "*shape"]) -> None:
+    """Overwrite a parameter or buffer, also one that is sharded; every process then has its part of the first one's values."""
+    if hasattr(tensor, "device_mesh"):
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(tensor, DTensor)
+        values = distribute_tensor(values.to(tensor.device), tensor.device_mesh, tensor.placements)
+    tensor.copy_(values)
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Initialize the parameters and buffers of a module and of all modules in it."""
+    for part in module.modules():
+        if callable(reset := getattr(part, "reset_parameters", None)):
+            reset()

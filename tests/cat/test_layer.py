@@ -32,6 +32,10 @@ def run(script):
     return done.stdout
 
 
+def projections(layer):
+    return [linear.weight for linear in (layer.mixer.q_proj, layer.mixer.k_proj, layer.mixer.v_proj)]
+
+
 def test_the_layer_does_not_import_the_study():
     script = f"""
         import sys
@@ -89,6 +93,8 @@ def test_the_package_has_its_types():
         {"conv_k": 4, "sharing": "mixing"},
         {"conv_k": 4, "dilation": 2, "position": "rotary"},
         {"conv_k": 4, "position": "alibi"},
+        {"conv_k": 4, "kv_heads": 1, "bias": True},
+        {"conv_k": 4, "window": 3},
     ],
     ids=str,
 )
@@ -121,6 +127,10 @@ def test_any_length_is_causal(options, length):
         {"conv_k": 3, "temperature": True},
         {"conv_k": "full"},
         {"conv_v": "network", "filter_size": 3},
+        {"kv_heads": 1},
+        {"bias": True},
+        {"position": "rotary", "rope_base": 100.0, "rope_scale": 2.0},
+        {"window": 3},
     ],
     ids=str,
 )
@@ -201,6 +211,62 @@ def test_padding_on_the_right_has_finite_gradients_in_half_precision():
     assert all(weight.grad.isfinite().all() for weight in layer.parameters())
 
 
+MASKED = [
+    {"conv_q": 4, "conv_k": 3, "filter_bias": True},
+    {"conv_v": "state", "filter_size": 3, "length": 9, "position": "alibi"},
+]
+
+
+@pytest.mark.parametrize("options", MASKED)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_that_is_not_finite_reaches_no_token_and_no_gradient(options, side):
+    torch.manual_seed(0)
+    layer, x = ConvolutionAugmentedAttention(12, 2, **options).double(), normal(3, 9, 12)
+    lengths, column = torch.tensor([[4], [9], [1]]), torch.arange(9)
+    mask = column < lengths if side == "right" else column >= 9 - lengths
+    padded = x.masked_fill(~mask[..., None], float("inf")).requires_grad_()
+    y = layer(padded, attention_mask=mask)
+    y.sum().backward()
+    gradients = {name: weight.grad for name, weight in layer.named_parameters()}
+    layer.zero_grad()
+    x.requires_grad_()
+    for row in range(3):
+        alone = layer(x[row : row + 1, mask[row]])[0]
+        torch.testing.assert_close(y[row, mask[row]], alone)
+        alone.sum().backward()
+    assert not y[~mask].any()
+    for name, weight in layer.named_parameters():
+        torch.testing.assert_close(gradients[name], weight.grad)
+    torch.testing.assert_close(padded.grad, x.grad)
+
+
+def test_packed_documents_do_not_see_each_other():
+    torch.manual_seed(0)
+    layer, x = ConvolutionAugmentedAttention(12, 2, **MASKED[0]).double(), normal(1, 9, 12)
+    y = layer(x, segment_ids=torch.tensor([[3, 3, 3, 3, 3, 1, 2, 2, 2]]))
+    torch.testing.assert_close(y, torch.cat([layer(part) for part in x.split([5, 1, 3], dim=1)], dim=1))
+
+
+@pytest.mark.parametrize("options", MASKED)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_prompts_of_unequal_length_continue_from_one_cache(options, side):
+    torch.manual_seed(0)
+    layer, x = ConvolutionAugmentedAttention(12, 2, **options).double(), normal(3, 15, 12)
+    lengths, column = torch.tensor([[4], [9], [1]]), torch.arange(9)
+    mask = column < lengths if side == "right" else column >= 9 - lengths
+    y, cache = layer.step(x[:, :9].masked_fill(~mask[..., None], float("nan")), attention_mask=mask)
+    assert not y[~mask].any()
+    outputs = [y]
+    for part in x[:, 9:].split([1, 1, 4], dim=1):
+        y, cache = layer.step(part, cache)
+        outputs.append(y)
+    actual, is_token = torch.cat(outputs, dim=1), torch.cat([mask, torch.ones(3, 6, dtype=torch.bool)], dim=1)
+    for row in range(3):
+        torch.testing.assert_close(actual[row, is_token[row]], layer(x[row : row + 1, is_token[row]])[0])
+    with pytest.raises(ValueError, match="attention_mask needs an empty cache, not one of 15 tokens"):
+        layer.step(x[:, :1], cache, attention_mask=mask[:, :1])
+
+
 def test_the_repr_shows_the_convolutions():
     layer = ConvolutionAugmentedAttention(12, 2, conv_q=4, conv_v="state", filter_size=3, length=9, position="rotary")
     assert "width=12, heads=2, conv_q=4, conv_v=state, filter_size=3, position=rotary" in repr(layer)
@@ -219,9 +285,9 @@ def test_without_convolutions_it_equals_the_attention_of_torch():
     torch.manual_seed(0)
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS)
     x = torch.randn(2, LENGTH, WIDTH)
-    q, k, v = ((x @ w.T).unflatten(-1, (HEADS, -1)).transpose(1, 2) for w in layer.mixer.projection.weight.chunk(3))
+    q, k, v = ((x @ w.T).unflatten(-1, (HEADS, -1)).transpose(1, 2) for w in projections(layer))
     heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.output.weight.T)
+    torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.o_proj.weight.T)
 
 
 def test_with_convolutions_it_equals_the_attention_of_torch_after_conv1d():
@@ -229,12 +295,70 @@ def test_with_convolutions_it_equals_the_attention_of_torch_after_conv1d():
     layer = ConvolutionAugmentedAttention(WIDTH, HEADS, conv_q=4, conv_k=3, conv_v=2, filter_init="random")
     x = torch.randn(2, LENGTH, WIDTH)
     qkv = []
-    for projection, w in zip("qkv", layer.mixer.projection.weight.chunk(3), strict=True):
+    for projection, w in zip("qkv", projections(layer), strict=True):
         kernel = layer.mixer.filters[projection].kernel.repeat_interleave(WIDTH // HEADS, dim=0)[:, None]
         padded = F.pad((x @ w.T).mT, (kernel.shape[-1] - 1, 0))
         qkv.append(F.conv1d(padded, kernel.flip(-1), groups=WIDTH).mT.unflatten(-1, (HEADS, -1)).transpose(1, 2))
     heads = F.scaled_dot_product_attention(*qkv, is_causal=True)
-    torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.output.weight.T)
+    torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.o_proj.weight.T)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads_equal_full_heads_with_repeated_weights(kv_heads):
+    """Consecutive heads of queries share a head of keys and values (arXiv 2305.13245)."""
+    options = {"conv_q": 3, "conv_k": 4, "conv_v": 2, "bias": True, "filter_init": "random", "dtype": torch.float64}
+    layer = ConvolutionAugmentedAttention(24, 4, kv_heads=kv_heads, **options)
+    full = ConvolutionAugmentedAttention(24, 4, **options)
+    weights = layer.state_dict()
+    for name, weight in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            by_head = weight.unflatten(0, (kv_heads, 6))
+            weights[name] = by_head.repeat_interleave(4 // kv_heads, dim=0).flatten(0, 1)
+        elif "filters.k" in name or "filters.v" in name:
+            weights[name] = weight.repeat_interleave(4 // kv_heads, dim=0)
+    full.load_state_dict(weights)
+    x = normal(2, LENGTH, 24)
+    torch.testing.assert_close(layer(x), full(x))
+    _, cache = layer.step(x)
+    assert {name: state.shape[1] for name, state in cache.state.items()} == {
+        "keys": kv_heads, "values": kv_heads, "q": 4, "k": kv_heads, "v": kv_heads,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("position", ["none", "rotary", "alibi"])
+def test_with_a_window_the_cache_keeps_only_the_tokens_that_the_next_one_sees(position):
+    layer = ConvolutionAugmentedAttention(12, 2, window=4, conv_k=2, position=position, dtype=torch.float64)
+    x, cache, outputs = normal(2, 12, 12), None, []
+    for part in x.split([2, 1, 6, 1, 2], dim=1):
+        y, cache = layer.step(part, cache)
+        outputs.append(y)
+        assert cache.state["keys"].shape[2] == min(3, cache.length)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
+
+
+def test_an_output_depends_on_the_tokens_of_its_window():
+    layer = ConvolutionAugmentedAttention(12, 2, window=3, dtype=torch.float64)
+    x = normal(1, 200, 12).requires_grad_()
+    for i in (0, 1, 2, 63, 64, 150, 199):
+        (gradient,) = torch.autograd.grad(layer(x)[0, i].sum(), x)
+        assert gradient[0].any(-1).nonzero()[:, 0].tolist() == list(range(max(0, i - 2), i + 1))
+
+
+def test_dropout_acts_in_training_mode_only():
+    layer = ConvolutionAugmentedAttention(12, 2, dropout=0.5, dtype=torch.float64)
+    x = normal(2, LENGTH, 12)
+    assert not torch.allclose(layer(x), layer(x))
+    layer.eval()
+    plain = ConvolutionAugmentedAttention(12, 2, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=0)
+    torch.testing.assert_close(layer.step(x)[0], plain(x))
+
+
+def test_the_bias_is_that_of_every_projection():
+    layer = ConvolutionAugmentedAttention(12, 2, bias=True)
+    names = {name for name, _ in layer.mixer.named_parameters() if name.endswith("bias")}
+    assert names == {f"{projection}_proj.bias" for projection in "qkvo"}
 
 
 def test_an_invalid_argument_is_a_one_line_error_that_names_it():
@@ -252,6 +376,20 @@ def test_an_invalid_argument_is_a_one_line_error_that_names_it():
         "length = 0 should be greater than or equal to 1": {"conv_k": 2, "length": 0},
         "dilation = 2 needs a convolution. Fix: set conv_q, conv_k or conv_v": {"dilation": 2},
         "qk_norm = 1 should be a valid boolean": {"qk_norm": 1},
+        "kv_heads = 3 does not divide heads = 4": {"kv_heads": 3},
+        "kv_heads = 8 does not divide heads = 4": {"kv_heads": 8},
+        "kv_heads = 0 should be greater than or equal to 1": {"kv_heads": 0},
+        "sharing = mixing needs more than one head of keys and values, not kv_heads = 1": {
+            "kv_heads": 1,
+            "conv_k": 3,
+            "sharing": "mixing",
+        },
+        "rope_base = 100 needs position = rotary": {"rope_base": 100.0},
+        "rope_scale = 2 needs position = rotary": {"rope_scale": 2, "position": "alibi"},
+        "rope_scale = 0.0 should be greater than 0": {"rope_scale": 0.0, "position": "rotary"},
+        "window = 0 should be greater than or equal to 1": {"window": 0},
+        "dropout = 1.0 should be less than 1": {"dropout": 1.0},
+        "dropout = -0.1 should be greater than or equal to 0": {"dropout": -0.1},
     }
     script = f"""
         import numpy
@@ -279,8 +417,8 @@ def test_an_input_of_another_shape_is_refused(shape):
 def test_torch_attention_of_the_example_equals_the_layer_without_convolutions():
     torch.manual_seed(0)
     layer, plain = ConvolutionAugmentedAttention(WIDTH, HEADS), transformer.TorchAttention(WIDTH, HEADS)
-    plain.attention.in_proj_weight.data = layer.mixer.projection.weight.data
-    plain.attention.out_proj.weight.data = layer.mixer.output.weight.data
+    plain.attention.in_proj_weight.data = torch.cat(projections(layer)).data
+    plain.attention.out_proj.weight.data = layer.mixer.o_proj.weight.data
     x = torch.randn(2, LENGTH, WIDTH)
     torch.testing.assert_close(plain(x), layer(x))
 

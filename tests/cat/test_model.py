@@ -103,6 +103,38 @@ def test_a_model_with_several_mixers_is_causal_and_continues_from_its_cache(mixe
     close(model.logits_at(tokens, positions), logits[:, [1, 4]])
 
 
+@pytest.mark.parametrize("position", ["none", "rotary", "learned", "sinusoidal"])
+def test_documents_and_padded_sequences_equal_separate_ones(position):
+    """Also the gradient of every weight; the look-up of projections, which many tokens cause, included."""
+    built = model(position=position)
+    tokens = torch.randint(11, (3, 9), generator=torch.Generator().manual_seed(1))
+    documents = {
+        "segment_ids": [(0, 0, 5), (0, 5, 9), (1, 0, 9), (2, 0, 1), (2, 1, 2), (2, 2, 9)],
+        "attention_mask": [(0, 5, 9), (1, 0, 3), (2, 0, 9)],
+    }
+    for name, parts in documents.items():
+        mask = torch.zeros(3, 9, dtype=torch.long)
+        for index, (row, start, stop) in enumerate(parts, 1):
+            mask[row, start:stop] = index if name == "segment_ids" else 1
+        given = tokens.masked_fill(mask == 0, -100)  # no token of the vocabulary
+        logits = built(given, **{name: mask})
+        expected = torch.zeros_like(logits)
+        for row, start, stop in parts:
+            expected[row, start:stop] = built(tokens[row : row + 1, start:stop])[0]
+        close(logits, expected)
+        close(*(torch.autograd.grad(y.square().sum(), list(built.parameters())) for y in (logits, expected)))
+        positions = torch.tensor([[2, 6, 8], [0, 1, 2], [3, 4, 5]])
+        close(built.logits_at(given, positions, **{name: mask}), expected[torch.arange(3)[:, None], positions])
+
+
+def test_learned_positions_restart_in_each_document():
+    built, tokens = model(position="learned"), torch.zeros(1, 14, dtype=torch.long)
+    ids = torch.arange(14)[None] // 7
+    close(*built(tokens, segment_ids=ids).split(7, dim=1))
+    with pytest.raises(ValueError, match="learned positions reach 9 tokens, not 10"):
+        built(tokens, segment_ids=(torch.arange(14)[None] >= 10).long())
+
+
 def test_learned_positions_belong_to_the_whole_model():
     model = several([MAMBA, ATTENTION], position="learned")
     assert model.embedding.position.shape == (LENGTH, 12)

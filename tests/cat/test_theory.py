@@ -160,7 +160,7 @@ def changed(model: SequenceModel, **changes: object) -> SequenceModel:
     if not config.mixers[0].qk_norm:
         c = model.layers()[0].mixer.log_temperature.exp().item()
         with torch.no_grad():
-            other.layers()[0].mixer.projection.weight[: config.width] *= c * math.sqrt(config.width)
+            other.layers()[0].mixer.q_proj.weight.mul_(c * math.sqrt(config.width))
     return other
 
 
@@ -342,7 +342,7 @@ def test_a_key_filter_that_meets_the_condition_solves_recall_in_a_model(kernel, 
     config = with_mixer(model, conv_q=None, conv_k=3, qk_norm=False)
     other = build_model(config, vocabulary=30, length=LONGEST, seed=0)
     weights = model.state_dict() | {"blocks.0.mixer.filters.k.kernel": torch.tensor([kernel])}
-    weights["blocks.0.mixer.projection.weight"][: config.width] *= 1e3
+    weights["blocks.0.mixer.q_proj.weight"] *= 1e3
     other.load_state_dict(weights, strict=False)
     assert solves_every_length(torch.tensor(kernel)) == solves
     assert (accuracy(other, recall_task(1), 16, count=64) == 1) == solves

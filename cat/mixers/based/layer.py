@@ -22,6 +22,7 @@ class Based(DotProductMixer):
     """
 
     supports_positions = True
+    supports_padding = True
 
     def __init__(self, config: BasedConfig, *, width: int, length: int):
         super().__init__(config, width=width, length=length)
@@ -39,5 +40,7 @@ class Based(DotProductMixer):
             q, k = rotate(q, start=cache.length + k.shape[2] - q.shape[2]), rotate(k, start=cache.length)
         state = cache.state
         before = Past(state["keys"], state["values"], state.get("far")) if cache.length else None
-        heads, past = taylor_attend_step(q, k, v, state=before, length=cache.length, scale=self.scale, window=self.window)
+        heads, past = taylor_attend_step(
+            q, k, v, state=before, length=cache.length, scale=self.scale, window=self.window, padding=cache.padding
+        )
         return heads, {name: x for name, x in past._asdict().items() if x is not None}

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cat.ops.common import in_chunks, to_float32, without_autocast
+from cat.ops.position import is_padding
 from cat.types import Heads, Positions, Queries, Values
 
 CHUNK = 64
@@ -52,15 +53,26 @@ class Past(NamedTuple):
 
 
 def taylor_attend_step(
-    q: Queries, k: Heads, v: Values, *, state: Past | None, length: int, scale: float, window: int
+    q: Queries,
+    k: Heads,
+    v: Values,
+    *,
+    state: Past | None,
+    length: int,
+    scale: float,
+    window: int,
+    padding: Int[Tensor, " B"] | None = None,
 ) -> tuple[Float[Tensor, "B H _ E"], Past]:
     """Return the outputs after the `length` tokens of `state`, and the new state.
 
-    `state` is None before the first token. q has the queries of all new tokens, or only of the last ones.
+    `state` is None before the first token. q has the queries of all new tokens, or only of the last ones. `padding` is the number
+    of the first tokens, in `state` or new, that have no weight. A query among them attends to itself only.
     """
     dtype = v.dtype
     with without_autocast(q):
         q, k, v = scale * to_float32(q), to_float32(k), F.pad(to_float32(v), (0, 1), value=1)
+        if padding is not None and state is None:
+            v = v.masked_fill(is_padding(padding, v.shape[2])[:, None, :, None], 0)
         keys, values, far = state or Past(k[:, :, :0], v[:, :, :0], None)
         summed = length - keys.shape[2]
         keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
@@ -68,6 +80,10 @@ def taylor_attend_step(
         i = j[-q.shape[2] :, None]
         logs = log_weights(q @ keys.mT, i - j, window)
         far_count = torch.full_like(i, summed)
+        if padding is not None:
+            first = padding[:, None, None, None]
+            logs = logs.masked_fill((j + summed < first) & (j != i), float("-inf"))
+            far_count = (far_count - first).clamp(min=0)
         out = logs.softmax(-1) @ values if far is None else add_far_tokens(logs, values, features(q) @ far, far_count)
         if (outside := keys.shape[2] - window) >= count_features(k.shape[3]):
             added = features(keys[:, :, :outside]).mT @ values[:, :, :outside]
@@ -126,7 +142,7 @@ def add_far_tokens(
     logs: Float[Tensor, "B H *N A J"],
     v: Float[Tensor, "B H *N J E"],
     far: Float[Tensor, "B H *N A E"],
-    count: Int[Tensor, "*#N #A 1"],
+    count: Int[Tensor, "*#tokens #A 1"],
 ) -> Float[Tensor, "B H *N A E"]:
     """Return the weighted mean of `v` and of `count` further tokens.
 

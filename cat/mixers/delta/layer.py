@@ -8,8 +8,6 @@ convolutions and silu on q, k and v before the rule, and a norm after it; the se
 scales queries by 1 / sqrt(C), which the norm cancels. Here is neither, so a key retrieves the stored value at its full size.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -19,6 +17,8 @@ from cat.mixers.base import Cache
 from cat.mixers.delta.config import DeltaConfig
 from cat.mixers.delta.op import Rates, delta_rule, delta_rule_step
 from cat.mixers.qkv import Attended, Projection, QKVMixer
+from cat.mixers.step_size import StepSize
+from cat.ops.common import set_values
 from cat.ops.l2norm import l2_normalize
 from cat.ops.position import gather_positions
 from cat.types import Heads, Positions, Queries, Values
@@ -27,21 +27,25 @@ from cat.types import Heads, Positions, Queries, Values
 class DeltaRule(QKVMixer):
     """The delta rule over (B, L, D) with optional convolutions and an optional gate."""
 
+    supports_padding = True
+
     def __init__(self, config: DeltaConfig, *, width: int, length: int):
         super().__init__(config, width=width, length=length)
         self.gate = config.gate
         self.strength = nn.Linear(width, config.heads, bias=False)
         if config.gate:
-            self.dt_proj = nn.Linear(width, config.heads)
-            # As in the code of Mamba-2 (arXiv 2405.21060): rates between 1 and 16, and steps log-uniform between 0.001 and 0.1
-            # at zero input.
-            self.log_rate = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
-            with torch.no_grad():
-                self.dt_proj.bias.uniform_(math.log(1e-3), math.log(1e-1)).exp_().expm1_().log_()  # the inverse of softplus
+            self.dt_proj = StepSize(width, config.heads)
+            self.log_rate = nn.Parameter(torch.empty(config.heads))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the rates between 1 and 16, as the code of Mamba-2 does (arXiv 2405.21060)."""
+        if self.gate:
+            set_values(self.log_rate, torch.empty(self.log_rate.shape).uniform_(1, 16).log())
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         rates = [self.strength(x), self.dt_proj(x)] if self.gate else [self.strength(x)]
-        return torch.cat([self.projection(x), *rates], dim=-1)
+        return torch.cat([super().project(x), *rates], dim=-1)
 
     def attend(
         self, q: Heads, k: Heads, v: Values, *rates: Rates, positions: Positions | None = None
@@ -59,6 +63,6 @@ class DeltaRule(QKVMixer):
 
     def split_projection(self, projected: Projection) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
         """Split into q, k and v (concatenated), beta and, with a gate, log alpha."""
-        width = self.projection.out_features
+        width = 3 * self.width
         strength, *step = projected[..., width:].split(self.config.heads, dim=-1)
         return projected[..., :width], [strength.sigmoid().mT, *((-self.log_rate.exp() * F.softplus(s)).mT for s in step)]

@@ -25,6 +25,8 @@ from cat.types import Heads, Positions, Values
 class GatedLinearAttention(QKVMixer):
     """Gated linear attention over (B, L, D) with optional convolutions on q, k and v."""
 
+    supports_padding = True
+
     def __init__(self, config: GLAConfig, *, width: int, length: int):
         super().__init__(config, width=width, length=length)
         self.decay = nn.Sequential(nn.Linear(width, config.gate_rank, bias=False), nn.Linear(config.gate_rank, width))
@@ -32,7 +34,7 @@ class GatedLinearAttention(QKVMixer):
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
         gates = [self.decay(x)] if self.gate is None else [self.decay(x), self.gate(x)]
-        return torch.cat([self.projection(x), *gates], dim=-1)
+        return torch.cat([super().project(x), *gates], dim=-1)
 
     def attend(
         self, q: Heads, k: Heads, v: Values, *gates: Heads, positions: Positions | None = None

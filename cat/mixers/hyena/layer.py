@@ -24,20 +24,22 @@ class Hyena(Mixer):
     `length` is the training length.
     """
 
+    supports_padding = True
+
     def __init__(self, config: HyenaConfig, *, width: int, length: int):
         super().__init__()
-        self.projection = nn.Linear(width, 3 * width, bias=False)
+        self.in_proj = nn.Linear(width, 3 * width, bias=False)
         self.short = ExplicitFilter(Layout(heads=1, channels=3 * width, sharing="channel"), config.conv_size, init="identity")
         layout = Layout(heads=1, channels=width, sharing="channel")
         self.long = NetworkFilter(layout, config.filter_size, init="random", length=length)
-        self.output = nn.Linear(width, width, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
-        return self.projection(x)
+        return self.in_proj(x)
 
     def mix(self, projected: Float[Tensor, "B L P"], positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
         q, k, v = self.short(projected[:, None])[:, 0].chunk(3, dim=-1)
-        return self.output(gather_positions(q * self.long((k * v)[:, None])[:, 0], positions))
+        return self.o_proj(gather_positions(q * self.long((k * v)[:, None])[:, 0], positions))
 
     def step(
         self, projected: Float[Tensor, "B L P"], cache: Cache, *, last: bool = False
@@ -49,4 +51,4 @@ class Hyena(Mixer):
         x, products = self.long.step(k * v, cache.state.get("products", k[:, :, :0]))
         x = (q * x)[:, 0]
         state = {"inputs": inputs, "products": products}
-        return self.output(last_tokens(x, 1) if last else x), Cache(cache.length + projected.shape[1], state)
+        return self.o_proj(last_tokens(x, 1) if last else x), cache.after(projected.shape[1], state)

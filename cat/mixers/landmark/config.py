@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Self
 
 from pydantic import model_validator
@@ -17,7 +18,6 @@ class LandmarkConfig(DotProductConfig):
 
     label: ClassVar = "Landmark attention"
     label_with_convolution: ClassVar = "Landmark CAT"
-    selects_tokens: ClassVar = True
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v", "summary")
     renamed_keys: ClassVar = {**DotProductConfig.renamed_keys, "summary": "conv_summary"}
     block: Count
@@ -30,9 +30,17 @@ class LandmarkConfig(DotProductConfig):
     It acts on the convolved keys.
     """
 
+    @property
+    def selects_tokens(self) -> bool:
+        return True
+
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
         return self._refuse_alibi("would choose landmarks by distance instead of content")
+
+    @property
+    def init_sums(self) -> Mapping[str, int]:
+        return {"summary": self.block}
 
     def check_length(self, length: int) -> None:
         super().check_length(length)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cat.mixers.base import Cache, append_to_cache
-from cat.mixers.filters import ExplicitFilter, Filter
+from cat.mixers.filters import Filter
 from cat.mixers.landmark.config import LandmarkConfig
 from cat.mixers.landmark.op import Landmarks, block_ends, landmark_attend
 from cat.mixers.qkv import Attended, DotProductMixer, Projection
@@ -39,8 +39,6 @@ class LandmarkAttention(DotProductMixer):
             if projection != "summary"
         ]
         self.reach = min(self.block, max(reaches, default=0))
-        if config.filter_init == "identity" and (isinstance(config.conv_summary, int) or config.conv_summary == "full"):
-            cast(ExplicitFilter, self.filters["summary"]).init_moving_sum(self.block)
 
     def prepare(self, projected: Projection, positions: Positions | None = None) -> tuple[Float[Tensor, "B H _ C"], ...]:
         """Return convolved q, k and v, q and k scaled, and the landmarks.

@@ -17,6 +17,8 @@ from cat.types import Heads, Positions, Values
 class LinearAttention(DotProductMixer):
     """Causal linear attention over (B, L, D) with optional convolutions on q, k and v."""
 
+    supports_padding = True
+
     def attend(self, q: Heads, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
         return gather_positions(linear_attend(q, k, v, rotary=self.config.position == "rotary"), positions)
 
@@ -24,5 +26,13 @@ class LinearAttention(DotProductMixer):
         """Cache two sums over all tokens."""
         q, k, v = qkv
         before = Sums(cache.state["keys"], cache.state["products"]) if cache.length else None
-        heads, sums = linear_attend_step(q, k, v, state=before, start=cache.length, rotary=self.config.position == "rotary")
+        heads, sums = linear_attend_step(
+            q,
+            k,
+            v,
+            state=before,
+            start=cache.length,
+            rotary=self.config.position == "rotary",
+            padding=cache.new_padding(k.shape[2]),
+        )
         return heads, sums._asdict()

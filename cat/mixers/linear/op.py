@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cat.ops.common import chunk_size, in_chunks, to_float32, without_autocast
@@ -44,16 +44,27 @@ class Sums(NamedTuple):
 
 
 def linear_attend_step(
-    q: Heads, k: Heads, v: Values, *, state: Sums | None, start: int, rotary: bool = False
+    q: Heads,
+    k: Heads,
+    v: Values,
+    *,
+    state: Sums | None,
+    start: int,
+    rotary: bool = False,
+    padding: Bool[Tensor, "B L"] | None = None,
 ) -> tuple[Values, Sums]:
     """Return the outputs after the `start` tokens of `state`, and the new state.
 
-    `state` is None before the first token.
+    `state` is None before the first token. Tokens that are `padding` have no weight.
     """
     with without_autocast(q):
         q, k, values = features(to_float32(q)), features(to_float32(k)), to_float32(v)
+        if padding is not None:
+            k = k.masked_fill(padding[:, None, :, None], 0)
         keys = k.cumsum(2) if state is None else state.keys + k.cumsum(2)
         total = (q * keys).sum(-1, keepdim=True)
+        if padding is not None:  # a query without keys would divide by zero
+            total = total.masked_fill(padding[:, None, :, None], 1)
         if rotary:
             q, k = rotate(q, start=start), rotate(k, start=start)
         products, step = k.mT @ values, causal_sum(q, k, values)

@@ -3,6 +3,7 @@
 The features are drawn once at initialization. FAVOR+ of arXiv 2009.14794; op.py has the formula.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from cat.mixers.base import Cache
 from cat.mixers.performer.config import PerformerConfig
 from cat.mixers.performer.op import Sums, orthogonal_directions, performer_attend, performer_attend_step
 from cat.mixers.qkv import Attended, DotProductMixer
+from cat.ops.common import set_values
 from cat.ops.position import gather_positions, rotate
 from cat.types import Heads, Positions, Values
 
@@ -20,11 +22,18 @@ class Performer(DotProductMixer):
     Convolutions on q, k and v are optional.
     """
 
+    supports_padding = True
     directions: Tensor
 
     def __init__(self, config: PerformerConfig, *, width: int, length: int):
         super().__init__(config, width=width, length=length)
-        self.register_buffer("directions", orthogonal_directions(config.heads, config.features, width // config.heads))
+        self.register_buffer("directions", torch.empty(config.heads, config.features, width // config.heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialize the temperatures and draw the directions."""
+        super().reset_parameters()
+        set_values(self.directions, orthogonal_directions(*self.directions.shape))
 
     def attend(self, q: Heads, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
         if self.config.position == "rotary":
@@ -35,7 +44,11 @@ class Performer(DotProductMixer):
         """Cache a sum over all tokens and the log of its scale."""
         q, k, v = qkv
         if self.config.position == "rotary":
-            q, k = rotate(q, start=cache.length), rotate(k, start=cache.length)
+            # Random features depend on the angles of queries and keys, and not only on their difference.
+            positions = cache.positions(k.shape[2])
+            q, k = (rotate(x, start=cache.length, positions=positions) for x in (q, k))
         before = Sums(cache.state["log_max"], cache.state["products"]) if cache.length else None
-        heads, sums = performer_attend_step(q, k, v, state=before, scale=self.scale, directions=self.directions)
+        heads, sums = performer_attend_step(
+            q, k, v, state=before, scale=self.scale, directions=self.directions, padding=cache.new_padding(k.shape[2])
+        )
         return heads, sums._asdict()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cat.ops.common import chunk_size, in_chunks, to_float32, without_autocast
@@ -50,11 +50,18 @@ class Sums(NamedTuple):
 
 
 def performer_attend_step(
-    q: Heads, k: Heads, v: Values, *, state: Sums | None, scale: float, directions: Directions
+    q: Heads,
+    k: Heads,
+    v: Values,
+    *,
+    state: Sums | None,
+    scale: float,
+    directions: Directions,
+    padding: Bool[Tensor, "B L"] | None = None,
 ) -> tuple[Values, Sums]:
     """Return the outputs of the tokens after those of `state`, and the new state.
 
-    `state` is None before the first token.
+    `state` is None before the first token. Tokens that are `padding` have no weight.
     """
     with without_autocast(q):
         # A last channel of ones sums the weights.
@@ -62,8 +69,13 @@ def performer_attend_step(
         q_logs, k_logs = (math.sqrt(scale) * x @ directions.mT for x in (q, k))
         k_logs = k_logs - scale * k.square().sum(-1, keepdim=True) / 2
         peak = k_logs.detach().amax(-1, keepdim=True)
-        q_features = torch.exp(q_logs - q_logs.detach().amax(-1, keepdim=True))
-        totals, sums = _causal_sum(q_features, torch.exp(k_logs - peak), ones, peak, state)
+        q_features, k_features = torch.exp(q_logs - q_logs.detach().amax(-1, keepdim=True)), torch.exp(k_logs - peak)
+        if padding is not None:
+            padding = padding[:, None, :, None]
+            ones = ones.masked_fill(padding, 0)
+            # The maximum is that of the tokens: at padding before them, that of the first token.
+            peak = torch.where(padding, peak.gather(2, padding.sum(2, keepdim=True).expand_as(peak[:, :, :1])), peak)
+        totals, sums = _causal_sum(q_features, k_features, ones, peak, state)
     return (totals[..., :-1] / totals[..., -1:].clamp(min=MIN_TOTAL)).to(v.dtype), sums
 
 

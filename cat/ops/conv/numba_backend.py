@@ -97,7 +97,8 @@ def _to_heads(vectors: TokenVectors, x: StackedHeads) -> StackedHeads:
 
 
 def _kernel_array(kernel: StackedKernel, dtype: torch.dtype) -> np.ndarray:
-    return kernel.detach().to(dtype).contiguous().numpy()
+    # A copy, because the memory of a tensor that NumPy has seen cannot be freed, as sharding does with gathered parameters.
+    return kernel.detach().to(dtype).clone(memory_format=torch.contiguous_format).numpy()
 
 
 def _memory(x: Tensor) -> np.ndarray:

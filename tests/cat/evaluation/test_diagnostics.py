@@ -95,7 +95,7 @@ def test_the_construction_attends_only_to_the_answer(ngram):
 def test_uniform_attention_has_the_entropy_of_its_number_of_tokens():
     model = build(mixer="attention")
     with torch.no_grad():
-        model.blocks[0].mixer.projection.weight[:12] = 0
+        model.blocks[0].mixer.q_proj.weight.zero_()
     is_target = torch.zeros(3, LENGTH, dtype=torch.bool)
     is_target[:, 6] = True
     inputs, answer_positions = torch.zeros(3, LENGTH, dtype=torch.long), torch.where(is_target, 2, -1)
@@ -151,7 +151,7 @@ def test_negative_weights_have_no_statistics():
     (block,) = model.blocks
     x = block.mixer_norm(model.embedding(inputs))
     with torch.no_grad():  # the channel that rotates by one radian per token dominates
-        block.mixer.projection.weight[0] = block.mixer.projection.weight[12] = x[0, 0]
+        block.mixer.q_proj.weight[0] = block.mixer.k_proj.weight[0] = x[0, 0]
     q, k, v = block.mixer.prepare(block.mixer.project(x))
     assert block.mixer.attend(q, k, torch.eye(LENGTH).expand(*v.shape[:2], -1, -1)).min() < 0
     assert not model.config.has_attention
@@ -222,9 +222,9 @@ def solver(kernel, **changes):
     mixer = model.blocks[0].mixer
     with torch.no_grad():
         model.embedding.token.weight.copy_(torch.eye(VOCABULARY, 2 * VOCABULARY))
-        mixer.projection.weight.zero_()
-        for row in range(VOCABULARY):  # queries and keys of the first head are the first half of the channels
-            mixer.projection.weight[row, row] = mixer.projection.weight[2 * VOCABULARY + row, row] = 1
+        for projection in (mixer.q_proj, mixer.k_proj):  # the first head has the first half of the channels
+            projection.weight.copy_(torch.diag(torch.cat([torch.ones(VOCABULARY), torch.zeros(VOCABULARY)])))
+        mixer.v_proj.weight.zero_()
         mixer.filters["k"].kernel.copy_(torch.tensor([kernel, [0.0] * len(kernel)]))
     return model
 
@@ -245,13 +245,13 @@ def test_the_condition_is_applied_with_the_sign_of_the_scores():
     model = solver([-0.2, -1.0, -0.5])
     assert key_filter_solves_every_length(model) is False
     with torch.no_grad():
-        model.blocks[0].mixer.projection.weight[:VOCABULARY] *= -1
+        model.blocks[0].mixer.q_proj.weight.mul_(-1)
     assert key_filter_solves_every_length(model) is True
 
 
 def test_the_sign_compares_a_token_with_itself_and_with_any_other():
     model = solver([0.2, 1.0, 0.5])
-    keys = model.blocks[0].mixer.projection.weight[2 * VOCABULARY : 3 * VOCABULARY]
+    keys = model.blocks[0].mixer.k_proj.weight[:VOCABULARY]
     with torch.no_grad():
         keys[:, :VOCABULARY] = 10 - torch.eye(VOCABULARY)  # every score is positive, and smallest for equal tokens
     assert key_filter_solves_every_length(model) is False
@@ -281,7 +281,12 @@ def test_layers_without_attention_or_filters_are_left_out():
     tokens, everywhere = torch.zeros(2, LENGTH, dtype=torch.long), torch.ones(2, LENGTH, dtype=torch.bool)
     assert [statistics is None for statistics in attention_statistics(model, tokens, everywhere)] == 2 * [True, False]
     assert [heads and len(heads) for heads in head_entropies(model, tokens)] == 2 * [None, 2]
-    assert max_logit(model, tokens) == pytest.approx(8, rel=0.2)  # tokens are equal, and 8 is the initial temperature
+    with torch.no_grad():
+        for layer in (1, 3):
+            mixer = model.blocks[layer].mixer
+            mixer.q_proj.weight.copy_(mixer.k_proj.weight)
+            mixer.filters["k"].kernel.copy_(torch.eye(1, 3))
+    assert max_logit(model, tokens) == pytest.approx(8)  # equal queries and keys, and 8 is the initial temperature
     assert [(kernel.layer, kernel.projection) for kernel in filter_kernels(model)] == [(2, "k"), (2, "k"), (4, "k"), (4, "k")]
     assert key_filter_solves_every_length(model) is None
 
@@ -314,7 +319,7 @@ def test_max_logit_is_none_without_softmax_and_grows_with_the_queries():
     model = build(mixer="attention")
     before = max_logit(model, inputs)
     with torch.no_grad():
-        model.layers()[0].mixer.projection.weight[:12] *= 10  # the queries
+        model.layers()[0].mixer.q_proj.weight.mul_(10)
     assert max_logit(model, inputs) == pytest.approx(10 * before, rel=1e-4)
 
 
@@ -322,7 +327,7 @@ def test_the_entropy_of_each_head_is_that_of_its_attention():
     inputs = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))
     model = build(mixer="attention", layers=2)
     with torch.no_grad():
-        model.layers()[1].mixer.projection.weight[:6] = 0  # the queries of the first head, which then attends uniformly
+        model.layers()[1].mixer.q_proj.weight[:6] = 0  # the first head then attends uniformly
     first, second = head_entropies(model, inputs)
     uniform = sum(math.log(n) for n in range(1, LENGTH + 1)) / LENGTH
     assert second[0] == pytest.approx(uniform, rel=1e-5)

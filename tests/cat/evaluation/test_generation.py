@@ -232,11 +232,11 @@ def test_a_mixer_with_heads_needs_no_step_of_its_own():
 
 
 @pytest.mark.parametrize("count", [1, 3, 13])
-@pytest.mark.parametrize("alibi", [False, True])
-def test_attention_of_the_last_tokens_equals_the_reference(count, alibi):
+@pytest.mark.parametrize("options", [{}, {"slopes": torch.tensor([0.5, 0.3, 0.1])}, {"window": 4}], ids=["", "alibi", "window"])
+def test_attention_of_the_last_tokens_equals_the_reference(count, options):
     q, k, v = (normal(2, 3, 13, 5, seed=seed) for seed in range(3))
-    expected = naive_attend(q, k, v, scale=0.7, alibi=alibi)[:, :, -count:]
-    close(attend_last(q[:, :, -count:], k, v, scale=0.7, alibi=alibi), expected)
+    expected = naive_attend(q, k, v, scale=0.7, **options)[:, :, -count:]
+    close(attend_last(q[:, :, -count:], k, v, scale=0.7, **options), expected)
 
 
 def test_learned_positions_refuse_longer_sequences():
@@ -260,6 +260,55 @@ def test_greedy_sampling_equals_the_reference(name):
     model, prompt = model_of(MODELS[name]), tokens(5)
     continuation = torch.stack(list(generate(model, prompt, LENGTH - 5)), dim=1)
     assert continuation.tolist() == naive_continuation(model, prompt, LENGTH - 5).tolist()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_of_unequal_length_continue_as_if_alone(name, side):
+    model, prompts, count = model_of(MODELS[name]), tokens(8), 5
+    lengths = (3, 8)
+    column = torch.arange(8)
+    mask = torch.stack([column < length if side == "right" else column >= 8 - length for length in lengths])
+    continuation = torch.stack(list(generate(model, prompts, count, attention_mask=mask)), dim=1)
+    for row, own in enumerate(mask):
+        assert continuation[row].tolist() == naive_continuation(model, prompts[row : row + 1, own], count)[0].tolist()
+
+
+def test_learned_positions_count_the_tokens_of_a_prompt_without_its_padding():
+    model, prompts = model_of({**ATTENTION, "position": "learned"}), tokens(LENGTH + 4)
+    mask = torch.arange(LENGTH + 4).expand(2, -1) >= 8
+    continuation = list(generate(model, prompts, LENGTH - 8, attention_mask=mask))
+    assert torch.stack(continuation, dim=1).tolist() == naive_continuation(model, prompts[:, 8:], LENGTH - 8).tolist()
+    for call in (
+        lambda: generate(model, prompts, 6, attention_mask=mask),
+        lambda: model.step(prompts, attention_mask=mask | (torch.arange(LENGTH + 4) >= 2)),
+    ):
+        with pytest.raises(ValueError, match=f"learned positions reach {LENGTH} tokens"):
+            call()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", [*ONE_PER_MIXER, "cat_mixing", "cat_generated"])
+def test_beam_search_with_reordered_caches_equals_recomputation(name, padded):
+    model, prompts, beams = model_of(MODELS[name]), tokens(6), 3
+    mask = torch.tensor([[0] * 3 + [1] * 3, [1] * 6]) if padded else None
+    logits, caches = model.step(prompts, attention_mask=mask)
+    parents = torch.arange(2).repeat_interleave(beams)
+    caches = [cache.reorder(parents) for cache in caches]
+    best = logits.log_softmax(-1).topk(beams)
+    scores, sequences = best.values.flatten(), torch.cat([prompts[parents], best.indices.view(-1, 1)], dim=1)
+    for _ in range(4):
+        logits, caches = model.step(sequences[:, -1:], caches)
+        candidates = (scores[:, None] + logits.log_softmax(-1)).unflatten(0, (2, beams)).flatten(1)
+        best = candidates.topk(beams)
+        parents = (torch.arange(2)[:, None] * beams + best.indices // VOCABULARY).flatten()
+        sequences = torch.cat([sequences[parents], (best.indices % VOCABULARY).view(-1, 1)], dim=1)
+        scores, caches = best.values.flatten(), [cache.reorder(parents) for cache in caches]
+    for n, sequence in enumerate(sequences):
+        own = sequence[None, 3 if padded and n < beams else 0 :]
+        expected = model(own)[0, -6:-1].log_softmax(-1).gather(1, own[0, -5:, None]).sum()
+        close(scores[n], expected)
+    assert len({tuple(sequence.tolist()) for sequence in sequences}) == 2 * beams
 
 
 def test_tokens_are_drawn_from_the_softmax_and_reproducible():

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -63,6 +64,16 @@ class UnusedWeight(Means):
         self.unused = nn.Parameter(torch.ones(3))
 
 
+class ResetsNothing(UnusedWeight):
+    def reset_parameters(self):
+        pass
+
+
+class ResetsToOtherValues(UnusedWeight):
+    def reset_parameters(self):
+        nn.init.constant_(self.unused, 9.0)
+
+
 class MixesSequences(Means):
     def means(self, x):
         return super().means(x) + x[:1]
@@ -88,6 +99,13 @@ class ForgetsItsCache(Means):
     def step(self, projected, cache, *, last=False):
         out = self.mix(projected)
         return out[:, -1:] if last else out, Cache(cache.length + projected.shape[1])
+
+
+class ForgetsPadding(Means):
+    supports_padding = True
+
+    def step(self, projected, cache, *, last=False):
+        return super().step(projected, replace(cache, padding=None), last=last)
 
 
 class Branches(Means):
@@ -122,10 +140,15 @@ FAULTS = [
     (OverflowsInHalf, "bfloat16", "in bfloat16, output is not finite"),
     (NanGradient, "nan", "returned nan values"),
     (ForgetsItsCache, "cache", r"step with 1 token\(s\) after 1 is not as expected"),
+    (LooksAhead, "documents", "the output of documents of a row is not as expected"),
+    (ForgetsPadding, "prompts", "step_padded after 5 tokens of padding is not as expected"),
     (NegativeWeights, "attention", "attention weights are negative, but has_attention is True"),
     (WrongGradient, "gradcheck", "Jacobian"),
     (Branches, "vmap", "vmap"),
     (NeedsData, "meta", "meta"),
+    (UnusedWeight, "reset", "the mixer owns parameters or buffers and has no reset_parameters"),
+    (ResetsNothing, "reset", "reset_parameters leaves unused as it is"),
+    (ResetsToOtherValues, "reset", "after reset_parameters, unused is about 9, not 1"),
 ]
 
 

@@ -141,7 +141,7 @@ def test_the_mixer_scales_convolved_keys_and_computes_its_rates_from_its_input(g
         step = torch.log1p(torch.exp(x @ mixer.dt_proj.weight.T + mixer.dt_proj.bias))
         rates.append((-mixer.log_rate.exp() * step).mT)
     heads = naive_delta_rule(q / q.norm(dim=-1, keepdim=True), k / k.norm(dim=-1, keepdim=True), v, *rates)
-    close(mixer(x), heads.permute(0, 2, 1, 3).reshape(BATCH, 41, WIDTH) @ mixer.output.weight.T)
+    close(mixer(x), heads.permute(0, 2, 1, 3).reshape(BATCH, 41, WIDTH) @ mixer.o_proj.weight.T)
 
 
 def test_a_gate_without_decay_equals_no_gate():
@@ -164,7 +164,7 @@ def test_a_key_retrieves_the_value_that_was_stored_for_it():
     mixer = build()
     nn.init.constant_(mixer.strength.weight, 1000 / WIDTH)
     with torch.no_grad():
-        mixer.projection.weight[:WIDTH] = mixer.projection.weight[WIDTH : 2 * WIDTH]
+        mixer.q_proj.weight.copy_(mixer.k_proj.weight)
     x = 1 + normal(BATCH, 1, WIDTH).abs()
     _, _, v, *_ = mixer.prepare(mixer.project(x))
-    close(mixer(x), v[:, :, 0].flatten(1)[:, None] @ mixer.output.weight.T)
+    close(mixer(x), v[:, :, 0].flatten(1)[:, None] @ mixer.o_proj.weight.T)

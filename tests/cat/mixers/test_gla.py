@@ -140,7 +140,7 @@ def test_the_mixer_computes_its_gates_from_its_input_and_normalizes_its_output(o
     if output_gate:
         gate = x @ mixer.gate.weight.T + mixer.gate.bias
         out = out * gate * torch.sigmoid(gate)
-    close(mixer(x), out @ mixer.output.weight.T)
+    close(mixer(x), out @ mixer.o_proj.weight.T)
 
 
 def test_the_map_to_the_gates_has_its_configured_rank():

@@ -9,10 +9,10 @@ from tests.helpers.reference import close
 
 def test_hyena_is_a_gated_long_convolution_after_a_short_one():
     mixer, x = build(EXAMPLES["hyena"], 13), hidden(29)
-    convolved = naive_filter_channels((x @ mixer.projection.weight.T)[:, None], mixer.short.kernel)[:, 0]
+    convolved = naive_filter_channels((x @ mixer.in_proj.weight.T)[:, None], mixer.short.kernel)[:, 0]
     q, k, v = convolved.split(WIDTH, dim=-1)
     long = naive_filter_channels((k * v)[:, None], mixer.long.response(29))[:, 0]
-    close(mixer(x), (q * long) @ mixer.output.weight.T)
+    close(mixer(x), (q * long) @ mixer.o_proj.weight.T)
 
 
 def test_hyena_starts_with_a_short_identity_kernel_and_a_long_random_kernel_per_channel():

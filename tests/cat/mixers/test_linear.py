@@ -25,7 +25,7 @@ def test_linear_attention_without_convolutions_matches_its_paper():
     q, k, v = mixer.prepare(mixer.project(hidden(13)))
     weights = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril()
     heads = weights / weights.sum(-1, keepdim=True) @ v
-    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
+    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.o_proj.weight.T)
 
 
 def test_linear_attention_rotates_its_features():
@@ -34,7 +34,7 @@ def test_linear_attention_rotates_its_features():
     weights = (rotate(F.elu(q) + 1) @ rotate(F.elu(k) + 1).mT).tril()
     total = ((F.elu(q) + 1) @ (F.elu(k) + 1).mT).tril().sum(-1, keepdim=True)
     heads = weights / total @ v
-    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
+    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.o_proj.weight.T)
 
 
 def test_features_stay_positive_if_elu_rounds_to_zero():

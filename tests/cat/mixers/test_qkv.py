@@ -9,7 +9,7 @@ from cat.model import SequenceModel
 from cat.ops.attention import naive_attend
 from cat.ops.conv.causal import HEAD_LIMITS
 from cat.ops.conv.reference import naive_filter_heads
-from cat.ops.position import gather_positions, rotate
+from cat.ops.position import alibi_slopes, gather_positions, rotate
 from tests.helpers.mixers import BATCH, EXAMPLES, HEADS, QKV, WIDTH, build, configure, hidden
 from tests.helpers.reference import close, normal
 
@@ -67,8 +67,14 @@ def test_positions_and_the_scale_act_after_the_convolutions(position, qk_norm):
     q, k, v = mixer.prepare(mixer.project(hidden(13)))
     if position == "rotary":
         q, k = rotate(q), rotate(k)
-    heads = naive_attend(q, k, v, scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5, alibi=position == "alibi")
-    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.output.weight.T)
+    heads = naive_attend(
+        q,
+        k,
+        v,
+        scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5,
+        slopes=alibi_slopes(HEADS, q) if position == "alibi" else None,
+    )
+    close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.o_proj.weight.T)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +98,7 @@ def test_projections_convolved_in_one_call_equal_those_convolved_separately(chan
     with torch.no_grad():
         for weight in mixer.filters.parameters():
             weight += torch.linspace(-1, 1, weight.numel()).view_as(weight)
-    projected = torch.randn(2, 97, mixer.projection.out_features, generator=torch.Generator().manual_seed(0)).double()
+    projected = torch.randn(2, 97, 3 * mixer.width, generator=torch.Generator().manual_seed(0)).double()
     assert group_adjacent(mixer.filters, "qkv", projected) == groups
     separate = {
         name: mixer.filters[name](x) if name in mixer.filters else x

@@ -179,7 +179,7 @@ def test_weight_decay_is_only_on_linear_maps(tied):
     decayed, others = split_by_weight_decay(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)] for p in decayed} == {
-        "blocks.0.mixer.projection.weight", "blocks.0.mixer.output.weight", "blocks.0.mlp.1.weight", "blocks.0.mlp.3.weight",
+        *(f"blocks.0.mixer.{name}_proj.weight" for name in "qkvo"), "blocks.0.mlp.1.weight", "blocks.0.mlp.3.weight",
         *([] if tied else ["head.weight"]),
     }  # fmt: skip
     assert len(decayed) + len(others) == len(names)
