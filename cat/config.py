@@ -49,6 +49,11 @@ class Traits(Config):
         """Whether each output, in every layer, is a weighted mean of the values with non-negative weights."""
         return False
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether its outputs in training are random."""
+        return False
+
     def check_length(self, length: int) -> None:
         """Raise ValueError if it cannot be trained on sequences of `length` tokens."""
 
@@ -68,8 +73,6 @@ class MixerConfig(Traits):
     """Name in figures and reports; by default the name of the folder."""
     label_with_convolution: ClassVar[str | None] = None
     """Name with a convolution, before the convolved projections, as in `CAT-QK`; None: `label`, and no projections."""
-    selects_tokens: ClassVar[bool] = False
-    """Whether an output may depend on only some of the earlier tokens, as in sparse attention."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -83,6 +86,11 @@ class MixerConfig(Traits):
     def mixer(self) -> str:
         """Name of its folder in cat/mixers/, or import path of a package elsewhere."""
         return mixer_name(type(self))
+
+    @property
+    def selects_tokens(self) -> bool:
+        """Whether an output may depend on only some of the earlier tokens, as in sparse attention."""
+        return False
 
     def check_width(self, width: int) -> None:
         """Raise ValueError if the mixer cannot have `width` channels."""
@@ -147,6 +155,10 @@ class ModelConfig(VariantConfig):
     @property
     def has_attention(self) -> bool:
         return all(mixer.has_attention for mixer in self.mixers)
+
+    @property
+    def has_dropout(self) -> bool:
+        return any(mixer.has_dropout for mixer in self.mixers)
 
     def check_length(self, length: int) -> None:
         for index, mixer in enumerate(self.mixers):
@@ -227,6 +239,15 @@ class QKVConfig(MixerConfig):
     def check_width(self, width: int) -> None:
         if width % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide width = {width}")
+
+    @property
+    def linear_bias(self) -> bool:
+        """Whether the projections to q, k, v and the output have a bias."""
+        return False
+
+    def heads_of(self, projection: str) -> int:
+        """Return the number of heads of a projection."""
+        return self.heads
 
     @property
     def kernel_sizes(self) -> dict[str, KernelSize]:

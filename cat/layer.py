@@ -28,13 +28,21 @@ class ConvolutionAugmentedAttention(nn.Module):
     Maps `x` (batch, length, width) to the same shape, for any length. An output depends only on its own and earlier positions,
     except for rounding if long kernels are applied by FFT. Padding on the right therefore does not change other positions. This
     holds for finite numbers only: a NaN or an infinity at one position can reach earlier outputs, since 0 times NaN is NaN.
+    There is no `is_causal=False`: convolutions, cache and positions all use the past only, and an encoder would need other ones.
 
         width                    channels of x
         heads                    attention heads; must divide width
         conv_q, conv_k, conv_v   kernel size of the convolution on queries, keys and values; `full` for `length`; or the generator
                                  of a kernel of any length: a `network`, fixed exponentials (`decay`) or a `state` space of
                                  learned ones; None: no convolution. Without any, the layer is the transformer's attention
+        kv_heads                 heads of keys and values, which consecutive query heads share (grouped queries); must divide
+                                 heads; None: as many as heads
+        bias                     add a learned bias to the projections to q, k, v and the output
         position                 none, rotary or alibi; the convolutions need no positions
+        rope_base                base of the frequencies of rotary positions
+        rope_scale               divide rotary positions by this number (linear position interpolation, arXiv 2306.15595)
+        window                   tokens that a query sees, its own included; None: all
+        dropout                  probability that an attention weight is dropped; only in training mode
         sharing                  one kernel per head, one per channel, or one per pair of input and output heads (mixing)
         dilation                 tokens between consecutive kernel values; 1: no token is skipped
         filter_size              hidden units of a `network` kernel, or number of decays
@@ -58,7 +66,13 @@ class ConvolutionAugmentedAttention(nn.Module):
         conv_q: KernelSize | None = None,
         conv_k: KernelSize | None = None,
         conv_v: KernelSize | None = None,
+        kv_heads: int | None = None,
+        bias: bool = False,
         position: Literal["none", "rotary", "alibi"] = "none",
+        rope_base: float = 10_000.0,
+        rope_scale: float = 1.0,
+        window: int | None = None,
+        dropout: float = 0.0,
         sharing: Literal["head", "channel", "mixing"] = "head",
         dilation: int = 1,
         filter_size: int | None = None,
@@ -78,7 +92,13 @@ class ConvolutionAugmentedAttention(nn.Module):
                 conv_q=conv_q,
                 conv_k=conv_k,
                 conv_v=conv_v,
+                kv_heads=kv_heads,
+                bias=bias,
                 position=position,
+                rope_base=rope_base,
+                rope_scale=rope_scale,
+                window=window,
+                dropout=dropout,
                 sharing=sharing,
                 dilation=dilation,
                 filter_size=filter_size,

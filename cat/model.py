@@ -136,7 +136,8 @@ class SequenceModel(nn.Module):
         start, positions = caches[0].length, caches[0].positions(tokens.shape[1])
         if self.max_length is not None:
             self.check_length(start + tokens.shape[1] if positions is None else 1 + int(positions.max()))
-        projected, blocks, new_caches = self.project_embeddings(tokens), self.layers(), list[Cache]()
+        new_caches: list[Cache] = []
+        projected, blocks = self.project_embeddings(tokens), self.layers()
         looked_up = tokens if projected is None or len(blocks) > 1 else tokens[:, -1:]
         x = self.embedding(looked_up, start, None if positions is None else positions.clamp(min=0))
         for block, cache in zip(blocks, caches, strict=True):

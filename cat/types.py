@@ -6,11 +6,12 @@
     D  width of the residual stream   W  kernel size
     V  vocabulary size                G  input heads of a mixing convolution; or groups, each with its own kernel
     R  members of an ensemble that is trained as one model
+    K  heads of keys and values; K divides H, and K = H unless queries are grouped
 
 In a shape, `#C` is C or 1, and `_` is any size.
 """
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Tokens = Int[Tensor, "B L"]
@@ -24,6 +25,10 @@ InputHeads = Float[Tensor, "B G L C"]
 """Inputs of a convolution that mixes heads. As a rule G = H."""
 Values = Float[Tensor, "B H L E"]
 """E = C in a model. Only the diagnostics pass values of another width."""
+KeyHeads = Float[Tensor, "B K L C"]
+ValueHeads = Float[Tensor, "B K L E"]
+Valid = Bool[Tensor, "B L"]
+"""False for tokens that no other token sees, such as padding."""
 State = Float[Tensor, "B H C E"]
 """State of a recurrence: a sum over the tokens so far of key times value. Its size does not depend on their number."""
 HeadKernel = Float[Tensor, "H W"]

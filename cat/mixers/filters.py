@@ -97,7 +97,9 @@ class Filter(nn.Module, ABC):
         if not self.layout.norm:
             return kernel
         # The norm is taken at the training length: at the sequence length, outputs would depend on the number of later tokens.
-        train_kernel = kernel if self.train_length in (None, length) else self.generate(self.train_length)
+        # An exported program is for all lengths, so it cannot ask whether this is the training length.
+        same = self.train_length is None or (not torch.compiler.is_exporting() and self.train_length == length)
+        train_kernel = kernel if same else self.generate(self.train_length)
         total = train_kernel.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
         return kernel / total.clamp(min=min_norm(kernel.dtype))
 

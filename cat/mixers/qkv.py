@@ -20,7 +20,7 @@ from cat.mixers.filters import Filter, Layout, apply_grouped, build_filter, can_
 from cat.ops.l2norm import l2_normalize
 from cat.ops.linear import apply_linear
 from cat.ops.position import gather_positions
-from cat.types import Heads, Hidden, Positions, Queries, Values
+from cat.types import Heads, Hidden, KeyHeads, Positions, Queries, ValueHeads, Values
 
 Projection = Float[Tensor, "B L P"]
 """Output of `project`: queries, keys and values of every token, concatenated."""
@@ -44,7 +44,10 @@ class QKVMixer(Mixer):
     def __init__(self, config: QKVConfig, *, width: int, length: int):
         super().__init__()
         self.config, self.width = config, width
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.widths = {projection: width // config.heads * config.heads_of(projection) for projection in "qkv"}
+        bias = config.linear_bias
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, outputs, bias=bias) for outputs in self.widths.values())
+        self.o_proj = nn.Linear(width, width, bias=bias)
         self.filters = build_filters(config, width=width, length=length)
         self.scale = 1 / math.sqrt(width // config.heads)
 
@@ -77,8 +80,11 @@ class QKVMixer(Mixer):
         return self.o_proj(heads.transpose(1, 2).flatten(2))
 
     @abstractmethod
-    def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
-        """Return the causal outputs of the heads, at every position or at `positions`."""
+    def attend(self, q: Queries, k: KeyHeads, v: ValueHeads, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
+        """Return the causal outputs of the heads, at every position or at `positions`.
+
+        Keys and values have H heads, unless the configuration says otherwise (`heads_of`).
+        """
 
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
         """Return the outputs for the tokens after those in `cache`, and the new state. Raises NotImplementedError if omitted.
@@ -87,7 +93,7 @@ class QKVMixer(Mixer):
         """
         raise NotImplementedError
 
-    def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"] | None:
+    def logits(self, q: Heads, k: KeyHeads) -> Float[Tensor, "B H L L"] | None:
         """Return the softmax inputs, -inf if masked; None if there is no softmax."""
         return None
 
@@ -105,7 +111,7 @@ class QKVMixer(Mixer):
         """Split into q, k and v (concatenated) and further inputs of `attend`."""
         return projected, []
 
-    def convolve(self, projected: Projection, positions: Positions | None = None) -> tuple[Queries, Heads, Heads]:
+    def convolve(self, projected: Projection, positions: Positions | None = None) -> tuple[Queries, KeyHeads, KeyHeads]:
         """Return the convolved q, k and v; q at every position or at `positions`."""
         groups = group_adjacent(self.filters, "qkv", projected)
         # On a GPU, launching a kernel takes longer than running it, so q is computed at every position.
@@ -120,11 +126,12 @@ class QKVMixer(Mixer):
 
         `positions` are used if a group is only q.
         """
-        qkv, parts = list[Queries](), [projected]
+        qkv: list[Queries] = []
+        parts = [projected]
         if len(groups) > 1:  # splitting a single group would copy its gradient
-            parts = list(projected.split([len(group) * self.width for group in groups], dim=-1))
+            parts = list(projected.split([sum(self.widths[name] for name in group) for group in groups], dim=-1))
         for group, part in zip(groups, parts, strict=True):
-            heads = part.unflatten(-1, (len(group), self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+            heads = part.unflatten(-1, (len(group), self.config.heads_of(group[0]), -1)).permute(2, 0, 3, 1, 4)
             filters = [cast(Filter, self.filters[name]) for name in group if name in self.filters]
             group_positions = positions if group == "q" else None
             if filters:
@@ -133,9 +140,12 @@ class QKVMixer(Mixer):
                 qkv.append(gather_positions(heads.squeeze(0), group_positions))
         return qkv
 
-    def split_heads(self, projected: Projection) -> tuple[Heads, Heads, Heads]:
+    def split_heads(self, projected: Projection) -> tuple[Heads, KeyHeads, KeyHeads]:
         """Return q, k and v per head, before the convolutions."""
-        q, k, v = (projection.unflatten(-1, (self.config.heads, -1)).transpose(1, 2) for projection in projected.chunk(3, dim=-1))
+        q, k, v = (
+            part.unflatten(-1, (self.config.heads_of(projection), -1)).transpose(1, 2)
+            for projection, part in zip("qkv", projected.split([*self.widths.values()], dim=-1), strict=True)
+        )
         return q, k, v
 
     def prepare_step(self, projected: Projection, cache: Cache, *, last: bool) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -149,9 +159,10 @@ class QKVMixer(Mixer):
 
     def convolve_step(
         self, projected: Projection, cache: Cache, *, last: bool
-    ) -> tuple[Queries, Heads, Heads, dict[str, Tensor]]:
+    ) -> tuple[Queries, KeyHeads, KeyHeads, dict[str, Tensor]]:
         """Return convolved, unscaled q, k and v, and the inputs to cache."""
-        inputs, qkv = dict[str, Tensor](), dict(zip("qkv", self.split_heads(projected), strict=True))
+        inputs: dict[str, Tensor] = {}
+        qkv = dict(zip("qkv", self.split_heads(projected), strict=True))
         for projection, x in qkv.items():
             if projection in self.filters:
                 qkv[projection], inputs[projection] = self.filter_step(projection, x, cache)
@@ -162,7 +173,7 @@ class QKVMixer(Mixer):
         """Return the convolved tokens after those in `cache`, and the inputs to cache."""
         return cast(Filter, self.filters[projection]).step(x, cache.state.get(projection, x[:, :, :0]))
 
-    def scale_qk(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
+    def scale_qk(self, q: Queries, k: KeyHeads) -> tuple[Queries, KeyHeads]:
         """Scale queries and keys before they are compared."""
         return q, k
 
@@ -186,7 +197,7 @@ class DotProductMixer(QKVMixer):
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(8.0) if self.config.qk_norm else 0.0)
 
-    def scale_qk(self, q: Queries, k: Heads) -> tuple[Queries, Heads]:
+    def scale_qk(self, q: Queries, k: KeyHeads) -> tuple[Queries, KeyHeads]:
         """Apply qk_norm and the learned temperature, if configured."""
         if self.config.qk_norm:
             q, k = l2_normalize(q), l2_normalize(k)
@@ -197,17 +208,20 @@ class DotProductMixer(QKVMixer):
 
 def build_filters(config: QKVConfig, *, width: int, length: int) -> nn.ModuleDict:
     """Build the filters by projection, for projections with a convolution."""
-    layout = Layout(
-        heads=config.heads,
-        channels=width // config.heads,
-        sharing=config.sharing,
-        norm=config.filter_norm,
-        bias=config.filter_bias,
-    )
+
+    def layout(projection: str) -> Layout:
+        return Layout(
+            heads=config.heads_of(projection),
+            channels=width // config.heads,
+            sharing=config.sharing,
+            norm=config.filter_norm,
+            bias=config.filter_bias,
+        )
+
     return nn.ModuleDict(
         {
             projection: build_filter(
-                layout,
+                layout(projection),
                 kernel_size,
                 init=config.filter_init,
                 length=length,

@@ -5,7 +5,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 
@@ -19,6 +20,14 @@ class Operation(torch.autograd.Function):
         super().__init_subclass__(**options)
         vars(cls)["forward"].__func__.__signature__ = inspect.signature(cls.forward)
 
+    @classmethod
+    def call(cls, *inputs: Any) -> Any:
+        """Apply an operation whose `forward` PyTorch could differentiate too.
+
+        torch.compile and torch.export do so: they fuse the passes themselves, and cannot trace autograd functions of any length.
+        """
+        return cls.forward(*inputs) if torch.compiler.is_compiling() else cls.apply(*inputs)
+
 
 def merge_vmap_dim(x: Shaped[Tensor, "*shape"], mapped: int | None, size: int, *, into: int) -> Shaped[Tensor, "*folded"]:
     """Merge the mapped axis of `x` into another axis, so that one large call replaces the calls that torch.vmap maps.
@@ -28,6 +37,25 @@ def merge_vmap_dim(x: Shaped[Tensor, "*shape"], mapped: int | None, size: int, *
     """
     x = x.expand(size, *x.shape) if mapped is None else x.movedim(mapped, 0)
     return x.movedim(0, into).flatten(into, into + 1)
+
+
+def chunk_size(length: int, most: int) -> int:
+    """Return the tokens per chunk: `most`, or fewer for a shorter sequence. A compiled graph is for all lengths."""
+    return most if torch.compiler.is_compiling() else min(most, length)
+
+
+def in_chunks(
+    x: Float[Tensor, "B H L C"], size: int, *, value: float = 0, unrolled: bool = False
+) -> Float[Tensor, "B H N S C"]:
+    """Split tokens into chunks of `size`, the last one padded with `value`.
+
+    `unrolled`: the caller has a loop over the chunks, so a compiled graph is for one number of chunks.
+    """
+    length = x.shape[2]
+    # The number of parts is a constant of the graph, and so are all sizes that follow from it.
+    fixed = unrolled and torch.compiler.is_compiling()
+    count = len(x.split(size, dim=2)) if fixed else (length + size - 1) // size
+    return F.pad(x, (0, 0, 0, count * size - length), value=value).unflatten(2, (count, size))
 
 
 def autocast_enabled(x: Tensor) -> bool:

@@ -55,6 +55,8 @@ class _CrossEntropy(Operation):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: None) -> tuple[Logits, None]:
+    def backward(ctx: Any, gradient: Tensor | None, *_: None) -> tuple[Logits | None, None]:
+        if gradient is None:
+            return None, None
         grad_logits, is_target = ctx.saved_tensors
         return grad_logits.mul_(is_target * gradient), None

@@ -19,7 +19,7 @@ def l2_normalize(x: Float[Tensor, "*vectors C"]) -> Float[Tensor, "*vectors C"]:
     The reference implementation is `torch.nn.functional.normalize`. It differs in half precision, where it returns NaN for a
     vector of zeros and this function returns zeros.
     """
-    return _L2Normalize.apply(x)[0]
+    return _L2Normalize.call(x)[0]
 
 
 def min_norm(dtype: torch.dtype) -> float:
@@ -46,7 +46,9 @@ class _L2Normalize(Operation):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: None) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor | None, _: None) -> Tensor | None:
+        if gradient is None:
+            return None
         y, norm = ctx.saved_tensors
         # A vector shorter than the smallest divisor is divided by a constant, so its gradient has no second term.
         radial = (gradient * y).sum(-1, keepdim=True) * (norm > min_norm(y.dtype))

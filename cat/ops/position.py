@@ -23,13 +23,22 @@ def is_padding(padding: Int[Tensor, " B"], length: int) -> Bool[Tensor, "B L"]:
     return torch.arange(length, device=padding.device) < padding[:, None]
 
 
-def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1, positions: Positions | None = None) -> Heads:
-    """Rotate the channel pair (c, c + C/2) of token i by the angle i * base^(-2c/C).
+def rotate(
+    x: Heads,
+    base: float = 10_000.0,
+    scale: float = 1.0,
+    *,
+    start: int = 0,
+    step: int = 1,
+    positions: Positions | None = None,
+) -> Heads:
+    """Rotate the channel pair (c, c + C/2) of token i by the angle i / scale * base^(-2c/C).
 
-    Token i of `x` is at position `start` + i * `step` of its sequence, or at `positions[:, i]`.
+    Token i of `x` is at position `start` + i * `step` of its sequence, or at `positions[:, i]`. `scale` interpolates positions
+    (arXiv 2306.15595).
     """
     length, channels = x.shape[2:]
-    frequency = base ** (-torch.arange(0, channels, 2, device=x.device, dtype=torch.float64) / channels)
+    frequency = base ** (-torch.arange(0, channels, 2, device=x.device, dtype=torch.float64) / channels) / scale
     index = torch.arange(start, start + length * step, step, device=x.device) if positions is None else positions[:, None]
     angle = index[..., None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -37,17 +46,16 @@ def rotate(x: Heads, base: float = 10_000.0, *, start: int = 0, step: int = 1, p
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
-def alibi_bias(heads: int, queries: Int[Tensor, "*A"], length: int, like: Tensor) -> Float[Tensor, "H *A L"]:
-    """Return the bias of ALiBi for the queries at positions `queries`, each below `length` L.
+def alibi_slopes(heads: int, like: Tensor) -> Float[Tensor, " H"]:
+    """Return the slope of ALiBi of each head, in float64, as the authors' code does. `like` gives the device.
 
-    For query i and key j < L it is -slope * (i - j), and -inf if j > i. Head h = 1..H has the slope 2^(-8h/H). `like` gives the
-    dtype and the device.
+    If `heads` is a power of two, head h = 1..H has the slope 2^(-8h/H). Otherwise the first heads have the slopes of the next
+    lower power of two, and the others every second slope of twice that number.
     """
-    slope = 2.0 ** (-8.0 * torch.arange(1, heads + 1, device=like.device, dtype=torch.float64) / heads)
-    offset = torch.arange(1 - length, length, device=like.device)  # j - i
-    bias = (slope[:, None] * offset).masked_fill(offset > 0, float("-inf")).to(like.dtype)
-    # Each row of the bias is a window of these 2L - 1 values.
-    return bias.unfold(1, length, 1)[:, length - 1 - queries]
+    power = 1 << heads.bit_length() - 1
+    first = torch.arange(1, power + 1, device=like.device, dtype=torch.float64) / power
+    others = (torch.arange(heads - power, device=like.device, dtype=torch.float64) + 0.5) / power
+    return 2.0 ** (-8 * torch.cat([first, others]))
 
 
 def sinusoidal(

@@ -93,6 +93,8 @@ def test_the_package_has_its_types():
         {"conv_k": 4, "sharing": "mixing"},
         {"conv_k": 4, "dilation": 2, "position": "rotary"},
         {"conv_k": 4, "position": "alibi"},
+        {"conv_k": 4, "kv_heads": 1, "bias": True},
+        {"conv_k": 4, "window": 3},
     ],
     ids=str,
 )
@@ -125,6 +127,10 @@ def test_any_length_is_causal(options, length):
         {"conv_k": 3, "temperature": True},
         {"conv_k": "full"},
         {"conv_v": "network", "filter_size": 3},
+        {"kv_heads": 1},
+        {"bias": True},
+        {"position": "rotary", "rope_base": 100.0, "rope_scale": 2.0},
+        {"window": 3},
     ],
     ids=str,
 )
@@ -297,6 +303,64 @@ def test_with_convolutions_it_equals_the_attention_of_torch_after_conv1d():
     torch.testing.assert_close(layer(x), heads.transpose(1, 2).flatten(2) @ layer.mixer.o_proj.weight.T)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads_equal_full_heads_with_repeated_weights(kv_heads):
+    """Consecutive heads of queries share a head of keys and values (arXiv 2305.13245)."""
+    options = {"conv_q": 3, "conv_k": 4, "conv_v": 2, "bias": True, "filter_init": "random", "dtype": torch.float64}
+    layer = ConvolutionAugmentedAttention(24, 4, kv_heads=kv_heads, **options)
+    full = ConvolutionAugmentedAttention(24, 4, **options)
+    weights = layer.state_dict()
+    for name, weight in weights.items():
+        if "k_proj" in name or "v_proj" in name:
+            by_head = weight.unflatten(0, (kv_heads, 6))
+            weights[name] = by_head.repeat_interleave(4 // kv_heads, dim=0).flatten(0, 1)
+        elif "filters.k" in name or "filters.v" in name:
+            weights[name] = weight.repeat_interleave(4 // kv_heads, dim=0)
+    full.load_state_dict(weights)
+    x = normal(2, LENGTH, 24)
+    torch.testing.assert_close(layer(x), full(x))
+    _, cache = layer.step(x)
+    assert {name: state.shape[1] for name, state in cache.state.items()} == {
+        "keys": kv_heads, "values": kv_heads, "q": 4, "k": kv_heads, "v": kv_heads,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("position", ["none", "rotary", "alibi"])
+def test_with_a_window_the_cache_keeps_only_the_tokens_that_the_next_one_sees(position):
+    layer = ConvolutionAugmentedAttention(12, 2, window=4, conv_k=2, position=position, dtype=torch.float64)
+    x, cache, outputs = normal(2, 12, 12), None, []
+    for part in x.split([2, 1, 6, 1, 2], dim=1):
+        y, cache = layer.step(part, cache)
+        outputs.append(y)
+        assert cache.state["keys"].shape[2] == min(3, cache.length)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), layer(x))
+
+
+def test_an_output_depends_on_the_tokens_of_its_window():
+    layer = ConvolutionAugmentedAttention(12, 2, window=3, dtype=torch.float64)
+    x = normal(1, 200, 12).requires_grad_()
+    for i in (0, 1, 2, 63, 64, 150, 199):
+        (gradient,) = torch.autograd.grad(layer(x)[0, i].sum(), x)
+        assert gradient[0].any(-1).nonzero()[:, 0].tolist() == list(range(max(0, i - 2), i + 1))
+
+
+def test_dropout_acts_in_training_mode_only():
+    layer = ConvolutionAugmentedAttention(12, 2, dropout=0.5, dtype=torch.float64)
+    x = normal(2, LENGTH, 12)
+    assert not torch.allclose(layer(x), layer(x))
+    layer.eval()
+    plain = ConvolutionAugmentedAttention(12, 2, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x), plain(x), rtol=0, atol=0)
+    torch.testing.assert_close(layer.step(x)[0], plain(x))
+
+
+def test_the_bias_is_that_of_every_projection():
+    layer = ConvolutionAugmentedAttention(12, 2, bias=True)
+    names = {name for name, _ in layer.mixer.named_parameters() if name.endswith("bias")}
+    assert names == {f"{projection}_proj.bias" for projection in "qkvo"}
+
+
 def test_an_invalid_argument_is_a_one_line_error_that_names_it():
     mistakes = {
         "heads = 3 does not divide width = 32": {"heads": 3},
@@ -312,6 +376,20 @@ def test_an_invalid_argument_is_a_one_line_error_that_names_it():
         "length = 0 should be greater than or equal to 1": {"conv_k": 2, "length": 0},
         "dilation = 2 needs a convolution. Fix: set conv_q, conv_k or conv_v": {"dilation": 2},
         "qk_norm = 1 should be a valid boolean": {"qk_norm": 1},
+        "kv_heads = 3 does not divide heads = 4": {"kv_heads": 3},
+        "kv_heads = 8 does not divide heads = 4": {"kv_heads": 8},
+        "kv_heads = 0 should be greater than or equal to 1": {"kv_heads": 0},
+        "sharing = mixing needs more than one head of keys and values, not kv_heads = 1": {
+            "kv_heads": 1,
+            "conv_k": 3,
+            "sharing": "mixing",
+        },
+        "rope_base = 100 needs position = rotary": {"rope_base": 100.0},
+        "rope_scale = 2 needs position = rotary": {"rope_scale": 2, "position": "alibi"},
+        "rope_scale = 0.0 should be greater than 0": {"rope_scale": 0.0, "position": "rotary"},
+        "window = 0 should be greater than or equal to 1": {"window": 0},
+        "dropout = 1.0 should be less than 1": {"dropout": 1.0},
+        "dropout = -0.1 should be greater than or equal to 0": {"dropout": -0.1},
     }
     script = f"""
         import numpy

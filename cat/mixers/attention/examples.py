@@ -4,6 +4,9 @@ from cat.mixers.attention.config import AttentionConfig
 
 EXAMPLES = {
     "plain": AttentionConfig(heads=3),
+    "grouped": AttentionConfig(heads=6, kv_heads=2, conv_q=2, conv_k=3, conv_v=3, sharing="channel", window=5),
+    "bias": AttentionConfig(heads=3, kv_heads=1, position="rotary", rope_base=100.0, rope_scale=2.0, bias=True),
+    "alibi_window": AttentionConfig(heads=6, kv_heads=3, conv_k="state", filter_size=2, position="alibi", window=7),
     "q": AttentionConfig(heads=3, conv_q=3, position="rotary"),
     "k": AttentionConfig(heads=3, conv_k="full", position="alibi"),
     "v": AttentionConfig(heads=3, conv_v=1),

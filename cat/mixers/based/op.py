@@ -18,14 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cat.ops.common import to_float32, without_autocast
+from cat.ops.common import in_chunks, to_float32, without_autocast
 from cat.ops.position import is_padding
 from cat.types import Heads, Positions, Queries, Values
 
 CHUNK = 64
 """Queries that share a state: the sum over the keys that are outside the window of all of them."""
-
-Chunks = Float[Tensor, "B H N S C"]
 
 
 def taylor_attend(
@@ -122,14 +120,14 @@ def attend_by_features(q: Heads, k: Heads, v: Values, *, window: int) -> Values:
 
     Costs (features + window + chunk) C per token.
     """
-    length = q.shape[2]
+    length, padding = q.shape[2], (q.shape[2] + CHUNK - 1) // CHUNK * CHUNK - q.shape[2]
     # A last channel of ones sums the weights; it is zero for padding.
     v = F.pad(v, (0, 1), value=1)
-    q = chunked(F.pad(q, (0, 0, 0, -length % CHUNK)))
-    k, v = (F.pad(x, (0, 0, window, -length % CHUNK)) for x in (k, v))
+    q = in_chunks(q, CHUNK)
+    k, v = (F.pad(x, (0, 0, window, padding)) for x in (k, v))
 
     # Keys are delayed by the window: each chunk of them is outside the window of all queries of every later chunk.
-    states = (features(chunked(k[:, :, :-window])).mT @ chunked(v[:, :, :-window])).cumsum(2)
+    states = (features(in_chunks(k[:, :, :-window], CHUNK)).mT @ in_chunks(v[:, :, :-window], CHUNK)).cumsum(2)
     far = features(q) @ F.pad(states[:, :, :-1], (0, 0, 0, 0, 1, 0))
     first = torch.arange(0, q.shape[2] * CHUNK, CHUNK, device=q.device)[:, None, None]
 
@@ -176,7 +174,3 @@ def log_weights(scores: Float[Tensor, "*N A J"], distance: Int[Tensor, "*#N A J"
     """Return log w_ij from scores s_ij and distances i - j; -inf for future tokens."""
     logs = torch.where(distance < window, scores, torch.log1p(scores * (1 + scores / 2)))
     return logs.masked_fill(distance < 0, float("-inf"))
-
-
-def chunked(x: Heads) -> Chunks:
-    return x.unflatten(2, (-1, CHUNK))

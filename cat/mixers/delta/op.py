@@ -13,11 +13,10 @@ g_t = log alpha_1 + .. + log alpha_t counted from the chunk's first token:
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.ops.common import without_autocast
+from cat.ops.common import chunk_size, in_chunks, without_autocast
 from cat.types import Heads, State, Values
 
 CHUNK = 32
@@ -73,11 +72,8 @@ def _by_chunks(
     One token more than a chunk then does not need a second chunk of padding. Padding leaves the state unchanged.
     """
     length = q.shape[2]
-    count = -(-length // CHUNK)
-    chunk = -(-length // count)
-    q, k, v, beta, log_decay = (
-        F.pad(x, (0, 0, 0, -length % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v, beta, log_decay)
-    )
+    chunk = chunk_size(-(-length // -(-length // CHUNK)), CHUNK)
+    q, k, v, beta, log_decay = (in_chunks(x, chunk, unrolled=True) for x in (q, k, v, beta, log_decay))
     total = log_decay.cumsum(3)
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
     # Masked before exp: exp overflows for future tokens, and the gradient of zero times infinity is NaN.

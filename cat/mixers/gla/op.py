@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cat.ops.common import without_autocast
+from cat.ops.common import in_chunks, without_autocast
 from cat.types import Heads, State, Values
 
 CHUNK = 32
@@ -60,11 +60,9 @@ def naive_gated_linear_attend(q: Heads, k: Heads, v: Values, log_decay: Heads, *
 def _by_chunks(q: Heads, k: Heads, decay: Heads, v: Values, state: State | None) -> tuple[Values, State]:
     """Carry the state from chunk to chunk; padding leaves it unchanged."""
     length = q.shape[2]
-    # With few chunks, half-size chunks cost less than a last chunk that is more than half padding.
-    size = CHUNK // 2 if length < 4 * CHUNK and -length % CHUNK >= CHUNK // 2 else CHUNK
-    chunk = min(size, 1 << (length - 1).bit_length())
+    chunk = _chunk_size(length)
     inputs = ((q, 0), (k, 0), (decay, 1), (v, 0))
-    q, k, decay, v = (F.pad(x, (0, 0, 0, -length % chunk), value=padding).unflatten(2, (-1, chunk)) for x, padding in inputs)
+    q, k, decay, v = (in_chunks(x, chunk, value=padding, unrolled=True) for x, padding in inputs)
     weights, decayed_q, decayed_k, total_decay = _within_chunks(q, k, decay)
     added = decayed_k.mT @ v
     state = torch.zeros_like(added[:, :, 0]) if state is None else state
@@ -73,6 +71,14 @@ def _by_chunks(q: Heads, k: Heads, decay: Heads, v: Values, state: State | None)
         states.append(state)
         state = decay_ * state + added_
     return (weights @ v + decayed_q @ torch.stack(states, dim=2)).flatten(2, 3)[:, :, :length], state
+
+
+def _chunk_size(length: int) -> int:
+    if torch.compiler.is_compiling():  # for all lengths
+        return CHUNK
+    # With few chunks, half-size chunks cost less than a last chunk that is more than half padding.
+    size = CHUNK // 2 if length < 4 * CHUNK and -length % CHUNK >= CHUNK // 2 else CHUNK
+    return min(size, 1 << (length - 1).bit_length())
 
 
 def _within_chunks(

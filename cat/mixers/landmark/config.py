@@ -18,7 +18,6 @@ class LandmarkConfig(DotProductConfig):
 
     label: ClassVar = "Landmark attention"
     label_with_convolution: ClassVar = "Landmark CAT"
-    selects_tokens: ClassVar = True
     projections: ClassVar[tuple[str, ...]] = ("q", "k", "v", "summary")
     renamed_keys: ClassVar = {**DotProductConfig.renamed_keys, "summary": "conv_summary"}
     block: Count
@@ -30,6 +29,10 @@ class LandmarkConfig(DotProductConfig):
 
     It acts on the convolved keys.
     """
+
+    @property
+    def selects_tokens(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:

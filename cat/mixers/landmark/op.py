@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat.ops.attention import attend
-from cat.ops.common import Operation
+from cat.ops.common import Operation, in_chunks
 from cat.types import Heads, Positions, Queries, Values
 
 Landmarks = Float[Tensor, "B H N C"]
@@ -57,12 +57,11 @@ def landmark_attend(
     length = k.shape[2]
     if length <= block:
         return attend(q, k, v, scale=scale, positions=positions)
-    earlier = (length - 1) // block
     k_blocks, v_blocks = (in_blocks(x, block) for x in (k, v))
     q = scale * (in_blocks(q, block).flatten(2, 3) if positions is None else q)
     query_positions = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
     own = query_positions // block
-    chosen, matches = choose(q, s[:, :, :earlier], own, top=top)
+    chosen, matches = choose(q, s[:, :, : k_blocks.shape[2] - 1], own, top=top)
 
     # Numbers of tokens that a query attends to, in its own block and in each chosen window.
     own_visible = (query_positions % block + 1)[:, None, :, None]
@@ -131,8 +130,9 @@ def block_ends(x: Heads, block: int) -> Landmarks:
 
 def in_blocks(x: Heads, block: int) -> Float[Tensor, "B H N block C"]:
     """Split tokens into blocks, the last one padded with zeros."""
-    missing = -x.shape[2] % block
-    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(2, (-1, block))
+    if not torch.compiler.is_compiling() and x.shape[2] % block == 0:  # without a copy
+        return x.unflatten(2, (-1, block))
+    return in_chunks(x, block, unrolled=True)
 
 
 def choose(q: Float[Tensor, "B H A C"], landmarks: Landmarks, own: Own, *, top: int) -> tuple[Chosen, Float[Tensor, "B H A T"]]:
@@ -182,7 +182,9 @@ class _AttendFirst(Operation):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_log: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_log: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        grad_out = torch.zeros_like(ctx.saved_tensors[3]) if grad_out is None else grad_out
+        grad_log = torch.zeros_like(ctx.saved_tensors[5][..., 0]) if grad_log is None else grad_log
         q, k, v, out, weights, total = (saved.to(grad_out.dtype) for saved in ctx.saved_tensors)  # the dtype that autocast chose
         grad_out = grad_out / total
         rest = grad_log[..., None].to(grad_out.dtype) / total - (grad_out * out).sum(-1, keepdim=True)

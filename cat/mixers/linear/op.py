@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cat.ops.common import to_float32, without_autocast
+from cat.ops.common import chunk_size, in_chunks, to_float32, without_autocast
 from cat.ops.position import rotate
 from cat.types import Heads, State, Values
 
@@ -100,8 +100,8 @@ def causal_sum(q: Float[Tensor, "B H L F"], k: Float[Tensor, "B H L F"], v: Valu
     Uses a masked product within a chunk, and a sum of k v^T for all earlier chunks.
     """
     length = q.shape[2]
-    chunk = min(CHUNK, length)
-    q, k, v = (F.pad(x, (0, 0, 0, -length % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
+    chunk = chunk_size(length, CHUNK)
+    q, k, v = (in_chunks(x, chunk) for x in (q, k, v))
     within = (q @ k.mT).tril() @ v
     # The state before chunk n, the sum over chunks 0 .. n - 1, is shifted and not subtracted: later tokens cause no rounding.
     states = (k.mT @ v).cumsum(2)

@@ -51,7 +51,11 @@ def selective_scan_step(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors
 
 
 def _scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors, start: State) -> tuple[Inner, State]:
-    y, end, _ = _Scan.apply(x, delta, a.expand(len(x), -1, -1), b, c, start, torch.is_grad_enabled())
+    a = a.expand(len(x), -1, -1)
+    if torch.compiler.is_compiling():
+        y, end, _ = torch.ops.cat.selective_scan(x, delta, a, b, c, start)
+    else:
+        y, end, _ = _Scan.apply(x, delta, a, b, c, start, torch.is_grad_enabled())
     return y, end
 
 
@@ -186,6 +190,53 @@ class _ScanGradients(Operation):
         folded = (merge_vmap_dim(x, axis, info.batch_size, into=to) for x, axis, to in zip(inputs, mapped, into, strict=True))
         gradients = _ScanGradients.apply(*folded)
         return tuple(gradient.unflatten(0, (info.batch_size, -1)) for gradient in gradients), (0,) * len(gradients)
+
+
+# The compiler must not trace the loops over tokens: the operations of these names are one node of the graph, for any length.
+
+
+@torch.library.custom_op(
+    "cat::selective_scan",
+    mutates_args=(),
+    schema="(Tensor x, Tensor delta, Tensor a, Tensor b, Tensor c, Tensor start) -> (Tensor, Tensor, Tensor)",
+)
+def _opaque_scan(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    y, end, states = _Scan.forward(x, delta, a, b, c, start, True)
+    return y.contiguous(), end.contiguous(), states
+
+
+@torch.library.custom_op(
+    "cat::selective_scan_gradients",
+    mutates_args=(),
+    schema="(Tensor[] saved, Tensor grad_y, Tensor grad_end) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _opaque_gradients(saved: list[Tensor], grad_y: Tensor, grad_end: Tensor) -> tuple[Tensor, ...]:
+    x, delta, a, b, c, states = saved
+    return tuple(gradient.contiguous() for gradient in _ScanGradients.forward(x, delta, a, b, c, states, grad_y, grad_end))
+
+
+@_opaque_scan.register_fake
+def _(x: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, channels = x.shape
+    y, end = x.new_empty(x.shape), start.new_empty(start.shape)
+    return y, end, x.new_empty(length + 1, batch, b.shape[2], channels)
+
+
+@_opaque_gradients.register_fake
+def _(saved: list[Tensor], grad_y: Tensor, grad_end: Tensor) -> tuple[Tensor, ...]:
+    return *(x.new_empty(x.shape) for x in saved[:5]), grad_end.new_empty(grad_end.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5], output[2])
+
+
+def _differentiate(ctx: Any, grad_y: Tensor, grad_end: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    gradients: tuple[Tensor, ...] = torch.ops.cat.selective_scan_gradients(ctx.saved_tensors, grad_y, grad_end)
+    return gradients
+
+
+_opaque_scan.register_autograd(_differentiate, setup_context=_save)
 
 
 def _tokens_first(x: Float[Tensor, "B L N"]) -> Float[Tensor, "L B 1 N"]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cat.ops.common import to_float32, without_autocast
+from cat.ops.common import chunk_size, in_chunks, to_float32, without_autocast
 from cat.types import Heads, Values
 
 CHUNK = 64
@@ -89,11 +89,10 @@ def _causal_sum(q: Features, k: Features, v: Values, peak: Logs, sums: Sums | No
         sums = Sums(none, q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]))
     before, state = sums
     length = q.shape[2]
-    chunk = min(CHUNK, length)
-    q, k, v = (F.pad(x, (0, 0, 0, -length % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
-    peak = F.pad(peak, (0, 0, 0, -length % chunk), value=float("-inf"))  # padding is never the maximum
-    log_max = torch.maximum(peak.cummax(2).values, before).unflatten(2, (-1, chunk))
-    peak = peak.unflatten(2, (-1, chunk))
+    chunk = chunk_size(length, CHUNK)
+    q, k, v = (in_chunks(x, chunk, unrolled=True) for x in (q, k, v))
+    peak = in_chunks(peak, chunk, value=float("-inf"), unrolled=True)  # padding is never the maximum
+    log_max = torch.maximum(peak.flatten(2, 3).cummax(2).values, before).unflatten(2, peak.shape[2:4])
     future = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).triu(1)
     factor = (peak.mT - log_max).exp().masked_fill(future, 0)
     end = log_max[:, :, :, -1:]

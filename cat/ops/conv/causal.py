@@ -11,9 +11,11 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cat.ops.common import autocast_to_compute_dtype
 from cat.ops.conv import torch_backend
@@ -39,6 +41,8 @@ class Limits(NamedTuple):
         direct    if W <= kernel_size and W <= ceil(L / dilation), unless L <= tokens and (W ratio > L or numel L < work)
         Toeplitz  otherwise, if L <= tokens
         FFT       otherwise
+
+    If PyTorch compiles or exports, one graph serves all lengths: direct if W <= kernel_size, otherwise FFT.
 
     The algorithms agree up to rounding. Only the FFT is not exactly causal: rounding carries later tokens into earlier outputs.
     """
@@ -99,7 +103,7 @@ def filter_groups(x: GroupedHeads, kernel: GroupedKernel, *, dilation: int = 1) 
     """Apply `filter_heads` or `filter_channels` to each of up to three groups in one call. It is faster if `is_short`."""
     return tuple(
         y.squeeze(0)
-        for y in DirectConvolution.apply(autocast_to_compute_dtype(x)[None], autocast_to_compute_dtype(kernel)[None], dilation)
+        for y in DirectConvolution.call(autocast_to_compute_dtype(x)[None], autocast_to_compute_dtype(kernel)[None], dilation)
     )
 
 
@@ -137,16 +141,20 @@ def _convolve(
     if _is_direct(kernel, length, x.numel(), dilation, limits):
         return direct(x, kernel, dilation)
     kernel = _within_length(kernel, length, dilation)
-    return by_toeplitz(x, kernel) if length <= limits.tokens else by_fft(x, kernel)
+    return by_fft(x, kernel) if torch.compiler.is_compiling() or length > limits.tokens else by_toeplitz(x, kernel)
 
 
 def _within_length(kernel: Tensor, length: int, dilation: int) -> Tensor:
     """Write out a dilated kernel without the values that reach before the first token."""
+    if torch.compiler.is_compiling():  # exactly `length` values: no case for a shorter kernel
+        return F.pad(dilate(kernel, dilation), (0, length))[..., :length]
     return dilate(kernel[..., : -(-length // dilation)], dilation)
 
 
 def _is_direct(kernel: Tensor, length: int, numel: int, dilation: int, limits: Limits) -> bool:
     """Whether `limits` choose the direct algorithm."""
     width = kernel.shape[-1]
+    if torch.compiler.is_compiling():
+        return statically_known_true(width <= limits.kernel_size)
     is_small = length <= limits.tokens and (width * limits.ratio > length or numel * length < limits.work)
     return width <= min(limits.kernel_size, -(-length // dilation)) and not is_small

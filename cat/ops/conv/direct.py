@@ -19,7 +19,7 @@ from cat.types import ChannelKernel, HeadMixingKernel, Heads, InputHeads, Member
 
 
 def filter_direct(x: Heads, kernel: ChannelKernel, dilation: int) -> Heads:
-    return DirectConvolution.apply(x[None, None], kernel[None, None], dilation)[0].squeeze(0)
+    return DirectConvolution.call(x[None, None], kernel[None, None], dilation)[0].squeeze(0)
 
 
 class DirectConvolution(Operation):
@@ -97,7 +97,7 @@ def triton_or_torch() -> ModuleType:
 
 
 def mix_direct(x: InputHeads, kernel: HeadMixingKernel, dilation: int) -> Heads:
-    return MixedConvolution.apply(x, kernel, dilation)
+    return MixedConvolution.call(x, kernel, dilation)
 
 
 class MixedConvolution(Operation):
@@ -130,5 +130,6 @@ class MixedConvolution(Operation):
 
 def _shifted_copies(padded: Float[Tensor, "B N P C"], kernel: HeadMixingKernel, dilation: int) -> Float[Tensor, "B NW LC"]:
     """Return W copies of each head, each starting `dilation` tokens later than the previous one."""
-    flat, step = padded.flatten(2), dilation * padded.shape[3]
-    return flat.unfold(2, flat.shape[2] - (kernel.shape[2] - 1) * step, step).flatten(1, 2)
+    starts = range(0, kernel.shape[2] * dilation, dilation)
+    length = padded.shape[2] - starts[-1]
+    return torch.stack([padded.narrow(2, start, length) for start in starts], dim=2).flatten(1, 2).flatten(2)

@@ -15,6 +15,10 @@ def filter_fft(x: Heads, kernel: ChannelKernel) -> Heads:
     if x.numel() == 0:  # MKL rejects empty tensors
         return x * kernel.sum()
     dtype = torch.promote_types(x.dtype, kernel.dtype)
+    if torch.compiler.is_compiling():  # which cannot trace autograd functions of any length
+        length = x.shape[2]
+        size = _padded_size(length, kernel.shape[2])
+        return _inverse(_spectrum(kernel, size, dim=2).mT * _spectrum(x, size, dim=2), size, length).to(dtype)
     fft_dtype = torch.promote_types(dtype, torch.float32)  # there is no FFT of bfloat16
     return _FFTConvolution.apply(x.to(fft_dtype), kernel.to(fft_dtype))[0].to(dtype)
 
@@ -25,7 +29,7 @@ class _FFTConvolution(Operation):
     @staticmethod
     def forward(x: Heads, kernel: ChannelKernel) -> tuple[Heads, Tensor, Tensor]:
         """Return the outputs and the conjugate spectra of x and of the kernel."""
-        size = _fast_size(x.shape[2] + kernel.shape[2] - 1)
+        size = _padded_size(x.shape[2], kernel.shape[2])
         x_spectrum, kernel_spectrum = torch.fft.rfft(x.mT, n=size), torch.fft.rfft(kernel, n=size)
         y = torch.fft.irfft(x_spectrum * kernel_spectrum, n=size)[..., : x.shape[2]].mT
         return y.contiguous(), x_spectrum.conj_physical_(), kernel_spectrum.conj_physical_()
@@ -39,10 +43,12 @@ class _FFTConvolution(Operation):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Heads, *_: None) -> tuple[Heads, ChannelKernel]:
+    def backward(ctx: Any, gradient: Heads | None, *_: None) -> tuple[Heads | None, ChannelKernel | None]:
+        if gradient is None:
+            return None, None
         x_spectrum, kernel_spectrum = ctx.saved_tensors
         length = gradient.shape[2]
-        size = _fast_size(length + ctx.kernel_size - 1)
+        size = _padded_size(length, ctx.kernel_size)
         spectrum = torch.fft.rfft(gradient.mT, n=size)
         grad_x = torch.fft.irfft(spectrum * kernel_spectrum, n=size)[..., :length].mT
         correlation = spectrum.mul_(x_spectrum).sum_to_size(kernel_spectrum.shape)
@@ -60,13 +66,16 @@ def mix_fft(x: InputHeads, kernel: HeadMixingKernel) -> Heads:
     if x.numel() == 0:  # MKL rejects empty tensors
         return x[:, :1].expand(-1, len(kernel), -1, -1) * kernel.sum()
     length = x.shape[2]
-    size = _fast_size(length + kernel.shape[2] - 1)
+    size = _padded_size(length, kernel.shape[2])
     spectrum = torch.einsum("hgf,bgfc->bhfc", _spectrum(kernel, size, dim=-1), _spectrum(x, size, dim=2))
     return _inverse(spectrum, size, length).to(torch.promote_types(x.dtype, kernel.dtype))
 
 
-def _fast_size(size: int) -> int:
-    """Round `size` up to a power of two times 1, 3, 5, 9 or 15: transforms of prime sizes are slow."""
+def _padded_size(length: int, kernel_size: int) -> int:
+    """Return a size in which nothing wraps around: a power of two times 1, 3, 5, 9 or 15. Prime sizes are slow."""
+    if torch.compiler.is_compiling():  # rounding would need a graph per length, and the kernel is at most as long
+        return 2 * length
+    size = length + kernel_size - 1
     return min(odd << (-(-size // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15))
 
 

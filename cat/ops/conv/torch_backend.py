@@ -7,6 +7,7 @@ the passes.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,9 +17,11 @@ from cat.types import MemberHeads, StackedHeads, StackedKernel
 def filter_stacks(x: StackedHeads, kernel: StackedKernel, dilation: int) -> StackedHeads:
     """Convolve every group of every ensemble member with its own kernel."""
     first, *others = _kernel_values(kernel)
-    y = x * first
+    length, reach = x.shape[4], len(others) * dilation
+    # With zeros before the first token, no slice is cut off, and torch.export needs no branch for short sequences.
+    padded, y = F.pad(x, (0, 0, reach, 0)), x * first
     for j, value in enumerate(others, 1):
-        y[..., j * dilation :, :].addcmul_(_drop_last(x, j * dilation), value)
+        y = y.addcmul_(padded.narrow(4, reach - j * dilation, length), value)
     return y
 
 

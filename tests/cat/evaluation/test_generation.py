@@ -232,11 +232,11 @@ def test_a_mixer_with_heads_needs_no_step_of_its_own():
 
 
 @pytest.mark.parametrize("count", [1, 3, 13])
-@pytest.mark.parametrize("alibi", [False, True])
-def test_attention_of_the_last_tokens_equals_the_reference(count, alibi):
+@pytest.mark.parametrize("options", [{}, {"slopes": torch.tensor([0.5, 0.3, 0.1])}, {"window": 4}], ids=["", "alibi", "window"])
+def test_attention_of_the_last_tokens_equals_the_reference(count, options):
     q, k, v = (normal(2, 3, 13, 5, seed=seed) for seed in range(3))
-    expected = naive_attend(q, k, v, scale=0.7, alibi=alibi)[:, :, -count:]
-    close(attend_last(q[:, :, -count:], k, v, scale=0.7, alibi=alibi), expected)
+    expected = naive_attend(q, k, v, scale=0.7, **options)[:, :, -count:]
+    close(attend_last(q[:, :, -count:], k, v, scale=0.7, **options), expected)
 
 
 def test_learned_positions_refuse_longer_sequences():

@@ -64,6 +64,16 @@ class UnusedWeight(Means):
         self.unused = nn.Parameter(torch.ones(3))
 
 
+class ResetsNothing(UnusedWeight):
+    def reset_parameters(self):
+        pass
+
+
+class ResetsToOtherValues(UnusedWeight):
+    def reset_parameters(self):
+        nn.init.constant_(self.unused, 9.0)
+
+
 class MixesSequences(Means):
     def means(self, x):
         return super().means(x) + x[:1]
@@ -130,6 +140,9 @@ FAULTS = [
     (NegativeWeights, "attention", "attention weights are negative, but has_attention is True"),
     (Branches, "vmap", "vmap"),
     (NeedsData, "meta", "meta"),
+    (UnusedWeight, "reset", "the mixer owns parameters or buffers and has no reset_parameters"),
+    (ResetsNothing, "reset", "reset_parameters leaves unused as it is"),
+    (ResetsToOtherValues, "reset", "after reset_parameters, unused is about 9, not 1"),
 ]
 
 

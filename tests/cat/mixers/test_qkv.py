@@ -9,7 +9,7 @@ from cat.model import SequenceModel
 from cat.ops.attention import naive_attend
 from cat.ops.conv.causal import HEAD_LIMITS
 from cat.ops.conv.reference import naive_filter_heads
-from cat.ops.position import gather_positions, rotate
+from cat.ops.position import alibi_slopes, gather_positions, rotate
 from tests.helpers.mixers import BATCH, EXAMPLES, HEADS, QKV, WIDTH, build, configure, hidden
 from tests.helpers.reference import close, normal
 
@@ -67,7 +67,13 @@ def test_positions_and_the_scale_act_after_the_convolutions(position, qk_norm):
     q, k, v = mixer.prepare(mixer.project(hidden(13)))
     if position == "rotary":
         q, k = rotate(q), rotate(k)
-    heads = naive_attend(q, k, v, scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5, alibi=position == "alibi")
+    heads = naive_attend(
+        q,
+        k,
+        v,
+        scale=1.0 if qk_norm else (WIDTH // HEADS) ** -0.5,
+        slopes=alibi_slopes(HEADS, q) if position == "alibi" else None,
+    )
     close(mixer(hidden(13)), heads.permute(0, 2, 1, 3).reshape(BATCH, 13, WIDTH) @ mixer.o_proj.weight.T)
 
 

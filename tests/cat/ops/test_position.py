@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cat.ops.position import alibi_bias, gather_positions, rotate, sinusoidal
+from cat.ops.position import alibi_slopes, gather_positions, rotate, sinusoidal
 from tests.helpers.reference import close, normal
 
 
@@ -18,12 +18,13 @@ def test_rotary_scores_depend_only_on_position_differences():
     assert (distinct > 1e-6).all()
 
 
-def test_rotary_rotates_each_channel_pair_by_its_angle():
+@pytest.mark.parametrize("base", [10_000.0, 100.0])
+def test_rotary_rotates_each_channel_pair_by_its_angle(base):
     x = normal(2, 3, 7, 10)
-    rotated = rotate(x)
+    rotated = rotate(x, base)
     for i in range(7):
         for c in range(5):
-            angle = i * 10_000 ** (-2 * c / 10)
+            angle = i * base ** (-2 * c / 10)
             pair = torch.complex(x[:, :, i, c], x[:, :, i, c + 5]) * complex(math.cos(angle), math.sin(angle))
             close(rotated[:, :, i, [c, c + 5]], torch.view_as_real(pair))
 
@@ -37,16 +38,23 @@ def test_gather_positions_of_an_empty_batch():
     assert gather_positions(normal(0, 3, 7, 10), torch.zeros(0, 2, dtype=torch.long)).shape == (0, 3, 2, 10)
 
 
-@pytest.mark.parametrize("queries", [[0, 1, 2, 3, 4], [3], [[0, 4], [2, 2]]])
-def test_alibi_subtracts_a_multiple_of_the_distance(queries):
-    queries = torch.tensor(queries)
-    bias = alibi_bias(3, queries, 5, normal(1))
-    assert bias.dtype == torch.float64
-    assert bias.shape == (3, *queries.shape, 5)
-    for h in range(3):
-        for i, row in zip(queries.flatten().tolist(), bias[h].flatten(end_dim=-2), strict=True):
-            expected = [-(2 ** (-8 * (h + 1) / 3)) * (i - j) if j <= i else -math.inf for j in range(5)]
-            assert row.tolist() == pytest.approx(expected, rel=1e-12)
+def authors_slopes(heads):
+    """The function `get_slopes` of the authors' code (github.com/ofirpress/attention_with_linear_biases)."""
+    if math.log2(heads).is_integer():
+        start = 2 ** (-(2 ** -(math.log2(heads) - 3)))
+        return [start * start**i for i in range(heads)]
+    closest = 2 ** math.floor(math.log2(heads))
+    return authors_slopes(closest) + authors_slopes(2 * closest)[0::2][: heads - closest]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 5, 6, 8, 12, 16, 17, 31, 32, 40])
+def test_slopes_are_those_of_the_authors(heads):
+    assert alibi_slopes(heads, normal(1)).tolist() == pytest.approx(authors_slopes(heads), rel=1e-12)
+
+
+def test_rotary_scale_interpolates_positions():
+    x = normal(2, 3, 7, 10)
+    close(rotate(x, scale=2.0)[:, :, ::2], rotate(x[:, :, ::2]))
 
 
 @pytest.mark.parametrize("width", [2, 7])
@@ -62,4 +70,4 @@ def test_sinusoidal_alternates_sines_and_cosines(width):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_position_schemes_keep_the_dtype(dtype):
     like = normal(1, 1, 3, 4).to(dtype)
-    assert {rotate(like).dtype, alibi_bias(2, torch.arange(3), 3, like).dtype, sinusoidal(3, 5, like).dtype} == {dtype}
+    assert {rotate(like).dtype, sinusoidal(3, 5, like).dtype} == {dtype}
