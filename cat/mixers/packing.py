@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ MAX_PADDING = 1 / 8
 MIN_PADDING = 128
 """Tokens of padding that cost less than another call: fewer are always accepted."""
 
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
 Mix = Callable[[Float[Tensor, "B L P"], Positions | None], Float[Tensor, "B _ D"]]
 Documents = Int[Tensor, " N"]
 """A number for each document."""
@@ -115,14 +117,19 @@ def pack(x: Shaped[Tensor, "B L *D"], attention_mask: Tensor | None, segment_ids
 
     Raises ValueError if both are given, or if one has the wrong shape, dtype or values.
     """
+    if attention_mask is None and segment_ids is None:
+        return None
+    return _uncompiled(_pack)(x, attention_mask, segment_ids)
+
+
+def _pack(x: Shaped[Tensor, "B L *D"], attention_mask: Tensor | None, segment_ids: Tensor | None) -> Packing | None:
     if attention_mask is not None and segment_ids is not None:
         raise ValueError("attention_mask and segment_ids are both given. Fix: give segment_ids only, with one id for padding")
     if attention_mask is not None:
         start, length = _unpadded(x, attention_mask)
-    elif segment_ids is not None:
-        start, length = _segments(x, segment_ids)
     else:
-        return None
+        assert segment_ids is not None
+        start, length = _segments(x, segment_ids)
     rows, columns = x.shape[:2]
     padded = int(length.sum()) < rows * columns
     if not padded and len(length) == rows:
@@ -147,6 +154,10 @@ def align_prompts(x: Shaped[Tensor, "B L *D"], attention_mask: Tensor, cached: i
     """
     if cached:
         raise ValueError(f"attention_mask needs an empty cache, not one of {cached} tokens: only a prompt has padding")
+    return _uncompiled(_align_prompts)(x, attention_mask)
+
+
+def _align_prompts(x: Shaped[Tensor, "B L *D"], attention_mask: Tensor) -> Prompts | None:
     start, length = _unpadded(x, attention_mask)
     rows, columns = x.shape[:2]
     if len(length) < rows:
@@ -160,6 +171,11 @@ def align_prompts(x: Shaped[Tensor, "B L *D"], attention_mask: Tensor, cached: i
 def unsqueeze_like(x: Shaped[Tensor, "B L"], like: Shaped[Tensor, "B L *D"]) -> Shaped[Tensor, "B L *_"]:
     """Append axes of size 1, so that `x` broadcasts to `like`."""
     return x.view(*x.shape, *[1] * (like.dim() - 2))
+
+
+def _uncompiled(function: Callable[Inputs, Output]) -> Callable[Inputs, Output]:
+    """Exclude `function` from compiled graphs: its results have sizes that depend on data."""
+    return cast(Callable[Inputs, Output], torch.compiler.disable(function)) if torch.compiler.is_compiling() else function
 
 
 def _unpadded(x: Tensor, attention_mask: Tensor) -> tuple[Documents, Documents]:
