@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from cat.config import MixerConfig
 from cat.mixers import filters
@@ -218,6 +219,22 @@ def operations_equal_their_references(config: MixerConfig) -> None:
         _close_gradients(f"at length {length}", actual_gradients, expected_gradients)
 
 
+def gradients_are_those_of_finite_differences(config: MixerConfig) -> None:
+    """torch.autograd.gradcheck also passes undefined gradients to the backward passes."""
+    mixer = build(config)
+    names, weights = zip(*mixer.named_parameters(), strict=True)
+
+    def outputs(x: Tensor, *weights: Tensor) -> Tensor:
+        return torch.func.functional_call(mixer, dict(zip(names, weights, strict=True)), (x,))
+
+    for length in (LENGTH, 131):  # beyond the matrices of convolutions
+        x = normal(1, length, WIDTH).requires_grad_()
+        try:
+            gradcheck(outputs, (x, *weights), fast_mode=True)
+        except GradcheckError as error:
+            raise AssertionError(" ".join(str(error).split())) from None
+
+
 def vmap_computes_each_sequence(config: MixerConfig) -> None:
     """On a GPU, the seeds of a cell are trained together with torch.vmap."""
     mixer = build(config)
@@ -280,6 +297,7 @@ CHECKS: dict[str, Callable[[MixerConfig], None]] = {
     "prompts": padded_prompts_equal_separate_prompts,
     "attention": attention_weights_are_a_mean,
     "reference": operations_equal_their_references,
+    "gradcheck": gradients_are_those_of_finite_differences,
     "vmap": vmap_computes_each_sequence,
     "meta": shapes_need_no_data,
     "reset": reset_initializes_every_tensor,
@@ -305,21 +323,35 @@ def baseline_has_the_size_of_attention(mixer: str) -> None:
         _expect(within, f"BASELINE has {size:,} parameters with {BASELINE_WIDTH} channels, and attention {expected:,}")
 
 
-def torch_compile_traces_the_first_example(mixer: str) -> None:
-    """It may trace several graphs. No kernels are generated, which would take up to a minute."""
-    built, x = build(next(iter(mixer_examples(mixer).values()))), normal(BATCH, LENGTH, WIDTH).requires_grad_()
-    torch.compiler.reset()
-    with warnings.catch_warnings(action="ignore"):
-        actual = torch.compile(built, backend="eager")(x)
-    expected = built(x)
-    _close("the compiled output", actual, expected)
-    _close_gradients("if compiled", gradients_of(built, x, actual), gradients_of(built, x, expected))
+def torch_compile_traces_one_graph(mixer: str) -> None:
+    """Forward and backward of every example, for one length and for lengths that vary.
+
+    No kernels are generated, which would take up to a minute per example.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # the compiler takes seconds to import
+
+    for name, config in mixer_examples(mixer).items():
+        for dynamic in (False, True):
+            built = build(config)
+            torch.compiler.reset()
+            compiled = torch.compile(built, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+            for length in (LENGTH, LONGER) if dynamic else (LENGTH,):
+                x = normal(BATCH, length, WIDTH).requires_grad_()
+                try:
+                    with warnings.catch_warnings(action="ignore"):
+                        actual = compiled(x)
+                except TorchDynamoException as error:
+                    problem = " ".join(str(error).partition("from user code")[0].split())
+                    raise AssertionError(f"{name}: torch.compile with dynamic={dynamic} finds no full graph: {problem}") from None
+                expected, how = built(x), f"if compiled with dynamic={dynamic}"
+                _close(f"{name}: the output {how}", actual, expected)
+                _close_gradients(f"of {name} {how}", gradients_of(built, x, actual), gradients_of(built, x, expected))
 
 
 FOLDER_CHECKS: dict[str, Callable[[str], None]] = {
     "examples": examples_cover_every_key,
     "baseline": baseline_has_the_size_of_attention,
-    "compile": torch_compile_traces_the_first_example,
+    "compile": torch_compile_traces_one_graph,
 }
 """The checks of a folder by name."""
 
@@ -342,7 +374,7 @@ def gradients_of(mixer: Mixer, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Return the gradients of the input and of every weight, by name."""
     parameters = dict(mixer.named_parameters())
     cotangent = normal(*y.shape, seed=3).to(y.dtype)
-    found = torch.autograd.grad(y, [x, *parameters.values()], cotangent, retain_graph=True, materialize_grads=True)
+    found = torch.autograd.grad(y, [x, *parameters.values()], cotangent, materialize_grads=True)
     return dict(zip(["the input", *parameters], found, strict=True))
 
 

@@ -97,9 +97,10 @@ class Filter(nn.Module, ABC):
         if not self.layout.norm:
             return kernel
         # The norm is taken at the training length: at the sequence length, outputs would depend on the number of later tokens.
-        # An exported program is for all lengths, so it cannot ask whether this is the training length.
-        same = self.train_length is None or (not torch.compiler.is_exporting() and self.train_length == length)
-        train_kernel = kernel if same else self.generate(self.train_length)
+        train_kernel = kernel
+        # A compiled graph is for all lengths, so it does not ask whether this is the training length.
+        if self.train_length is not None and (torch.compiler.is_compiling() or self.train_length != length):
+            train_kernel = self.generate(self.train_length)
         total = train_kernel.abs().sum((-2, -1) if self.layout.sharing == "mixing" else -1, keepdim=True)
         return kernel / total.clamp(min=min_norm(kernel.dtype))
 

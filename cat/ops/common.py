@@ -44,15 +44,19 @@ def chunk_size(length: int, most: int) -> int:
     return most if torch.compiler.is_compiling() else min(most, length)
 
 
-def in_chunks(x: Float[Tensor, "B H L C"], size: int, *, value: float = 0, unrolled: bool = False) -> Float[Tensor, "B H N S C"]:
+def in_chunks(
+    x: Float[Tensor, "B H L C"], size: int, *, value: float = 0.0, unrolled: bool = False
+) -> Float[Tensor, "B H N S C"]:
     """Split tokens into chunks of `size`, the last one padded with `value`.
 
     `unrolled`: the caller has a loop over the chunks, so a compiled graph is for one number of chunks.
     """
     length = x.shape[2]
-    # The number of parts is a constant of the graph, and so are all sizes that follow from it.
-    fixed = unrolled and torch.compiler.is_compiling()
-    count = len(x.split(size, dim=2)) if fixed else (length + size - 1) // size
+    count = (length + size - 1) // size
+    if torch.compiler.is_compiling():
+        x = x.contiguous()  # F.pad without padding keeps the memory order, which the compiler does not expect
+        if unrolled:
+            count = len(x.split(size, dim=2))  # a constant of the graph, as are all sizes that follow from it
     return F.pad(x, (0, 0, 0, count * size - length), value=value).unflatten(2, (count, size))
 
 

@@ -61,7 +61,7 @@ def _by_chunks(q: Heads, k: Heads, decay: Heads, v: Values, state: State | None)
     """Carry the state from chunk to chunk; padding leaves it unchanged."""
     length = q.shape[2]
     chunk = _chunk_size(length)
-    inputs = ((q, 0), (k, 0), (decay, 1), (v, 0))
+    inputs = ((q, 0.0), (k, 0.0), (decay, 1.0), (v, 0.0))
     q, k, decay, v = (in_chunks(x, chunk, value=padding, unrolled=True) for x, padding in inputs)
     weights, decayed_q, decayed_k, total_decay = _within_chunks(q, k, decay)
     added = decayed_k.mT @ v

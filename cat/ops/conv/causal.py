@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from cat.ops.common import autocast_to_compute_dtype
 from cat.ops.conv import torch_backend
@@ -155,6 +154,9 @@ def _is_direct(kernel: Tensor, length: int, numel: int, dilation: int, limits: L
     """Whether `limits` choose the direct algorithm."""
     width = kernel.shape[-1]
     if torch.compiler.is_compiling():
+        # Imported only here: it takes half a second, and the compiler has imported it.
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
         return statically_known_true(width <= limits.kernel_size)
     is_small = length <= limits.tokens and (width * limits.ratio > length or numel * length < limits.work)
     return width <= min(limits.kernel_size, -(-length // dilation)) and not is_small

@@ -118,6 +118,11 @@ class NeedsData(Means):
         return super().means(x) * x.detach().abs().max().item() ** 0
 
 
+class WrongGradient(Means):
+    def means(self, x):
+        return super().means(x.detach() * 2 - x)
+
+
 class NegativeWeights(LinearAttention):
     def attend(self, q, k, v, **options):
         return -super().attend(q, k, v, **options)
@@ -138,6 +143,7 @@ FAULTS = [
     (LooksAhead, "documents", "the output of documents of a row is not as expected"),
     (ForgetsPadding, "prompts", "step_padded after 5 tokens of padding is not as expected"),
     (NegativeWeights, "attention", "attention weights are negative, but has_attention is True"),
+    (WrongGradient, "gradcheck", "Jacobian"),
     (Branches, "vmap", "vmap"),
     (NeedsData, "meta", "meta"),
     (UnusedWeight, "reset", "the mixer owns parameters or buffers and has no reset_parameters"),
