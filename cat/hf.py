@@ -128,7 +128,7 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         num_items_in_batch: Tensor | None = None,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return the logits (B, L, V); with `labels` (B, L) also the loss, in nats per token.
 
         `labels` are the inputs themselves, with -100 where there is no loss: label t + 1 is the target of token t. With
@@ -167,23 +167,21 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding.token
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embedding.token = value
-
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.model.head = new_embeddings
 
     def init_weights(self) -> None:
         """Tie the weights; a `SequenceModel` has initialized itself."""
         self.tie_weights(recompute_mapping=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize weights that a saved model lacks."""
-        if hasattr(module, "reset_parameters"):
+        """Initialize the weights of a module that a saved model lacks, and keep those that it has."""
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        loaded = [(tensor, tensor.detach().clone()) for tensor in own if getattr(tensor, "_is_hf_initialized", False)]
+        if own:
             module.reset_parameters()
+        for tensor, value in loaded:
+            tensor.data.copy_(value)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -241,8 +239,8 @@ def _library_tokenizer(tokenizer: Tokenizer | None, vocabulary: int) -> tuple[to
     if isinstance(tokenizer, BPE):
         library = tokenizers.Tokenizer.from_str(tokenizer.save())
         # The study encodes each line by itself.
-        lines = pre_tokenizers.Split("\n", "merged_with_previous")
-        library.pre_tokenizer = pre_tokenizers.Sequence([lines, library.pre_tokenizer])
+        cut = pre_tokenizers.Split("\n", "merged_with_previous")
+        library.pre_tokenizer = pre_tokenizers.Sequence([cut, library.pre_tokenizer])
         return library, letters[0]
     if tokenizer is None:
         numbers = {str(token): token for token in range(vocabulary)}
@@ -270,6 +268,9 @@ def main() -> None:
 
     @register_model("cat")
     class CatLM(HFLM):
+        def __init__(self, **options: Any):
+            super().__init__(**{"backend": "causal", **options})
+
         @property
         def prefix_token_id(self) -> int:
             start = self.model.generation_config.bos_token_id
