@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 try:
@@ -33,6 +34,7 @@ from cat.mixers.base import Cache
 from cat.mixers.registry import model_config, read_model
 from cat.model import SequenceModel
 from cat.tasks.tokenizer import BPE, END_OF_LINE, UNKNOWN, Bytes, Tokenizer, Words
+from cat.types import Tokens
 
 
 class CatConfig(PreTrainedConfig):
@@ -88,7 +90,7 @@ class CatCache:
         """Tokens so far, with those of the padding."""
         return self.layers[0].length if self.layers else 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Int[Tensor, " N"]) -> None:
         """Keep the rows `beam_idx` of the batch: the beams that continue."""
         self.layers = [cache.reorder(beam_idx) for cache in self.layers]
 
@@ -109,7 +111,7 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def of(cls, model: SequenceModel) -> Self:
+    def of(cls, model: SequenceModel) -> CatForCausalLM:
         """Wrap a model; the weights are shared, not copied."""
         vocabulary = model.embedding.token.num_embeddings
         config = CatConfig(model=model.config.model_dump(mode="json"), vocab_size=vocabulary, training_length=model.length)
@@ -120,10 +122,11 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tokens,
         attention_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
         cache: CatCache | None = None,
-        labels: Tensor | None = None,
+        labels: Tokens | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
@@ -134,17 +137,21 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
         `labels` are the inputs themselves, with -100 where there is no loss: label t + 1 is the target of token t. With
         `use_cache`, `input_ids` continue the sequence of `cache`, which is updated, or start a new one.
 
-        `attention_mask` (B, L) is 0 at padding, on the left or the right; with a cache on the left only, and the mask then also
-        covers the tokens of the cache. `logits_to_keep`: how many logits, counted from the end, or the positions; 0: all.
+        `attention_mask` (B, L) is 0 at padding, on the left or on the right of a row; padding may be any integers. Only a prompt
+        has padding: after a cache, the mask (B, cached + L) has none in its last L columns. `segment_ids` (B, L) are integers,
+        one for each document of a row. `logits_to_keep`: how many logits, counted from the end, or their positions; 0: all.
 
-        Raises ValueError if the sequence is longer than the learned positions, or if the mask is none of these.
+        Raises ValueError if a sequence is longer than the learned positions, or if a mask is none of these.
         """
-        _check_mask(attention_mask, input_ids, cache)
         if cache is not None or use_cache:
+            if segment_ids is not None:
+                raise ValueError("segment_ids need whole sequences, without a cache")
             cache = CatCache() if cache is None else cache
-            hidden = self._continue(input_ids, cache)
+            hidden = self._continue(
+                input_ids, attention_mask, cache, last=isinstance(logits_to_keep, int) and logits_to_keep == 1
+            )
         else:
-            hidden = self.model.hidden(input_ids)
+            hidden = self.model.hidden(input_ids, attention_mask=attention_mask, segment_ids=segment_ids)
         logits = self.model.head(slice_logits_to_keep(hidden, logits_to_keep))
         loss = None
         if labels is not None:
@@ -152,17 +159,20 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
         return output.to_tuple() if return_dict is False else output
 
-    def _continue(self, tokens: Tensor, cache: CatCache) -> Tensor:
+    def _continue(self, tokens: Tokens, mask: Tensor | None, cache: CatCache, *, last: bool) -> Float[Tensor, "B _ D"]:
         """Return the inputs of the head for tokens that continue `cache`, and update it."""
-        start = cache.get_seq_length()
-        self.model.check_length(start + tokens.shape[1])
-        layers, caches = self.model.layers(), cache.layers or [Cache()] * len(self.model.blocks)
-        x = self.model.embedding(tokens, start)
-        cache.layers = []
-        for layer, state in zip(layers, caches, strict=True):
-            x, state = layer.step(x, state)
-            cache.layers.append(state)
-        return self.model.norm(x)
+        if cache.layers and mask is not None:
+            length = cache.get_seq_length() + tokens.shape[1]
+            if mask.shape != (len(tokens), length):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}, not {(len(tokens), length)}: with the cached tokens"
+                )
+            # One token is what `generate` has just chosen; looking at its mask would wait for the device at each token.
+            if tokens.shape[1] > 1 and not mask[:, -tokens.shape[1] :].all():
+                raise ValueError("attention_mask has padding after cached tokens: only a prompt has padding")
+            mask = None
+        hidden, cache.layers = self.model.hidden_step(tokens, cache.layers, mask, last=last)
+        return hidden
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embedding.token
@@ -187,12 +197,6 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """`forward` makes the cache: layers keep other states than keys and values."""
         return False
-
-
-def _check_mask(mask: Tensor | None, tokens: Tensor, cache: CatCache | None) -> None:
-    """Raise ValueError at padding on the left."""
-    if mask is not None and not mask.bool().all():
-        raise ValueError("attention_mask: padding")
 
 
 def save(model: SequenceModel, folder: Path, tokenizer: Tokenizer | None) -> None:
