@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -134,8 +135,9 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return the logits (B, L, V); with `labels` (B, L) also the loss, in nats per token.
 
-        `labels` are the inputs themselves, with -100 where there is no loss: label t + 1 is the target of token t. With
-        `use_cache`, `input_ids` continue the sequence of `cache`, which is updated, or start a new one.
+        `labels` are the inputs themselves, with -100 where there is no loss: label t + 1 is the target of token t. Padding and
+        the first token of a document have no loss. With `use_cache`, `input_ids` continue the sequence of `cache`, which is
+        updated, or start a new one.
 
         `attention_mask` (B, L) is 0 at padding, on the left or on the right of a row; padding may be any integers. Only a prompt
         has padding: after a cache, the mask (B, cached + L) has none in its last L columns. `segment_ids` (B, L) are integers,
@@ -155,6 +157,7 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.model.head(slice_logits_to_keep(hidden, logits_to_keep))
         loss = None
         if labels is not None:
+            labels = _labels_within_documents(labels, attention_mask, segment_ids)
             loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
         return output.to_tuple() if return_dict is False else output
@@ -197,6 +200,16 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """`forward` makes the cache: layers keep other states than keys and values."""
         return False
+
+
+def _labels_within_documents(labels: Tokens, mask: Tensor | None, segments: Tensor | None) -> Tokens:
+    """Replace by -100 the labels of padding, and those that a token of padding or of another document would predict."""
+    if mask is not None:
+        padding = mask[:, -labels.shape[1] :] == 0
+        labels = labels.masked_fill(padding | F.pad(padding, (1, -1)), -100)
+    if segments is not None:
+        labels = labels.masked_fill(F.pad(segments[:, 1:] != segments[:, :-1], (1, 0)), -100)
+    return labels
 
 
 def save(model: SequenceModel, folder: Path, tokenizer: Tokenizer | None) -> None:
