@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +192,7 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         loaded = [(tensor, tensor.detach().clone()) for tensor in own if getattr(tensor, "_is_hf_initialized", False)]
         if own:
-            module.reset_parameters()
+            cast(Any, module).reset_parameters()
         for tensor, value in loaded:
             tensor.data.copy_(value)
 

@@ -23,7 +23,8 @@ from torch import nn
 from pipeline.storage.files import atomic_write
 
 PACKAGES = ("cat", "pipeline")
-NEEDS_TRITON = "cat.ops.conv.triton_backend"
+OPTIONAL = {"cat.ops.conv.triton_backend": "triton", "cat.hf": "transformers"}
+"""Modules that need a package which may be missing."""
 FOLDER = Path(__file__).parent / "api"
 
 
@@ -61,7 +62,7 @@ def _prepare(module: ModuleType) -> dict[str, str]:
 
 
 def _excluded_modules() -> list[str]:
-    return [] if find_spec("triton") else [NEEDS_TRITON]
+    return [module for module, package in OPTIONAL.items() if find_spec(package) is None]
 
 
 def _configure_pdoc() -> None:
