@@ -24,6 +24,7 @@ CAT = (
     {"evaluation"},
     {"training"},
     {"theory"},
+    {"hf"},
 )
 SIDE_BY_SIDE = {("ops", "tasks")}
 """Pairs of rooms in one layer: the first imports the second."""
