@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Float
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -24,8 +24,10 @@ from cat.ops.conv.direct import filter_direct
 from cat.types import Heads
 
 Sharing = Literal["head", "channel"]
-Output = Shaped[Tensor, "B L P"]
+Output = Float[Tensor, "B L P"]
 """Output of a projection: the channels of all heads; with q, k and v of each head in turn if they have one projection."""
+Inputs = Float[Tensor, "B H R C"]
+"""Inputs of a convolution at the R tokens before those of the call, oldest first."""
 TokenMask = Bool[Tensor, "#B L"]
 
 SEPARATE = {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",)}
@@ -74,7 +76,12 @@ def convert(
         for name, kernel_size in sizes.items():
             if kernel_size is not None:
                 convolution = CausalConvolution(
-                    attention.heads(name), attention.channels, kernel_size, sharing=sharing, dilation=dilation, like=attention.weight
+                    attention.heads(name),
+                    attention.channels,
+                    kernel_size,
+                    sharing=sharing,
+                    dilation=dilation,
+                    like=attention.weight,
                 )
                 attention.module.add_module(f"conv_{name}", convolution)
         _Hooks(attention)
@@ -83,14 +90,16 @@ def convert(
     return model
 
 
-def load_converted(model_class: type[nn.Module], folder: Any, **options: Any) -> nn.Module:
+def load_converted(model_class: Any, folder: Any, **options: Any) -> nn.Module:
     """Load a converted model that `save_pretrained` wrote to `folder`.
 
     `model_class` is the class of the model, such as `LlamaForCausalLM`. `folder` and `options` are those of its
     `from_pretrained`. Raises ValueError if `model_class` is an Auto class, or if the saved model was not converted.
     """
     if not hasattr(model_class, "base_model_prefix"):
-        raise ValueError(f"model_class = {model_class.__name__} is no class of a model. Fix: give that of the saved model, by name")
+        raise ValueError(
+            f"model_class = {model_class.__name__} is no class of a model. Fix: give that of the saved model, by name"
+        )
 
     def build(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
@@ -99,8 +108,8 @@ def load_converted(model_class: type[nn.Module], folder: Any, **options: Any) ->
         convert(self, **settings)
 
     # The class loads the weights itself, so it must have the convolutions before that.
-    builder = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
-    model, report = builder.from_pretrained(folder, output_loading_info=True, **options)  # type: ignore[attr-defined]
+    builder: Any = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
+    model, report = builder.from_pretrained(folder, output_loading_info=True, **options)
     if missing := sorted(key for key in report["missing_keys"] if ".conv_" in key):
         raise ValueError(f"{folder} has no weights for {missing[0]}")
     model.__class__ = model_class
@@ -110,8 +119,8 @@ def load_converted(model_class: type[nn.Module], folder: Any, **options: Any) ->
 class CausalConvolution(nn.Module):
     """Causal convolution of the heads of a projection with one kernel per head or per channel.
 
-    Maps `x` (B, H, L, C) to the same shape. Kernels start as the identity. `earlier` are the inputs before `x`, oldest first;
-    None: `x` begins the sequence.
+    Maps `x` (B, H, L, C) to the same shape. Kernels start as the identity. `earlier` are the inputs before `x`; None: `x` begins
+    the sequence.
     """
 
     def __init__(self, heads: int, channels: int, kernel_size: int, *, sharing: Sharing, dilation: int, like: Tensor):
@@ -132,7 +141,7 @@ class CausalConvolution(nn.Module):
         """Number of earlier tokens that an output depends on."""
         return (self.kernel.shape[-1] - 1) * self.dilation
 
-    def forward(self, x: Heads, earlier: Heads | None = None) -> Heads:
+    def forward(self, x: Heads, earlier: Inputs | None = None) -> Heads:
         kernel = self.kernel.to(x.dtype)
         inputs = x if earlier is None else torch.cat([earlier, x], dim=2)
         # The other algorithms are matrix products and FFTs. They may round, which would change outputs before training.
@@ -230,10 +239,10 @@ class _Hooks:
 
 
 class _InputsOfConvolutions:
-    """What a layer of a cache gets in addition to keys and values: the last inputs of the convolutions, (B, H, R, C) each."""
+    """What a layer of a cache gets in addition to keys and values: the last inputs of its convolutions."""
 
     _layer_type = None  # transformers registers subclasses that name the type of layers they are for
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Inputs]
     reaches: dict[str, int]
 
     def reset(self) -> None:
@@ -279,7 +288,7 @@ def _layer_with_inputs(cache: Any, index: int) -> Any:
     if length := layer.get_seq_length():
         raise ValueError(f"the cache has {length} tokens of another model. Fix: compute them with the converted model")
     # The methods of the cache call those of its layers. So what happens to keys and values happens to the inputs, too.
-    convolved = object.__new__(_class_with_inputs(type(layer)))
+    convolved: Any = object.__new__(_class_with_inputs(layer.__class__))
     vars(convolved).update(vars(layer), inputs={}, reaches={})
     cache.layers[index] = convolved
     return convolved
@@ -309,7 +318,7 @@ def _token_mask(mask: Any, length: int) -> TokenMask | None:
     return itself if itself.dtype == torch.bool else itself == 0
 
 
-def _last(x: Heads, tokens: int) -> Shaped[Tensor, "B H _ C"]:
+def _last(x: Heads, tokens: int) -> Inputs:
     return x[:, :, max(0, x.shape[2] - tokens) :]
 
 
@@ -318,7 +327,9 @@ def _attentions(model: Any) -> Iterator[_Attention]:
     found = 0
     for path, module in model.named_modules():
         for projections, channels in ((SEPARATE, "head_dim"), (FUSED, "head_size")):
-            if not all(isinstance(getattr(module, name, None), nn.Module) for name in projections) or not hasattr(module, channels):
+            if not all(isinstance(getattr(module, name, None), nn.Module) for name in projections) or not hasattr(
+                module, channels
+            ):
                 continue
             attention = _Attention(module, projections, getattr(module, channels))
             _check_attention(path, attention)
@@ -344,7 +355,7 @@ def _check_attention(path: str, attention: _Attention) -> None:
             raise ValueError(f"model: {path}.{projection} has {actual} outputs, not {expected}, one per channel and head")
 
 
-def _check_arguments(sizes: Mapping[str, int | None], sharing: Sharing, dilation: int) -> None:
+def _check_arguments(sizes: Mapping[str, Any], sharing: Any, dilation: Any) -> None:
     for name, size in sizes.items():
         _check(f"conv_{name}", size, Count | None)
     _check("sharing", sharing, Sharing)

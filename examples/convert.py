@@ -3,8 +3,8 @@
     python examples/convert.py
 
 The model is small and has random weights, so nothing is downloaded. For a model of your own, replace `build` by
-`AutoModelForCausalLM.from_pretrained(...)`. The script checks that converting changes no output, trains the model without and with
-convolutions on the same sequences, and saves and loads the second one.
+`AutoModelForCausalLM.from_pretrained(...)`. The script checks that converting changes no output, trains the model without and
+with convolutions on the same sequences, and saves and loads the second one.
 
 A sequence has eight keys with their values, then every key again; the target is the value that followed the key.
 """
