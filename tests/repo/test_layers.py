@@ -20,7 +20,7 @@ CAT = (
     {"types", "config", "seeding"},
     {"ops", "tasks"},
     {"mixers"},
-    {"model", "layer"},
+    {"model", "layer", "conversion"},
     {"evaluation"},
     {"training"},
     {"theory"},
