@@ -16,6 +16,7 @@ from benchmarks.attention import landmark
 from benchmarks.convolution import filters, long_convolution, short_convolution
 from benchmarks.data import data
 from benchmarks.generation import generation
+from benchmarks.masks import masks
 from benchmarks.measure import REPEATS, Benchmark, NotRun, Place
 from benchmarks.recurrence import scan
 from benchmarks.startup import startup
@@ -39,6 +40,7 @@ SUITE: dict[str, Benchmark] = {
     "landmark": landmark(),
     "scan": scan(),
     "generation": generation(),
+    "masks": masks(),
     "data": data(),
     "replicas": replicas(),
     "startup": startup(),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cat.config import ModelConfig, TrainingConfig
+    from cat.conversion import convert, load_converted
     from cat.evaluation.generation import generate
     from cat.layer import ConvolutionAugmentedAttention
     from cat.mixers.attention.config import AttentionConfig
@@ -47,7 +48,9 @@ __all__ = [
     "SequenceModel",
     "TrainingConfig",
     "build_mixer",
+    "convert",
     "generate",
+    "load_converted",
     "model_config",
 ]
 
@@ -69,7 +72,9 @@ _MODULES = {
     "SequenceModel": "cat.model",
     "TrainingConfig": "cat.config",
     "build_mixer": "cat.mixers.build",
+    "convert": "cat.conversion",
     "generate": "cat.evaluation.generation",
+    "load_converted": "cat.conversion",
     "model_config": "cat.mixers.registry",
 }
 

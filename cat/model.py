@@ -129,6 +129,16 @@ class SequenceModel(nn.Module):
         Raises ValueError if a sequence is longer than the learned positions, if the mask has the wrong shape, dtype or values, if
         it has no token in a row, or if it is given with caches.
         """
+        x, caches = self.hidden_step(tokens, caches, attention_mask, last=True)
+        return self.head(x[:, 0]), caches
+
+    def hidden_step(
+        self, tokens: Tokens, caches: Sequence[Cache] = (), attention_mask: Tensor | None = None, *, last: bool = False
+    ) -> tuple[Float[Tensor, "B _ D"], list[Cache]]:
+        """Return the inputs of the head for `tokens`, and the updated caches: as `step`, but for every token.
+
+        With `last`, only for the last token of each sequence.
+        """
         caches = caches or [Cache()] * len(self.blocks)
         prompts = None if attention_mask is None else align_prompts(tokens, attention_mask, caches[0].length)
         if prompts is not None:
@@ -138,12 +148,13 @@ class SequenceModel(nn.Module):
             self.check_length(start + tokens.shape[1] if positions is None else 1 + int(positions.max()))
         new_caches: list[Cache] = []
         projected, blocks = self.project_embeddings(tokens), self.layers()
-        looked_up = tokens if projected is None or len(blocks) > 1 else tokens[:, -1:]
+        looked_up = tokens[:, -1:] if last and projected is not None and len(blocks) == 1 else tokens
         x = self.embedding(looked_up, start, None if positions is None else positions.clamp(min=0))
         for block, cache in zip(blocks, caches, strict=True):
-            x, cache = block.step(x, cache, projected if block is blocks[0] else None, last=block is blocks[-1])
+            x, cache = block.step(x, cache, projected if block is blocks[0] else None, last=last and block is blocks[-1])
             new_caches.append(cache)
-        return self.head(self.norm(x[:, 0])), new_caches
+        x = self.norm(x)
+        return x if last or prompts is None else prompts.restore(x), new_caches
 
     def check_length(self, length: int) -> None:
         """Raise ValueError if a sequence of `length` tokens is longer than the learned positions."""

@@ -24,6 +24,8 @@ from pipeline.storage.files import atomic_write
 
 PACKAGES = ("cat", "pipeline")
 NEEDS_TRITON = "cat.ops.conv.triton_backend"
+INHERITS = "cat.hf"
+"""Its classes have hundreds of names from transformers, with types that pdoc cannot read. docs/guide.md describes it."""
 FOLDER = Path(__file__).parent / "api"
 
 
@@ -61,7 +63,7 @@ def _prepare(module: ModuleType) -> dict[str, str]:
 
 
 def _excluded_modules() -> list[str]:
-    return [] if find_spec("triton") else [NEEDS_TRITON]
+    return [INHERITS] if find_spec("triton") else [INHERITS, NEEDS_TRITON]
 
 
 def _configure_pdoc() -> None:

@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -349,6 +350,23 @@ def sample(
     for text in sample(study, task, variant, prompt_bytes, options, model_seed=model_seed, device=device or study.device):
         click.echo(escape_for_terminal(text) if sys.stdout.isatty() else text, nl=False, color=True)
     click.echo()
+
+
+@command("Tools")
+@click.argument("task")
+@click.argument("variant")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--seed", type=int, help="Seed of the trained model. Default: the cell's first seed.")
+def export(task: str, variant: str, folder: Path, seed: int | None) -> None:
+    """Write VARIANT, trained on TASK, to FOLDER for Hugging Face.
+
+    The package transformers and lm-evaluation-harness load it after `import cat.hf`.
+    """
+    study = _load_for_torch()
+    from pipeline.commands.export import export
+
+    check_cell(study, task, variant)
+    export(study, task, variant, folder, seed=seed)
 
 
 @command("Tools")

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from cat.evaluation.scores import evaluation_mode
 from cat.mixers.attention.config import only_keys_convolved
 from cat.mixers.base import Mixer
 from cat.mixers.filters import Filter
 from cat.mixers.qkv import Projection, QKVMixer
 from cat.model import SequenceModel
+from cat.ops.attention import repeat_heads
 from cat.ops.conv.causal import dilate
 from cat.types import Hidden, Tokens
 
@@ -75,7 +77,8 @@ def _weights(mixer: Mixer, projected: Projection) -> Float[Tensor, "B H L L"] | 
         return None
     q, k, v, *others = mixer.prepare(projected)
     one_hot = torch.eye(v.shape[2], dtype=v.dtype, device=v.device).expand(*v.shape[:2], -1, -1)
-    return mixer.attend(q, k, one_hot, *others)
+    with evaluation_mode(mixer):
+        return mixer.attend(q, k, one_hot, *others)
 
 
 def _projections(model: SequenceModel, inputs: Tokens) -> Iterator[tuple[Mixer, Projection]]:
@@ -161,19 +164,21 @@ def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
 
     The kernel is multiplied by the sign of the head's scores: the mean score of a token with itself minus that of any two tokens.
 
-    None unless the condition applies: one attention layer without positions and without QK normalisation, whose only filters
-    are on the keys, one per head. The condition assumes orthonormal tokens; trained tokens are orthonormal only approximately.
+    None unless the condition applies: one layer of attention to all tokens, without positions, QK normalisation and biases, whose
+    only filters are on the keys, one per head. The condition assumes orthonormal tokens; trained tokens are orthonormal only
+    approximately.
     """
     if not only_keys_convolved(model.config):
         return None
     (block,) = model.layers()
     mixer = cast(QKVMixer, block.mixer)
     tokens = block.mixer_norm(model.embedding.token.weight)
-    q, k = mixer.project(tokens).unflatten(-1, (3, mixer.config.heads, -1)).permute(1, 2, 0, 3)[:2]
-    same = (q * k).sum(-1).mean(-1)
-    any_pair = (q.mean(-2) * k.mean(-2)).sum(-1)
+    q, k, _ = (heads[0] for heads in mixer.split_heads(mixer.project(tokens[None])))
     key_filter = cast(Filter, mixer.filters["k"])
     kernel = F.pad(dilate(key_filter.response(model.length), key_filter.dilation), (0, 1))
+    k, kernel = (repeat_heads(x[None], len(q))[0] for x in (k, kernel))
+    same = (q * k).sum(-1).mean(-1)
+    any_pair = (q.mean(-2) * k.mean(-2)).sum(-1)
     return bool(solves_every_length(kernel * (same - any_pair).sign()[:, None]).any())
 
 

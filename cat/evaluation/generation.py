@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cat.evaluation.scores import evaluation_mode
 from cat.mixers.packing import align_prompts
 from cat.model import SequenceModel
 from cat.types import Tokens
@@ -55,12 +56,14 @@ def _generate(
     generator: torch.Generator | None,
     attention_mask: Tensor | None,
 ) -> Iterator[Int[Tensor, " B"]]:
-    logits, caches = model.step(prompt, attention_mask=attention_mask)
+    with evaluation_mode(model):
+        logits, caches = model.step(prompt, attention_mask=attention_mask)
     for remaining in range(count - 1, -1, -1):
         tokens = choose(logits, temperature=temperature, top_k=top_k, generator=generator)
         yield tokens
         if remaining:
-            logits, caches = model.step(tokens[:, None], caches)
+            with evaluation_mode(model):
+                logits, caches = model.step(tokens[:, None], caches)
 
 
 def choose(

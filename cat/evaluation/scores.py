@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
-from torch import Tensor
+from torch import Tensor, nn
 
 from cat.model import SequenceModel
 from cat.tasks.base import IGNORE
@@ -192,7 +192,7 @@ def map_chunks(function: Callable[[Split], Result], split: Split, size: int) -> 
 @torch.no_grad()
 def _token_scores(model: SequenceModel, chunk: Split, precision: str, autoregressive: bool) -> TokenScores:
     inputs, positions, answers = chunk
-    with autocast(inputs.device, precision):
+    with evaluation_mode(model), autocast(inputs.device, precision):
         if autoregressive:
             logits = greedy_logits(model, inputs[:, : int(positions[0, 0]) + 1], positions.shape[1]).float()
         else:
@@ -209,6 +209,17 @@ def greedy_logits(model: SequenceModel, prompt: Tokens, count: int) -> Float[Ten
         logits, caches = model.step(logits.argmax(-1)[:, None], caches)
         steps.append(logits)
     return torch.stack(steps, dim=1)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Disable dropout in `module`."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

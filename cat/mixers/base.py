@@ -75,7 +75,7 @@ class Mixer(nn.Module, ABC):
 
         The outputs at padding are zero.
         """
-        packing = None if attention_mask is None and segment_ids is None else pack(x, attention_mask, segment_ids)
+        packing = pack(x, attention_mask, segment_ids)
         if packing is None:
             return self.mix(self.project(x), positions)
         return packing.mix(self.mix, self.project(packing.clear(x)), positions)

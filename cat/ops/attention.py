@@ -183,7 +183,7 @@ def _attend(
 ) -> Float[Tensor, "B H _ E"]:
     # A comparison of symbolic sizes is no bool.
     grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, **grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, **grouped)
 
 
 def _mask(

@@ -54,7 +54,13 @@ MAX_SPLIT_WEIGHTS = 1 << 20
 
 
 def can_ensemble(config: ModelConfig) -> bool:
-    """Return whether `fit_ensemble` can train `config`. It cannot if Mamba uses mamba_ssm's kernel, which has no vmap rule."""
+    """Return whether `fit_ensemble` can train `config`.
+
+    It cannot if Mamba uses mamba_ssm's kernel, which has no vmap rule, nor if there is dropout, because what a member drops must
+    depend on its own seed only.
+    """
+    if config.has_dropout:
+        return False
     sizes = {mixer.state for mixer in config.layer_mixers if isinstance(mixer, MambaConfig)}
     if not sizes:
         return True

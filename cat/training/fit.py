@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -21,6 +22,7 @@ from cat.evaluation.diagnostics import max_logit
 from cat.evaluation.scores import MixedSplit, Scores, Split, TrainingSplit, autocast, score
 from cat.model import SequenceModel
 from cat.ops.cross_entropy import cross_entropy
+from cat.seeding import derive_seed
 from cat.tasks.base import IGNORE
 from cat.training.distributed import SINGLE_PROCESS, ProcessGroup
 from cat.training.optimizer import AdamW
@@ -99,9 +101,10 @@ def fit(
 ) -> Run:
     """Train `model` in place, on the device of its weights and splits.
 
-    The order of the batches depends only on `seed` and the sizes of `train`. `progress` is called after every step, with the
-    validation record if there is one. `resume` is a state of a run with the same arguments. `checkpoint` is called after every
-    step with a function that returns the state, and with whether the run ended; it may raise.
+    The order of the batches depends only on `seed` and the sizes of `train`. What is dropped depends only on `seed`, the step and
+    the size of `group`. `progress` is called after every step, with the validation record if there is one. `resume` is a state of
+    a run with the same arguments. `checkpoint` is called after every step with a function that returns the state and with whether
+    the run ended; it may raise.
 
     Every process of `group` calls this with the same arguments, except for its own device, and returns the same run. Raises
     ValueError if `group` has more processes than a batch or `valid` has examples.
@@ -142,9 +145,10 @@ def fit(
         step, record = step + 1, None
         index, rows = next(batches)
         batch = splits[index].rows(rows.to(valid.device))
-        loss, micro_batch = backward(
-            model, batch, precision=precision, micro_batch=micro_batch, loss_function=loss_function, group=group
-        )
+        with _seeded_dropout(model, seed, step, group):
+            loss, micro_batch = backward(
+                model, batch, precision=precision, micro_batch=micro_batch, loss_function=loss_function, group=group
+            )
         grad_norm = optimizer.step(learning_rate * lr_scale(step, config.steps, config.warmup))
         recent.append(torch.stack([loss, grad_norm]))
         if step % config.eval_every == 0 or step == config.steps:
@@ -234,6 +238,18 @@ def backward(
         micro_batch = -(-group.all_reduce_max(size) // 2)
         model.zero_grad()
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def _seeded_dropout(model: SequenceModel, seed: int, step: int, group: ProcessGroup) -> Iterator[None]:
+    """Seed what is dropped in a step, so that a resumed run drops the same. The global random state does not change."""
+    if not model.config.has_dropout:
+        yield
+        return
+    device = model.head.weight.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(seed, f"step {step}", f"dropout {group.rank}"))
+        yield
 
 
 def _backward(

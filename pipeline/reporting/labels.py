@@ -109,3 +109,20 @@ def _details(mixer: MixerConfig, added_position: str | None = None) -> Iterator[
         yield f"top {mixer.top} of blocks of {mixer.block}"
     if mixer.heads > 1:
         yield f"{mixer.heads} heads"
+    if isinstance(mixer, AttentionConfig):
+        yield from _attention_details(mixer)
+
+
+def _attention_details(mixer: AttentionConfig) -> Iterator[str]:
+    if mixer.kv_heads is not None:
+        yield f"{mixer.kv_heads} key heads"
+    if mixer.rope_base != 10_000:
+        yield f"RoPE base {mixer.rope_base:g}"
+    if mixer.rope_scale != 1:
+        yield f"RoPE scale {mixer.rope_scale:g}"
+    if mixer.window is not None:
+        yield f"window {mixer.window}"
+    if mixer.dropout:
+        yield f"dropout {mixer.dropout:g}"
+    if mixer.bias:
+        yield "biases"

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from cat.mixers.registry import read_model
 from cat.tasks.registry import Windows
 from pipeline.storage.files import read_json, readable
-from pipeline.storage.paths import RUNS
-from pipeline.storage.task_data import read_split, read_training
+from pipeline.storage.paths import DATA, RUNS
+from pipeline.storage.task_data import read_split, read_tokenizer, read_training
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from cat.evaluation.scores import MixedSplit, Split, TrainingSplit
     from cat.model import SequenceModel
+    from cat.tasks.tokenizer import Tokenizer
 
 
 def folder(task: str, variant: str) -> Path:
@@ -86,6 +87,20 @@ def load_model(path: str | Path) -> SequenceModel:
     if summary.exists() and _read_summary(summary)["model"] != model_info:
         raise ValueError(f"{path}: is of another model than {summary}; remove it and run `dvc checkout` or `dvc repro`")
     return model.eval()
+
+
+def load_text_model(task: str, variant: str, seed: int) -> tuple[SequenceModel, Tokenizer]:
+    """Load a trained language model, and the tokenizer of its task.
+
+    Raises ValueError as `load_model` and `read_tokenizer` do, and if the vocabularies differ.
+    """
+    tokenizer, path = read_tokenizer(task), weights_path(task, variant, seed)
+    model = load_model(path)
+    if (vocabulary := model.embedding.token.num_embeddings) != tokenizer.size:
+        raise ValueError(
+            f"{path}: has a vocabulary of {vocabulary} tokens, {DATA / task} of {tokenizer.size}. Fix: run `dvc repro`"
+        )
+    return model, tokenizer
 
 
 def split(task: str, name: str, device: torch.device) -> Split:

@@ -18,7 +18,18 @@ def test_the_help_lists_every_command_in_its_section():
     sections = output.partition("Stages:")[2].partition("Tools:")
     stages, tools = (re.findall(r"^  ([\w-]+) .*[^.][.]$", section, flags=re.MULTILINE) for section in sections[::2])
     assert stages == ["plan", "generate", "train", "evaluate", "judge", "render", "report", "track"]
-    assert tools == ["validate", "run", "show", "diff", "add-variant", "check-mixer", "profile", "sample", "update-readme"]
+    assert tools == [
+        "validate",
+        "run",
+        "show",
+        "diff",
+        "add-variant",
+        "check-mixer",
+        "profile",
+        "sample",
+        "export",
+        "update-readme",
+    ]
     assert {*stages, *tools} == main.commands.keys()
 
 

@@ -21,6 +21,7 @@ from benchmarks.attention import landmark
 from benchmarks.convolution import filters, long_convolution, short_convolution
 from benchmarks.data import all_at_once, data, mqar, one_by_one
 from benchmarks.generation import generation
+from benchmarks.masks import masks
 from benchmarks.measure import COST, POWER, SECONDS, SPEEDUP, Benchmark, Case, Comparison, Place, compared, make_figure
 from benchmarks.recurrence import scan
 from benchmarks.training import replicas, step
@@ -37,6 +38,7 @@ TINY = {
     "landmark": landmark(shortest=64, longest=128),
     "scan": scan(length=40),
     "generation": generation(length=16, width=8),
+    "masks": masks(batch=2, length=8, width=8),
     "data": data(32, count=3),
     "replicas": replicas(),
 }

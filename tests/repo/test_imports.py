@@ -11,8 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOREIGN_TO_CAT = {"pipeline", "mlflow", "dvc", "ruamel", "click", "pandas", "seaborn", "matplotlib", "safetensors", "tabulate"}
 FOREIGN_TO_CAT |= {"tokenizers", "huggingface_hub", "pyarrow"}  # imported by the function that needs them
+FOREIGN_TO_CAT |= {"transformers", "lm_eval", "datasets", "accelerate"}  # imported by cat.hf, which nothing imports
+OPTIONAL = {"cat.hf"} | ({"cat.ops.conv.triton_backend"} if find_spec("triton") is None else set())
 MODULES = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in sorted((ROOT / "cat").rglob("*.py"))]
-LIBRARY = ", ".join(module for module in MODULES if module != "cat.ops.conv.triton_backend" or find_spec("triton"))
+LIBRARY = ", ".join(module for module in MODULES if module not in OPTIONAL)
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -26,7 +28,8 @@ def test_the_library_does_not_import_the_study():
 
 
 def test_the_library_s_dependencies_are_what_its_modules_import():
-    files = [path for path in (ROOT / "cat").rglob("*.py") if path.name != "triton_backend.py"]  # comes with PyTorch
+    optional = {"triton_backend.py", "hf.py"}  # Triton comes with PyTorch, transformers with the extra `hf`
+    files = [path for path in (ROOT / "cat").rglob("*.py") if path.name not in optional]
     statements = [line for path in files for line in ast.parse(path.read_text(encoding="utf-8")).body]
     names = [alias.name for line in statements if isinstance(line, ast.Import) for alias in line.names]
     names += [line.module or "" for line in statements if isinstance(line, ast.ImportFrom)]
@@ -38,6 +41,12 @@ def test_the_library_s_dependencies_are_what_its_modules_import():
 
 def test_the_test_above_can_fail():
     assert loaded_by(f"import {LIBRARY}, pipeline.config.study, tokenizers") & FOREIGN_TO_CAT >= {"pipeline", "tokenizers"}
+
+
+def test_only_one_module_imports_transformers():
+    files = [path for folder in ("cat", "pipeline") for path in (ROOT / folder).rglob("*.py")]
+    importing = re.compile(r"^\s*(?:from|import) (?:transformers|lm_eval|accelerate)\b", re.MULTILINE)
+    assert [path.name for path in files if importing.search(path.read_text(encoding="utf-8"))] == ["hf.py"]
 
 
 def test_validation_imports_no_torch_mlflow_or_pandas():

@@ -20,10 +20,11 @@ CAT = (
     {"types", "config", "seeding"},
     {"ops", "tasks"},
     {"mixers"},
-    {"model", "layer"},
+    {"model", "layer", "conversion"},
     {"evaluation"},
     {"training"},
     {"theory"},
+    {"hf"},
 )
 SIDE_BY_SIDE = {("ops", "tasks")}
 """Pairs of rooms in one layer: the first imports the second."""

@@ -7,6 +7,7 @@ import torch
 
 from cat import theory
 from cat.evaluation.diagnostics import (
+    attention_maps,
     attention_statistics,
     attention_weights,
     filter_kernels,
@@ -20,7 +21,7 @@ from cat.tasks.copying import Copying
 from cat.tasks.recall import Recall
 from cat.tasks.registry import generator
 from cat.training.fit import build_model
-from tests.helpers.reference import normal
+from tests.helpers.reference import close, normal
 
 VOCABULARY, LENGTH = 11, 13
 HEADS = {"width": 12, "layers": 1, "heads": 2, "position": "none"}
@@ -223,9 +224,9 @@ def solver(kernel, **changes):
     with torch.no_grad():
         model.embedding.token.weight.copy_(torch.eye(VOCABULARY, 2 * VOCABULARY))
         for projection in (mixer.q_proj, mixer.k_proj):  # the first head has the first half of the channels
-            projection.weight.copy_(torch.diag(torch.cat([torch.ones(VOCABULARY), torch.zeros(VOCABULARY)])))
+            projection.weight.copy_(torch.eye(*projection.weight.shape) * (torch.arange(2 * VOCABULARY) < VOCABULARY))
         mixer.v_proj.weight.zero_()
-        mixer.filters["k"].kernel.copy_(torch.tensor([kernel, [0.0] * len(kernel)]))
+        mixer.filters["k"].kernel.zero_()[0] = torch.tensor(kernel)
     return model
 
 
@@ -262,7 +263,16 @@ def test_the_sign_compares_a_token_with_itself_and_with_any_other():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"qk_norm": True}, {"layers": 2}, {"position": "rotary"}, {"conv_q": 2}, {"sharing": "channel"}, {"filter_bias": True}],
+    [
+        {"qk_norm": True},
+        {"layers": 2},
+        {"position": "rotary"},
+        {"conv_q": 2},
+        {"sharing": "channel"},
+        {"filter_bias": True},
+        {"window": 3},
+        {"bias": True},
+    ],
     ids=str,
 )
 def test_the_condition_applies_to_one_kind_of_model(changes):
@@ -272,6 +282,26 @@ def test_the_condition_applies_to_one_kind_of_model(changes):
     assert only_keys_convolved(model.config)
     assert not only_keys_convolved(other.config)
     assert key_filter_solves_every_length(build(mixer="linear", conv_k=3)) is None
+
+
+def test_the_condition_applies_to_the_heads_that_share_a_key_filter():
+    model = solver([0.2, 1.0, 0.5], kv_heads=1)
+    assert key_filter_solves_every_length(model) is True
+    with torch.no_grad():
+        model.blocks[0].mixer.filters["k"].kernel.neg_()
+    assert key_filter_solves_every_length(model) is False
+
+
+@pytest.mark.parametrize("changes", [{"kv_heads": 1}, {"window": 4}, {"dropout": 0.5}], ids=str)
+def test_statistics_in_training_mode_are_those_without_dropout(changes):
+    model = build(mixer="attention", conv_k=3, **changes).double()
+    inputs = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    (weights,) = attention_maps(model, inputs)
+    mixer = model.blocks[0].mixer
+    logits = mixer.logits(*mixer.prepare(mixer.project(model.blocks[0].mixer_norm(model.embedding(inputs))))[:2])
+    close(logits.softmax(-1), weights)
+    assert max_logit(model, inputs) == logits.max().item()
+    assert model.training
 
 
 def test_layers_without_attention_or_filters_are_left_out():

@@ -124,6 +124,11 @@ def test_tied_weights_and_projection_look_up(changes):
     assert_same(*train_both({**CAT, **changes}))
 
 
+def test_dropout_cannot_be_ensembled():
+    assert can_ensemble(configure(**CAT))
+    assert not can_ensemble(configure(**{**CAT, "dropout": 0.1}))
+
+
 def test_the_kernel_of_mamba_ssm_cannot_be_ensembled(monkeypatch):
     class Kernel(torch.autograd.Function):
         """Like the kernel of the package, without a vmap rule."""

@@ -43,7 +43,7 @@ def build(seed=0, **changes):
     return build_model(config(**changes), vocabulary=VOCABULARY, length=LENGTH, seed=seed)
 
 
-def run(*, seed=0, steps=30, rate=0.03, stop_early=True, training=None, train=None, **changes):
+def run(*, seed=0, steps=30, rate=0.03, stop_early=True, training=None, train=None, resume=None, checkpoint=None, **changes):
     return fit(
         build(seed, **changes),
         train or successor(),
@@ -52,6 +52,8 @@ def run(*, seed=0, steps=30, rate=0.03, stop_early=True, training=None, train=No
         learning_rate=rate,
         seed=seed,
         stop_early=stop_early,
+        resume=resume,
+        **({} if checkpoint is None else {"checkpoint": checkpoint}),
     )
 
 
@@ -304,6 +306,35 @@ def test_gradients_of_micro_batches_sum_to_that_of_the_batch(monkeypatch):
     for actual, expected in zip(split.history, whole.history, strict=True):
         assert actual.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
         assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-3)
+
+
+def test_dropout_is_resumed_to_the_same_bits_and_depends_on_the_seed_only():
+    def stop_at(step):
+        def checkpoint(state, ended):
+            if state().step == step:
+                raise Interrupted(state())
+
+        return checkpoint
+
+    options = {"steps": 8, "dropout": 0.3, "stop_early": False}
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    whole = run(**options)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    with pytest.raises(Interrupted) as interrupted:
+        run(**options, checkpoint=stop_at(3))
+    resumed = run(**options, resume=interrupted.value.args[0])
+    assert resumed.history == whole.history
+    for name, weight in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], weight), name
+    without = run(steps=8, stop_early=False)
+    assert without.history != whole.history
+    assert score(whole.model, successor(32, seed=1)) == score(whole.model, successor(32, seed=1))
+
+
+class Interrupted(Exception):  # noqa: N818  not an error
+    """Ends a run, with its state."""
 
 
 COMPILED = """
