@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from benchmarks.attention import landmark
+from benchmarks.attention import biased, landmark
 from benchmarks.convolution import filters, long_convolution, short_convolution
 from benchmarks.data import data
 from benchmarks.generation import generation
@@ -37,6 +37,7 @@ SUITE: dict[str, Benchmark] = {
     "filters_4096": filters(4096),
     "short_convolution": short_convolution(),
     "long_convolution": long_convolution(),
+    "biased": biased(),
     "landmark": landmark(),
     "scan": scan(),
     "generation": generation(),

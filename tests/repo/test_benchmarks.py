@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from benchmarks import cells as trivial
 from benchmarks import measure, startup, suite, training
 from benchmarks.__main__ import main
-from benchmarks.attention import landmark
+from benchmarks.attention import biased, landmark
 from benchmarks.convolution import filters, long_convolution, short_convolution
 from benchmarks.data import all_at_once, data, mqar, one_by_one
 from benchmarks.generation import generation
@@ -35,6 +35,7 @@ TINY = {
     "filters_64": filters(64, tokens=128, sizes=((8, 2),)),
     "short_convolution": short_convolution(batch=1, length=64, naive_length=8, channels=3),
     "long_convolution": long_convolution(direct=512, shortest=16, longest=64, channels=2),
+    "biased": biased(length=80, window=9),
     "landmark": landmark(shortest=64, longest=128),
     "scan": scan(length=40),
     "generation": generation(length=16, width=8),
