@@ -44,9 +44,7 @@ def chunk_size(length: int, most: int) -> int:
     return most if torch.compiler.is_compiling() else min(most, length)
 
 
-def in_chunks(
-    x: Float[Tensor, "B H L C"], size: int, *, value: float = 0, unrolled: bool = False
-) -> Float[Tensor, "B H N S C"]:
+def in_chunks(x: Float[Tensor, "B H L C"], size: int, *, value: float = 0, unrolled: bool = False) -> Float[Tensor, "B H N S C"]:
     """Split tokens into chunks of `size`, the last one padded with `value`.
 
     `unrolled`: the caller has a loop over the chunks, so a compiled graph is for one number of chunks.
