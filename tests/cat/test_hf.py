@@ -347,3 +347,11 @@ def check_scores(model, results, needles):
         prompt = torch.tensor([list(sample["doc"]["text"].encode())])
         text = "".join(Bytes().decode(int(token) for token in generate(model, prompt, 8)))
         assert sample["resps"] == [[re.split(r"[.\n\x00]", text)[0]]]
+
+
+@pytest.mark.parametrize("missing", ["lm_eval", "accelerate"])
+def test_without_the_harness_the_error_names_the_fix(hf, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "lm_eval.models.huggingface", raising=False)
+    with pytest.raises(SystemExit, match=rf"^cat\.hf: needs the package {missing}.*\. Fix: pip install 'cat-study\[eval\]'$"):
+        hf.main()
