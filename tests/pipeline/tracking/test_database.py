@@ -77,6 +77,7 @@ def test_an_empty_file_is_a_store_without_tables(store):
         ("update alembic_version set version_num = 'ffffffffffff'", "written by a newer MLflow. Fix: install"),
         ("delete from alembic_version", "no complete store of MLflow. Fix: move"),
         ("drop table alembic_version", "no complete store of MLflow. Fix: move"),
+        ("drop table experiments", "no complete store of MLflow. Fix: move"),
     ],
 )
 def test_another_schema_is_told_as_what_it_is(store, sql, problem):
@@ -115,6 +116,23 @@ def test_a_full_disk_and_a_missing_permission_are_told_as_what_they_are(store, p
     line = explain(store, raised.value)
     assert line.startswith(f"mlflow.db: {problem}")
     assert line.endswith("the store is intact")
+
+
+def test_tables_that_another_program_changed_are_no_damage(store):
+    with closing(sqlite3.connect(store)) as connection:
+        connection.execute("alter table experiments rename column name to title")
+        with pytest.raises(sqlite3.Error) as raised:
+            connection.execute("select name from experiments")
+    line = explain(store, raised.value)
+    assert line.startswith("mlflow.db: no such column: name: another program changed the tables of the store. Fix: move the file")
+    assert "keep them" in line
+
+
+def test_a_folder_in_place_of_the_store_is_named(store):
+    store.unlink()
+    store.mkdir()
+    with pytest.raises(ValueError, match=r"^mlflow.db: is a folder, not a file. Fix: move it away"):
+        check_database(store)
 
 
 @pytest.mark.parametrize(
