@@ -5,7 +5,9 @@ tests/pipeline/scheduling/test_dvc_internals.py checks each private part; pyproj
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -112,6 +114,21 @@ def declared_dependencies(stage: PipelineStage) -> dict[str, Any]:
     """Return the command and the current digest or parameter values of each dependency."""
     stage.save_deps()
     return {"cmd": stage.cmd, **{str(dep): dep.hash_info.value for dep in stage.deps}}
+
+
+def name_user() -> None:
+    """Set USER and HOME if the system has none for this user, as in some containers: without them, DVC ends in a traceback.
+
+    The home is a folder of the project, since others may write to a temporary one.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(LOCK.parent.resolve())
 
 
 @contextmanager
