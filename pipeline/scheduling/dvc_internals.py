@@ -165,4 +165,6 @@ def readable_dvc_errors() -> Iterator[None]:
         message = "; ".join(" ".join(str(cause).split()) for cause in causes)
         if any(isinstance(cause, PrettyDvcException) and "dvc.lock" in str(cause) for cause in causes):
             message += "; remove dvc.lock and run it again: DVC's cache has the outputs of all finished stages"
+        if "not a git repository" in message:  # as in an archive of the sources
+            message += ". Fix: run `git init`, or `dvc config core.no_scm true` to work without git"
         raise ValueError(message) from None

@@ -87,6 +87,16 @@ def test_a_user_without_a_name_and_home_can_use_dvc(tmp_path, monkeypatch):
         assert not repo.site_cache_dir
 
 
+def test_without_git_one_line_has_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    Repo.init(no_scm=True).close()
+    (tmp_path / ".dvc" / "config").write_text("")
+    remedy = r"is not a git repository\. Fix: run `git init`, or `dvc config core\.no_scm true`"
+    with pytest.raises(ValueError, match=remedy), dvc_internals.readable_dvc_errors():
+        Repo()
+
+
 def test_a_user_with_a_name_and_home_keeps_them(monkeypatch):
     monkeypatch.setenv("USER", "me")
     monkeypatch.setenv("HOME", "/home/me")
