@@ -4,13 +4,14 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
 from pipeline.tracking import database
 from pipeline.tracking.database import check_database, explain
-from pipeline.tracking.store import STORE, create_store, database_path
+from pipeline.tracking.store import STORE, create_store, database_path, relocate_artifacts
 
 LOCK = """
 import sqlite3, sys, time
@@ -99,6 +100,31 @@ def test_a_store_is_damaged_only_if_sqlite_cannot_read_it(store, is_damaged):
         damage(store)
     line = explain(store, sqlite3.OperationalError("disk I/O error"))
     assert ("damaged" in line, "move the file" in line) == (is_damaged, is_damaged)
+
+
+def test_a_store_that_another_program_reads_is_no_damage(store, monkeypatch):
+    monkeypatch.setattr(database, "WAIT_SECONDS", 0.1)
+    with lock("exclusive", 60) as program:
+        line = explain(store, sqlite3.OperationalError("disk I/O error"))
+        program.kill()
+    assert "damaged" not in line
+
+
+def test_only_the_artifacts_of_the_moved_study_get_new_paths(store):
+    old, here = "file:///old/mlartifacts", Path("mlartifacts").resolve().as_uri()
+    kept = {"own": f"{old}/other", "mine": "file:///old/elsewhere/mine"}
+    runs = {"moved": f"{old}/copying/1/artifacts", "kept": "file:///old/artifacts"}
+    with closing(sqlite3.connect(store)) as connection, connection:
+        for name, location in {**kept, "copying": f"{old}/copying", "a b": f"{old}/a%20b"}.items():
+            connection.execute("insert into experiments (name, artifact_location) values (?, ?)", [name, location])
+        for name, location in runs.items():
+            connection.execute("insert into runs (run_uuid, artifact_uri) values (?, ?)", [name, location])
+    relocate_artifacts()
+    with closing(sqlite3.connect(store)) as connection:
+        found = dict(connection.execute("select name, artifact_location from experiments where name != 'Default'"))
+        assert found == {**kept, "copying": f"{here}/copying", "a b": f"{here}/a%20b"}
+        found = dict(connection.execute("select run_uuid, artifact_uri from runs"))
+        assert found == {"moved": f"{here}/copying/1/artifacts", "kept": runs["kept"]}
 
 
 @pytest.mark.parametrize(
