@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import itertools
 import logging
 import stat
 import sysconfig
@@ -23,6 +24,10 @@ from cat.tasks.local import SPLITS, check_size, digest_split, find, walk
 PYTHON_DOCS, WIKITEXT = "python-docs", "wikitext-103"
 LIMIT = 4 << 30
 """Largest split or folder in bytes: all of it is read into memory."""
+_COMPARED = 64 << 20
+"""Largest source in bytes whose splits are compared line by line, which takes seconds."""
+_LONG = 20
+"""Fewest bytes of a line that counts as a copy: shorter lines, such as headings, recur in independent texts."""
 
 
 class Published(NamedTuple):
@@ -131,8 +136,35 @@ def corpus(source: str) -> dict[str, np.ndarray]:
 
 
 def report(source: str) -> list[str]:
-    """List the split rule, the skipped files and the equal files of a local source. Empty for named corpora."""
-    return [] if source in {PYTHON_DOCS, WIKITEXT} else find(Path(source), LIMIT).report()
+    """List the split rule, the skipped files and what splits share, of a local source. Empty for named corpora.
+
+    Raises ValueError as `corpus` does, unless there is nothing at `source`.
+    """
+    if source in {PYTHON_DOCS, WIKITEXT}:
+        return []
+    found = find(Path(source), LIMIT)
+    lines = found.report()
+    if found.source.exists():
+        lines += [f"{source}: {line}" for line in _overlaps(corpus(source))]
+    return lines
+
+
+def _overlaps(splits: dict[str, np.ndarray]) -> Iterator[str]:
+    """Say how much of a split is lines that an earlier one has, too, whatever their white space: near copies of its files."""
+    if sum(map(len, splits.values())) > _COMPARED:
+        yield f"more than {_COMPARED >> 20} MiB, so the lines of its splits are not compared"
+        return
+    lines = {split: _long_lines(text.tobytes()) for split, text in splits.items()}
+    for first, second in itertools.combinations(SPLITS, 2):
+        known = set(lines[first])
+        share = sum(map(len, filter(known.__contains__, lines[second]))) / max(len(splits[second]), 1)
+        if share >= 0.01:
+            yield f"splits overlap, {share:.0%} of {second} is lines that {first} has, too, apart from white space"
+
+
+def _long_lines(text: bytes) -> list[bytes]:
+    lines = (b" ".join(line.split()) for line in text.splitlines())
+    return [line for line in lines if len(line) >= _LONG]
 
 
 def _join(texts: list[bytes]) -> np.ndarray:

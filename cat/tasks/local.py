@@ -21,9 +21,18 @@ from typing import Literal, NamedTuple
 SUFFIXES = (".txt", ".md", ".tokens")
 SPLITS = ("train", "valid", "test")
 _SPLIT_OF = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
-_PART_OF_NAME = {**_SPLIT_OF, "training": "train", "testing": "test"}
+_PART_OF_NAME = {
+    **_SPLIT_OF,
+    **{f"{word}{end}": split for word, split in _SPLIT_OF.items() for end in ("set", "data", "split")},
+    "training": "train",
+    "eval": "valid",
+    "evaluation": "valid",
+    "testing": "test",
+}
 _ABOUT = {"readme", "license", "licence", "copying", "notice", "authors", "citation", "changelog"}
-_SHARD = re.compile(r"[-_ (]*\d+\)?([-_ ]?of[-_ ]?\d+)?$")
+_SHARD = re.compile(r"[-_ (]*\d+\)?([-_ ]?of[-_ ]?\d+)?$", re.IGNORECASE)
+_WORDS = re.compile(r"[-_ ]+|(?<=[a-z0-9])(?=[A-Z])")
+"""What separates the words of a name: a sign, or a capital letter as in myTrain.txt."""
 _SHOWN = 5
 _BLANK = 4096
 """Largest file in bytes that is searched for text: a larger file of white space only is unlikely."""
@@ -192,9 +201,10 @@ def _clear_splits(name: str) -> set[str]:
 
 def _splits_in_words(name: str) -> set[str]:
     """The splits announced by the first or last word of a part of the path."""
-    *folders, file = name.lower().split("/")
-    parts = [re.split(r"[-_ ]+", _SHARD.sub("", part)) for part in (*folders, *file.split(".")[:-1])]
-    return {_PART_OF_NAME[word] for words in parts for word in (words[0], words[-1]) if word in _PART_OF_NAME}
+    *folders, file = name.split("/")
+    parts = [_WORDS.split(_SHARD.sub("", part)) for part in (*folders, *file.split(".")[:-1])]
+    words = {word.lower() for words in parts for word in (words[0], words[-1])}
+    return {_PART_OF_NAME[word] for word in words if word in _PART_OF_NAME}
 
 
 def _equal(source: Path, names: list[str]) -> list[list[str]]:

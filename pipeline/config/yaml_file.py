@@ -9,10 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import Node
 
 from pipeline.config.errors import config_error, shorten
+
+
+class _Constructor(SafeConstructor):  # type: ignore[misc]
+    """Without sets, which DVC refuses with a traceback."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:set", SafeConstructor.construct_undefined)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -21,7 +29,9 @@ def read_yaml(path: str | Path) -> Any:
         text = Path(path).read_text(encoding="utf-8")
         if re.search("[0-9a-fA-F_]{4000}", text):  # Python parses such hexadecimal numbers but cannot print them
             raise ValueError("a number of 4,000 digits or more")
-        return YAML(typ="safe").load(text)
+        reader = YAML(typ="safe")
+        reader.Constructor = _Constructor
+        return reader.load(text)
     except OSError as error:
         raise config_error(path, [f"{error.strerror}"]) from None
     except UnicodeDecodeError as error:

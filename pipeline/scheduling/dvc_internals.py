@@ -5,7 +5,9 @@ tests/pipeline/scheduling/test_dvc_internals.py checks each private part; pyproj
 
 from __future__ import annotations
 
+import getpass
 import json
+import os
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -114,6 +116,21 @@ def declared_dependencies(stage: PipelineStage) -> dict[str, Any]:
     return {"cmd": stage.cmd, **{str(dep): dep.hash_info.value for dep in stage.deps}}
 
 
+def name_user() -> None:
+    """Set USER and HOME if the system has none for this user, as in some containers: without them, DVC ends in a traceback.
+
+    The home is a folder of the project, since others may write to a temporary one.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = str(LOCK.parent.resolve())
+
+
 @contextmanager
 def exclusive_run() -> Iterator[None]:
     """Raise ValueError if another `python -m pipeline run` is running in this folder."""
@@ -148,4 +165,6 @@ def readable_dvc_errors() -> Iterator[None]:
         message = "; ".join(" ".join(str(cause).split()) for cause in causes)
         if any(isinstance(cause, PrettyDvcException) and "dvc.lock" in str(cause) for cause in causes):
             message += "; remove dvc.lock and run it again: DVC's cache has the outputs of all finished stages"
+        if "not a git repository" in message:  # as in an archive of the sources
+            message += ". Fix: run `git init`, or `dvc config core.no_scm true` to work without git"
         raise ValueError(message) from None

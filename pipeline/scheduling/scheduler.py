@@ -31,7 +31,14 @@ from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_devices
 from pipeline.runtime.processes import available, short_tmpdir
 from pipeline.scheduling import ray_cluster
-from pipeline.scheduling.dvc_internals import exclusive_run, readable_dvc_errors, repair_rwlock, reproduce, stale_stages
+from pipeline.scheduling.dvc_internals import (
+    exclusive_run,
+    name_user,
+    readable_dvc_errors,
+    repair_rwlock,
+    reproduce,
+    stale_stages,
+)
 from pipeline.scheduling.progress import Progress
 from pipeline.scheduling.ray_cluster import Cluster
 from pipeline.stages.plan import check_planned
@@ -82,6 +89,7 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
         readable_dvc_errors(),
         ray_cluster.join(ray, study, jobs) if ray else nullcontext() as joined,
     ):
+        name_user()
         repair_rwlock()
         reproduce(FIRST)
         stale = stale_cells()

@@ -12,6 +12,7 @@ WAIT_SECONDS = 30.0
 """How long to wait for a program that locks the store. MLflow itself waits 20 s."""
 _LOCKED = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _DENIED = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH}
+_OTHER_TABLES = {sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH}
 _DAMAGED = {sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT}
 
 
@@ -20,6 +21,8 @@ def check_database(path: Path) -> bool:
 
     Raises ValueError if the file stays locked, or is no store of this version of MLflow.
     """
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a file. Fix: move it away; the next run makes a new store")
     try:
         _wait(path)
         with closing(sqlite3.connect(path, timeout=WAIT_SECONDS)) as connection:
@@ -87,6 +90,9 @@ def explain(path: Path, error: sqlite3.Error) -> str:
         return f"{path}: {error}. Fix: allow this user to write the file and its folder; the store is intact"
     if _is_damaged(path):
         return f"{path}: {error}: the store is damaged. Fix: move the file and its artifacts away; the next run makes a new store"
+    if _code(error) in _OTHER_TABLES:
+        fix = "move the file and its artifacts away, and keep them; the next run makes a new store"
+        return f"{path}: {error}: another program changed the tables of the store. Fix: {fix}"
     return f"{path}: {error}. Fix: check the disk and its free space, then run this again; keep the store"
 
 

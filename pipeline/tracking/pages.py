@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from urllib.parse import quote
 
+from pipeline.config.errors import shorten
 from pipeline.config.outputs import REPORT_EXPERIMENT
 from pipeline.config.study import Study
 from pipeline.reporting.labels import task_label
@@ -16,6 +17,8 @@ NOTE_TAG = "mlflow.note.content"
 """MLflow's tag for the description of a run or an experiment."""
 WORKSPACE = "workspace"
 """The context of a run outside DVC experiments."""
+NOTE_LENGTH = 8000
+"""Characters that MLflow keeps of a tag."""
 UNQUOTED = ",.'="
 """Characters that MLflow's addresses keep as they are."""
 
@@ -60,7 +63,8 @@ class Pages:
             tasks = [name for name in self.experiment_ids if name != REPORT_EXPERIMENT]
             searches = {figure: f"tags.`figure.{figure}` = 'yes' and {self.current}" for figure in record.figures}
             links = [f"[{figure}]({self._search_link(tasks, search)})" for figure, search in searches.items()]
-            parts = ["Report, figures and tables are under Artifacts.", record.note, f"The runs in a figure: {', '.join(links)}."]
+            # The verdicts last, because statements of any length may be cut.
+            parts = ["Report, figures and tables are under Artifacts.", f"The runs in a figure: {', '.join(links)}.", record.note]
         if record.kind == "seed":
             parts.append(f'```python\nfrom pipeline.tracking.store import load_run\n\nmodel = load_run("{run_id}")\n```')
         if record.kind != "report":
@@ -71,7 +75,7 @@ class Pages:
                 f"`git log -S {record.tags['dvc.md5']} -- dvc.lock` finds the commits whose dvc.lock has this result of the stage"
                 f" `{record.tags['dvc.stage']}`."
             )
-        return "\n\n".join(parts)
+        return shorten("\n\n".join(parts), NOTE_LENGTH)
 
     def _search_link(self, experiments: list[str], search: str) -> str:
         ids = [self.experiment_ids[name] for name in experiments]

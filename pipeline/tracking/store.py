@@ -77,16 +77,28 @@ def explain_error(error: Exception) -> str:
     path, found = database_path(), find_sqlite_error(error)
     if path is not None and found is not None:
         return explain(path, found)
-    text = " ".join(str(error).split())[:200]
+    # An error of the network has the address in it, too.
+    text = _without_password(" ".join(str(error).split()))[:200]
     if "out-of-date database schema" in text:
         return f"{path or 'MLflow'}: written by an older MLflow. Fix: copy the store, then run `mlflow db upgrade {_shown_uri()}`"
-    fix = "run this again" if path else "check that the server runs and MLFLOW_TRACKING_URI names it, then run this again"
+    if path:
+        fix = "run this again"
+    elif isinstance(error, ImportError):
+        fix = f"install the package of {error.name}"
+    elif tracking_uri().startswith(("http://", "https://")):
+        fix = "check that the server runs and MLFLOW_TRACKING_URI names it, then run this again"
+    else:
+        fix = f"set MLFLOW_TRACKING_URI to http://<server> or sqlite:///<file>, or remove it to log to {STORE}"
     return f"MLflow at {_shown_uri()}: {text}. Fix: {fix}"
 
 
 def _shown_uri() -> str:
-    """The address without name and password."""
-    return re.sub("//[^/@]*@", "//", tracking_uri())
+    return _without_password(tracking_uri())
+
+
+def _without_password(text: str) -> str:
+    """The text with addresses that have no name and password."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def create_store() -> None:
@@ -168,7 +180,8 @@ def store_errors() -> tuple[type[Exception], ...]:
     # They log the same errors with a traceback, or once per attempt.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    return MlflowException, SQLAlchemyError, CommandError, ParseError, RequestException
+    # A database has its own package, which may not be installed.
+    return MlflowException, SQLAlchemyError, CommandError, ParseError, RequestException, ImportError
 
 
 def fingerprint() -> str:

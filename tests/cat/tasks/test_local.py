@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from cat.tasks import corpus as corpus_module
 from cat.tasks.corpus import corpus, report
 from cat.tasks.local import SPLITS, digest_split, find
 from pipeline.cli import main
@@ -50,6 +51,11 @@ def refusal(call=splits_of):
         ("train.en.txt", "dev.en.txt", "test.en.txt"),
         ("wiki-train.txt", "wiki_val.txt", "test_data.txt"),
         ("training.txt", "validation.txt", "testing.txt"),
+        ("train.txt", "eval.txt", "test.txt"),
+        ("trainset.txt", "devset.txt", "testset.txt"),
+        ("myTrain.txt", "myValid.txt", "myTest.txt"),
+        ("TrainData.txt", "ValidData.txt", "TestData.txt"),
+        ("WIKI-TRAIN-00001-OF-00002.TXT", "WIKI-VALID-1.TXT", "WIKI-TEST-1.TXT"),
         ("train/a.txt", "valid/deep/a.txt", "test/a.txt"),
         ("train/how-to-test.md", "dev/train-fast.md", "test/a.txt"),
         ("books/train/a.txt", "books/val/a.txt", "books/test/a.txt"),
@@ -144,6 +150,28 @@ def test_equal_files_of_announced_splits_are_reported(made):
         "own: splits overlap, 1 text in more than one:"
         " test/0.txt (test) = test/1.txt (test) = test/2.txt (test) = test/3.txt (test) = 3 more"
     ]
+
+
+@pytest.mark.parametrize("end", ["\r\n", " \n", "\n\n", "\r"])
+def test_near_copies_in_several_splits_are_reported(made, end):
+    lines = [f"this is sentence {i} of the text\n" for i in range(60)]
+    train, valid, test = "".join(lines[:40]), "".join(lines[40:50]), "".join(lines[50:])
+    made({"train.txt": train, "valid.txt": valid, "test.txt": test})
+    assert report("own")[1:] == [], "independent texts"
+    made({"test.txt": "".join(lines[:10]).replace("\n", end)})
+    (line,) = report("own")[1:]
+    assert line.startswith("own: splits overlap, ")
+    assert line.endswith("% of test is lines that train has, too, apart from white space")
+    made({"valid.txt": "".join(lines[:10]), "test.txt": test + lines[0].upper()})
+    assert [line.split(" of ")[1] for line in report("own")[1:]] == ["valid is lines that train has, too, apart from white space"]
+
+
+def test_short_lines_are_no_copies_and_a_huge_text_is_not_compared(made, monkeypatch):
+    chapters = {f"{split}.txt": "Chapter one\n\n" * 9 + f"{split} text" for split in SPLITS}
+    made(chapters)
+    assert report("own")[1:] == []
+    monkeypatch.setattr(corpus_module, "_COMPARED", 100)
+    assert report("own")[1:] == ["own: more than 0 MiB, so the lines of its splits are not compared"]
 
 
 def test_validate_and_generate_say_how_the_text_is_split(made, tmp_path):

@@ -744,10 +744,11 @@ HEAD = "seeds: [0, 1]\n{}\ndevice: cpu\nvariants:\n  k: {{mixer: attention, conv
         (HEAD.format("data_seed: 0\n  x: 1"), "line 3, column 4: mapping values are not allowed .*"),
         (HEAD.format("data_seed: *nothing"), "line 2, column 12: found undefined alias"),
         (HEAD.format("data_seed: !!python/object/apply:os.mkdir [made]"), "line 2, column 12: could not determine a .* tag .*"),
+        (HEAD.format("data_seed: 0\ntasks: !!set {a, b}"), "line 3, column 8: could not determine a .* tag .*:set'"),
         (HEAD.format("data_seed:\t0\n\tx: 1"), "line 3, column 1: .*"),
         (HEAD.format("data_seed: 0") + "---\na: 1\n", r"line 6, column 1: expected a single document in the stream, .*"),
     ],
-    ids=["key twice", "key of a variant twice", "open bracket", "indent", "undefined alias", "tag", "tab", "two documents"],
+    ids=["key twice", "key of a variant twice", "bracket", "indent", "undefined alias", "tag", "set", "tab", "two documents"],
 )
 def test_broken_yaml_is_one_line_with_its_place(content, pattern, tmp_path):
     (line,) = errors_of_file(content, tmp_path / "params.yaml")

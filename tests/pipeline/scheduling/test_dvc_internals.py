@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 
 import dvc
@@ -63,6 +64,44 @@ def test_a_stage_and_a_repository_have_the_attributes_that_we_read(tmp_path, mon
         stage.save_deps()
         assert {str(dep): bool(dep.hash_info.value) for dep in stage.deps} == {"x": True, "params.yaml": True}
         assert str(tmp_path / dvc_internals.RWLOCK) == f"{repo.tmp_dir}/{RWLOCK_FILE}"
+
+
+def test_a_user_without_a_name_and_home_can_use_dvc(tmp_path, monkeypatch):
+    pwd = pytest.importorskip("pwd", reason="Windows has no table of users")
+
+    def find_no_user(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.chdir(tmp_path)
+    Repo.init(no_scm=True).close()
+    for name in ("USER", "LOGNAME", "LNAME", "USERNAME", "HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "x")  # so that it is restored
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(pwd, "getpwuid", find_no_user)
+    dvc_internals.name_user()
+    with Repo() as repo:
+        assert repo.site_cache_dir
+    assert os.environ["HOME"] == str(tmp_path / ".dvc" / "tmp")
+    monkeypatch.delenv("USER")
+    with pytest.raises(KeyError, match="uid not found"), Repo() as repo:
+        assert not repo.site_cache_dir
+
+
+def test_without_git_one_line_has_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    Repo.init(no_scm=True).close()
+    (tmp_path / ".dvc" / "config").write_text("")
+    remedy = r"is not a git repository\. Fix: run `git init`, or `dvc config core\.no_scm true`"
+    with pytest.raises(ValueError, match=remedy), dvc_internals.readable_dvc_errors():
+        Repo()
+
+
+def test_a_user_with_a_name_and_home_keeps_them(monkeypatch):
+    monkeypatch.setenv("USER", "me")
+    monkeypatch.setenv("HOME", "/home/me")
+    dvc_internals.name_user()
+    assert (os.environ["USER"], os.environ["HOME"]) == ("me", "/home/me")
 
 
 def test_errors_have_the_classes_that_we_catch():

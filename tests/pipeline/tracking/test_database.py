@@ -4,13 +4,14 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
 from pipeline.tracking import database
 from pipeline.tracking.database import check_database, explain
-from pipeline.tracking.store import STORE, create_store, database_path
+from pipeline.tracking.store import STORE, create_store, database_path, relocate_artifacts
 
 LOCK = """
 import sqlite3, sys, time
@@ -77,6 +78,7 @@ def test_an_empty_file_is_a_store_without_tables(store):
         ("update alembic_version set version_num = 'ffffffffffff'", "written by a newer MLflow. Fix: install"),
         ("delete from alembic_version", "no complete store of MLflow. Fix: move"),
         ("drop table alembic_version", "no complete store of MLflow. Fix: move"),
+        ("drop table experiments", "no complete store of MLflow. Fix: move"),
     ],
 )
 def test_another_schema_is_told_as_what_it_is(store, sql, problem):
@@ -100,6 +102,31 @@ def test_a_store_is_damaged_only_if_sqlite_cannot_read_it(store, is_damaged):
     assert ("damaged" in line, "move the file" in line) == (is_damaged, is_damaged)
 
 
+def test_a_store_that_another_program_reads_is_no_damage(store, monkeypatch):
+    monkeypatch.setattr(database, "WAIT_SECONDS", 0.1)
+    with lock("exclusive", 60) as program:
+        line = explain(store, sqlite3.OperationalError("disk I/O error"))
+        program.kill()
+    assert "damaged" not in line
+
+
+def test_only_the_artifacts_of_the_moved_study_get_new_paths(store):
+    old, here = "file:///old/mlartifacts", Path("mlartifacts").resolve().as_uri()
+    kept = {"own": f"{old}/other", "mine": "file:///old/elsewhere/mine"}
+    runs = {"moved": f"{old}/copying/1/artifacts", "kept": "file:///old/artifacts"}
+    with closing(sqlite3.connect(store)) as connection, connection:
+        for name, location in {**kept, "copying": f"{old}/copying", "a b": f"{old}/a%20b"}.items():
+            connection.execute("insert into experiments (name, artifact_location) values (?, ?)", [name, location])
+        for name, location in runs.items():
+            connection.execute("insert into runs (run_uuid, artifact_uri) values (?, ?)", [name, location])
+    relocate_artifacts()
+    with closing(sqlite3.connect(store)) as connection:
+        found = dict(connection.execute("select name, artifact_location from experiments where name != 'Default'"))
+        assert found == {**kept, "copying": f"{here}/copying", "a b": f"{here}/a%20b"}
+        found = dict(connection.execute("select run_uuid, artifact_uri from runs"))
+        assert found == {"moved": f"{here}/copying/1/artifacts", "kept": runs["kept"]}
+
+
 @pytest.mark.parametrize(
     ("pragma", "problem"),
     [
@@ -115,6 +142,23 @@ def test_a_full_disk_and_a_missing_permission_are_told_as_what_they_are(store, p
     line = explain(store, raised.value)
     assert line.startswith(f"mlflow.db: {problem}")
     assert line.endswith("the store is intact")
+
+
+def test_tables_that_another_program_changed_are_no_damage(store):
+    with closing(sqlite3.connect(store)) as connection:
+        connection.execute("alter table experiments rename column name to title")
+        with pytest.raises(sqlite3.Error) as raised:
+            connection.execute("select name from experiments")
+    line = explain(store, raised.value)
+    assert line.startswith("mlflow.db: no such column: name: another program changed the tables of the store. Fix: move the file")
+    assert "keep them" in line
+
+
+def test_a_folder_in_place_of_the_store_is_named(store):
+    store.unlink()
+    store.mkdir()
+    with pytest.raises(ValueError, match=r"^mlflow.db: is a folder, not a file. Fix: move it away"):
+        check_database(store)
 
 
 @pytest.mark.parametrize(

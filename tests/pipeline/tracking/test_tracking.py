@@ -11,6 +11,7 @@ from threading import Thread
 from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -166,6 +167,18 @@ def test_figures_and_runs_link_to_each_other(store):
     shown = shown_variants(load_study().ablations["qkv_subsets"])
     assert {run.data.tags["variant"] for run in linked} == set(shown)
     assert len(linked) == len(shown) * (1 + 2)
+
+
+def test_statements_of_any_length_leave_the_links_of_the_note(copied):
+    table = pd.read_csv("verdicts/claims.csv", keep_default_na=False)
+    table["statement"] = "long " * 2000
+    table.to_csv("verdicts/claims.csv", index=False)
+    code, printed = track_result()
+    assert (code, printed) == (0, [])
+    (report,) = current(client_of(copied), "study").values()
+    note = report.data.tags["mlflow.note.content"]
+    assert len(note) == 8000
+    assert "[qkv_subsets](#/" in note
 
 
 def test_an_experiment_s_note_names_the_task_and_links_to_its_best_variant_and_seeds(store):
@@ -579,3 +592,26 @@ def test_a_server_that_fails_is_an_error_of_one_line(store, status, monkeypatch)
     assert (code, len(lines)) == (2, 1), lines
     assert lines[0].startswith(f"track: MLflow at http://127.0.0.1:{server.server_port}: ")
     assert ". Fix: check that the server runs" in lines[0]
+    assert "secret" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("uri", "fix"),
+    [
+        (
+            "SQLITE:///mlflow.db",
+            "set MLFLOW_TRACKING_URI to http://<server> or sqlite:///<file>, or remove it to",
+        ),
+        ("file:mlruns", "set MLFLOW_TRACKING_URI to "),
+        ("mlruns", "set MLFLOW_TRACKING_URI to "),
+        ("postgresql+nothing://me:secret@localhost/x", "set MLFLOW_TRACKING_URI to "),
+        ("mssql://me:secret@localhost/x", "install the package of pyodbc"),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_an_error_of_one_line(store, uri, fix, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    code, lines = track_result()
+    assert (code, len(lines)) == (2, 1), lines
+    assert f". Fix: {fix}" in lines[0]
+    assert "secret" not in lines[0]
+    assert not Path("mlruns").exists()
