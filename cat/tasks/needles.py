@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from cat.config import Count
 from cat.tasks.base import IGNORE, Examples, guess_probability
 from cat.tasks.encoded import EncodedText, tokenizer_of, tokens_of, tokens_of_source
-from cat.tasks.ngrams import check_packing, occurs_earlier, pack
+from cat.tasks.ngrams import check_packing, occurs_earlier, occurs_elsewhere, pack
 
 CHUNK_TOKENS = 1 << 20
 """Tokens of the sequences that are drawn at a time, to bound memory. The examples depend on it."""
@@ -73,6 +73,8 @@ class Needles(EncodedText):
 
     @model_validator(mode="after")
     def _check_needles(self) -> Self:
+        if (largest := 256 if self.tokens == "bytes" else self.vocabulary_size) is not None:
+            check_packing(largest + 2, self.ngram + 1)
         if self.shared_endings and self.ngram == 1:
             raise ValueError("shared_endings = true needs ngram = 2 or more, but ngram = 1")
         for length in self.generated_lengths:
@@ -151,7 +153,7 @@ class Needles(EncodedText):
         n, needles, rows = self.ngram, self.needles_at(length), np.arange(count)[:, None]
         text = windows[generator.integers(0, len(windows), size=count)].astype(np.uint32)
         starts, is_valid = self._draw_keys(text, needles, generator)
-        gaps = self._draw_gaps(text.shape[1], starts, depth, generator)
+        gaps = self._draw_gaps(text, starts, depth, generator)
         marks = gaps + (n + 2) * gaps.argsort(axis=1).argsort(axis=1)  # needles before a needle shift it
 
         inputs = np.empty((count, length), dtype=np.uint32)
@@ -182,20 +184,30 @@ class Needles(EncodedText):
         first = rank.argsort(axis=1, kind="stable")[:, :needles]
         return np.take_along_axis(order, first, axis=1), (~is_repeated).sum(axis=1) >= needles
 
-    def _draw_gaps(self, size: int, starts: np.ndarray, depth: float | None, generator: np.random.Generator) -> np.ndarray:
-        """The token of the text that each needle precedes, N x needles; none cuts the occurrence of a key in two.
+    def _draw_gaps(self, text: np.ndarray, starts: np.ndarray, depth: float | None, generator: np.random.Generator) -> np.ndarray:
+        """The token of the text that each needle precedes, N x needles.
 
+        No needle cuts the occurrence of a key in two or, as far as possible, stands right before an occurrence of its own key.
         With a depth, the first `queries` needles are as close to it as possible.
         """
-        rows = np.arange(len(starts))[:, None]
-        arrival = generator.random((len(starts), size + 1))
-        for offset in range(1, self.ngram):
-            arrival[rows, starts + offset] = np.inf
-        if depth is not None:
-            distance = np.where(np.isinf(arrival), np.inf, np.abs(np.arange(size + 1) - depth / 100 * size))
-            nearest = distance.argsort(axis=1, kind="stable")[:, : self.queries]
-            arrival[rows, nearest] = -1 + np.arange(self.queries) / self.queries
-        return arrival.argsort(axis=1, kind="stable")[:, : starts.shape[1]]
+        size, packed = (
+            text.shape[1],
+            pack(np.pad(text, ((0, 0), (0, self.ngram)), constant_values=self.mark), self.ngram, self.vocabulary),
+        )
+        gaps, again = np.empty_like(starts), np.arange(len(starts))
+        for _ in range(REPAIRS):
+            rows = np.arange(len(again))[:, None]
+            arrival = generator.random((len(again), size + 1))
+            for offset in range(1, self.ngram):
+                arrival[rows, starts[again] + offset] = np.inf
+            if depth is not None:
+                distance = np.where(np.isinf(arrival), np.inf, np.abs(np.arange(size + 1) - depth / 100 * size))
+                nearest = distance.argsort(axis=1, kind="stable")[:, : self.queries]
+                arrival[rows, nearest] = -1 + np.arange(self.queries) / self.queries
+            gaps[again] = arrival.argsort(axis=1, kind="stable")[:, : starts.shape[1]]
+            rows = again[:, None]
+            again = again[(packed[rows, gaps[again]] == packed[rows, starts[again]]).any(axis=1)]
+        return gaps
 
     def _draw_values(self, inputs: np.ndarray, marks: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         """Write the value of each needle; returns which sequences have no value next to its key elsewhere."""
@@ -220,18 +232,13 @@ class Needles(EncodedText):
 
         The last column, for no value, is true.
         """
-        rows = np.arange(len(inputs))
         index = np.full(self.vocabulary, self.values)
         index[_values(self)] = np.arange(self.values)
         index = index[np.pad(inputs, ((0, 0), (1, 1)), constant_values=self.mark)]  # of the value at each token, from -1 on
-        packed = pack(inputs, self.ngram, self.vocabulary)
+        row, position, needle = occurs_elsewhere(pack(inputs, self.ngram, self.vocabulary), marks + 1)
         beside = np.zeros((*marks.shape, self.values + 1), dtype=bool)
-        for needle, start in enumerate(marks.T + 1):
-            is_key = packed == packed[rows, start][:, None]
-            is_key[rows, start] = False
-            row, position = np.nonzero(is_key)
-            beside[row, needle, index[row, position]] = True
-            beside[row, needle, index[row, position + self.ngram + 1]] = True
+        beside[row, needle, index[row, position]] = True
+        beside[row, needle, index[row, position + self.ngram + 1]] = True
         beside[..., -1] = True
         return beside
 
