@@ -9,15 +9,15 @@ import numpy as np
 import torch
 
 from cat.evaluation.generation import generate
-from cat.tasks.tokenizer import Bytes, Tokenizer, load
+from cat.tasks.tokenizer import Tokenizer
 from pipeline.config.errors import printable
 from pipeline.config.grid import seeds_of, variants_on
 from pipeline.config.study import Study
 from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
-from pipeline.storage.files import read_json, readable
 from pipeline.storage.paths import DATA
+from pipeline.storage.tokenizers import read_tokenizer
 
 
 class SamplingOptions(NamedTuple):
@@ -40,7 +40,7 @@ def sample(
     """
     where = resolve_device(device)
     _check(study, task, variant)
-    tokenizer = _tokenizer(task)
+    tokenizer = read_tokenizer(task)
     seed = seeds_of(study, task, variant)[0] if model_seed is None else model_seed
     path = runs.weights_path(task, variant, seed)
     workers.prepare()
@@ -68,17 +68,6 @@ def _check(study: Study, task: str, variant: str) -> None:
         raise ValueError(f"{variant} is not trained on {task}. Fix: choose from {', '.join(trained)}")
     if not (DATA / task / "meta.json").exists():
         raise ValueError(f"{DATA / task}: is missing. Fix: run `dvc repro generate@{task}`")
-
-
-def _tokenizer(task: str) -> Tokenizer:
-    """The tokenizer that encoded the task's data."""
-    meta_path, path = DATA / task / "meta.json", DATA / task / "tokenizer.json"
-    meta = read_json(meta_path)
-    with readable(meta_path, "the description of a task's data"):
-        if meta["config"].get("tokens", "bytes") == "bytes":
-            return Bytes()
-    with readable(path, "a tokenizer"):
-        return load(path.read_text(encoding="utf-8"))
 
 
 def _encode(prompt: bytes, tokenizer: Tokenizer) -> list[int]:

@@ -10,12 +10,13 @@ import torch
 from click.testing import CliRunner
 
 from pipeline.cli import main
-from pipeline.commands.sample import SamplingOptions, _tokenizer, sample
+from pipeline.commands.sample import SamplingOptions, sample
 from pipeline.config.grid import variants_on
 from pipeline.config.load import load_study
 from pipeline.stages import train
 from pipeline.storage import runs
 from pipeline.storage.paths import DATA
+from pipeline.storage.tokenizers import read_tokenizer
 from tests.helpers.reference import naive_continuation
 from tests.helpers.study import edit, stage, tiny_study
 
@@ -62,7 +63,7 @@ def text(*arguments, **options):
 
 
 def test_the_most_likely_text_is_the_model_s_own_continuation(study):
-    tokenizer = _tokenizer("text")
+    tokenizer = read_tokenizer("text")
     prompt = tokenizer.encode(np.frombuffer(PROMPT.encode(), np.uint8)).tolist()
     model = runs.load_model(runs.weights_path("text", "k", 4))
     expected = naive_continuation(model, torch.tensor([prompt]), 9)[0].tolist()
