@@ -133,10 +133,9 @@ class Needles(EncodedText):
         examples, pending = Examples(*np.empty((2, count, length), dtype=np.int64)), np.arange(count)
         for _ in range(ATTEMPTS):
             again = []
-            for rows in np.array_split(pending, -(-len(pending) * length // CHUNK_TOKENS)):
-                (examples.inputs[rows], examples.targets[rows]), is_valid = self._draw(
-                    windows, length, len(rows), depth, generator
-                )
+            for rows in np.array_split(pending, min(len(pending), -(-len(pending) * length // CHUNK_TOKENS))):
+                drawn, is_valid = self._draw(windows, length, len(rows), depth, generator)
+                examples.inputs[rows], examples.targets[rows] = drawn
                 again.append(rows[~is_valid])
             pending = np.concatenate(again)
             if not len(pending):
@@ -190,10 +189,8 @@ class Needles(EncodedText):
         No needle cuts the occurrence of a key in two or, as far as possible, stands right before an occurrence of its own key.
         With a depth, the first `queries` needles are as close to it as possible.
         """
-        size, packed = (
-            text.shape[1],
-            pack(np.pad(text, ((0, 0), (0, self.ngram)), constant_values=self.mark), self.ngram, self.vocabulary),
-        )
+        size, end = text.shape[1], np.full((len(text), self.ngram), self.mark, dtype=text.dtype)
+        packed = pack(np.concatenate([text, end], axis=1), self.ngram, self.vocabulary)
         gaps, again = np.empty_like(starts), np.arange(len(starts))
         for _ in range(REPAIRS):
             rows = np.arange(len(again))[:, None]
