@@ -40,3 +40,21 @@ def occurs(packed: np.ndarray, text: np.ndarray, n: int, vocabulary: int) -> np.
     for start in range(0, len(text) - n + 1, CHUNK_TOKENS):
         found |= np.isin(ngrams, pack(text[start : start + CHUNK_TOKENS + n - 1], n, vocabulary))
     return found[inverse].reshape(packed.shape)
+
+
+def occurs_elsewhere(packed: np.ndarray, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Find the n-grams that start at `starts`, N x K, elsewhere in their rows of N x M packed n-grams.
+
+    Returns the row, the position and the number from 0 to K - 1 of every occurrence. The n-grams of a row must be distinct.
+    """
+    rows = np.arange(len(packed))[:, None]
+    different, key = np.unique(packed[rows, starts], return_inverse=True)
+    nearest = np.minimum(np.searchsorted(different, packed), len(different) - 1)
+    is_key = different[nearest] == packed
+    is_key[rows, starts] = False
+    row, position = np.nonzero(is_key)
+    own = (rows * len(different) + key.reshape(starts.shape)).ravel()  # a number for each key of each sequence
+    found, order = row * len(different) + nearest[is_key], own.argsort()
+    place = np.minimum(np.searchsorted(own, found, sorter=order), len(own) - 1)
+    is_own = own[order[place]] == found
+    return row[is_own], position[is_own], order[place[is_own]] % starts.shape[1]

@@ -6,36 +6,27 @@ windows only add context before them.
 
 from __future__ import annotations
 
-import functools
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from cat.config import Count
-from cat.tasks.base import IGNORE, Examples, Extents, GeneratedData, Recalled, Spans, Task, Windows
-from cat.tasks.corpus import WIKITEXT, digests, ends_a_word, read, report
+from cat.tasks.base import IGNORE, Examples, Extents, GeneratedData, Recalled, Spans, Windows
+from cat.tasks.corpus import ends_a_word, read
+from cat.tasks.encoded import EncodedText, tokenizer_of, tokens_of
 from cat.tasks.ngrams import check_packing, occurs, occurs_earlier, pack
-from cat.tasks.tokenizer import BPE, Bytes, Tokenizer, Words
 from cat.tasks.witten_bell import ngram_bits
 
 ORDERS = {"bigram": 2, "trigram": 3, "fourgram": 4, "fivegram": 5}
 """Tables of n-grams that text is compared with: name -> n."""
 
 
-class Text(Task):
+class Text(EncodedText):
     """Windows of a corpus. Training windows start at random; each split has its own part of the corpus."""
 
     example: ClassVar = {"source": "python-docs"}
     kind: Literal["text"]
-    source: Annotated[str, Field(min_length=1)]
-    """`python-docs`, `wikitext-103`, or the path of a UTF-8 text file or of a folder of `.txt`, `.md` and `.tokens` files."""
-    folder: Annotated[str, Field(min_length=1)] | None = None
-    """The folder with `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens`; if None, WikiText-103 is downloaded."""
-    tokens: Literal["bytes", "bpe", "words"] = "bytes"
-    """Unit of a token: a byte, a BPE piece trained on the training split, or a word of the training split."""
-    vocabulary_size: Annotated[int, Field(ge=3, le=1 << 20)] | None = None
-    """Largest vocabulary, for bpe and words; if None, words keeps every word of the training split."""
     ngram: Count | None = None
     """Also score answers by whether they can be recalled: the n tokens before occur earlier, followed by the same answer."""
 
@@ -43,18 +34,6 @@ class Text(Task):
     def _check_context(self) -> Self:
         if self.lengths[0] < 2:
             raise ValueError(f"a window of {self.lengths[0]} token has no context")
-        return self
-
-    @model_validator(mode="after")
-    def _check_tokens(self) -> Self:
-        if self.folder is not None and self.source != WIKITEXT:
-            raise ValueError(f"folder needs source = {WIKITEXT}. Fix: remove folder; source itself may be a path")
-        if self.tokens == "bytes" and self.vocabulary_size is not None:
-            raise ValueError(f"vocabulary_size = {self.vocabulary_size} needs tokens = bpe or words; there are always 256 bytes")
-        if self.tokens == "bpe" and self.vocabulary_size is None:
-            raise ValueError("tokens = bpe needs vocabulary_size, the number of bytes plus merges")
-        if self.tokens == "bpe" and self.vocabulary_size is not None and self.vocabulary_size <= 256:
-            raise ValueError(f"vocabulary_size = {self.vocabulary_size} must exceed 256: bpe starts from 256 bytes")
         return self
 
     @model_validator(mode="after")
@@ -71,7 +50,7 @@ class Text(Task):
     @property
     def vocabulary(self) -> int:
         """Vocabulary size. Unless tokens are bytes, this reads the training split; raises ValueError if it cannot be read."""
-        return _tokenizer(self).size
+        return tokenizer_of(self).size
 
     @property
     def goal(self) -> Literal["loss"]:
@@ -92,7 +71,7 @@ class Text(Task):
         return Examples(inputs, targets)
 
     def _windows(self, split: str, length: int, count: int, generator: np.random.Generator) -> Windows:
-        tokens = _tokens(self, split)
+        tokens = tokens_of(self, split)
         longest = self.lengths[-1] if split == "test" else length
         room = len(tokens) - longest
         if room < (1 if split == "train" else count):
@@ -131,8 +110,8 @@ class Text(Task):
         }
 
     def extents(self) -> Extents:
-        text, tokens = read(self.source, self.folder, "test"), _tokens(self, "test")
-        tokenizer, ends = _tokenizer(self), self._last_targets() + 1
+        text, tokens = read(self.source, self.folder, "test"), tokens_of(self, "test")
+        tokenizer, ends = tokenizer_of(self), self._last_targets() + 1
         starts = ends - self._targets
         offsets, unknown = (
             np.concatenate([[0], np.cumsum(count(text, tokens))]) for count in (tokenizer.sizes, tokenizer.unknown)
@@ -141,8 +120,8 @@ class Text(Task):
         return Extents(*(total[ends] - total[starts] for total in (offsets, words, unknown)))
 
     def spans(self) -> Spans:
-        text, tokens = read(self.source, self.folder, "test"), _tokens(self, "test")
-        tokenizer, ends = _tokenizer(self), self._last_targets()
+        text, tokens = read(self.source, self.folder, "test"), tokens_of(self, "test")
+        tokenizer, ends = tokenizer_of(self), self._last_targets()
         return Spans(*(_windows(count(text, tokens), ends, self.lengths[-1]) for count in (tokenizer.sizes, tokenizer.unknown)))
 
     def recalled(self) -> dict[int, Recalled] | None:
@@ -151,29 +130,15 @@ class Text(Task):
             return None
         n, vocabulary = self.ngram + 1, self.vocabulary  # the n-gram with its answer
         check_packing(vocabulary, n)
-        packed = pack(_windows(_tokens(self, "test"), self._last_targets(), self.lengths[-1] + 1), n, vocabulary)
-        in_training = occurs(packed[:, -self._targets :], _tokens(self, "train"), n, vocabulary)
+        packed = pack(_windows(tokens_of(self, "test"), self._last_targets(), self.lengths[-1] + 1), n, vocabulary)
+        in_training = occurs(packed[:, -self._targets :], tokens_of(self, "train"), n, vocabulary)
         by_length = {length: occurs_earlier(packed[:, self.ngram - length - 1 :])[:, -self._targets :] for length in self.lengths}
         return {length: Recalled(recalled, recalled & ~in_training) for length, recalled in by_length.items()}
 
     def _last_targets(self) -> np.ndarray:
         """The index in the text of the last target of each test window."""
         longest = self.lengths[-1]
-        return longest + _evenly_spaced(self.test_examples, len(_tokens(self, "test")) - longest)
-
-    def tokenizer(self) -> str | None:
-        return _tokenizer(self).save()
-
-    def report(self) -> list[str]:
-        lines = report(self.source)
-        if self.tokens == "bpe" and lines:
-            lines.append(
-                f"{self.source}: learning {self.vocabulary_size:,} BPE pieces takes about a minute per 50 MB of training text"
-            )
-        return lines
-
-    def origin(self) -> dict[str, str]:
-        return digests(self.source, self.folder)
+        return longest + _evenly_spaced(self.test_examples, len(tokens_of(self, "test")) - longest)
 
 
 def _windows(array: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
@@ -183,20 +148,3 @@ def _windows(array: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
 
 def _evenly_spaced(count: int, room: int) -> np.ndarray:
     return np.arange(count) * room // count
-
-
-@functools.cache
-def _tokenizer(task: Text) -> Tokenizer:
-    if task.tokens == "bytes":
-        return Bytes()
-    text = read(task.source, task.folder, "train")
-    if task.tokens == "words":
-        return Words.learn(text, task.vocabulary_size)
-    assert task.vocabulary_size is not None  # checked by _check_tokens
-    return BPE.learn(text, task.vocabulary_size)
-
-
-@functools.cache
-def _tokens(task: Text, split: str) -> np.ndarray:
-    """The tokens of a split."""
-    return _tokenizer(task).encode(read(task.source, task.folder, split))

@@ -29,7 +29,7 @@ from pipeline.storage.files import atomic_write, sha256, write_json
 from pipeline.storage.paths import DATA, HELDOUT
 from pipeline.storage.task_data import training_names
 
-TEST_KEYS = {"test_examples", "multiples"}
+TEST_KEYS = {"test_examples", "multiples", "test_source", "test_depth"}
 """The keys of a task that only its test splits depend on."""
 
 

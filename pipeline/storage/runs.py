@@ -15,7 +15,8 @@ from cat.mixers.registry import read_model
 from cat.tasks.registry import Windows
 from pipeline.storage.files import read_json, readable
 from pipeline.storage.paths import DATA, RUNS
-from pipeline.storage.task_data import read_split, read_tokenizer, read_training
+from pipeline.storage.task_data import read_split, read_training
+from pipeline.storage.tokenizers import read_tokenizer
 
 if TYPE_CHECKING:
     import torch

@@ -161,9 +161,9 @@ def test_recalled_answers_follow_the_definition(n, tokens, tmp_path, monkeypatch
 
 def task_tokens(task, split):
     """All tokens of a split of the source, in order."""
-    from cat.tasks.text import _tokens
+    from cat.tasks.encoded import tokens_of
 
-    return _tokens(Text(**{**task.model_dump(), "length": 4, "multiples": (0.5, 1), "ngram": None}), split).tolist()
+    return tokens_of(Text(**{**task.model_dump(), "length": 4, "multiples": (0.5, 1), "ngram": None}), split).tolist()
 
 
 def test_packed_ngrams_are_equal_only_if_the_ngrams_are():

@@ -16,7 +16,7 @@ from pipeline.config.load import load_study
 from pipeline.stages import train
 from pipeline.storage import runs
 from pipeline.storage.paths import DATA
-from pipeline.storage.task_data import read_tokenizer
+from pipeline.storage.tokenizers import read_tokenizer
 from tests.helpers.reference import naive_continuation
 from tests.helpers.study import edit, stage, tiny_study
 

@@ -575,7 +575,7 @@ RULES = {
     ),
     "example of another task": (
         {"ablations.depth.plot": "example", "ablations.depth.x": MISSING, "ablations.depth.tasks": ["copying"]},
-        ("ablations.depth", "plot = example needs a recall task, but task 'copying' is none"),
+        ("ablations.depth", "plot = example needs a task of kind recall or needles, but task 'copying' is not"),
     ),
     "filters without a convolution": (
         {"ablations.depth.plot": "filters", "ablations.depth.x": MISSING},
