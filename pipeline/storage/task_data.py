@@ -11,7 +11,6 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from cat.tasks.registry import AnyTask, Examples, Task, Windows
-from cat.tasks.tokenizer import Bytes, Tokenizer, load
 from pipeline.storage.files import read_json, readable, sha256
 from pipeline.storage.paths import DATA, HELDOUT, PLAN
 
@@ -51,19 +50,6 @@ def read_task(task: str) -> Task:
     meta = read_json(path)
     with readable(path, "the description of a task's data"):
         return TypeAdapter(AnyTask).validate_python(meta["config"])
-
-
-def read_tokenizer(task: str) -> Tokenizer:
-    """Read the tokenizer that encoded the data of a text task. Raises ValueError if the data or the tokenizer are missing."""
-    meta_path, path = DATA / task / "meta.json", DATA / task / "tokenizer.json"
-    if not meta_path.exists():
-        raise ValueError(f"{DATA / task}: is missing. Fix: run `dvc repro generate@{task}`")
-    meta = read_json(meta_path)
-    with readable(meta_path, "the description of a task's data"):
-        if meta["config"].get("tokens", "bytes") == "bytes":
-            return Bytes()
-    with readable(path, "a tokenizer"):
-        return load(path.read_text(encoding="utf-8"))
 
 
 def read_split(task: str, split: str) -> Examples:

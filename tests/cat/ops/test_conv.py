@@ -10,7 +10,7 @@ import torch
 
 from cat.ops.conv import causal, direct, numba_backend, torch_backend
 from cat.ops.conv.causal import HEAD_LIMITS, filter_channels, filter_groups, filter_heads, filter_heads_at, mix_heads
-from cat.ops.conv.fft import _fast_size
+from cat.ops.conv.fft import _padded_size
 from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads, naive_mix_heads
 from cat.ops.conv.toeplitz import toeplitz
 from cat.ops.position import gather_positions
@@ -332,4 +332,4 @@ def test_dilation_delays_the_last_kernel_value():
 
 
 def test_fft_sizes_have_small_factors():
-    assert [_fast_size(n) for n in (1, 2, 3, 7, 71, 103, 511, 8191)] == [1, 2, 3, 8, 72, 120, 512, 8192]
+    assert [_padded_size(n, 1) for n in (1, 2, 3, 7, 71, 103, 511, 8191)] == [1, 2, 3, 8, 72, 120, 512, 8192]
