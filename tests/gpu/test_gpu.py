@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cat.training.cuda_graph
+from cat import ConvolutionAugmentedAttention
 from cat.evaluation.scores import Split, score
 from cat.ops.conv.causal import filter_channels, filter_heads
 from cat.ops.conv.reference import naive_filter_channels, naive_filter_heads
@@ -210,6 +211,33 @@ def test_cached_steps_equal_the_forward_pass_of_the_cpu(name):
         for part in tokens.cuda().split([3, 1, tokens.shape[1] - 4], dim=1):
             logits, caches = model.step(part, caches)
         torch.testing.assert_close(logits.cpu(), cpu_model(tokens)[:, -1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"conv_q": 4, "conv_k": 3, "conv_v": 2, "kv_heads": 2, "bias": True},
+        {"conv_k": 200, "position": "rotary", "rope_base": 1e5, "rope_scale": 2.0},
+        {"conv_k": 4, "position": "alibi"},
+        {"conv_k": 4, "window": 9},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("documents", ["whole", "padded", "packed"])
+def test_the_layer_equals_that_of_the_cpu(options, documents):
+    torch.manual_seed(0)
+    layer, x = ConvolutionAugmentedAttention(48, 4, dtype=torch.float64, **options), torch.randn(2, 70, 48, dtype=torch.float64)
+    masks = {
+        "whole": {},
+        "padded": {"attention_mask": torch.arange(70) >= torch.tensor([[0], [30]])},
+        "packed": {"segment_ids": torch.arange(70).expand(2, -1) // torch.tensor([[20], [33]])},
+    }[documents]
+    results = []
+    for device in ("cpu", "cuda"):
+        layer, inputs = layer.to(device), x.to(device).requires_grad_()
+        y = layer(inputs, **{name: mask.to(device) for name, mask in masks.items()})
+        results.append([t.cpu() for t in (y, *torch.autograd.grad(y.square().sum(), [inputs, *layer.parameters()]))])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("name", REPRODUCIBLE)

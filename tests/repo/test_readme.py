@@ -21,8 +21,8 @@ from tests.helpers.study import ROOT
 PAGES = {
     path: (ROOT / path).read_text(encoding="utf-8")
     for path in (
-        "README.md", "docs/guide.md", "docs/reproducibility.md", "docs/statistics.md", "docs/performance.md", "docs/style.md",
-        "docs/cluster.md", "presets/results/README.md",
+        "README.md", "docs/guide.md", "docs/layer.md", "docs/reproducibility.md", "docs/statistics.md",
+        "docs/performance.md", "docs/style.md", "docs/cluster.md", "presets/results/README.md",
     )
 }  # fmt: skip
 README, GUIDE = PAGES["README.md"], PAGES["docs/guide.md"]
@@ -107,6 +107,13 @@ def test_layer_example_of_the_readme_runs():
     exec(snippet, names)
     assert names["y"].shape == names["x"].shape
     torch.testing.assert_close(names["out"], names["y"][:, -1:])
+
+
+def test_each_test_that_the_table_of_the_layer_names_exists():
+    named = re.findall(r'\[yes\]\(\.\./(\S+) "(\w+)"\)', PAGES["docs/layer.md"])
+    assert len(named) > 20
+    for path, name in named:
+        assert f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
 
 
 def test_mistakes_that_the_guide_shows_are_answered_like_that(tmp_path):
