@@ -27,7 +27,8 @@ class ConvolutionAugmentedAttention(nn.Module):
 
     Maps `x` (batch, length, width) to the same shape, for any length. An output depends only on its own and earlier positions,
     except for rounding if long kernels are applied by FFT. Padding on the right therefore does not change other positions. This
-    holds for finite numbers only: a NaN or an infinity at one position can reach earlier outputs, since 0 times NaN is NaN.
+    holds for finite numbers only: a NaN or an infinity at one position can reach earlier outputs, since 0 times NaN is NaN. With
+    an `attention_mask`, padding may have any values.
     There is no `is_causal=False`: convolutions, cache and positions all use the past only, and an encoder would need other ones.
 
         width                    channels of x

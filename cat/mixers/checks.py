@@ -165,7 +165,11 @@ def documents_equal_separate_sequences(config: MixerConfig) -> None:
 
 def padded_prompts_equal_separate_prompts(config: MixerConfig) -> None:
     """A padded prompt, then tokens one by one and in parts, also beyond the training length."""
-    mixer, padding, outputs = build(config), torch.tensor([0, 5, 8]), list[Tensor]()
+    mixer, padding = build(config), torch.tensor([0, 5, 8])
+    outputs: list[Tensor] = []
+    for name, parameter in mixer.named_parameters():  # biases of filters are zero at first
+        if name.endswith("bias"):
+            parameter.data += normal(*parameter.shape, seed=1)
     projected, cache = mixer.project(normal(3, LONGER, WIDTH)), Cache(padding=padding)
     for part in projected.split([9, 1, 1, 4, LONGER - 15], dim=1):
         last, _ = mixer.step_padded(part, cache, last=True)

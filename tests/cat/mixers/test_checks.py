@@ -169,6 +169,12 @@ def test_a_fault_fails_its_check(layer, check, problem, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+def test_a_step_that_does_not_know_of_padding_is_not_used_with_it(monkeypatch):
+    monkeypatch.setattr(checks, "build_mixer", ForgetsPadding)
+    monkeypatch.setattr(ForgetsPadding, "supports_padding", False)
+    CHECKS["prompts"](mixer_examples("hyena")["plain"])
+
+
 def test_every_check_has_a_fault_that_it_finds():
     assert {check for _, check, _ in FAULTS} | {"reference"} == CHECKS.keys()
 

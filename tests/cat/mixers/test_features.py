@@ -322,3 +322,33 @@ def test_directions_are_drawn_once_and_saved_with_the_weights():
     assert torch.equal(mixer.directions, other.directions)
     assert "directions" in mixer.state_dict()
     assert "directions" not in dict(mixer.named_parameters())
+
+
+@pytest.mark.parametrize("op", ["based", "performer"])
+def test_steps_after_padding_equal_those_without(op):
+    """Based: far more tokens than its window and features. Performer: keys so long that features of zero keys would hide theirs."""
+    padding = torch.tensor([0, 23])
+    q, k, v = qkv(60, channels=2)
+    is_padding = torch.arange(60) < padding[:, None]
+    if op == "based":
+        step = partial(taylor_attend_step, scale=0.5, window=3)
+    else:
+        k, step = 15 * k, partial(performer_attend_step, scale=1.0, directions=directions(3, 7, 2))
+    k, v = (x.masked_fill(is_padding[:, None, :, None], fill) for x, fill in ((k, 0.0), (v, 5.0)))
+
+    def run(q, k, v, padding, parts):
+        state, outputs, length = None, [], 0
+        for part in zip(*(x.split(parts, dim=2) for x in (q, k, v)), strict=True):
+            if op == "based":
+                options = {"length": length, "padding": padding}
+            else:
+                options = {"padding": None if length else torch.arange(parts[0]) < padding[:, None]}
+            out, state = step(*part, state=state, **options)
+            outputs.append(out)
+            length += part[0].shape[2]
+        return torch.cat(outputs, dim=2)
+
+    out = run(q, k, v, padding, [40, 1, 19])
+    for row, first in enumerate(padding.tolist()):
+        alone = (x[row : row + 1, :, first:] for x in (q, k, v))
+        close(out[row : row + 1, :, first:], run(*alone, torch.zeros(1, dtype=torch.long), [40 - first, 1, 19]))
