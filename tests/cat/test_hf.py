@@ -108,6 +108,9 @@ def test_generation_continues_a_cache(hf):
     with torch.no_grad():
         after = model(prompts[:, 4:], cache=model(prompts[:, :4], use_cache=True).cache).logits
         assert torch.allclose(after, model(prompts).logits[:, 4:], atol=1e-5)
+        for padding in (mask[:, :7], mask[:, :7].flip(1)):
+            found, expected = (model(prompts, attention_mask=padding, use_cache=cached).logits for cached in (True, False))
+            assert torch.allclose(found[padding == 1], expected[padding == 1], atol=1e-5)
 
 
 def test_the_loss_is_that_of_the_next_token_without_padding(hf):
@@ -173,7 +176,10 @@ def test_weights_that_a_folder_lacks_are_initialized_and_the_others_kept(hf, tmp
     found = model.state_dict()
     assert info["missing_keys"] == found.keys() - saved.keys() != set()
     assert all(torch.equal(found[name], saved[name]) for name in saved)
-    assert all(found[name].isfinite().all() for name in found)
+    # Convolutions start as the identity with a little noise.
+    assert all(
+        torch.allclose(found[name], other.state_dict()[name.removeprefix("model.")], atol=0.2) for name in info["missing_keys"]
+    )
 
 
 def test_config_json_describes_the_model(hf, tmp_path):
