@@ -1,8 +1,10 @@
 """Find the block: blocks and questions read in plain Python."""
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from cat.tasks.base import Examples
 from cat.tasks.find_block import BOS, QUESTION, SEPARATOR
 from tests.helpers.tasks import (
     LENGTHS,
@@ -104,6 +106,15 @@ def test_strategies_that_know_some_letters(answer, name, known):
         return most_frequent([letters[len(shown)] for letters in answers if letters[: len(shown)] == shown], chance)
 
     check_strategy(task, name, guess)
+
+
+def test_the_known_letter_is_the_last_of_the_question():
+    task = find_block(block=2, question=2, alphabet=3, answer="first", length=13, multiples=(1,))
+    inputs = np.array([[BOS, 3, 4, SEPARATOR, 3, 5, SEPARATOR, 5, 4, SEPARATOR, QUESTION, 3, 4]])
+    targets = task.oracle(Examples(inputs, inputs))
+    assert targets[0, -1] == 3
+    assert task.one_letter(Examples(inputs, targets))[0, -1] == 1 / 2, "3 and 5 are the first letters of the blocks with 4"
+    assert task.any_block(Examples(inputs, targets))[0, -1] == 1
 
 
 def test_strategies_that_solve_the_task_are_not_stated():

@@ -86,7 +86,7 @@ def test_the_last_repeated_token():
         repeated = [token for token in context if context.count(token) > 1 and token not in shown]
         return repeated[-1] if repeated else None
 
-    check_strategy(frequent(), "last_repeated", guess)
+    check_strategy(frequent(alphabet=30), "last_repeated", guess)
 
 
 def test_the_frequent_tokens_without_their_order():
