@@ -150,8 +150,8 @@ class FindBlock(Task):
             asked.append(np.column_stack([np.arange(len(blocks)), np.full(len(blocks), step)]))
             candidate &= blocks[:, :, slot] == answers[:, step, None]
         found = np.zeros(examples.inputs.shape)
-        known, letter, wanted = (np.concatenate(parts) for parts in (clues, values, asked))
-        probability = guess_probability(known, letter, wanted, answers.T.ravel())
+        clue, letter, wanted = (np.concatenate(parts) for parts in (clues, values, asked))
+        probability = guess_probability(clue, letter, wanted, answers.T.ravel())
         found[:, -len(self._slots) :] = probability.reshape(len(self._slots), -1).T
         return found
 

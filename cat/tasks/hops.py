@@ -26,7 +26,7 @@ FIRST_STEP = 2
 class Hops(Task):
     """Hops along a cycle. The numbers of nodes and of queries grow with the length, so that sequences stay full."""
 
-    example: ClassVar = {"hops": (1, 2, 3), "nodes": 9, "alphabet": 9}
+    example: ClassVar = {"hops": (1, 2, 3), "nodes": 9, "alphabet": 19}
     kind: Literal["hops"]
     hops: Annotated[tuple[Count, ...], Field(min_length=1, strict=False)]
     """The numbers of steps k, ascending. Each query has one of them, all equally often."""

@@ -325,6 +325,5 @@ def _digits(numbers: np.ndarray, base: int, count: int) -> np.ndarray:
 def _different_pair(number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The pairs u < w of these numbers in the order (0, 1), (0, 2), (1, 2), (0, 3), ..."""
     w = ((1 + np.sqrt(1 + 8.0 * number)) / 2).astype(np.int64)
-    w -= w * (w - 1) // 2 > number  # the root of a large number is rounded
-    w += w * (w + 1) // 2 <= number
+    w -= w * (w - 1) // 2 > number  # the root of a large number is rounded up
     return number - w * (w - 1) // 2, w

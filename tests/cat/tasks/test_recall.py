@@ -142,6 +142,8 @@ def test_a_subset_of_the_keys_keeps_one_token_from_identifying_a_key():
         used.update(letters)
     assert max(sizes) == 7, "the smallest alphabet with 42 2-grams"
     assert set(used) == set(range(1, 28))
+    orders = draw(recall(**settings, key_subset=True, both_orders=True), 256)
+    assert {len({token for token in tokens if 1 <= token <= 27}) for tokens, _ in rows(orders)} == {7}, "all 42 without (a, a)"
 
 
 @pytest.mark.parametrize(("ngram", "keys", "pairs"), [(2, 5, 8), (3, 3, 6), (4, 3, 4)])
@@ -192,6 +194,8 @@ def test_the_densest_settings_of_zoology_have_no_filler(length, pairs):
         )
         assert list(targets) == list(range(2 * pairs, length, 2))
         assert set(tokens[: 2 * pairs : 2]) == {tokens[position] for position in targets}
+    one = recall(length=2 * pairs + 1, pairs=pairs, multiples=(1,), queries="one", keys=4095, bos=False)
+    assert draw(one, one.length).inputs.max() <= 4095 + 46
     with pytest.raises(ValidationError, match=f"length {length} is too short for {pairs} pairs"):
         recall(length=length, pairs=pairs, multiples=(1,), keys=4095, values=4096, filler=1)
 
