@@ -195,7 +195,7 @@ def validate(file: str, resolved: bool) -> None:
 
     It also names the claims that the study cannot decide. It writes nothing.
     """
-    from pipeline.stages.plan import changed_sources, check_stages, resolved_text, source_lines, table
+    from pipeline.stages.plan import changed_sources, check_stages, note_lines, resolved_text, source_lines, table
 
     study = load_study(file)
     check_rewritten(file)
@@ -206,7 +206,7 @@ def validate(file: str, resolved: bool) -> None:
         click.echo(resolved_text(study))
         return
     click.echo(table(study))
-    for line in source_lines(study, file):
+    for line in (*source_lines(study, file), *note_lines(study)):
         click.echo(line)
     for line in changed_sources(study):
         click.echo(f"{file}: {line}", err=True)

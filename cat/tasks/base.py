@@ -281,6 +281,10 @@ class Task(Config):
         """The training examples of one length: compact examples, or the text and the windows to cut from it."""
         return self.examples("train", length, self.training_counts[length], generator).compact()
 
+    def notes(self) -> list[str]:
+        """Say in one line each what limits the data of valid settings; `validate` prints it."""
+        return []
+
     @abstractmethod
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
         """Draw `count` examples of `length` tokens for the split `train`, `valid` or `test`."""

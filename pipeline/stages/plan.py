@@ -197,6 +197,11 @@ def source_lines(study: Study, file: str = "params.yaml") -> list[str]:
     return lines
 
 
+def note_lines(study: Study) -> list[str]:
+    """What limits the data of each task, in one line each."""
+    return [f"tasks.{name}.data: {line}" for name, section in study.tasks.items() for line in section.data.notes()]
+
+
 def table(study: Study) -> str:
     """The grid as text: one row per variant, one column per task; each cell has seeds x learning rates x maximum steps."""
     constructions = {variant for variant, model in study.variants.items() if isinstance(model, ConstructionConfig)}
