@@ -75,14 +75,8 @@ def convert(
     for attention in attentions:
         for name, kernel_size in sizes.items():
             if kernel_size is not None:
-                convolution = CausalConvolution(
-                    attention.heads(name),
-                    attention.channels,
-                    kernel_size,
-                    sharing=sharing,
-                    dilation=dilation,
-                    like=attention.weight,
-                )
+                shape = attention.heads(name), attention.channels, kernel_size
+                convolution = CausalConvolution(*shape, sharing=sharing, dilation=dilation, like=attention.weight)
                 attention.module.add_module(f"conv_{name}", convolution)
         _Hooks(attention)
     settings = {**{f"conv_{name}": size for name, size in sizes.items()}, "sharing": sharing, "dilation": dilation}
@@ -97,9 +91,7 @@ def load_converted(model_class: Any, folder: Any, **options: Any) -> nn.Module:
     `from_pretrained`. Raises ValueError if `model_class` is an Auto class, or if the saved model was not converted.
     """
     if not hasattr(model_class, "base_model_prefix"):
-        raise ValueError(
-            f"model_class = {model_class.__name__} is no class of a model. Fix: give that of the saved model, by name"
-        )
+        raise ValueError(f"model_class = {model_class.__name__} is no class of a model. Fix: use that of the saved model")
 
     def build(self: nn.Module, config: Any, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, config, *args, **kwargs)
@@ -324,6 +316,8 @@ def _last(x: Heads, tokens: int) -> Inputs:
 
 def _attentions(model: Any) -> Iterator[_Attention]:
     """Find the attention modules of a model, and check that each can have convolutions."""
+    if not hasattr(model, "config"):
+        raise ValueError(f"model = {type(model).__name__} has no config, so it is no model of transformers")
     found = 0
     for path, module in model.named_modules():
         for projections, channels in ((SEPARATE, "head_dim"), (FUSED, "head_size")):

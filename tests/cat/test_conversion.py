@@ -437,6 +437,8 @@ def test_a_model_that_cannot_be_converted_is_a_one_line_error():
     size = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     with pytest.raises(ValueError, match=r"^model = BertModel has no attention with q_proj, k_proj, v_proj and head_dim"):
         cat.convert(BertModel(BertConfig(**size)), conv_k=4)
+    with pytest.raises(ValueError, match=r"^model = ModuleList has no config, so it is no model of transformers$"):
+        cat.convert(original().model.layers, conv_k=4)
     with pytest.raises(ValueError, match=r"^model is already converted: model.layers.0.self_attn has convolutions$"):
         cat.convert(converted(), conv_v=4)
     gated = copy.deepcopy(original())
