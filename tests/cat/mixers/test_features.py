@@ -326,7 +326,7 @@ def test_directions_are_drawn_once_and_saved_with_the_weights():
 
 @pytest.mark.parametrize("op", ["based", "performer"])
 def test_steps_after_padding_equal_those_without(op):
-    """Based: far more tokens than its window and features. Performer: keys so long that features of zeros would hide theirs."""
+    """Based has more tokens than its window and features; Performer has keys with features far below those of padding."""
     padding = torch.tensor([0, 23])
     q, k, v = qkv(60, channels=2)
     is_padding = torch.arange(60) < padding[:, None]
