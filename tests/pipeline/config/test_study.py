@@ -177,11 +177,11 @@ def test_validating_prints_the_grid(file, monkeypatch):
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["variant", *study.tasks]
     assert [line.split()[0] for line in lines[2 : 2 + len(study.variants)]] == list(study.variants)
-    assert lines[-1].startswith(f"{len(cells(study))} cells, ")
+    (summary,) = [line for line in lines if line.startswith(f"{len(cells(study))} cells, ")]
     # The seeds, learning rates and steps of every trained cell, and of no other place in the table.
     constructed = [cell for cell in cells(study) if isinstance(study.variants[cell.variant], ConstructionConfig)]
     assert result.stdout.count("not trained") == len(constructed)
-    assert result.stdout.count(" x ") == 2 * (len(cells(study)) - len(constructed)) + lines[-1].count(" x ")
+    assert result.stdout.count(" x ") == 2 * (len(cells(study)) - len(constructed)) + summary.count(" x ")
 
 
 def test_validating_imports_nothing_heavy():
@@ -195,6 +195,7 @@ def test_validating_imports_nothing_heavy():
 TASK = SMOKE["tasks"]["ar"]
 PLAIN = {"mixer": "attention"}
 LANDMARK = PLAIN | {"mixer": "landmark", "conv_k": 3, "block": 8, "top": 2}
+KINDS = "must be one of 'copying', 'find_block', 'frequent', 'fuzzy_recall', 'hops', 'needles', 'recall', 'text'"
 LINEAR, BASED = PLAIN | {"mixer": "linear"}, PLAIN | {"mixer": "based", "window": 4}
 PERFORMER = PLAIN | {"mixer": "performer", "features": 8}
 DELTA, GLA = PLAIN | {"mixer": "delta"}, PLAIN | {"mixer": "gla", "gate_rank": 4}
@@ -276,9 +277,17 @@ VALUES = [
     ("precision", "float16", "must be 'float32' or 'bfloat16'; did you mean 'bfloat16'?"),
     ("variants.none.mixer", "atention", "did you mean 'attention'?"),
     ("variants.none.mixer", "zzz", "must be one of 'attention', 'based', 'delta'"),
-    ("tasks.ar.data.kind", "recal", "must be one of 'copying', 'recall', 'text'; did you mean 'recall'?"),
-    ("tasks.ar.data.kind", None, "must be one of 'copying', 'recall', 'text'"),
-    ("tasks.ar.data.kind", True, "must be one of 'copying', 'recall', 'text'"),
+    ("tasks.ar.data.kind", "recal", f"{KINDS}; did you mean 'recall'?"),
+    (
+        "tasks.ar.data.kind",
+        None,
+        KINDS,
+    ),
+    (
+        "tasks.ar.data.kind",
+        True,
+        KINDS,
+    ),
     ("tasks.ar.data.queries", "al", "must be 'one' or 'all'; did you mean 'all'?"),
     ("variants.none.position", "rotory", "did you mean 'rotary'?"),
     ("ablations.ngram.plot", "line", "did you mean 'lines'?"),
@@ -359,7 +368,7 @@ VARIANTS = [
     (GLA, {"gate_rank": 17}, "", "gate_rank = 17"),
     (PLAIN, {"heads": 3}, "", "heads = 3 does not divide width = 16"),
     (PLAIN, {"position": "rotary", "width": 6}, "", "even head width, not 3"),
-    (PLAIN, {"window": 4}, ".window", "mixer 'attention' has no window"),
+    (LINEAR, {"window": 4}, ".window", "mixer 'linear' has no window"),
     (PLAIN, {"features": 4}, ".features", "mixer 'attention' has no features"),
     (PLAIN, {"output_gate": True}, ".output_gate", "mixer 'attention' has no output_gate"),
     (PLAIN, {"gate": True}, ".gate", "mixer 'attention' has no gate"),
