@@ -53,7 +53,7 @@ def test_the_kind_of_a_task_is_the_name_of_its_file():
         assert get_args(task.model_fields["kind"].annotation) == (kind,)
         assert task_class(kind) is task
     others = {path.stem for path in Path(registry.__file__).parent.glob("*.py")} - KINDS.keys()
-    assert others >= {"base", "corpus", "local", "ngrams", "registry", "tokenizer", "witten_bell"}
+    assert others >= {"base", "corpus", "encoded", "local", "ngrams", "registry", "tokenizer", "witten_bell"}
 
 
 def test_a_new_file_in_the_folder_is_a_new_task(tmp_path, monkeypatch):

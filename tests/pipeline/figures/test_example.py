@@ -38,7 +38,7 @@ def study(request, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_splits", train._splits.__wrapped__)  # its cache is by task name, not by folder
     (source := tmp_path / "rows.txt").write_text("".join(map(ROWS.format, range(400))))
     tiny_study(tmp_path, tasks=["copying"])
-    edit(**{"tasks.needles": {"data": DATA | request.param | {"source": str(source)}}})
+    edit(**{"tasks": {"needles": {"data": DATA | request.param | {"source": str(source)}}}})
     keep_ablation("qkv_subsets", tasks=["needles"], variants=["none", "qk"])
     edit(
         **{
@@ -81,16 +81,11 @@ def test_a_study_of_needles_trains_and_its_example_is_readable(study):
 
 
 def test_test_settings_train_nothing_again(study, tmp_path):
-    before = Path("data/needles/meta.json").read_bytes()
+    before = read_json(Path("data/needles/meta.json"))
     (other := tmp_path / "other.txt").write_text("".join(map(ROWS.format, range(400, 800))))
     edit(**{"tasks.needles.data.test_depth": 10, "tasks.needles.data.test_source": str(other)})
     stage("generate", "needles")
-    config = read_json(Path("data/needles/meta.json"))
-    assert config["config"] == read_json_of(before)["config"]
+    after = read_json(Path("data/needles/meta.json"))
+    assert after["config"] == before["config"]
+    assert after["splits"] == before["splits"]
     assert read_task("needles").test_depth == 10
-
-
-def read_json_of(content):
-    import json
-
-    return json.loads(content)
