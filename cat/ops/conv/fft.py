@@ -72,10 +72,14 @@ def mix_fft(x: InputHeads, kernel: HeadMixingKernel) -> Heads:
 
 
 def _padded_size(length: int, kernel_size: int) -> int:
-    """Return a size in which nothing wraps around: a power of two times 1, 3, 5, 9 or 15. Prime sizes are slow."""
-    if torch.compiler.is_compiling():  # rounding would need a graph per length, and the kernel is at most as long
+    """Return a transform size in which nothing wraps around."""
+    if torch.compiler.is_compiling():  # a fast size would need a graph per length, and the kernel is at most as long
         return 2 * length
-    size = length + kernel_size - 1
+    return _fast_size(length + kernel_size - 1)
+
+
+def _fast_size(size: int) -> int:
+    """Round `size` up to a power of two times 1, 3, 5, 9 or 15: transforms of prime sizes are slow."""
     return min(odd << (-(-size // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15))
 
 
