@@ -110,7 +110,7 @@ def test_layer_example_of_the_readme_runs():
 
 
 def test_each_test_that_the_table_of_the_layer_names_exists():
-    named = re.findall(r'\[yes\]\(\.\./(\S+) "(\w+)"\)', PAGES["docs/layer.md"])
+    named = re.findall(r'\[(?:yes|not run yet)\]\(\.\./(\S+) "(\w+)"\)', PAGES["docs/layer.md"])
     assert len(named) > 20
     for path, name in named:
         assert f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8"), name
