@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.tracking import database
 from pipeline.tracking.database import check_database, explain
-from pipeline.tracking.store import STORE, create_store, database_path, relocate_artifacts
+from pipeline.tracking.store import STORE, create_store, database_path, prepare, relocate_artifacts
 
 LOCK = """
 import sqlite3, sys, time
@@ -84,8 +84,9 @@ def test_an_empty_file_is_a_store_without_tables(store):
 def test_another_schema_is_told_as_what_it_is(store, sql, problem):
     with closing(sqlite3.connect(store)) as connection, connection:
         connection.execute(sql)
-    with pytest.raises(ValueError, match=f"^mlflow.db: {problem}"):
-        check_database(store)
+    for check in (lambda: check_database(store), lambda: prepare(["copying"])):
+        with pytest.raises(ValueError, match=f"^mlflow.db: {problem}"):
+            check()
 
 
 def damage(store):

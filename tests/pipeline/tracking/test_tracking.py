@@ -367,12 +367,14 @@ def test_pruning_deletes_no_folder_outside_of_the_store(copied, tmp_path):
 def test_a_moved_study_keeps_its_artifacts_and_older_studies(copied, tmp_path, monkeypatch):
     change_scores("qk")
     track()
+    logged = ids(client_of(copied))
     moved = copied.rename(tmp_path / "moved %20 study")
     monkeypatch.chdir(moved)
     track()
     shutil.copy("mlflow.db", tmp_path)
     client = client_of(tmp_path)
     before = older(client)
+    assert ids(client) == logged, "no run is logged again"
     assert set(before) == {"qk", "qk seed 0", "qk seed 1"}
     for run in [*before.values(), *current(client).values(), *current(client, "study").values()]:
         assert run.info.artifact_uri.startswith(f"{moved.as_uri()}/mlartifacts/")
@@ -527,12 +529,17 @@ def test_the_own_store_is_the_same_by_its_address(store, tmp_path, monkeypatch):
 
 
 def test_the_store_of_others_stays_as_it_is(copied):
-    """An experiment with a name of ours, an own experiment with a copy of a run, runs with few tags, a deleted experiment."""
+    """An experiment with a name of ours, an own experiment with a copy of a run, runs with few tags, a deleted experiment.
+
+    And a run in `Default`, which MLflow creates and the study deletes if it is empty.
+    """
     track()
     client = client_of(copied)
+    default = client.get_experiment_by_name("Default").experiment_id
+    client.restore_experiment(default)
     copy = current(client)["k seed 0"].data.tags
     own = client.create_experiment("own", artifact_location=(copied / "own").as_uri())
-    made = [client.create_run(own, tags=copy).info.run_id]
+    made = [client.create_run(own, tags=copy).info.run_id, client.create_run(default).info.run_id]
     for tags in ({}, {"cat.context": "workspace"}):
         made += [
             client.create_run(e, tags=tags).info.run_id for e in (own, client.get_experiment_by_name("copying").experiment_id)
@@ -542,6 +549,20 @@ def test_the_store_of_others_stays_as_it_is(copied):
     assert track_result() == (0, [])
     assert {run_id: client.get_run(run_id).to_dictionary() for run_id in made} == before
     assert "report" in current(client, "study")
+    assert client.get_experiment(default).lifecycle_stage == "active"
+
+
+def test_the_runs_of_a_task_that_the_study_no_longer_has_are_of_an_older_study(copied):
+    track()
+    client = client_of(copied)
+    gone = client.create_experiment("gone", tags={"mlflow.note.content": "Task `gone`: of an older study"})
+    tags = {**current(client)["k seed 0"].data.tags, "cat.key": "0"}
+    run_id = client.create_run(gone, tags=tags).info.run_id
+    client.set_terminated(run_id)
+    track()
+    assert client.get_run(run_id).data.tags["current"] == "no"
+    track("--prune")
+    assert client.get_run(run_id).info.lifecycle_stage == "deleted"
 
 
 def test_an_experiment_that_another_program_created_gets_artifacts_of_the_study(copied):
@@ -557,6 +578,10 @@ def test_a_store_elsewhere_has_its_artifacts_beside_it(copied, tmp_path, monkeyp
     track()
     assert not Path("mlruns").exists()
     assert any((tmp_path / "other" / "mlruns" / "copying").rglob("history.csv"))
+    (tmp_path / "study" / "mlartifacts").mkdir(parents=True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/study/mlflow.db")
+    track()
+    assert any((tmp_path / "study" / "mlartifacts" / "copying").rglob("history.csv")), "as the store of a study"
 
 
 class FailingServer(BaseHTTPRequestHandler):
