@@ -21,6 +21,8 @@ Position = Literal["none", "rotary", "alibi"]
 """Position encoding within a mixer."""
 AddedPosition = Literal["none", "learned", "sinusoidal"]
 """Position vectors added to the token embedding."""
+CanonPlaces = Literal["A", "B", "C", "D", "AB", "AC", "AD", "BC", "BD", "CD", "ABC", "ABD", "ACD", "BCD", "ABCD"]
+"""Places of Canon layers in a block, in alphabetical order."""
 
 
 class Config(BaseModel):
@@ -112,8 +114,15 @@ class ModelConfig(VariantConfig):
     layers: Count
     mlp: Count | None = None
     """Hidden width of the MLP as a multiple of `width`; None: blocks have no MLP."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """Activation of the MLP: GELU as in Pythia, or SwiGLU as in LLaMA (arXiv 2002.05202)."""
+    activation: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    """Activation of the MLP: GELU as in Pythia, SwiGLU as in LLaMA (arXiv 2002.05202), squared ReLU as in Primer (2109.08668)."""
+    canon: CanonPlaces | None = None
+    """Places of Canon layers, x + conv(x) per channel (arXiv 2512.17351); None: no place.
+
+    A: the input of every mixer. B: its queries, keys and values. C: the input of every MLP. D: inside it, before the activation.
+    """
+    canon_size: Count = 4
+    """Kernel size of Canon layers."""
     norm: Literal["layer", "rms"] = "layer"
     """Norm before every mixer, every MLP and the head: LayerNorm, or RMSNorm (arXiv 1910.07467)."""
     tied: bool = False
@@ -125,12 +134,26 @@ class ModelConfig(VariantConfig):
 
     @classmethod
     def unused_keys(cls, values: Mapping[str, Any]) -> set[str]:
-        return {"activation"} if values.get("mlp") is None else set()
+        unused = {"activation"} if values.get("mlp") is None else set()
+        return unused | ({"canon_size"} if values.get("canon") is None else set())
 
     @model_validator(mode="after")
     def _activation_needs_mlp(self) -> Self:
         if self.mlp is None and self.activation != "gelu":
             raise ValueError(f"activation = {self.activation} needs an MLP. Fix: set mlp")
+        return self
+
+    @model_validator(mode="after")
+    def _canon_fits(self) -> Self:
+        if self.canon is None:
+            if self.canon_size != type(self).model_fields["canon_size"].default:
+                raise ValueError(f"canon_size = {self.canon_size} needs canon, the places of its convolutions")
+            return self
+        if self.mlp is None and self.canon_in_mlp:
+            raise ValueError(f"canon = {self.canon} has a convolution in the MLP. Fix: set mlp, or leave C and D out")
+        for mixer in self.mixers:
+            if "B" in self.canon and not isinstance(mixer, QKVConfig):
+                raise ValueError(f"canon = {self.canon}: B needs queries, keys and values, which {mixer.mixer} does not have")
         return self
 
     @model_validator(mode="after")
@@ -149,8 +172,13 @@ class ModelConfig(VariantConfig):
         return self.mixers * (self.layers // len(self.mixers))
 
     @property
+    def canon_in_mlp(self) -> bool:
+        """Whether the MLP of a block depends on earlier tokens."""
+        return self.canon is not None and ("C" in self.canon or "D" in self.canon)
+
+    @property
     def has_convolution(self) -> bool:
-        return any(mixer.has_convolution for mixer in self.mixers)
+        return self.canon is not None or any(mixer.has_convolution for mixer in self.mixers)
 
     @property
     def has_attention(self) -> bool:
@@ -161,6 +189,8 @@ class ModelConfig(VariantConfig):
         return any(mixer.has_dropout for mixer in self.mixers)
 
     def check_length(self, length: int) -> None:
+        if self.canon is not None and self.canon_size > length:
+            raise ValueError(f"canon_size = {self.canon_size} is longer than the training length of {length}")
         for index, mixer in enumerate(self.mixers):
             with self._naming(index):
                 mixer.check_length(length)

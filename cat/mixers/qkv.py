@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cat.config import DotProductConfig, QKVConfig
 from cat.mixers.base import Cache, Mixer, last_tokens
+from cat.mixers.canon import Canon
 from cat.mixers.filters import Filter, Layout, apply_grouped, build_filter, can_group
 from cat.ops.l2norm import l2_normalize
 from cat.ops.linear import apply_linear
@@ -49,6 +50,8 @@ class QKVMixer(Mixer):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, outputs, bias=bias) for outputs in self.widths.values())
         self.o_proj = nn.Linear(width, width, bias=bias)
         self.filters = build_filters(config, width=width, length=length)
+        self.canon: Canon | None = None
+        """Canon-B, a convolution of q, k and v before their own ones. It belongs to the model, which sets it."""
         self.scale = 1 / math.sqrt(width // config.heads)
 
     def extra_repr(self) -> str:
@@ -113,6 +116,8 @@ class QKVMixer(Mixer):
 
     def convolve(self, projected: Projection, positions: Positions | None = None) -> tuple[Queries, KeyHeads, KeyHeads]:
         """Return the convolved q, k and v; q at every position or at `positions`."""
+        if self.canon is not None:
+            projected = self.canon(projected)
         groups = group_adjacent(self.filters, "qkv", projected)
         # On a GPU, launching a kernel takes longer than running it, so q is computed at every position.
         if positions is None or groups[0] != "q" or projected.is_cuda:
@@ -162,6 +167,8 @@ class QKVMixer(Mixer):
     ) -> tuple[Queries, KeyHeads, KeyHeads, dict[str, Tensor]]:
         """Return convolved, unscaled q, k and v, and the inputs to cache."""
         inputs: dict[str, Tensor] = {}
+        if self.canon is not None:
+            projected, inputs["canon_B"] = self.canon.step(projected, cache.state.get("canon_B"))
         qkv = dict(zip("qkv", self.split_heads(projected), strict=True))
         for projection, x in qkv.items():
             if projection in self.filters:

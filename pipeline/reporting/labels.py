@@ -64,6 +64,8 @@ def _describe(model: AnyVariant, shared: Set[str]) -> str:
     if not isinstance(model, ModelConfig):
         return "Construction, not trained"
     layers = [f"{model.layers} layers"] if model.layers > len(model.mixers) else []
+    if model.canon is not None:
+        layers.insert(0, f"Canon-{model.canon}")
     position = model.position if model.position != "none" else None
     if len(model.mixers) > 1:
         names = " + ".join(", ".join([_mixer_name(mixer), *_distinct(mixer, shared)]) for mixer in model.mixers)

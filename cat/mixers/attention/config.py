@@ -65,7 +65,7 @@ def only_keys_convolved(model: VariantConfig) -> bool:
 
     True for one layer of attention to all tokens without other convolutions, positions, qk_norm or bias.
     """
-    if not (isinstance(model, ModelConfig) and model.layers == 1 and model.position == "none"):
+    if not (isinstance(model, ModelConfig) and model.layers == 1 and model.position == "none" and model.canon is None):
         return False
     (mixer,) = model.mixers
     if not isinstance(mixer, AttentionConfig) or mixer.position != "none" or mixer.qk_norm:
