@@ -23,6 +23,8 @@ AddedPosition = Literal["none", "learned", "sinusoidal"]
 """Position vectors added to the token embedding."""
 CanonPlaces = Literal["A", "B", "C", "D", "AB", "AC", "AD", "BC", "BD", "CD", "ABC", "ABD", "ACD", "BCD", "ABCD"]
 """Places of Canon layers in a block, in alphabetical order."""
+FilterInit = Literal["identity", "random", "uniform", "shift", "primer"]
+"""How the kernels of convolutions start."""
 
 
 class Config(BaseModel):
@@ -228,8 +230,14 @@ class QKVConfig(MixerConfig):
     """Tokens between consecutive kernel values; 1: no token is skipped."""
     filter_size: Count | None = None
     """Hidden units of a `network` kernel, number of decays of a `decay` or `state` kernel."""
-    filter_init: Literal["identity", "random"] = "identity"
-    """Initialize kernels as the identity with a little noise, or at random."""
+    residual: bool = False
+    """Add the input of each convolution to its output, after the norm of the kernel."""
+    filter_init: FilterInit = "identity"
+    """Initialize convolutions as the identity with a little noise, or kernels at random (normal or as nn.Conv1d does: uniform).
+
+    For explicit kernels also as published: `shift`, a and 1 - a with a uniform in (0, 1) (KV shifting, arXiv 2411.19574), or
+    `primer`, 1/2 at lag 0 and 1 / (2 W) at the others (arXiv 2109.08668).
+    """
     filter_bias: bool = False
     """Add a learned bias to the convolution output."""
     filter_norm: bool = False
@@ -238,7 +246,7 @@ class QKVConfig(MixerConfig):
     @classmethod
     def unused_keys(cls, values: Mapping[str, Any]) -> set[str]:
         sizes = [values[key] for projection in cls.projections if values.get(key := f"conv_{projection}") is not None]
-        unused = set() if sizes else {"sharing", "filter_init", "filter_bias", "filter_norm"}
+        unused = set() if sizes else {"sharing", "residual", "filter_init", "filter_bias", "filter_norm"}
         if not any(size in get_args(KernelGenerator) for size in sizes):
             unused.add("filter_size")
         if not any(isinstance(size, int) and size > 1 for size in sizes):
@@ -248,7 +256,7 @@ class QKVConfig(MixerConfig):
     @model_validator(mode="after")
     def _convolution_settings_apply(self) -> Self:
         if not self.kernel_sizes:
-            for key in ("sharing", "dilation", "filter_init", "filter_bias", "filter_norm"):
+            for key in ("sharing", "dilation", "residual", "filter_init", "filter_bias", "filter_norm"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     *others, last = (f"conv_{projection}" for projection in self.projections)
                     value = json.dumps(getattr(self, key))
@@ -264,6 +272,19 @@ class QKVConfig(MixerConfig):
             raise ValueError(f"dilation = {self.dilation} needs a convolution with an explicit kernel size of 2 or more")
         if self.sharing == "mixing" and self.heads == 1:
             raise ValueError("sharing = mixing needs more than one head")
+        return self
+
+    @model_validator(mode="after")
+    def _init_fits_kernels(self) -> Self:
+        if self.filter_init in ("identity", "random"):
+            return self
+        for projection, size in self.kernel_sizes.items():
+            if size in get_args(KernelGenerator):
+                raise ValueError(f"filter_init = {self.filter_init} needs kernels with a size, not conv_{projection} = {size}")
+            if self.filter_init == "shift" and size != 2:
+                raise ValueError(f"filter_init = shift needs kernels of size 2, not conv_{projection} = {size}")
+        if self.sharing == "mixing" and self.filter_init != "uniform":
+            raise ValueError(f"filter_init = {self.filter_init} needs sharing = head or channel, not mixing")
         return self
 
     def check_width(self, width: int) -> None:

@@ -223,6 +223,7 @@ def build_filters(config: QKVConfig, *, width: int, length: int) -> nn.ModuleDic
             sharing=config.sharing,
             norm=config.filter_norm,
             bias=config.filter_bias,
+            residual=config.residual,
         )
 
     return nn.ModuleDict(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cat import Canon
+from cat import Canon, ConvolutionAugmentedAttention
 from cat.mixers.registry import model_config
 from cat.model import SequenceModel
 from tests.helpers.reference import close, normal
@@ -154,6 +154,19 @@ def test_b_is_cat_per_channel_of_width_4_plus_the_identity():
         for kernel, causal_filter in zip(kernels, block.mixer.filters.values(), strict=True):
             causal_filter.kernel.data = kernel.detach().view_as(causal_filter.kernel) + F.pad(torch.ones(1), (0, 3)).double()
     close(canon(tokens()), cat(tokens()))
+
+
+def test_the_layer_with_residual_convolutions_per_channel_is_canon_b():
+    torch.manual_seed(0)
+    options = {"residual": True, "sharing": "channel", "filter_init": "uniform"}
+    layer = ConvolutionAugmentedAttention(8, 2, conv_q=4, conv_k=4, conv_v=4, **options).double()
+    plain, canon = ConvolutionAugmentedAttention(8, 2).double(), Canon(24).double()
+    plain.load_state_dict(layer.state_dict(), strict=False)
+    kernels = [causal_filter.kernel.detach() for causal_filter in layer.mixer.filters.values()]
+    assert max(kernel.abs().max() for kernel in kernels) <= 0.5
+    canon.kernel.data = torch.cat([kernel.flatten(0, 1) for kernel in kernels])
+    x = normal(2, LENGTH, 8)
+    close(layer(x), plain.mixer.mix(canon(plain.mixer.project(x))))
 
 
 def test_it_needs_an_mlp_for_c_and_d_and_queries_for_b():
