@@ -230,6 +230,8 @@ class QKVConfig(MixerConfig):
     """Tokens between consecutive kernel values; 1: no token is skipped."""
     filter_size: Count | None = None
     """Hidden units of a `network` kernel, number of decays of a `decay` or `state` kernel."""
+    token_shift: bool = False
+    """Project m x_t + (1 - m) x_{t-1} with learned m, per channel and projection, as RWKV does (arXiv 2305.13048)."""
     residual: bool = False
     """Add the input of each convolution to its output, after the norm of the kernel."""
     filter_init: FilterInit = "identity"

@@ -47,6 +47,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         sharing                  one kernel per head, one per channel, or one per pair of input and output heads (mixing)
         dilation                 tokens between consecutive kernel values; 1: no token is skipped
         filter_size              hidden units of a `network` kernel, or number of decays
+        token_shift              project m x_t + (1 - m) x_{t-1} with learned m, per channel and projection, as RWKV does
         residual                 add the input of each convolution to its output
         filter_init              initialize convolutions close to the `identity`, or kernels at `random`, uniformly as nn.Conv1d
                                  (`uniform`), as in KV shifting (`shift`, kernels of size 2), or as in Primer (`primer`)
@@ -79,6 +80,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         sharing: Literal["head", "channel", "mixing"] = "head",
         dilation: int = 1,
         filter_size: int | None = None,
+        token_shift: bool = False,
         residual: bool = False,
         filter_init: FilterInit = "identity",
         filter_bias: bool = False,
@@ -106,6 +108,7 @@ class ConvolutionAugmentedAttention(nn.Module):
                 sharing=sharing,
                 dilation=dilation,
                 filter_size=filter_size,
+                token_shift=token_shift,
                 residual=residual,
                 filter_init=filter_init,
                 filter_bias=filter_bias,

@@ -25,5 +25,6 @@ GENERATED: dict[str, Any] = {
     "conv_v": "decay",
     "filter_size": 3,
     "filter_init": "random",
+    "token_shift": True,
 }
 """A generated kernel of each kind."""

@@ -101,6 +101,8 @@ def _details(mixer: MixerConfig, added_position: str | None = None) -> Iterator[
         yield f"dilation {mixer.dilation}"
     if mixer.sharing != "head" and mixer.label_with_convolution:
         yield {"channel": "per channel", "mixing": "head mixing"}[mixer.sharing]
+    if mixer.token_shift:
+        yield "token shift"
     if mixer.residual:
         yield "residual"
     if mixer.filter_norm:
