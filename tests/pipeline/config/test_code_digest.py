@@ -65,6 +65,7 @@ def test_imports_are_reached_except_declarations():
         "cat.mixers.packing",
         "cat.mixers.qkv",
         "cat.mixers.step_size",
+        "cat.mixers.token_shift",
         "cat.ops.common",
         "cat.ops.conv.causal",
         "cat.ops.conv.direct",
