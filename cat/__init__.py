@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from cat.mixers.base import Cache
     from cat.mixers.based.config import BasedConfig
     from cat.mixers.build import build_mixer
+    from cat.mixers.canon import Canon
     from cat.mixers.delta.config import DeltaConfig
     from cat.mixers.gla.config import GLAConfig
     from cat.mixers.hyena.config import HyenaConfig
@@ -35,6 +36,7 @@ __all__ = [
     "AttentionConfig",
     "BasedConfig",
     "Cache",
+    "Canon",
     "ConstructionConfig",
     "ConvolutionAugmentedAttention",
     "DeltaConfig",
@@ -59,6 +61,7 @@ _MODULES = {
     "AttentionConfig": "cat.mixers.attention.config",
     "BasedConfig": "cat.mixers.based.config",
     "Cache": "cat.mixers.base",
+    "Canon": "cat.mixers.canon",
     "ConstructionConfig": "cat.mixers.registry",
     "ConvolutionAugmentedAttention": "cat.layer",
     "DeltaConfig": "cat.mixers.delta.config",

@@ -21,6 +21,10 @@ Position = Literal["none", "rotary", "alibi"]
 """Position encoding within a mixer."""
 AddedPosition = Literal["none", "learned", "sinusoidal"]
 """Position vectors added to the token embedding."""
+CanonPlaces = Literal["A", "B", "C", "D", "AB", "AC", "AD", "BC", "BD", "CD", "ABC", "ABD", "ACD", "BCD", "ABCD"]
+"""Places of Canon layers in a block, in alphabetical order."""
+FilterInit = Literal["identity", "random", "uniform", "shift", "primer"]
+"""How the kernels of convolutions start."""
 
 
 class Config(BaseModel):
@@ -112,8 +116,15 @@ class ModelConfig(VariantConfig):
     layers: Count
     mlp: Count | None = None
     """Hidden width of the MLP as a multiple of `width`; None: blocks have no MLP."""
-    activation: Literal["gelu", "swiglu"] = "gelu"
-    """Activation of the MLP: GELU as in Pythia, or SwiGLU as in LLaMA (arXiv 2002.05202)."""
+    activation: Literal["gelu", "swiglu", "relu2"] = "gelu"
+    """Activation of the MLP: GELU as in Pythia, SwiGLU as in LLaMA (arXiv 2002.05202), squared ReLU as in Primer (2109.08668)."""
+    canon: CanonPlaces | None = None
+    """Places of Canon layers, x + conv(x) per channel (arXiv 2512.17351); None: no place.
+
+    A: the input of every mixer. B: its queries, keys and values. C: the input of every MLP. D: inside it, before the activation.
+    """
+    canon_size: Count = 4
+    """Kernel size of Canon layers."""
     norm: Literal["layer", "rms"] = "layer"
     """Norm before every mixer, every MLP and the head: LayerNorm, or RMSNorm (arXiv 1910.07467)."""
     tied: bool = False
@@ -125,12 +136,26 @@ class ModelConfig(VariantConfig):
 
     @classmethod
     def unused_keys(cls, values: Mapping[str, Any]) -> set[str]:
-        return {"activation"} if values.get("mlp") is None else set()
+        unused = {"activation"} if values.get("mlp") is None else set()
+        return unused | ({"canon_size"} if values.get("canon") is None else set())
 
     @model_validator(mode="after")
     def _activation_needs_mlp(self) -> Self:
         if self.mlp is None and self.activation != "gelu":
             raise ValueError(f"activation = {self.activation} needs an MLP. Fix: set mlp")
+        return self
+
+    @model_validator(mode="after")
+    def _canon_fits(self) -> Self:
+        if self.canon is None:
+            if self.canon_size != type(self).model_fields["canon_size"].default:
+                raise ValueError(f"canon_size = {self.canon_size} needs canon, the places of its convolutions")
+            return self
+        if self.mlp is None and self.canon_in_mlp:
+            raise ValueError(f"canon = {self.canon} has a convolution in the MLP. Fix: set mlp, or leave C and D out")
+        for mixer in self.mixers:
+            if "B" in self.canon and not isinstance(mixer, QKVConfig):
+                raise ValueError(f"canon = {self.canon}: B needs queries, keys and values, which {mixer.mixer} does not have")
         return self
 
     @model_validator(mode="after")
@@ -149,8 +174,13 @@ class ModelConfig(VariantConfig):
         return self.mixers * (self.layers // len(self.mixers))
 
     @property
+    def canon_in_mlp(self) -> bool:
+        """Whether the MLP of a block depends on earlier tokens."""
+        return self.canon is not None and ("C" in self.canon or "D" in self.canon)
+
+    @property
     def has_convolution(self) -> bool:
-        return any(mixer.has_convolution for mixer in self.mixers)
+        return self.canon is not None or any(mixer.has_convolution for mixer in self.mixers)
 
     @property
     def has_attention(self) -> bool:
@@ -161,6 +191,8 @@ class ModelConfig(VariantConfig):
         return any(mixer.has_dropout for mixer in self.mixers)
 
     def check_length(self, length: int) -> None:
+        if self.canon is not None and self.canon_size > length:
+            raise ValueError(f"canon_size = {self.canon_size} is longer than the training length of {length}")
         for index, mixer in enumerate(self.mixers):
             with self._naming(index):
                 mixer.check_length(length)
@@ -198,8 +230,16 @@ class QKVConfig(MixerConfig):
     """Tokens between consecutive kernel values; 1: no token is skipped."""
     filter_size: Count | None = None
     """Hidden units of a `network` kernel, number of decays of a `decay` or `state` kernel."""
-    filter_init: Literal["identity", "random"] = "identity"
-    """Initialize kernels as the identity with a little noise, or at random."""
+    token_shift: bool = False
+    """Project m x_t + (1 - m) x_{t-1} with learned m, per channel and projection, as RWKV does (arXiv 2305.13048)."""
+    residual: bool = False
+    """Add the input of each convolution to its output, after the norm of the kernel."""
+    filter_init: FilterInit = "identity"
+    """Initialize convolutions as the identity with a little noise, or kernels at random (normal or as nn.Conv1d does: uniform).
+
+    For explicit kernels also as published: `shift`, a and 1 - a with a uniform in (0, 1) (KV shifting, arXiv 2411.19574), or
+    `primer`, 1/2 at lag 0 and 1 / (2 W) at the others (arXiv 2109.08668).
+    """
     filter_bias: bool = False
     """Add a learned bias to the convolution output."""
     filter_norm: bool = False
@@ -208,7 +248,7 @@ class QKVConfig(MixerConfig):
     @classmethod
     def unused_keys(cls, values: Mapping[str, Any]) -> set[str]:
         sizes = [values[key] for projection in cls.projections if values.get(key := f"conv_{projection}") is not None]
-        unused = set() if sizes else {"sharing", "filter_init", "filter_bias", "filter_norm"}
+        unused = set() if sizes else {"sharing", "residual", "filter_init", "filter_bias", "filter_norm"}
         if not any(size in get_args(KernelGenerator) for size in sizes):
             unused.add("filter_size")
         if not any(isinstance(size, int) and size > 1 for size in sizes):
@@ -218,7 +258,7 @@ class QKVConfig(MixerConfig):
     @model_validator(mode="after")
     def _convolution_settings_apply(self) -> Self:
         if not self.kernel_sizes:
-            for key in ("sharing", "dilation", "filter_init", "filter_bias", "filter_norm"):
+            for key in ("sharing", "dilation", "residual", "filter_init", "filter_bias", "filter_norm"):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     *others, last = (f"conv_{projection}" for projection in self.projections)
                     value = json.dumps(getattr(self, key))
@@ -234,6 +274,19 @@ class QKVConfig(MixerConfig):
             raise ValueError(f"dilation = {self.dilation} needs a convolution with an explicit kernel size of 2 or more")
         if self.sharing == "mixing" and self.heads == 1:
             raise ValueError("sharing = mixing needs more than one head")
+        return self
+
+    @model_validator(mode="after")
+    def _init_fits_kernels(self) -> Self:
+        if self.filter_init in ("identity", "random"):
+            return self
+        for projection, size in self.kernel_sizes.items():
+            if size in get_args(KernelGenerator):
+                raise ValueError(f"filter_init = {self.filter_init} needs kernels with a size, not conv_{projection} = {size}")
+            if self.filter_init == "shift" and size != 2:
+                raise ValueError(f"filter_init = shift needs kernels of size 2, not conv_{projection} = {size}")
+        if self.sharing == "mixing" and self.filter_init != "uniform":
+            raise ValueError(f"filter_init = {self.filter_init} needs sharing = head or channel, not mixing")
         return self
 
     def check_width(self, width: int) -> None:

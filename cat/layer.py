@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cat.config import Config, Count, KernelSize
+from cat.config import Config, Count, FilterInit, KernelSize
 from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.base import Cache
 from cat.mixers.build import build_mixer
@@ -47,7 +47,10 @@ class ConvolutionAugmentedAttention(nn.Module):
         sharing                  one kernel per head, one per channel, or one per pair of input and output heads (mixing)
         dilation                 tokens between consecutive kernel values; 1: no token is skipped
         filter_size              hidden units of a `network` kernel, or number of decays
-        filter_init              initialize kernels close to the identity, or at random
+        token_shift              project m x_t + (1 - m) x_{t-1} with learned m, per channel and projection, as RWKV does
+        residual                 add the input of each convolution to its output
+        filter_init              initialize convolutions close to the `identity`, or kernels at `random`, uniformly as nn.Conv1d
+                                 (`uniform`), as in KV shifting (`shift`, kernels of size 2), or as in Primer (`primer`)
         filter_bias              add a learned bias to the convolution output
         filter_norm              divide every kernel by the sum of its absolute values; if generated, the sum over `length`
         qk_norm                  scale queries and keys to unit length, and learn one temperature per head
@@ -77,7 +80,9 @@ class ConvolutionAugmentedAttention(nn.Module):
         sharing: Literal["head", "channel", "mixing"] = "head",
         dilation: int = 1,
         filter_size: int | None = None,
-        filter_init: Literal["identity", "random"] = "identity",
+        token_shift: bool = False,
+        residual: bool = False,
+        filter_init: FilterInit = "identity",
         filter_bias: bool = False,
         filter_norm: bool = False,
         qk_norm: bool = False,
@@ -103,6 +108,8 @@ class ConvolutionAugmentedAttention(nn.Module):
                 sharing=sharing,
                 dilation=dilation,
                 filter_size=filter_size,
+                token_shift=token_shift,
+                residual=residual,
                 filter_init=filter_init,
                 filter_bias=filter_bias,
                 filter_norm=filter_norm,

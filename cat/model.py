@@ -2,12 +2,13 @@
 
     x = E[tokens] (+ position)    x = x + mixer(norm(x))    x = x + mlp(norm(x))    logits = norm(x) W
 
-A block without an MLP has only the mixer.
+A block without an MLP has only the mixer. With `canon`, a block has further convolutions: see cat/mixers/canon.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -18,11 +19,16 @@ from torch import Tensor, nn
 from cat.config import MixerConfig, ModelConfig
 from cat.mixers.base import Cache, last_tokens
 from cat.mixers.build import build_mixer
+from cat.mixers.canon import Canon
 from cat.mixers.packing import Packing, align_prompts, pack
+from cat.mixers.qkv import QKVMixer
 from cat.ops.common import reset_parameters, set_values
 from cat.ops.linear import has_hooks
 from cat.ops.position import gather_positions, sinusoidal
 from cat.types import Hidden, Positions, Tokens
+
+Convolve = Callable[[str, Hidden], Hidden]
+"""Apply the Canon layer at a place, given by its letter, if there is one."""
 
 
 class SequenceModel(nn.Module):
@@ -95,7 +101,8 @@ class SequenceModel(nn.Module):
         first, *others = self.layers()
         first_positions = None if others else positions
         projected = self.project_embeddings(tokens)
-        looked_up = tokens if projected is None or first_positions is None else tokens.gather(1, first_positions)
+        every = projected is None or first_positions is None or first.mlp_convolves
+        looked_up = tokens if every else tokens.gather(1, cast(Tensor, first_positions))
         x = self.embedding(looked_up, positions=None if packing is None else packing.positions)
         x = first(x, first_positions, projected, packing)
         for block in others:
@@ -106,14 +113,14 @@ class SequenceModel(nn.Module):
     def project_embeddings(self, tokens: Tokens) -> Float[Tensor, "B L P"] | None:
         """Return the first block's projection of each token, computed once per vocabulary entry.
 
-        None if positions are added to the embedding, because the projection then depends on more than the token. None also if
-        the batch has no more tokens than the vocabulary, because the look-up then costs more, and if the block has hooks, which
-        only a call of the whole block runs.
+        None if positions are added to the embedding or tokens are convolved before, because the projection then depends on more
+        than the token. None also if the batch has no more tokens than the vocabulary, because the look-up then costs more, and if
+        the block has hooks, which only a call of the whole block runs.
         """
-        few = tokens.numel() <= len(self.embedding.token.weight)
-        if few or self.embedding.scheme != "none" or has_hooks(self.layers()[0]):
+        few, first = tokens.numel() <= len(self.embedding.token.weight), self.layers()[0]
+        if few or self.embedding.scheme != "none" or "A" in first.canon or has_hooks(first):
             return None
-        return F.embedding(tokens, self.layers()[0].project(self.embedding.token.weight))
+        return F.embedding(tokens, first.project(self.embedding.token.weight))
 
     def step(
         self, tokens: Tokens, caches: Sequence[Cache] = (), attention_mask: Tensor | None = None
@@ -148,7 +155,8 @@ class SequenceModel(nn.Module):
             self.check_length(start + tokens.shape[1] if positions is None else 1 + int(positions.max()))
         new_caches: list[Cache] = []
         projected, blocks = self.project_embeddings(tokens), self.layers()
-        looked_up = tokens[:, -1:] if last and projected is not None and len(blocks) == 1 else tokens
+        only_last = last and projected is not None and len(blocks) == 1 and not blocks[0].mlp_convolves
+        looked_up = tokens[:, -1:] if only_last else tokens
         x = self.embedding(looked_up, start, None if positions is None else positions.clamp(min=0))
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.step(x, cache, projected if block is blocks[0] else None, last=last and block is blocks[-1])
@@ -214,12 +222,16 @@ class Block(nn.Module):
         super().__init__()
         self.mixer_norm = build_norm(config)
         self.mixer = build_mixer(mixer, width=config.width, length=length)
-        self.mlp = None
-        if config.mlp is not None:
-            hidden = config.mlp * config.width
-            inner = SwiGLU(config.width, hidden) if config.activation == "swiglu" else nn.Linear(config.width, hidden)
-            gelu = [nn.GELU()] if config.activation == "gelu" else []
-            self.mlp = nn.Sequential(build_norm(config), inner, *gelu, nn.Linear(hidden, config.width))
+        self.mlp = None if config.mlp is None else MLP(config, config.mlp * config.width)
+        self.mlp_convolves = config.canon_in_mlp
+        self.canon = nn.ModuleDict()
+        widths = {"A": config.width, "C": config.width, "D": 0 if self.mlp is None else self.mlp.inner_width}
+        for place in config.canon or "":
+            if place == "B":
+                qkv = cast(QKVMixer, self.mixer)
+                qkv.canon = Canon(sum(qkv.widths.values()), config.canon_size)
+            else:
+                self.canon[place] = Canon(widths[place], config.canon_size)
 
     def forward(
         self,
@@ -231,12 +243,21 @@ class Block(nn.Module):
         """Return the output at `positions`, or at every position.
 
         `projected` is the result of `project` at every position, if already computed. `x` then holds only the tokens at
-        `positions`. `packing` has the documents of the batch.
+        `positions`, or every token if the MLP convolves. `packing` has the documents of the batch.
         """
+        mixed, refined = (None, positions) if self.mlp_convolves else (positions, None)
+
+        def convolve(place: str, x: Hidden) -> Hidden:
+            if packing is None or place not in self.canon:
+                return self._convolve(place, x)
+            return packing.mix(lambda x, _: self._convolve(place, x), x)
+
         if projected is None:
-            x, projected = gather_positions(x, positions), self.project(x)
+            projected = self.project(x, convolve)
+            x = gather_positions(x, mixed)
         mix = self.mixer.mix
-        return self.refine(x + (mix(projected, positions) if packing is None else packing.mix(mix, projected, positions)))
+        x = x + (mix(projected, mixed) if packing is None else packing.mix(mix, projected, mixed))
+        return gather_positions(self.refine(x, convolve), refined)
 
     def step(
         self, x: Float[Tensor, "B _ D"], cache: Cache, projected: Float[Tensor, "B L P"] | None = None, *, last: bool = False
@@ -244,18 +265,54 @@ class Block(nn.Module):
         """Return the output for tokens that continue `cache`, and the updated cache.
 
         With `last`, only the output of the last token is computed. `projected` is the result of `project` for every token, if
-        already computed. With both, `x` may hold only the last token.
+        already computed. With both, `x` may hold only the last token, unless the MLP convolves.
         """
-        mixed, cache = self.mixer.step_padded(self.project(x) if projected is None else projected, cache, last=last)
-        return self.refine((last_tokens(x, 1) if last else x) + mixed), cache
+        inputs: dict[str, Tensor] = {}
 
-    def refine(self, x: Float[Tensor, "B _ D"]) -> Float[Tensor, "B _ D"]:
-        """Apply the MLP half of the block, per token."""
-        return x if self.mlp is None else x + self.mlp(x)
+        def convolve(place: str, x: Hidden) -> Hidden:
+            if place not in self.canon:
+                return x
+            padding, name = cache.new_padding(x.shape[1]), f"canon_{place}"
+            x = x if padding is None else x.masked_fill(padding[..., None], 0)
+            y, inputs[name] = cast(Canon, self.canon[place]).step(x, cache.state.get(name))
+            return y
 
-    def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
-        """Apply the norm and the per-token part of the mixer."""
-        return self.mixer.project(self.mixer_norm(x))
+        projected = self.project(x, convolve) if projected is None else projected
+        only_last = last and not self.mlp_convolves
+        mixed, after = self.mixer.step_padded(projected, cache, last=only_last)
+        y = self.refine((last_tokens(x, 1) if only_last else x) + mixed, convolve)
+        after = replace(after, state={**after.state, **inputs}) if inputs else after
+        return last_tokens(y, 1) if last else y, after
+
+    def refine(self, x: Float[Tensor, "B _ D"], convolve: Convolve | None = None) -> Float[Tensor, "B _ D"]:
+        """Apply the MLP half of the block; `convolve` applies Canon layers, by default to sequences without a cache."""
+        return x if self.mlp is None else x + self.mlp(x, convolve or self._convolve)
+
+    def project(self, x: Float[Tensor, "*tokens D"], convolve: Convolve | None = None) -> Float[Tensor, "*tokens P"]:
+        """Apply the norm, Canon-A if the model has it, and the per-token part of the mixer; `convolve` as in `refine`."""
+        return self.mixer.project((convolve or self._convolve)("A", self.mixer_norm(x)))
+
+    def _convolve(self, place: str, x: Float[Tensor, "*tokens C"]) -> Float[Tensor, "*tokens C"]:
+        """Apply the Canon layer at a place, if there is one, to whole sequences."""
+        return cast(Hidden, self.canon[place](x)) if place in self.canon else x
+
+
+class MLP(nn.Sequential):
+    """Norm, linear map to `hidden` units, activation, linear map back. `hidden` units of SwiGLU have a gate each."""
+
+    def __init__(self, config: ModelConfig, hidden: int):
+        inner = SwiGLU(config.width, hidden) if config.activation == "swiglu" else nn.Linear(config.width, hidden)
+        activations = {"gelu": nn.GELU, "relu2": SquaredReLU}
+        activation: list[nn.Module] = [activations[config.activation]()] if config.activation in activations else []
+        super().__init__(build_norm(config), inner, *activation, nn.Linear(hidden, config.width))
+        self.inner_width = 2 * hidden if config.activation == "swiglu" else hidden
+
+    def forward(self, x: Float[Tensor, "B _ D"], convolve: Convolve) -> Float[Tensor, "B _ D"]:  # type: ignore[override]
+        """Return the output. `convolve` applies the Canon layers at C, before the first map, and at D, before the activation."""
+        norm, inner, *activation, out = self
+        x = convolve("C", norm(x))
+        x = activation[0](convolve("D", inner(x))) if activation else inner(x, convolve)
+        return cast(Hidden, out(x))
 
 
 class SwiGLU(nn.Module):
@@ -265,9 +322,16 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_and_up = nn.Linear(width, 2 * hidden, bias=False)
 
-    def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens H"]:
-        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
+    def forward(self, x: Float[Tensor, "B _ D"], convolve: Convolve) -> Float[Tensor, "B _ H"]:
+        gate, up = convolve("D", self.gate_and_up(x)).chunk(2, dim=-1)
         return F.silu(gate) * up
+
+
+class SquaredReLU(nn.Module):
+    """max(x, 0)^2 (arXiv 2109.08668)."""
+
+    def forward(self, x: Float[Tensor, "*tokens H"]) -> Float[Tensor, "*tokens H"]:
+        return F.relu(x).square()
 
 
 def build_norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:

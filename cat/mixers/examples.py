@@ -16,6 +16,7 @@ CONVOLUTIONS: dict[str, Any] = {
     "sharing": "channel",
     "dilation": 2,
     "filter_bias": True,
+    "residual": True,
 }
 """Three convolutions with a value other than the default for each of their settings."""
 GENERATED: dict[str, Any] = {
@@ -24,5 +25,6 @@ GENERATED: dict[str, Any] = {
     "conv_v": "decay",
     "filter_size": 3,
     "filter_init": "random",
+    "token_shift": True,
 }
 """A generated kernel of each kind."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cat.config import KernelSize
+from cat.config import FilterInit, KernelSize
 from cat.ops.common import autocast_to_compute_dtype, set_values
 from cat.ops.conv.causal import (
     dilate,
@@ -38,8 +38,6 @@ from cat.types import GroupedHeads, Heads, Positions, Queries
 FEATURES = 8
 """Number of time scales that encode the lag j for the network of an implicit filter."""
 
-Init = Literal["identity", "random"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -52,6 +50,8 @@ class Layout:
     norm: bool = False
     """Divide the kernel by the sum of its absolute values; for a generated kernel, the sum over the training length."""
     bias: bool = False
+    residual: bool = False
+    """Add the input to the output: add the identity to the kernel, after its norm."""
 
     @property
     def kernel_shape(self) -> tuple[int, ...]:
@@ -92,7 +92,13 @@ class Filter(nn.Module, ABC):
         return None
 
     def response(self, length: int) -> Tensor:
-        """Return the kernel for `length` tokens, normalized if configured."""
+        """Return the kernel for `length` tokens: normalized if configured, then with the identity added if configured."""
+        kernel = self._normalized(length)
+        if not self.layout.residual:
+            return kernel
+        return kernel + F.pad(self._identity().to(kernel)[..., None], (0, kernel.shape[-1] - 1))
+
+    def _normalized(self, length: int) -> Tensor:
         kernel = self.generate(length)
         if not self.layout.norm:
             return kernel
@@ -178,14 +184,18 @@ class Filter(nn.Module, ABC):
                 y = (kernel.flatten(1) @ inputs.flatten(1, 2))[:, :, None]
         return self.add_bias(y)
 
-    def _initial(self, size: int, init: Init) -> tuple[Tensor, Tensor]:
-        """Draw random coefficients (*kernel_shape, size) and the addition at lag 0.
+    def _initial(self, size: int, init: FilterInit) -> tuple[Tensor, Tensor]:
+        """Draw random coefficients (*kernel_shape, size) and the identity to add to them, at lag 0.
 
-        For the identity, the coefficients are small noise; for "random", they are the whole kernel.
+        For the identity, the coefficients are small noise; for "random", they are the whole kernel, and the addition is zero.
         """
         shape = self.layout.kernel_shape
         noise = torch.randn(*shape, size) / math.sqrt(size)
         return (noise, torch.zeros(shape)) if init == "random" else (0.1 * noise, self._identity())
+
+    def _input_at_start(self, init: FilterInit) -> Tensor | float:
+        """Return the part of the initial identity that is the input itself, which `residual` adds already."""
+        return self._identity() if self.layout.residual and init == "identity" else 0.0
 
     def _identity(self) -> Tensor:
         """Return the kernel value at lag 0 of the identity filter."""
@@ -200,7 +210,7 @@ class ExplicitFilter(Filter):
     kernel covers.
     """
 
-    def __init__(self, layout: Layout, kernel_size: int, *, init: Init, dilation: int = 1, init_sum: int = 1):
+    def __init__(self, layout: Layout, kernel_size: int, *, init: FilterInit, dilation: int = 1, init_sum: int = 1):
         super().__init__(layout)
         self.dilation, self.init, self.init_sum = dilation, init, init_sum
         self.kernel = nn.Parameter(torch.empty(*layout.kernel_shape, kernel_size))
@@ -208,9 +218,23 @@ class ExplicitFilter(Filter):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        kernel, direct = self._initial(self.kernel.shape[-1], self.init)
+        set_values(self.kernel, self._initial_kernel(self.kernel.shape[-1]))
+
+    def _initial_kernel(self, size: int) -> Tensor:
+        shape = self.layout.kernel_shape
+        match self.init:
+            case "uniform":
+                inputs = size * shape[0] if self.layout.sharing == "mixing" else size
+                return torch.empty(*shape, size).uniform_(-1, 1) / math.sqrt(inputs)
+            case "shift":
+                now = torch.rand(shape)
+                return torch.stack([now, 1 - now], dim=-1)
+            case "primer":
+                return F.pad(torch.full((*shape, 1), 0.5), (0, size - 1), value=0.5 / size)
+        kernel, direct = self._initial(size, self.init)
         kernel[..., : -(-self.init_sum // self.dilation)] += direct[..., None]
-        set_values(self.kernel, kernel)
+        kernel[..., 0] -= self._input_at_start(self.init)
+        return kernel
 
     def generate(self, length: int) -> Tensor:
         return self.kernel
@@ -229,7 +253,7 @@ class DecayFilter(Filter):
     log_rate: Tensor
     train_length: int
 
-    def __init__(self, layout: Layout, size: int, *, init: Init, length: int, learned: bool):
+    def __init__(self, layout: Layout, size: int, *, init: FilterInit, length: int, learned: bool):
         super().__init__(layout)
         self.init, self.train_length = init, length
         shape = layout.kernel_shape
@@ -245,7 +269,7 @@ class DecayFilter(Filter):
         size = self.coefficients.shape[-1]
         coefficients, direct = self._initial(size, self.init)
         set_values(self.coefficients, coefficients)
-        set_values(self.direct, direct)
+        set_values(self.direct, direct - self._input_at_start(self.init))
         set_values(self.log_rate, -time_scales(size, self.train_length).log().expand(self.log_rate.shape))
 
     def generate(self, length: int) -> Tensor:
@@ -264,7 +288,7 @@ class NetworkFilter(Filter):
     scales: Tensor
     train_length: int
 
-    def __init__(self, layout: Layout, size: int, *, init: Init, length: int):
+    def __init__(self, layout: Layout, size: int, *, init: FilterInit, length: int):
         super().__init__(layout)
         self.init, self.train_length = init, length
         shape = layout.kernel_shape
@@ -279,7 +303,7 @@ class NetworkFilter(Filter):
         size = len(self.phases)
         coefficients, direct = self._initial(size, self.init)
         set_values(self.coefficients, coefficients)
-        set_values(self.direct, direct)
+        set_values(self.direct, direct - self._input_at_start(self.init))
         set_values(self.frequencies, math.pi * torch.randn(FEATURES, size))
         set_values(self.phases, math.pi * torch.rand(size))
         nn.init.constant_(self.log_fading, -math.log(self.train_length))
@@ -327,7 +351,7 @@ def build_filter(
     layout: Layout,
     kernel_size: KernelSize,
     *,
-    init: Init,
+    init: FilterInit,
     length: int,
     dilation: int = 1,
     size: int | None = None,

@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from cat.config import DotProductConfig, QKVConfig
 from cat.mixers.base import Cache, Mixer, last_tokens
+from cat.mixers.canon import Canon
 from cat.mixers.filters import Filter, Layout, apply_grouped, build_filter, can_group
+from cat.mixers.token_shift import TokenShift
 from cat.ops.l2norm import l2_normalize
 from cat.ops.linear import apply_linear
 from cat.ops.position import gather_positions
 from cat.types import Heads, Hidden, KeyHeads, Positions, Queries, ValueHeads, Values
 
 Projection = Float[Tensor, "B L P"]
-"""Output of `project`: queries, keys and values of every token, concatenated."""
+"""Output of `project`: queries, keys and values of every token, concatenated. With token shift, first the part of the token
+itself, then the part for the next token."""
 
 Attended = tuple[Float[Tensor, "B H _ E"], dict[str, Tensor]]
 """Outputs of the heads, and the state to cache by name."""
@@ -49,6 +52,9 @@ class QKVMixer(Mixer):
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, outputs, bias=bias) for outputs in self.widths.values())
         self.o_proj = nn.Linear(width, width, bias=bias)
         self.filters = build_filters(config, width=width, length=length)
+        self.token_shift = TokenShift(width) if config.token_shift else None
+        self.canon: Canon | None = None
+        """Canon-B, a convolution of q, k and v before their own ones. It belongs to the model, which sets it."""
         self.scale = 1 / math.sqrt(width // config.heads)
 
     def extra_repr(self) -> str:
@@ -56,7 +62,11 @@ class QKVMixer(Mixer):
         return ", ".join(f"{key}={value}" for key, value in settings.items())
 
     def project(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens P"]:
-        return apply_linear(x, [self.q_proj, self.k_proj, self.v_proj])
+        projections = [self.q_proj, self.k_proj, self.v_proj]
+        if self.token_shift is None:
+            return apply_linear(x, projections)
+        parts = [projection(part) for projection, part in zip(projections, self.token_shift.inputs(x), strict=True)]
+        return torch.cat([part[0] for part in parts] + [part[1] for part in parts], dim=-1)
 
     def mix(self, projected: Projection, positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
         return self.merge_heads(
@@ -103,9 +113,22 @@ class QKVMixer(Mixer):
         They are convolved q, k and v, q and k scaled, and further tensors of the subclass. q is at every position or at
         `positions`.
         """
-        projected, others = self.split_projection(projected)
+        projected, others = self.split_projection(self.shift(projected))
         q, k, v = self.convolve(projected, positions)
         return *self.scale_qk(q, k), v, *others
+
+    def shift(self, projected: Projection) -> Float[Tensor, "B L _"]:
+        """Add to each token the part that its predecessor has for it, if there is a token shift."""
+        return self.shift_step(projected, Cache())[0]
+
+    def shift_step(self, projected: Projection, cache: Cache) -> tuple[Float[Tensor, "B L _"], dict[str, Tensor]]:
+        """Return the result of `shift` for the tokens after those in `cache`, and the part to cache."""
+        if self.token_shift is None:
+            return projected, {}
+        width = sum(self.widths.values())
+        now, for_next, others = projected[..., :width], projected[..., width : 2 * width], projected[..., 2 * width :]
+        qkv, left = self.token_shift.add(now, for_next, cache.state.get("shifted"))
+        return torch.cat([qkv, others], dim=-1), {"shifted": left}
 
     def split_projection(self, projected: Projection) -> tuple[Float[Tensor, "B L _"], list[Tensor]]:
         """Split into q, k and v (concatenated) and further inputs of `attend`."""
@@ -113,6 +136,8 @@ class QKVMixer(Mixer):
 
     def convolve(self, projected: Projection, positions: Positions | None = None) -> tuple[Queries, KeyHeads, KeyHeads]:
         """Return the convolved q, k and v; q at every position or at `positions`."""
+        if self.canon is not None:
+            projected = self.canon(projected)
         groups = group_adjacent(self.filters, "qkv", projected)
         # On a GPU, launching a kernel takes longer than running it, so q is computed at every position.
         if positions is None or groups[0] != "q" or projected.is_cuda:
@@ -153,15 +178,18 @@ class QKVMixer(Mixer):
 
         With `last`, q may have only the last token.
         """
+        projected, shifted = self.shift_step(projected, cache)
         projected, others = self.split_projection(projected)
         q, k, v, inputs = self.convolve_step(projected, cache, last=last)
-        return (*self.scale_qk(q, k), v, *others), inputs
+        return (*self.scale_qk(q, k), v, *others), {**shifted, **inputs}
 
     def convolve_step(
         self, projected: Projection, cache: Cache, *, last: bool
     ) -> tuple[Queries, KeyHeads, KeyHeads, dict[str, Tensor]]:
         """Return convolved, unscaled q, k and v, and the inputs to cache."""
         inputs: dict[str, Tensor] = {}
+        if self.canon is not None:
+            projected, inputs["canon_B"] = self.canon.step(projected, cache.state.get("canon_B"))
         qkv = dict(zip("qkv", self.split_heads(projected), strict=True))
         for projection, x in qkv.items():
             if projection in self.filters:
@@ -216,6 +244,7 @@ def build_filters(config: QKVConfig, *, width: int, length: int) -> nn.ModuleDic
             sharing=config.sharing,
             norm=config.filter_norm,
             bias=config.filter_bias,
+            residual=config.residual,
         )
 
     return nn.ModuleDict(

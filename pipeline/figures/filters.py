@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from cat.config import ModelConfig
 from cat.mixers.registry import ConstructionConfig
 from pipeline.config.grid import seeds_of, shown_tasks, shown_variants
 from pipeline.config.plots import Plot
@@ -34,7 +35,8 @@ class Filters(Plot):
 
     def check(self, study: Study, ablation: Ablation) -> Iterator[str]:
         for variant in trained_variants(study, ablation):
-            if not study.variants[variant].has_convolution:
+            model = study.variants[variant]
+            if isinstance(model, ModelConfig) and not any(mixer.has_convolution for mixer in model.mixers):
                 yield f"plot = {self.name} needs a convolution, but variant {variant!r} has none"
 
     def sources(self, study: Study, ablation: Ablation) -> list[str]:

@@ -64,6 +64,8 @@ def _describe(model: AnyVariant, shared: Set[str]) -> str:
     if not isinstance(model, ModelConfig):
         return "Construction, not trained"
     layers = [f"{model.layers} layers"] if model.layers > len(model.mixers) else []
+    if model.canon is not None:
+        layers.insert(0, f"Canon-{model.canon}")
     position = model.position if model.position != "none" else None
     if len(model.mixers) > 1:
         names = " + ".join(", ".join([_mixer_name(mixer), *_distinct(mixer, shared)]) for mixer in model.mixers)
@@ -99,6 +101,10 @@ def _details(mixer: MixerConfig, added_position: str | None = None) -> Iterator[
         yield f"dilation {mixer.dilation}"
     if mixer.sharing != "head" and mixer.label_with_convolution:
         yield {"channel": "per channel", "mixing": "head mixing"}[mixer.sharing]
+    if mixer.token_shift:
+        yield "token shift"
+    if mixer.residual:
+        yield "residual"
     if mixer.filter_norm:
         yield "unit kernels"
     if position in POSITIONS:

@@ -121,6 +121,8 @@ def test_any_length_is_causal(options, length):
         {"conv_k": 3, "sharing": "channel"},
         {"conv_k": 3, "dilation": 2},
         {"conv_k": 3, "filter_init": "random"},
+        {"conv_k": 3, "residual": True},
+        {"token_shift": True},
         {"conv_k": 3, "filter_bias": True},
         {"conv_k": 3, "filter_norm": True},
         {"conv_k": 3, "qk_norm": True},

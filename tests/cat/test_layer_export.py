@@ -69,8 +69,8 @@ MODEL = """
 from cat.model import SequenceModel
 from tests.helpers.mixers import configure
 
-for position in ("rotary", "learned"):
-    settings = {"mixer": "attention", "width": 24, "heads": 3, "conv_k": 3, "layers": 2, "mlp": 2, "position": position}
+for changes in ({"position": "rotary"}, {"position": "learned"}, {"canon": "ABCD", "activation": "swiglu"}):
+    settings = {"mixer": "attention", "width": 24, "heads": 3, "conv_k": 3, "layers": 2, "mlp": 2, **changes}
     model = SequenceModel(configure(**settings), vocabulary=11, length=64).double()
     for method in (model.forward, model.logits_at):
         torch.compiler.reset()

@@ -18,6 +18,7 @@ LENGTH, VOCABULARY = 9, 11
 MODELS = {
     **{name: EXAMPLES[name] for name in (*ONE_PER_MIXER, "attention_channel", "mamba")},
     "learned": {"mixer": "attention", "heads": 3, "position": "learned", "mlp": 2, "activation": "swiglu"},
+    "canon": {"mixer": "attention", "heads": 3, "mlp": 2, "canon": "ABCD"},
     "tied": {"mixer": "attention", "heads": 3, "tied": True, "norm": "rms"},
 }
 
@@ -47,7 +48,7 @@ def test_a_model_from_the_meta_device_starts_like_any_other(name):
     assert model(tokens).isfinite().all()
 
 
-SHARDED = ("attention_channel", "performer_all", "mamba", "delta_all")
+SHARDED = ("attention_channel", "performer_all", "mamba", "delta_all", "canon")
 
 
 def shard_and_train(rank):

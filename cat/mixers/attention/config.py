@@ -39,6 +39,8 @@ class AttentionConfig(DotProductConfig):
             raise ValueError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
         if self.sharing == "mixing" and self.heads_of("k") == 1 and (self.conv_k is not None or self.conv_v is not None):
             raise ValueError("sharing = mixing needs more than one head of keys and values, not kv_heads = 1")
+        if self.token_shift and self.bias:
+            raise ValueError("token_shift = true projects two parts of each token, which would add the bias of bias = true twice")
         for key in ("rope_base", "rope_scale"):
             if self.position != "rotary" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} = {getattr(self, key):g} needs position = rotary")
@@ -65,11 +67,11 @@ def only_keys_convolved(model: VariantConfig) -> bool:
 
     True for one layer of attention to all tokens without other convolutions, positions, qk_norm or bias.
     """
-    if not (isinstance(model, ModelConfig) and model.layers == 1 and model.position == "none"):
+    if not (isinstance(model, ModelConfig) and model.layers == 1 and model.position == "none" and model.canon is None):
         return False
     (mixer,) = model.mixers
     if not isinstance(mixer, AttentionConfig) or mixer.position != "none" or mixer.qk_norm:
         return False
-    if mixer.window is not None or mixer.bias:
+    if mixer.window is not None or mixer.bias or mixer.token_shift:
         return False
     return mixer.kernel_sizes.keys() == {"k"} and mixer.sharing == "head" and not mixer.filter_bias

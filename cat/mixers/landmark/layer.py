@@ -45,7 +45,7 @@ class LandmarkAttention(DotProductMixer):
 
         q is at every position or at `positions`.
         """
-        q, k, v = self.convolve(projected, positions)
+        q, k, v = self.convolve(self.shift(projected), positions)
         if "summary" in self.filters:
             landmarks = cast(Filter, self.filters["summary"]).at_block_ends(k, self.block)
         else:
@@ -69,6 +69,7 @@ class LandmarkAttention(DotProductMixer):
 
         The landmarks are of the blocks that end among the new tokens.
         """
+        projected, shifted = self.shift_step(projected, cache)
         q, k, v, inputs = self.convolve_step(projected, cache, last=last)
         landmarks = k
         if "summary" in self.filters:
@@ -76,7 +77,7 @@ class LandmarkAttention(DotProductMixer):
         landmarks = landmarks[:, :, -(cache.length + 1) % self.block :: self.block]
         if self.config.qk_norm:
             landmarks = l2_normalize(landmarks)
-        return (*self.scale_qk(q, k), v, landmarks), inputs
+        return (*self.scale_qk(q, k), v, landmarks), {**shifted, **inputs}
 
     def attend_step(self, qkv: tuple[Tensor, ...], cache: Cache) -> Attended:
         """Cache the landmarks and the keys, both rotated, and the values of all tokens."""

@@ -36,13 +36,48 @@ def test_a_kernel_has_the_shape_of_its_sharing(kernel, sharing):
 
 @pytest.mark.parametrize("kernel", KINDS)
 @pytest.mark.parametrize("sharing", SHARING)
-def test_a_filter_starts_near_the_identity(kernel, sharing):
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_filter_starts_near_the_identity(kernel, sharing, residual):
     x = normal(2, HEADS, LENGTH, CHANNELS)
-    made = build(kernel, sharing=sharing)
+    made = build(kernel, sharing=sharing, residual=residual)
     assert (made(x) - x).norm() < 0.75 * x.norm()
     present = made.response(LENGTH)[..., 0]
     identity = torch.eye(HEADS) if sharing == "mixing" else torch.ones(SHARING[sharing])
     assert (present - identity).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("kernel", KINDS)
+@pytest.mark.parametrize("sharing", SHARING)
+def test_a_residual_filter_adds_its_input(kernel, sharing):
+    options = {"sharing": sharing, "norm": True, "bias": True, "init": "random"}
+    plain, made, x = build(kernel, **options), build(kernel, residual=True, **options), normal(2, HEADS, LENGTH, CHANNELS)
+    made.bias.data.normal_()
+    plain.load_state_dict(made.state_dict())
+    close(made(x), x + plain(x))
+    steps, last = made.step(x[:, :, :-1], x[:, :, :0]), x[:, :, -1:]
+    close(made.step(last, steps[1])[0], last + plain(x)[:, :, -1:])
+
+
+@pytest.mark.parametrize(("sharing", "bound"), [("head", 0.5), ("channel", 0.5), ("mixing", 12**-0.5)])
+def test_a_uniform_kernel_starts_as_that_of_conv1d(sharing, bound):
+    """With mixing, every output has the kernels of all three heads as inputs."""
+    kernels = torch.stack([build(4, seed=seed, init="uniform", sharing=sharing).kernel for seed in range(100)])
+    assert kernels.abs().max() <= bound
+    torch.testing.assert_close(kernels.std().item(), bound / 3**0.5, rtol=0.1, atol=0)
+
+
+def test_a_shift_kernel_starts_as_in_kv_shifting():
+    kernels = torch.stack([build(2, seed=seed, init="shift").kernel for seed in range(200)])
+    close(kernels.sum(-1), torch.ones(200, HEADS).double())
+    assert kernels.min() > 0
+    torch.testing.assert_close(
+        kernels[..., 0].quantile(torch.tensor([0.25, 0.75]).double()), torch.tensor([0.25, 0.75]).double(), rtol=0, atol=0.05
+    )
+
+
+def test_a_primer_kernel_starts_as_in_the_authors_code():
+    kernel = build(3, init="primer", sharing="channel").kernel
+    torch.testing.assert_close(kernel.float(), torch.tensor([1 / 2, 1 / 6, 1 / 6]).expand(HEADS, CHANNELS, 3))
 
 
 @pytest.mark.parametrize("kernel", KINDS)

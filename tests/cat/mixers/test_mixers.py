@@ -64,7 +64,7 @@ def test_a_model_projects_its_embeddings_if_tokens_are_many(name, position, laye
     projected = []
     for model in (small, large):
         first, project = model.blocks[0], model.blocks[0].project
-        first.project = lambda x, project=project: projected.append(x.shape[:-1]) or project(x)
+        first.project = lambda x, *others, project=project: projected.append(x.shape[:-1]) or project(x, *others)
     logits = small.logits_at(tokens, positions)
     close(logits, small(tokens)[torch.arange(2)[:, None], positions])
     close(logits, large.logits_at(tokens, positions)[..., :5])

@@ -39,6 +39,52 @@ def test_identity_kernels_make_cat_the_transformer(mixer):
     close(cat(hidden(13)), transformer(hidden(13)))
 
 
+def previous(x):
+    """Each token's predecessor, and zeros before the first."""
+    return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
+
+
+def test_kv_shifting_is_cat_with_its_start():
+    """Per head a_1 k_t + a_2 k_{t-1}, and the same with b for the values (arXiv 2411.19574)."""
+    mixer = build({"mixer": "attention", **QKV, "conv_k": 2, "conv_v": 2, "filter_init": "shift"}, 13)
+    q, k, v = mixer.split_heads(mixer.project(hidden(13)))
+    a, b = (mixer.filters[name].kernel[:, :, None, None].unbind(1) for name in "kv")
+    assert ((a[0] > 0) & (a[0] < 1)).all()
+    close((a[0] + a[1], b[0] + b[1]), (torch.ones_like(a[0]), torch.ones_like(a[0])))
+    expected = naive_attend(q, a[0] * k + a[1] * previous(k), b[0] * v + b[1] * previous(v), scale=mixer.scale)
+    close(mixer(hidden(13)), mixer.merge_heads(expected))
+
+
+def test_the_attention_of_primer_is_cat_per_channel():
+    """Its pseudocode: each of q, k and v is a sum of its last three tokens, weighted per channel (arXiv 2109.08668)."""
+    sizes = {"conv_q": 3, "conv_k": 3, "conv_v": 3, "sharing": "channel"}
+    mixer = build({"mixer": "attention", **QKV, **sizes, "filter_init": "primer"}, 13)
+    expected = []
+    for name, x in zip("qkv", mixer.split_heads(mixer.project(hidden(13))), strict=True):
+        filter_ = mixer.filters[name]
+        filter_.kernel.data += normal(*filter_.kernel.shape)
+        now, before, earlier = filter_.kernel[:, None].unbind(-1)
+        expected.append(now * x + before * previous(x) + earlier * previous(previous(x)))
+    close(mixer(hidden(13)), mixer.merge_heads(naive_attend(*expected, scale=mixer.scale)))
+
+
+@pytest.mark.parametrize("mixer", ["attention", "delta", "gla", "landmark"])
+def test_token_shift_mixes_the_input_of_each_projection_with_the_one_before(mixer):
+    """Per channel m x_t + (1 - m) x_{t-1}, with its own m for q, k and v (arXiv 2305.13048)."""
+    plain, shifted = build(EXAMPLES[mixer], 13), build({**EXAMPLES[mixer], "token_shift": True}, 13)
+    plain.load_state_dict(shifted.state_dict(), strict=False)
+    ramp = (torch.arange(WIDTH).double() + 0.5) / WIDTH
+    torch.testing.assert_close(shifted.token_shift.weight, torch.stack([ramp.sqrt(), ramp, ramp]), rtol=1e-6, atol=1e-7)
+    weights, x = shifted.token_shift.weight.data.copy_(normal(3, WIDTH)), hidden(13)
+    before = F.pad(x, (0, 0, 1, 0))[:, :-1]
+    inputs = [m * x + (1 - m) * before for m in weights]
+    projections = [projection(part) for projection, part in zip((plain.q_proj, plain.k_proj, plain.v_proj), inputs, strict=True)]
+    others = plain.project(x)[..., 3 * WIDTH :]
+    close(shifted(x), plain.mix(torch.cat([*projections, others], dim=-1)))
+    shifted.token_shift.weight.data.fill_(1)
+    close(shifted(x), plain(x))
+
+
 def test_kernels_start_near_the_identity_and_full_is_the_training_length():
     kernel = build({**EXAMPLES["attention"], "conv_q": "full"}, 13).filters["q"].kernel
     assert kernel.shape == (HEADS, 13)
@@ -120,6 +166,11 @@ def test_projections_convolved_in_one_call_equal_those_convolved_separately(chan
         ({"mixer": "landmark", **QKV, "block": 5}, "top"),
         ({"mixer": "landmark", **QKV, "top": 5}, "block"),
         ({**EXAMPLES["mamba"], "heads": 3}, "heads: unknown key"),
+        ({**EXAMPLES["attention"], "token_shift": True, "bias": True}, "token_shift = true projects two parts"),
+        ({**EXAMPLES["linear"], "residual": True}, "residual = true needs a convolution"),
+        ({**EXAMPLES["linear"], "conv_k": 2, "conv_q": 3, "filter_init": "shift"}, "needs kernels of size 2, not conv_q = 3"),
+        ({**EXAMPLES["attention_state"], "filter_init": "uniform"}, "needs kernels with a size, not conv_k = state"),
+        ({**EXAMPLES["linear"], "conv_k": 2, "sharing": "mixing", "filter_init": "primer"}, "head or channel, not mixing"),
         ({**EXAMPLES["linear"], "heads": 4}, "heads = 4 does not divide width = 18"),
     ],
 )

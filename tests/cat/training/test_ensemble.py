@@ -118,6 +118,8 @@ def test_lengths_with_other_convolution_algorithms(name, length):
         {"position": "alibi", "layers": 2},
         {"mlp": 3, "conv_k": "full"},
         {"mlp": 2, "activation": "swiglu", "norm": "rms"},
+        {"mlp": 2, "activation": "relu2", "canon": "ABCD"},
+        {"layers": 2, "canon": "B"},
     ],
 )
 def test_tied_weights_and_projection_look_up(changes):

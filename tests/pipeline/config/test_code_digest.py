@@ -58,12 +58,14 @@ def test_a_hash_sign_in_a_string_is_not_a_comment():
 def test_imports_are_reached_except_declarations():
     assert modules_reached(["cat.mixers.delta.layer"]) == {
         "cat.mixers.base",
+        "cat.mixers.canon",
         "cat.mixers.delta.layer",
         "cat.mixers.delta.op",
         "cat.mixers.filters",
         "cat.mixers.packing",
         "cat.mixers.qkv",
         "cat.mixers.step_size",
+        "cat.mixers.token_shift",
         "cat.ops.common",
         "cat.ops.conv.causal",
         "cat.ops.conv.direct",
@@ -282,7 +284,8 @@ def test_defaults_are_listed_unless_they_are_off(plan):
         return json.loads(plan()["train/ar/mamba.json"])["model"]
 
     mamba = {"mixer": "mamba", "expand": 2, "state": 16, "conv_size": 4}
-    assert model() == {"width": 16, "layers": 1, "activation": "gelu", "norm": "layer", "position": "none", "mixers": [mamba]}
+    kept = {"activation": "gelu", "canon_size": 4, "norm": "layer", "position": "none"}
+    assert model() == {"width": 16, "layers": 1, **kept, "mixers": [mamba]}
     edit(**{"variants.mamba.mlp": 2})
     assert model()["mlp"] == 2
     assert [line for line in plan()["generate/text.txt"].splitlines() if ": " in line] == ["tokens: bytes"]
