@@ -253,8 +253,7 @@ class Block(nn.Module):
             return packing.mix(lambda x, _: self._convolve(place, x), x)
 
         if projected is None:
-            projected = self.project(x, convolve)
-            x = gather_positions(x, mixed)
+            x, projected = gather_positions(x, mixed), self.project(x, convolve)
         mix = self.mixer.mix
         x = x + (mix(projected, mixed) if packing is None else packing.mix(mix, projected, mixed))
         return gather_positions(self.refine(x, convolve), refined)

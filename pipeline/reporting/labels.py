@@ -105,6 +105,8 @@ def _details(mixer: MixerConfig, added_position: str | None = None) -> Iterator[
         yield "token shift"
     if mixer.residual:
         yield "residual"
+    if mixer.filter_init != "identity":
+        yield f"{mixer.filter_init} start"
     if mixer.filter_norm:
         yield "unit kernels"
     if position in POSITIONS:

@@ -583,6 +583,11 @@ RULES = {
         {"ablations.depth.plot": "filters", "ablations.depth.x": MISSING},
         ("ablations.depth", "plot = filters needs a convolution, but variant 'none' has none"),
     ),
+    "filters of Canon layers": (
+        {"ablations.depth.plot": "filters", "ablations.depth.x": MISSING, "variants.none.canon": "A"},
+        ("ablations.position", "has the same value for variants 'none' and 'qk'"),  # both have a convolution now
+        ("ablations.depth", "plot = filters needs a convolution, but variant 'none' has none"),
+    ),
     "positions of other tasks": (
         {"ablations.construction.plot": "positions"},
         *(
