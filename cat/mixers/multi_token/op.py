@@ -1,7 +1,7 @@
 """Multi-token attention: softmax attention whose logits are convolved (arXiv 2504.00927):
 
     s_ij = scale <q_i, k_j>                                   for 0 <= j <= i, else 0
-    a_ij = sum_{m < M} sum_{|n| <= N} F_mn s_{i-m, j-n}       one kernel F per head
+    a_ij = sum_{m < M} sum_{|n| <= U/2} F_mn s_{i-m, j-n}       one kernel F per head
     w_i  = softmax_{j <= i} a_ij                              out_i = sum_{j <= i} w_ij v_j
 
 Then w may be mixed between the heads of a group. Logits of masked pairs of tokens are zero before the convolution, so that a_ij
@@ -31,7 +31,7 @@ TILE = 16
 ROWS = 128
 """Queries whose logits are in memory at a time; those that a tile shares with the tile before it count twice."""
 
-LogitKernel = Float[Tensor, "H M N"]
+LogitKernel = Float[Tensor, "H M U"]
 HeadMixing = Float[Tensor, "_ g g"]
 """Weights from every head to every head of a group."""
 Rows = Float[Tensor, "B H N R C"]
@@ -162,12 +162,12 @@ class _AttendTiles(Operation):
 
 
 class _Convolve(Operation):
-    """Sum of the products of the matrix of each lag with the scores, which have N - 1 more keys than the result."""
+    """Sum of the products of the matrix of each lag with the scores, which have U - 1 more keys than the result."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores: Float[Tensor, "B H N R _"], matrices: Float[Tensor, "W H 1 Q R"]) -> Float[Tensor, "B H N Q K"]:
+    def forward(scores: Float[Tensor, "B H N R _"], matrices: Float[Tensor, "U H 1 Q R"]) -> Float[Tensor, "B H N Q K"]:
         length = scores.shape[-1] - len(matrices) + 1
         logits = matrices[0] @ scores[..., :length]
         for lag, matrix in enumerate(matrices[1:], 1):
@@ -224,7 +224,7 @@ def _visible(query: Int[Tensor, "#B 1 N R 1"], length: int, padding: Int[Tensor,
     return visible, keys == query
 
 
-def _banded(kernel: LogitKernel, size: int) -> Float[Tensor, "N H 1 {size} R"]:
+def _banded(kernel: LogitKernel, size: int) -> Float[Tensor, "U H 1 {size} R"]:
     """Return, for each lag of the keys, the matrix from the queries of a tile and those before it to the tile's queries.
 
     Row i has the kernel from column i on. The rows follow each other in memory, one column further each.
