@@ -1,13 +1,13 @@
 """Multi-token attention: softmax attention whose logits are convolved (arXiv 2504.00927):
 
     s_ij = scale <q_i, k_j>                                   for 0 <= j <= i, else 0
-    a_ij = sum_{m < M} sum_{|n| <= N} F_mn s_{i-m, j-n}       one kernel F per head
+    a_ij = sum_{m < M} sum_{|n| <= U/2} F_mn s_{i-m, j-n}       one kernel F per head
     w_i  = softmax_{j <= i} a_ij                              out_i = sum_{j <= i} w_ij v_j
 
 Then w may be mixed between the heads of a group. Logits of masked pairs of tokens are zero before the convolution, so that a_ij
 depends on no token after i, and -inf after it.
 
-Queries are computed in tiles of `TILE`. For each lag n, the sum over m is the product of a banded matrix and the logits of a tile.
+Queries are computed in tiles of `TILE`. For each lag n, the sum over m is a product of a banded matrix and the logits of a tile.
 PyTorch's depthwise convolution takes ten times as long on a CPU (forward and backward pass; 32 sequences of 128 tokens).
 
 Memory is linear in the length: logits exist for `ROWS` queries at a time, and the backward pass computes them again. Under
@@ -31,7 +31,7 @@ TILE = 16
 ROWS = 128
 """Queries whose logits are in memory at a time; those that a tile shares with the tile before it count twice."""
 
-LogitKernel = Float[Tensor, "H M N"]
+LogitKernel = Float[Tensor, "H M U"]
 HeadMixing = Float[Tensor, "_ g g"]
 """Weights from every head to every head of a group."""
 Rows = Float[Tensor, "B H N R C"]
@@ -161,6 +161,36 @@ class _AttendTiles(Operation):
         return *gradients, *[None] * (8 - len(gradients))
 
 
+class _Convolve(Operation):
+    """Sum of the products of the matrix of each lag with the scores, which have U - 1 more keys than the result."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scores: Float[Tensor, "B H N R _"], matrices: Float[Tensor, "U H 1 Q R"]) -> Float[Tensor, "B H N Q K"]:
+        length = scores.shape[-1] - len(matrices) + 1
+        logits = matrices[0] @ scores[..., :length]
+        for lag, matrix in enumerate(matrices[1:], 1):
+            logits += matrix @ scores[..., lag : lag + length]
+        return logits
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Add to the same tensor at every lag; PyTorch's gradient of a slice is a copy with all keys."""
+        scores, matrices = ctx.saved_tensors
+        length = gradient.shape[-1]
+        to_scores = F.pad(matrices[0].mT @ gradient, (0, len(matrices) - 1))
+        for lag, matrix in enumerate(matrices[1:], 1):
+            to_scores[..., lag : lag + length] += matrix.mT @ gradient
+        products = (gradient @ scores[..., lag : lag + length].mT for lag in range(len(matrices)))
+        return to_scores, torch.stack([product.sum((0, 2))[:, None] for product in products])
+
+
 def _tiles(q: Float[Tensor, "B H A C"], before: Tensor | None, *, reach: int, length: int) -> tuple[Rows, RowIndex]:
     """Return the queries of the last A of `length` tokens in tiles; zeros follow the last token."""
     count = q.shape[2]
@@ -181,9 +211,7 @@ def _tile_logits(
     visible, own = _visible(index[:, None, ..., None], length, padding)
     scores = F.pad(scores.masked_fill(~visible, 0), (half, half))
     matrices = _banded(kernel.to(scores.dtype), rows.shape[3] - reach)
-    logits = matrices[0] @ scores[..., :length]
-    for lag, matrix in enumerate(matrices[1:], 1):
-        logits = logits + matrix @ scores[..., lag : lag + length]
+    logits: Tensor = _Convolve.call(scores, matrices)
     return logits.masked_fill(~(visible | own)[..., reach:, :], float("-inf"))
 
 
@@ -196,7 +224,7 @@ def _visible(query: Int[Tensor, "#B 1 N R 1"], length: int, padding: Int[Tensor,
     return visible, keys == query
 
 
-def _banded(kernel: LogitKernel, size: int) -> Float[Tensor, "N H 1 {size} R"]:
+def _banded(kernel: LogitKernel, size: int) -> Float[Tensor, "U H 1 {size} R"]:
     """Return, for each lag of the keys, the matrix from the queries of a tile and those before it to the tile's queries.
 
     Row i has the kernel from column i on. The rows follow each other in memory, one column further each.
