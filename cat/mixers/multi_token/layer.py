@@ -2,8 +2,8 @@
 
     out = (depth_scale heads / rms(heads)) W_out
 
-Differences from the authors' code: the norm has no learned gain, which W_out can express, and weights are not convolved after the
-softmax, only mixed between heads.
+Differences from the authors' code: the norm has no learned gain, which W_out can express. Attention weights are mixed between
+heads, and not convolved. There is no gate.
 """
 
 import torch
@@ -23,8 +23,8 @@ from cat.types import Heads, Positions, Values
 class MultiTokenAttention(DotProductMixer):
     """Causal attention over (B, L, D) with a convolution of the logits over queries and keys, one kernel per head.
 
-    Convolutions on q, k and v are optional, as in CAT. All kernels of the logits start as the identity, and so does the mixing of
-    heads: without `head_norm`, the start is the transformer's attention.
+    Convolutions on q, k and v are optional, as in CAT. The kernels of the logits and the mixing of heads start as the identity:
+    without `head_norm`, the start is the transformer's attention.
     """
 
     config: MultiTokenConfig

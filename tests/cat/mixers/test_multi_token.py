@@ -59,23 +59,29 @@ def test_the_last_tokens_match_the_reference_implementation(queries, keys, cache
     assert_matches_reference(*forms, q[:, :, cached:], before, k, v, kernel, mixing)
 
 
-def test_logits_are_in_memory_for_some_queries_at_a_time():
+def test_memory_is_linear_in_the_length():
+    """No tensor has the logits of many queries, and none that is kept for the backward pass has those of any."""
     length = 8 * ROWS
-    largest = 0
+    sizes, kept = [], {}
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
             result = function(*args, **(kwargs or {}))
-            tensors = result if isinstance(result, tuple | list) else [result]
-            largest = max(largest, *(x.numel() for x in tensors if isinstance(x, Tensor)), 0)
+            sizes.extend(x.numel() for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor))
             return result
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // x.element_size()
+        return x
 
     q, k, v = (torch.zeros(1, 1, length, 4, requires_grad=True) for _ in range(3))
     kernel = torch.ones(1, 6, 11, requires_grad=True)
+    with Sizes(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        out = multi_token_attend(q, k, v, kernel, scale=SCALE)
     with Sizes():
-        multi_token_attend(q, k, v, kernel, scale=SCALE).sum().backward()
-    assert ROWS * length / 2 < largest <= ROWS * (length + kernel.shape[2])
+        out.sum().backward()
+    assert ROWS * length / 2 < max(sizes) <= ROWS * (length + kernel.shape[2])
+    assert 3 * q.numel() < sum(kept.values()) < 10 * q.numel()
 
 
 @pytest.mark.parametrize(
