@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cat.mixers.landmark.config import LandmarkConfig
     from cat.mixers.linear.config import LinearConfig
     from cat.mixers.mamba.config import MambaConfig
+    from cat.mixers.multi_token.config import MultiTokenConfig
     from cat.mixers.performer.config import PerformerConfig
     from cat.mixers.registry import AnyVariant, ConstructionConfig, model_config
     from cat.model import SequenceModel
@@ -46,6 +47,7 @@ __all__ = [
     "LinearConfig",
     "MambaConfig",
     "ModelConfig",
+    "MultiTokenConfig",
     "PerformerConfig",
     "SequenceModel",
     "TrainingConfig",
@@ -71,6 +73,7 @@ _MODULES = {
     "LinearConfig": "cat.mixers.linear.config",
     "MambaConfig": "cat.mixers.mamba.config",
     "ModelConfig": "cat.config",
+    "MultiTokenConfig": "cat.mixers.multi_token.config",
     "PerformerConfig": "cat.mixers.performer.config",
     "SequenceModel": "cat.model",
     "TrainingConfig": "cat.config",
