@@ -3,12 +3,13 @@
     import cat.hf  # registers the model type `cat`
     model = AutoModelForCausalLM.from_pretrained(folder)  # of `python -m pipeline export`, or of `save_pretrained`
 
-`python -m cat.hf OPTIONS` is the command `lm_eval OPTIONS` with these models: see docs/guide.md. This is the only module that
+`python -m cat.hf OPTIONS` is the command `lm_eval OPTIONS` with these models: see docs/layer.md. This is the only module that
 imports transformers, an optional package.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -224,6 +225,8 @@ def save(model: SequenceModel, folder: Path, tokenizer: Tokenizer | None) -> Non
     wrapper.generation_config = GenerationConfig(bos_token_id=start, pad_token_id=converted.pad_token_id)
     wrapper.save_pretrained(folder)
     converted.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", weights)  # the weights are written for their owner only
 
 
 def convert_tokenizer(tokenizer: Tokenizer | None, vocabulary: int) -> PreTrainedTokenizerFast:

@@ -25,7 +25,7 @@ from pipeline.storage.files import atomic_write
 PACKAGES = ("cat", "pipeline")
 NEEDS_TRITON = "cat.ops.conv.triton_backend"
 INHERITS = "cat.hf"
-"""Its classes have hundreds of names from transformers, with types that pdoc cannot read. docs/guide.md describes it."""
+"""Its classes have hundreds of names from transformers, with types that pdoc cannot read. docs/layer.md describes it."""
 FOLDER = Path(__file__).parent / "api"
 
 

@@ -18,7 +18,7 @@ EXAMPLES = {
     "canon": AttentionConfig(heads=3, conv_q=4, conv_k=4, conv_v=4, sharing="channel", residual=True, filter_init="uniform"),
     "shift": AttentionConfig(heads=3, conv_k=2, conv_v=2, filter_init="shift"),
     "primer": AttentionConfig(heads=3, conv_q=3, conv_k=3, conv_v=3, sharing="channel", filter_init="primer"),
-    "token_shift": AttentionConfig(heads=6, kv_heads=2, token_shift=True, conv_k=3, position="rotary"),
+    "token_shift": AttentionConfig(heads=3, kv_heads=1, token_shift=True, conv_k=3, position="rotary"),
     "residual": AttentionConfig(heads=3, conv_q="state", conv_k="full", conv_v=3, sharing="mixing", filter_size=2, residual=True),
     "state": AttentionConfig(heads=3, conv_k="state", conv_v="state", filter_size=3, sharing="channel"),
 }

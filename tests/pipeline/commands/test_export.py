@@ -61,6 +61,7 @@ def test_a_language_model_continues_text_as_sample_does(study, tmp_path):
         "tokenizer.json",
         "tokenizer_config.json",
     }
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1  # all can be read by the same people
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = importlib.import_module("transformers").AutoTokenizer.from_pretrained(tmp_path / "model")
     trained = runs.load_model(runs.weights_path("text", "k", 5))

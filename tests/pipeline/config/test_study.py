@@ -388,7 +388,7 @@ VARIANTS = [
     (PLAIN, {"conv_k": 1.5}, ".conv_k", SIZE),
     (PLAIN, {"conv_k": 3, "sharing": "heads"}, ".sharing", "did you mean 'head'?"),
     (PLAIN, {"conv_k": 3, "dilation": 0}, ".dilation", AT_LEAST_1),
-    (PLAIN, {"conv_k": 3, "filter_init": "zero"}, ".filter_init", "must be 'identity' or 'random'"),
+    (PLAIN, {"conv_k": 3, "filter_init": "zero"}, ".filter_init", "must be 'identity', 'random', 'uniform', 'shift' or 'primer'"),
     (PLAIN, {"conv_k": 3, "filter_bias": 1}, ".filter_bias", "must be a valid boolean"),
     (PLAIN, {"conv_k": "state", "filter_size": 0}, ".filter_size", AT_LEAST_1),
     (PLAIN, {"temperature": 8.0}, ".temperature", "must be a valid boolean"),
