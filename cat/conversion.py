@@ -31,13 +31,13 @@ Inputs = Float[Tensor, "B H R C"]
 TokenMask = Bool[Tensor, "#B L"]
 
 SEPARATE = {"q_proj": ("q",), "k_proj": ("k",), "v_proj": ("v",)}
-"""Projections of Llama, Mistral and Qwen, and what each projects to."""
+"""Projections of Llama, Mistral and Qwen, each with its output."""
 FUSED = {"query_key_value": ("q", "k", "v")}
-"""The projection of GPT-NeoX. Its output has q, k and v of the first head, then those of the second, and so on."""
+"""The projection of GPT-NeoX. Its output has q, k and v of the first head, then of the second, and so on."""
 SETTINGS = "cat_convert"
 """Key of the arguments of `convert` in the model's configuration."""
 CROPPABLE = 128
-"""Tokens that a cache can be cropped by: it keeps the inputs of so many more tokens than the convolution needs.
+"""Maximum number of tokens to crop from a cache: it keeps the inputs of this many tokens beyond the reach of the convolution.
 
 Assisted generation crops the tokens that the model does not accept, about 20 at most.
 """
@@ -99,7 +99,7 @@ def load_converted(model_class: Any, folder: Any, **options: Any) -> nn.Module:
             raise ValueError(f"{folder}: config.json has no {SETTINGS}, so the model was not converted before it was saved")
         convert(self, **settings)
 
-    # The class loads the weights itself, so it must have the convolutions before that.
+    # The class loads the weights, so it needs the convolutions first.
     builder: Any = type(model_class.__name__, (model_class,), {"__init__": build, "__module__": model_class.__module__})
     model, report = builder.from_pretrained(folder, output_loading_info=True, **options)
     if missing := sorted(key for key in report["missing_keys"] if ".conv_" in key):
@@ -216,7 +216,7 @@ class _Hooks:
         if self.is_token is None:
             return self.convolve_tokens(name, convolution, x)
         is_token = self.is_token[:, None, :, None]
-        # At padding, the output is the input: no other token sees it, and it stays what it was.
+        # At padding, return the input: no token attends to it.
         return torch.where(is_token, self.convolve_tokens(name, convolution, x.masked_fill(~is_token, 0)), x)
 
     def convolve_tokens(self, name: str, convolution: Any, x: Heads) -> Heads:
@@ -279,7 +279,7 @@ def _layer_with_inputs(cache: Any, index: int) -> Any:
         raise ValueError(f"a converted model cannot use a cache of {type(layer).__name__}. Fix: use a DynamicCache")
     if length := layer.get_seq_length():
         raise ValueError(f"the cache has {length} tokens of another model. Fix: compute them with the converted model")
-    # The methods of the cache call those of its layers. So what happens to keys and values happens to the inputs, too.
+    # The methods of the cache call the methods of its layers, so cropping and reordering also apply to the inputs.
     convolved: Any = object.__new__(_class_with_inputs(layer.__class__))
     vars(convolved).update(vars(layer), inputs={}, reaches={})
     cache.layers[index] = convolved
@@ -295,7 +295,7 @@ def _token_mask(mask: Any, length: int) -> TokenMask | None:
     """Return which of the last `length` tokens are no padding; None for all.
 
     `mask` is that of the attention: a token sees itself, unless it is padding. Its shape is (B, 1, L, K), where the L tokens are
-    the last of K, or (B, K) for flash attention. Values are bool, or what is added to the scores.
+    the last of K, or (B, K) for flash attention. Values are bool, or biases of the scores.
     """
     if mask is None:
         return None

@@ -98,7 +98,7 @@ class CatCache:
 
 
 class CatForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `SequenceModel` with the interface of transformers; its logits are those of `model`, a `SequenceModel`."""
+    """A `SequenceModel`, `model`, with the interface of transformers."""
 
     config_class = CatConfig
     base_model_prefix = "model"
@@ -136,7 +136,7 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return the logits (B, L, V); with `labels` (B, L) also the loss, in nats per token.
 
-        `labels` are the inputs themselves, with -100 where there is no loss: label t + 1 is the target of token t. Padding and
+        `labels` are the input tokens, or -100 for no loss: label t + 1 is the target of token t. Padding and
         the first token of a document have no loss. With `use_cache`, `input_ids` continue the sequence of `cache`, which is
         updated, or start a new one.
 
@@ -171,7 +171,7 @@ class CatForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"attention_mask has shape {tuple(mask.shape)}, not {(len(tokens), length)}: with the cached tokens"
                 )
-            # One token is what `generate` has just chosen; looking at its mask would wait for the device at each token.
+            # `generate` has just chosen a single token; reading its mask would wait for the device at each token.
             if tokens.shape[1] > 1 and not mask[:, -tokens.shape[1] :].all():
                 raise ValueError("attention_mask has padding after cached tokens: only a prompt has padding")
             mask = None
@@ -258,7 +258,7 @@ def _library_tokenizer(tokenizer: Tokenizer | None, vocabulary: int) -> tuple[to
         return library, letters[0]
     if isinstance(tokenizer, BPE):
         library = tokenizers.Tokenizer.from_str(tokenizer.save())
-        # The study encodes each line by itself.
+        # The study encodes each line separately.
         cut = pre_tokenizers.Split("\n", "merged_with_previous")
         library.pre_tokenizer = pre_tokenizers.Sequence([cut, library.pre_tokenizer])
         return library, letters[0]

@@ -169,7 +169,7 @@ class ConvolutionAugmentedAttention(nn.Module):
         if x.ndim != 3 or x.shape[1] == 0 or x.shape[2] != self.width:
             raise ValueError(f"x has shape {tuple(x.shape)}, not (batch, length, {self.width}) with at least one token")
         if not is_plain(self.mixer.q_proj):
-            return  # a wrapped or quantized layer decides itself which dtypes it takes
+            return  # wrapped and quantized layers check their own dtypes
         dtype = self.mixer.q_proj.weight.dtype
         if x.dtype != dtype and not (autocast_enabled(x) and x.is_floating_point() and torch.float64 not in (dtype, x.dtype)):
             raise ValueError(f"x has dtype {x.dtype}, the layer {dtype}. Fix: x.to({dtype}) or layer.to({x.dtype})")

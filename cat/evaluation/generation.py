@@ -29,7 +29,7 @@ def generate(
     likely token is taken. `generator` must be a CPU generator: tokens are drawn on the CPU for every device.
 
     `attention_mask` (B, L) is 1 or True at the tokens of prompts of unequal length, and 0 or False at their padding, on the left
-    or on the right. Each prompt then continues as if it were alone.
+    or on the right. The other prompts do not change a continuation.
 
     Raises ValueError before the first token if an argument is out of range, or if a sequence becomes longer than the learned
     positions. Raises ValueError while sampling if the logits are not finite.

@@ -71,7 +71,7 @@ class Mixer(nn.Module, ABC):
         attention_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
     ) -> Float[Tensor, "B _ D"]:
-        """Return the outputs. With one of the masks, they equal those of separate sequences: see `cat.mixers.packing.pack`.
+        """Return the outputs. With a mask, they equal the outputs of separate sequences: see `cat.mixers.packing.pack`.
 
         The outputs at padding are zero.
         """

@@ -19,7 +19,7 @@ from cat.types import Hidden
 class Canon(nn.Module):
     """Map (B, L, D) to x + conv(x), causally: one kernel of `kernel_size` values per channel, no bias, no activation.
 
-    The kernels start as those of nn.Conv1d: uniform between -1 / sqrt(kernel_size) and 1 / sqrt(kernel_size).
+    The kernels start as in nn.Conv1d: uniform between -1 / sqrt(kernel_size) and 1 / sqrt(kernel_size).
     """
 
     def __init__(self, width: int, kernel_size: int = 4):

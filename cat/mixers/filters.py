@@ -194,7 +194,7 @@ class Filter(nn.Module, ABC):
         return (noise, torch.zeros(shape)) if init == "random" else (0.1 * noise, self._identity())
 
     def _input_at_start(self, init: FilterInit) -> Tensor | float:
-        """Return the part of the initial identity that is the input itself, which `residual` adds already."""
+        """Return the initial identity that `residual` already adds."""
         return self._identity() if self.layout.residual and init == "identity" else 0.0
 
     def _identity(self) -> Tensor:
@@ -206,7 +206,7 @@ class Filter(nn.Module, ABC):
 class ExplicitFilter(Filter):
     """A learned kernel of `kernel_size` values, `dilation` tokens apart.
 
-    `init_sum`: the identity kernel becomes a moving sum over so many tokens. With dilation, the sum has the tokens that the
+    `init_sum`: number of tokens in the moving sum that replaces the identity. With dilation, the sum has the tokens that the
     kernel covers.
     """
 

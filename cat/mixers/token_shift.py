@@ -34,9 +34,9 @@ class TokenShift(nn.Module):
 
     @staticmethod
     def add(now: Hidden, for_next: Hidden, before: Float[Tensor, "B 1 D"] | None = None) -> tuple[Hidden, Float[Tensor, "B 1 D"]]:
-        """Add to each token what its predecessor left for it, and return what the last one leaves.
+        """Add to each token the part from its predecessor, and return the part for the next token.
 
-        `before` is what the token before the first one left; None: nothing.
+        `before` is the part from the token before the first one; None: zero.
         """
         shifted = F.pad(for_next, (0, 0, 1, 0)) if before is None else torch.cat([before, for_next], dim=1)
         return now + shifted[:, :-1], last_tokens(for_next, 1)

@@ -282,7 +282,7 @@ class Task(Config):
         return self.examples("train", length, self.training_counts[length], generator).compact()
 
     def notes(self) -> list[str]:
-        """Say in one line each what limits the data of valid settings; `validate` prints it."""
+        """Return the limits of the data, one line each; `validate` prints them."""
         return []
 
     @abstractmethod

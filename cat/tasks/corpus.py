@@ -136,7 +136,7 @@ def corpus(source: str) -> dict[str, np.ndarray]:
 
 
 def report(source: str) -> list[str]:
-    """List the split rule, the skipped files and what splits share, of a local source. Empty for named corpora.
+    """List the split rule, the skipped files and the overlap of splits, for a local source. Empty for named corpora.
 
     Raises ValueError as `corpus` does, unless there is nothing at `source`.
     """

@@ -66,7 +66,7 @@ class Hops(Task):
         return self.nodes * length // self.length
 
     def queries_at(self, length: int) -> int:
-        """Queries in sequences of `length` tokens: they fill what the edges leave."""
+        """Number of queries in sequences of `length` tokens: they fill the rest after the edges."""
         return (length - 1 - 3 * self.nodes_at(length)) // 2
 
     def examples(self, split: str, length: int, count: int, generator: np.random.Generator) -> Examples:
@@ -128,7 +128,7 @@ class Hops(Task):
         return self._follow(examples, 0)
 
     def successor(self, examples: Examples) -> np.ndarray:
-        """Answer every query as if it had one hop."""
+        """Answer every query like one with one hop."""
         return (self._follow(examples, 1) == 1).astype(float)
 
     def one_hop(self, examples: Examples) -> np.ndarray:

@@ -242,7 +242,7 @@ def backward(
 
 @contextmanager
 def _seeded_dropout(model: SequenceModel, seed: int, step: int, group: ProcessGroup) -> Iterator[None]:
-    """Seed what is dropped in a step, so that a resumed run drops the same. The global random state does not change."""
+    """Seed the dropout of a step, so that a resumed run repeats it. The global random state does not change."""
     if not model.config.has_dropout:
         yield
         return

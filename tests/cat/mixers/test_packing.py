@@ -28,7 +28,7 @@ def sums(projected, positions=None):
 
 
 def tokens_of(packing):
-    """The tokens of each row of a packing, without what fills it up."""
+    """The tokens of each row of a packing, without its padding."""
     is_own = torch.ones(len(packing.rows.token), dtype=torch.bool).index_fill(0, packing.rows.unused, False)
     sizes = [length for rows, length in packing.rows.groups for _ in range(rows)]
     both = zip(packing.rows.token.split(sizes), is_own.split(sizes), strict=True)
