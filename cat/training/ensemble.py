@@ -56,8 +56,8 @@ MAX_SPLIT_WEIGHTS = 1 << 20
 def can_ensemble(config: ModelConfig) -> bool:
     """Return whether `fit_ensemble` can train `config`.
 
-    It cannot if Mamba uses mamba_ssm's kernel, which has no vmap rule, nor with dropout, which must depend only on the seed of each
-    member.
+    It cannot if Mamba uses mamba_ssm's kernel, which has no vmap rule, nor with dropout, which must depend on the seed of each
+    member only.
     """
     if config.has_dropout:
         return False
