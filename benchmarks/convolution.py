@@ -26,7 +26,7 @@ POWER_TARGET = 1.25
 Operation = Callable[[Heads, Tensor], Heads]
 
 
-def filters(length: int, *, tokens: int = 8192, sizes: Sequence[tuple[int, int]] = ((64, 1), (256, 4))) -> Benchmark:
+def qkv_convolutions(length: int, *, tokens: int = 8192, sizes: Sequence[tuple[int, int]] = ((64, 1), (256, 4))) -> Benchmark:
     """Compare a CAT layer with the same layer without convolutions.
 
     The kernels are the identity, so that both layers compute the same.

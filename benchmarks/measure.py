@@ -1,4 +1,4 @@
-"""Measure two implementations of the same work: time in turn in one process, memory in a process each.
+"""Measure two implementations of the same work in turn: time in one process or in two, memory in a process each.
 
 A case holds two setup functions. They are called again in the processes that measure memory.
 """
@@ -22,14 +22,12 @@ import torch
 from torch import Tensor
 
 from cat.training.cuda_graph import GraphedFunction
-from pipeline.runtime.processes import MAP, TRIM, keep_memory
+from pipeline.runtime.processes import keep_memory
 
 REPEATS = 5
 """Measurements of each implementation, in turn."""
 MIN_SECONDS = 0.1
 """Shortest measurement. Faster work is called several times per measurement."""
-DEFAULT_MAX_THRESHOLD = 1 << 25
-"""Bytes: the most that glibc keeps by default."""
 TOLERANCE = 1e-3
 """Largest difference of two results, relative to their largest absolute value."""
 
@@ -111,6 +109,8 @@ class Case(Comparison):
     other: Setup
     agree: Agree | None = None
     """Raises AssertionError if two results differ; None: `same_numbers`."""
+    own_process: bool = False
+    """Whether the other runs in a process of its own on a CPU, where memory is allocated as in most programs."""
     replay: bool = False
     """Whether both are replayed as CUDA graphs on a GPU, like training steps (cuda_graph.py): without launch time on the CPU."""
 
@@ -138,9 +138,14 @@ def compare(case: Case, place: Place) -> Figure:
     """Check that both implementations agree, then measure them."""
     torch.set_num_threads(place.threads)
     keep_memory()  # as in training
-    ours, other = (_prepare(setup, case.replay, place.device) for setup in (case.ours, case.other))
-    times = in_turn(ours, other, agree=case.agree or same_numbers, device=place.device)
-    del ours, other
+    with contextlib.ExitStack() as stack:
+        ours = _prepare(case.ours, case.replay, place.device)
+        if case.own_process and place.device == "cpu":
+            other: Work = stack.enter_context(OwnProcess(case.other, place))
+        else:
+            other = _prepare(case.other, case.replay, place.device)
+        times = in_turn(ours, other, agree=case.agree or same_numbers, device=place.device)
+        del ours, other
     return make_figure(case, *times, memory=(peak(case.ours, place), peak(case.other, place)))
 
 
@@ -188,8 +193,50 @@ def in_turn(ours: Work, other: Work, *, agree: Agree, device: str) -> tuple[list
     return [times[0] for times in repeats], [times[1] for times in repeats]
 
 
+class OwnProcess:
+    """Work in a process of its own, with the default settings of the memory allocator."""
+
+    def __init__(self, setup: Setup, place: Place):
+        self._pool = multiprocessing.get_context("spawn").Pool(1, _set_work, (setup, place))
+        self._device = place.device
+
+    def __enter__(self) -> OwnProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.terminate()
+        self._pool.join()
+
+    def __call__(self) -> Any:
+        return self._pool.apply(_call_work)
+
+    def seconds(self, calls: int) -> float:
+        """Return the seconds per call, measured in that process."""
+        return self._pool.apply(_time_work, (calls, self._device))
+
+
+_work: Work
+"""The work of this process, if it is an `OwnProcess`."""
+
+
+def _set_work(setup: Setup, place: Place) -> None:
+    global _work
+    torch.set_num_threads(place.threads)
+    _work = setup(place.device)
+
+
+def _call_work() -> Any:
+    return _work()
+
+
+def _time_work(calls: int, device: str) -> float:
+    return seconds(_work, calls, device)
+
+
 def seconds(work: Work, calls: int, device: str) -> float:
     """Return the seconds per call, the mean over `calls`, with garbage collection off."""
+    if isinstance(work, OwnProcess):
+        return work.seconds(calls)
     gc.disable()
     start = time.perf_counter()
     for _ in range(calls):
@@ -228,14 +275,17 @@ def passes(operation: Callable[..., Tensor], inputs: Callable[[], Sequence[Tenso
 
 def same_numbers(ours: Any, other: Any) -> None:
     """Raise AssertionError unless two tensors, or sequences of tensors, agree up to TOLERANCE."""
-    pairs = [(ours, other)] if isinstance(ours, Tensor) else zip(ours, other, strict=True)
-    for a, b in pairs:
+    for a, b in zip(_results(ours), _results(other), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE * b.abs().max().item())
 
 
 def same_shapes(ours: Any, other: Any) -> None:
     """Raise AssertionError unless the shapes agree: for implementations whose values differ by design."""
-    assert [a.shape for a in ours] == [b.shape for b in other]
+    assert [a.shape for a in _results(ours)] == [b.shape for b in _results(other)]
+
+
+def _results(result: Any) -> Sequence[Any]:
+    return [result] if isinstance(result, Tensor) else result
 
 
 def peak(setup: Setup, place: Place) -> int:
@@ -269,14 +319,6 @@ def peak_memory() -> int:
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system, as most processes do: the opposite of `keep_memory`."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        c = ctypes.CDLL(None)
-        c.mallopt(TRIM, DEFAULT_MAX_THRESHOLD)
-        c.mallopt(MAP, DEFAULT_MAX_THRESHOLD)
 
 
 def _forget_peak() -> bool:

@@ -13,14 +13,14 @@ import torch
 from tabulate import tabulate
 
 from benchmarks.attention import biased, landmark
-from benchmarks.convolution import filters, long_convolution, short_convolution
+from benchmarks.convolution import long_convolution, qkv_convolutions, short_convolution
 from benchmarks.data import data
 from benchmarks.generation import generation
 from benchmarks.masks import masks
 from benchmarks.measure import REPEATS, Benchmark, NotRun, Place
 from benchmarks.recurrence import scan
 from benchmarks.startup import startup
-from benchmarks.training import replicas, step
+from benchmarks.training import replicas, step, text
 from pipeline.runtime.devices import describe
 from pipeline.storage.files import atomic_write, read_json, write_json
 
@@ -29,12 +29,14 @@ CONDITIONS = ("threads", "torch", "repeats")
 """Settings that a figure depends on, besides the device."""
 
 SUITE: dict[str, Benchmark] = {
-    "step_8192": step(8192, target=20),
-    "step_256": step(256, target=2.5),
-    "filters_128": filters(128),
-    "filters_512": filters(512),
-    "filters_1024": filters(1024),
-    "filters_4096": filters(4096),
+    "step_8192": step(8192, target=30),
+    "step_256": step(256, target=6),
+    "text_128": text(128, target=0.9),
+    "text_1024": text(1024, target=1.0),
+    "qkv_convolutions_128": qkv_convolutions(128),
+    "qkv_convolutions_512": qkv_convolutions(512),
+    "qkv_convolutions_1024": qkv_convolutions(1024),
+    "qkv_convolutions_4096": qkv_convolutions(4096),
     "short_convolution": short_convolution(),
     "long_convolution": long_convolution(),
     "biased": biased(),

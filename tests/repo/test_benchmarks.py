@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import secrets
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +20,13 @@ from benchmarks import cells as trivial
 from benchmarks import measure, startup, suite, training
 from benchmarks.__main__ import main
 from benchmarks.attention import biased, landmark
-from benchmarks.convolution import filters, long_convolution, short_convolution
+from benchmarks.convolution import long_convolution, qkv_convolutions, short_convolution
 from benchmarks.data import all_at_once, data, mqar, one_by_one
 from benchmarks.generation import generation
 from benchmarks.masks import masks
 from benchmarks.measure import COST, POWER, SECONDS, SPEEDUP, Benchmark, Case, Comparison, Place, compared, make_figure
 from benchmarks.recurrence import scan
-from benchmarks.training import replicas, step
+from benchmarks.training import replicas, step, text
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
 from tests.helpers.study import ROOT
@@ -32,7 +34,8 @@ from tests.helpers.study import ROOT
 CPU = Place("cpu", 1)
 TINY = {
     "step_32": step(32, target=20, batch=2),
-    "filters_64": filters(64, tokens=128, sizes=((8, 2),)),
+    "text_8": text(8, target=0.9, tokens=16),
+    "qkv_convolutions_64": qkv_convolutions(64, tokens=128, sizes=((8, 2),)),
     "short_convolution": short_convolution(batch=1, length=64, naive_length=8, channels=3),
     "long_convolution": long_convolution(direct=512, shortest=16, longest=64, channels=2),
     "biased": biased(length=80, window=9),
@@ -48,6 +51,21 @@ TINY = {
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The suite at tiny sizes: two repeats of one call per side, and no process per side."""
+
+    class InThisProcess(measure.OwnProcess):
+        def __init__(self, setup, place):
+            self.work = setup(place.device)
+
+        def __call__(self):
+            return self.work()
+
+        def __exit__(self, *error):
+            pass
+
+        def seconds(self, calls):
+            return measure.seconds(self.work, calls, "cpu")
+
+    monkeypatch.setattr(measure, "OwnProcess", InThisProcess)
     monkeypatch.setattr(suite, "SUITE", TINY)
     monkeypatch.setattr(suite, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "REPEATS", 2)
@@ -70,7 +88,7 @@ def only(folder, suffix):
 def test_every_row_has_a_tiny_version_or_its_own_test():
     kinds = {re.sub(r"_\d+$", "", name) for name in suite.SUITE}
     assert kinds == {re.sub(r"_\d+$", "", name) for name in TINY} | {"startup"}
-    assert [name for name in suite.SUITE if name.startswith("filters")] == [f"filters_{n}" for n in (128, 512, 1024, 4096)]
+    assert [name for name in suite.SUITE if name.startswith("qkv")] == [f"qkv_convolutions_{n}" for n in (128, 512, 1024, 4096)]
 
 
 def test_every_row_is_measured_and_written(tiny):
@@ -192,6 +210,26 @@ def allocate(size, device):
     """Hold one megabyte; the work needs `size` megabytes for a moment."""
     kept = torch.zeros(1 << 18)
     return lambda: kept.sum() + torch.ones(size << 18).sum()
+
+
+def count_calls(device):
+    """Each call returns the calls so far and the process."""
+    calls = []
+
+    def work():
+        calls.append(None)
+        time.sleep(0.01)
+        return len(calls), os.getpid()
+
+    return work
+
+
+def test_a_side_with_a_process_of_its_own_is_timed_there():
+    with measure.OwnProcess(count_calls, CPU) as work:
+        first, process = work()
+        assert process != os.getpid()
+        assert 0.01 <= measure.seconds(work, 3, "cpu") < 0.1
+        assert work() == (first + 4, process)
 
 
 def test_memory_is_the_peak_of_a_call():

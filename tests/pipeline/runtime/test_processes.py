@@ -18,7 +18,6 @@ from pipeline.runtime import workers
 from pipeline.runtime.processes import keep_memory
 {setup}
 torch.set_num_threads(1)
-training.keep_memory = lambda: None
 step = training.project_step(8192, 64, "cpu")
 for _ in range(5):
     step()
