@@ -22,11 +22,13 @@ from cat.mixers.build import build_mixer
 from cat.mixers.canon import Canon
 from cat.mixers.packing import Packing, align_prompts, pack
 from cat.mixers.qkv import QKVMixer
-from cat.ops.common import reset_parameters, set_values
+from cat.ops.common import is_mapped, reset_parameters, set_values
 from cat.ops.linear import has_hooks
 from cat.ops.position import gather_positions, sinusoidal
 from cat.types import Hidden, Positions, Tokens
 
+MIN_DISTINCT = 1024
+"""Fewest tokens of a batch for which finding the distinct ones pays off."""
 Convolve = Callable[[str, Hidden], Hidden]
 """Apply the Canon layer at a place, given by its letter, if there is one."""
 
@@ -100,27 +102,38 @@ class SequenceModel(nn.Module):
         self.check_length(tokens.shape[1] if packing is None else packing.longest)
         first, *others = self.layers()
         first_positions = None if others else positions
-        projected = self.project_embeddings(tokens)
+        rows, table = self.embedding_table(tokens)
+        projected = None if table is None else F.embedding(rows, first.project(table))
         every = projected is None or first_positions is None or first.mlp_convolves
-        looked_up = tokens if every else tokens.gather(1, cast(Tensor, first_positions))
-        x = self.embedding(looked_up, positions=None if packing is None else packing.positions)
+        looked_up = rows if every else rows.gather(1, cast(Tensor, first_positions))
+        x = self.embedding(looked_up, positions=None if packing is None else packing.positions, table=table)
         x = first(x, first_positions, projected, packing)
         for block in others:
             x = block(x, positions if block is others[-1] else None, packing=packing)
         x = self.norm(x)
         return x if packing is None else packing.clear_at(x, positions)
 
-    def project_embeddings(self, tokens: Tokens) -> Float[Tensor, "B L P"] | None:
-        """Return the first block's projection of each token, computed once per vocabulary entry.
+    def embedding_table(self, tokens: Tokens) -> tuple[Int[Tensor, "B L"], Float[Tensor, "N D"] | None]:
+        """Return the row of each token in a table of embeddings: the first block then projects each row once, not each token.
 
-        None if positions are added to the embedding or tokens are convolved before, because the projection then depends on more
-        than the token. None also if the batch has no more tokens than the vocabulary, because the look-up then costs more, and if
-        the block has hooks, which only a call of the whole block runs.
+        The table has the whole vocabulary, or on a CPU only the distinct tokens of a batch. None, with the tokens themselves, if
+        the batch has too few tokens for a table to pay off, if positions are added to the embedding or tokens are convolved
+        before, because the projection then depends on more than the token, and if the block has hooks, which only a call of the
+        whole block runs.
         """
-        few, first = tokens.numel() <= len(self.embedding.token.weight), self.layers()[0]
-        if few or self.embedding.scheme != "none" or "A" in first.canon or has_hooks(first):
-            return None
-        return F.embedding(tokens, first.project(self.embedding.token.weight))
+        first, weight = self.layers()[0], self.embedding.token.weight
+        if self.embedding.scheme != "none" or "A" in first.canon or has_hooks(first):
+            return tokens, None
+        if tokens.numel() > len(weight):
+            return tokens, weight
+        # A GPU would wait for the number of distinct tokens, and neither compiled nor mapped code can depend on it.
+        if tokens.numel() < MIN_DISTINCT or tokens.device.type != "cpu" or torch.compiler.is_compiling() or is_mapped(tokens):
+            return tokens, None
+        occurs = torch.zeros(len(weight), dtype=torch.bool).scatter_(0, tokens.flatten(), True)
+        distinct = occurs.nonzero()[:, 0]
+        if 2 * len(distinct) > tokens.numel():
+            return tokens, None
+        return occurs.cumsum(0)[tokens] - 1, self.embedding.token(distinct)
 
     def step(
         self, tokens: Tokens, caches: Sequence[Cache] = (), attention_mask: Tensor | None = None
@@ -154,10 +167,12 @@ class SequenceModel(nn.Module):
         if self.max_length is not None:
             self.check_length(start + tokens.shape[1] if positions is None else 1 + int(positions.max()))
         new_caches: list[Cache] = []
-        projected, blocks = self.project_embeddings(tokens), self.layers()
+        blocks = self.layers()
+        rows, table = self.embedding_table(tokens)
+        projected = None if table is None else F.embedding(rows, blocks[0].project(table))
         only_last = last and projected is not None and len(blocks) == 1 and not blocks[0].mlp_convolves
-        looked_up = tokens[:, -1:] if only_last else tokens
-        x = self.embedding(looked_up, start, None if positions is None else positions.clamp(min=0))
+        looked_up = rows[:, -1:] if only_last else rows
+        x = self.embedding(looked_up, start, None if positions is None else positions.clamp(min=0), table=table)
         for block, cache in zip(blocks, caches, strict=True):
             x, cache = block.step(x, cache, projected if block is blocks[0] else None, last=last and block is blocks[-1])
             new_caches.append(cache)
@@ -188,9 +203,20 @@ class Embedding(nn.Module):
         if self.position is not None:
             set_values(self.position, torch.randn(self.position.shape) * self.position.shape[1] ** -0.5)
 
-    def forward(self, tokens: Tokens, start: int = 0, positions: Int[Tensor, "B _"] | None = None) -> Hidden:
-        """Embed tokens; the first one is at position `start`, or each at its own of `positions`."""
-        x, length = self.token(tokens), tokens.shape[1]
+    def forward(
+        self,
+        tokens: Tokens,
+        start: int = 0,
+        positions: Int[Tensor, "B _"] | None = None,
+        *,
+        table: Float[Tensor, "N D"] | None = None,
+    ) -> Hidden:
+        """Embed tokens; the first one is at position `start`, or each at its own of `positions`.
+
+        With a `table`, `tokens` are rows of it.
+        """
+        by_module = table is None or table is self.token.weight  # which runs hooks
+        x, length = self.token(tokens) if by_module else F.embedding(tokens, table), tokens.shape[1]
         if self.position is not None:
             x = x + (self.position[start : start + length] if positions is None else F.embedding(positions, self.position))
         elif self.scheme == "sinusoidal":

@@ -39,6 +39,11 @@ def merge_vmap_dim(x: Shaped[Tensor, "*shape"], mapped: int | None, size: int, *
     return x.movedim(0, into).flatten(into, into + 1)
 
 
+def is_mapped(x: Tensor) -> bool:
+    """Whether torch.vmap maps over an axis of `x`."""
+    return torch._C._functorch.is_batchedtensor(x)
+
+
 def chunk_size(length: int, most: int) -> int:
     """Return the tokens per chunk: `most`, or fewer for a shorter sequence. A compiled graph is for all lengths."""
     return most if torch.compiler.is_compiling() else min(most, length)

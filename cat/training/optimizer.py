@@ -1,7 +1,7 @@
-"""AdamW (arXiv 1711.05101, algorithm 2) after clipping of the gradient norm, over all parameters as one vector.
+"""AdamW (arXiv 1711.05101, algorithm 2) after clipping of the gradient norm.
 
-A step takes the same few operations for any number of tensors. A test compares it with torch.optim.AdamW, tensor by tensor. That
-class takes most of a second per process before its first step, for imports that are not used here.
+A compiled loop updates all tensors. A test compares it with torch.optim.AdamW. That class takes most of a second per process
+before its first step, for imports that are not used here.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 class AdamW:
     """Optimizes `decayed` with weight decay and `others` without.
 
-    The parameters become views of one vector: do not replace them or move them to another device afterwards. `grad_clip` is the
-    largest norm of the gradient of all parameters together. The gradient is summed over the processes of `group`.
+    Do not replace the parameters or move them to another device afterwards. `grad_clip` is the largest norm of the gradient of
+    all parameters together. The gradient is summed over the processes of `group`.
     """
 
     def __init__(
@@ -34,69 +34,60 @@ class AdamW:
     ):
         self.parameters = [*decayed, *others]
         self.grad_clip, self.group = grad_clip, group
-        vector = torch.cat([p.detach().flatten() for p in self.parameters])
-        for parameter, view in zip(self.parameters, vector.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.data = view.view_as(parameter)
-        self.sizes = [sum(p.numel() for p in parameters) for parameters in (decayed, others)]
-        self.vectors = [
-            _ParameterVector(part, decay) for part, decay in zip(vector.split(self.sizes), (weight_decay, 0.0), strict=True)
-        ]
+        self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
+        kinds = (slice(len(decayed)), weight_decay), (slice(len(decayed), None), 0.0)
+        self.kinds = [(kind, decay) for kind, decay in kinds if self.parameters[kind]]
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> Float[Tensor, ""]:
         """Update the parameters, clear their gradients, and return the gradient norm before clipping."""
-        gradient = self.group.all_reduce_sum(torch.cat([_pop_gradient(p) for p in self.parameters]))
-        norm = gradient.norm()
+        gradients = self._sum_over_group([_pop_gradient(p) for p in self.parameters])
+        norm = nn.utils.get_total_norm(gradients)
         grad_scale = (norm / self.grad_clip).clamp(min=1).float()
-        for vector, vector_gradient in zip(self.vectors, gradient.split(self.sizes), strict=True):
-            if vector_gradient.numel():
-                vector.step(vector_gradient, grad_scale, learning_rate)
+        for kind, weight_decay in self.kinds:
+            adamw(
+                self.parameters[kind],
+                gradients[kind],
+                self.means[kind],
+                self.squares[kind],
+                [],
+                self.steps[kind],
+                fused=True,
+                grad_scale=grad_scale,
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                eps=EPSILON,
+                maximize=False,
+            )
         return norm
 
     @property
     def moments(self) -> Float[Tensor, "2 P"]:
         """A copy of the running means of the gradient and of its square."""
-        return torch.stack([torch.cat([v.mean for v in self.vectors]), torch.cat([v.square for v in self.vectors])])
+        return torch.stack([torch.cat([x.flatten() for x in moments]) for moments in (self.means, self.squares)])
 
     def resume(self, steps: int, moments: Float[Tensor, "2 P"]) -> None:
         """Restore the moments of an optimizer after `steps` steps."""
-        for vector, (mean, square) in zip(self.vectors, moments.split(self.sizes, dim=1), strict=True):
-            vector.mean.copy_(mean)
-            vector.square.copy_(square)
-            vector.steps.fill_(steps)
+        for tensors, values in zip((self.means, self.squares), moments, strict=True):
+            for tensor, part in zip(tensors, values.split([p.numel() for p in self.parameters]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+        for step in self.steps:
+            step.fill_(steps)
 
-
-class _ParameterVector:
-    """The parameters with one weight decay as a vector, and their moments."""
-
-    def __init__(self, vector: Tensor, weight_decay: float):
-        self.vector, self.weight_decay = vector, weight_decay
-        self.mean, self.square = torch.zeros_like(vector), torch.zeros_like(vector)
-        self.steps = torch.zeros((), device=vector.device)
-
-    def step(self, gradient: Tensor, grad_scale: Tensor, learning_rate: float) -> None:
-        """Apply one fused step; the gradient is divided by `grad_scale`."""
-        first, second = BETAS
-        adamw(
-            [self.vector],
-            [gradient],
-            [self.mean],
-            [self.square],
-            [],
-            [self.steps],
-            fused=True,
-            grad_scale=grad_scale,
-            amsgrad=False,
-            beta1=first,
-            beta2=second,
-            lr=learning_rate,
-            weight_decay=self.weight_decay,
-            eps=EPSILON,
-            maximize=False,
-        )
+    def _sum_over_group(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Sum the gradients over all processes, as one vector."""
+        if self.group.size == 1:
+            return gradients
+        vector = self.group.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = vector.split([gradient.numel() for gradient in gradients])
+        return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
 
 def _pop_gradient(parameter: nn.Parameter) -> Tensor:
-    """Return the flat gradient, or zeros if there is none, and clear it."""
+    """Return the gradient, or zeros if there is none, and clear it. The compiled loop needs it in the order of the parameter."""
     gradient, parameter.grad = parameter.grad, None
-    return parameter.new_zeros(parameter.numel()) if gradient is None else gradient.flatten()
+    return torch.zeros_like(parameter) if gradient is None else gradient.contiguous()

@@ -127,6 +127,26 @@ def test_documents_and_padded_sequences_equal_separate_ones(position):
         close(built.logits_at(given, positions, **{name: mask}), expected[torch.arange(3)[:, None], positions])
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_projecting_the_distinct_tokens_of_a_batch_equals_projecting_each_token(monkeypatch, layers):
+    """At every position and at some, with gradients. The batch has 3 distinct tokens in 10 places, fewer than the vocabulary."""
+    built = model(layers=layers)
+    tokens, positions = torch.tensor([[9, 2, 2, 9, 4], [4, 4, 9, 2, 2]]), torch.tensor([[1, 4], [0, 3]])
+
+    def outputs():
+        every, some = built(tokens), built.logits_at(tokens, positions)
+        return every, some, *torch.autograd.grad(every.square().sum() + some.square().sum(), list(built.parameters()))
+
+    assert built.embedding_table(tokens)[1] is None
+    expected = outputs()
+    monkeypatch.setattr("cat.model.MIN_DISTINCT", 10)
+    assert built.embedding_table(tokens)[1].shape == (3, 8)
+    close(outputs(), expected)
+    assert built.embedding_table(torch.arange(10).view(2, 5))[1] is None  # nothing to share
+    mapped = torch.vmap(lambda row: built.embedding_table(row[None])[0])(tokens.repeat(1, 2)[:, :10])
+    assert mapped[:, 0].tolist() == tokens.repeat(1, 2).tolist()
+
+
 def test_learned_positions_restart_in_each_document():
     built, tokens = model(position="learned"), torch.zeros(1, 14, dtype=torch.long)
     ids = torch.arange(14)[None] // 7
