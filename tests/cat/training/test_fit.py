@@ -11,7 +11,7 @@ import torch
 import cat.evaluation.scores
 import cat.training.fit
 from cat.config import TrainingConfig
-from cat.evaluation.scores import MixedSplit, Scores, Split, score
+from cat.evaluation.scores import MixedSplit, Scores, Split, score, token_scores
 from cat.mixers.registry import model_config
 from cat.model import SequenceModel
 from cat.training.fit import batch_indices, build_model, draw_batches, fit, lr_scale, split_by_weight_decay
@@ -197,6 +197,13 @@ def test_logits_at_are_the_logits_at_the_target_positions():
     logits = model(inputs)
     expected = torch.stack([logits[row, positions] for row, positions in enumerate(split.positions)])
     torch.testing.assert_close(model.logits_at(inputs, split.positions.long()), expected)
+
+
+@pytest.mark.parametrize(("name", "most"), [("TOKENS_AT_ONCE", 2 * LENGTH), ("LOGITS_AT_ONCE", 2 * 3 * VOCABULARY)])
+def test_tokens_and_logits_of_a_chunk_are_limited(monkeypatch, name, most):
+    monkeypatch.setitem(getattr(cat.evaluation.scores, name), "cpu", most)
+    chunks = list(token_scores(build(), Split.of(*examples(5))))  # three targets per sequence
+    assert [len(chunk.loss) for chunk in chunks] == [2, 2, 1]
 
 
 def test_scores_are_those_counted_by_hand(monkeypatch):
