@@ -127,7 +127,7 @@ class SequenceModel(nn.Module):
         if tokens.numel() > len(weight):
             return tokens, weight
         # A GPU would wait for the number of distinct tokens, and neither compiled nor mapped code can depend on it.
-        if tokens.numel() < MIN_DISTINCT or tokens.device.type != "cpu" or torch.compiler.is_compiling() or is_mapped(tokens):
+        if torch.compiler.is_compiling() or tokens.device.type != "cpu" or tokens.numel() < MIN_DISTINCT or is_mapped(tokens):
             return tokens, None
         occurs = torch.zeros(len(weight), dtype=torch.bool).scatter_(0, tokens.flatten(), True)
         distinct = occurs.nonzero()[:, 0]
@@ -215,8 +215,9 @@ class Embedding(nn.Module):
 
         With a `table`, `tokens` are rows of it.
         """
-        by_module = table is None or table is self.token.weight  # which runs hooks
-        x, length = self.token(tokens) if by_module else F.embedding(tokens, table), tokens.shape[1]
+        length = tokens.shape[1]
+        # The call of the module runs its hooks.
+        x = self.token(tokens) if table is None or table is self.token.weight else F.embedding(tokens, table)
         if self.position is not None:
             x = x + (self.position[start : start + length] if positions is None else F.embedding(positions, self.position))
         elif self.scheme == "sinusoidal":

@@ -32,7 +32,7 @@ class AdamW:
         grad_clip: float,
         group: ProcessGroup = SINGLE_PROCESS,
     ):
-        self.parameters = [*decayed, *others]
+        self.parameters: list[Tensor] = [*decayed, *others]
         self.grad_clip, self.group = grad_clip, group
         self.means, self.squares = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
         self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
@@ -87,7 +87,7 @@ class AdamW:
         return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
 
-def _pop_gradient(parameter: nn.Parameter) -> Tensor:
+def _pop_gradient(parameter: Tensor) -> Tensor:
     """Return the gradient, or zeros if there is none, and clear it. The compiled loop needs it in the order of the parameter."""
     gradient, parameter.grad = parameter.grad, None
     return torch.zeros_like(parameter) if gradient is None else gradient.contiguous()
