@@ -8,14 +8,12 @@ import platform
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from pipeline.config.errors import ParamsError
-from pipeline.runtime.determinism import MARK
+from pipeline.runtime.determinism import CPUINFO, MARK, is_x86
 
-CPUINFO = Path("/proc/cpuinfo")
 MAKERS = {
     "GenuineIntel": "Intel",
     "AuthenticAMD": "AMD",
@@ -81,8 +79,7 @@ def made_on(device: torch.device, processes: int = 1) -> str:
 def _cpu() -> str:
     if MARK not in os.environ:
         return f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
-    machine = platform.machine()
-    return "deterministic" if machine.lower() in ("x86_64", "amd64") else f"deterministic, {machine}"
+    return "deterministic" if is_x86() else f"deterministic, {platform.machine()}"
 
 
 @functools.cache

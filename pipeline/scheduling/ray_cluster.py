@@ -77,7 +77,8 @@ def join(address: str, study: Study, jobs: int | None = None) -> Iterator[Cluste
             with short_tmpdir(SOCKET_TMPDIR) as folder:
                 options = {"include_dashboard": False, "_temp_dir": str(Path(os.environ.get("RAY_TMPDIR", folder), "ray"))}
         try:
-            environment = {name: os.environ[name] for name in (*DETERMINISTIC_ENV, MARK)} if MARK in os.environ else {}
+            names = (*DETERMINISTIC_ENV, MARK) if MARK in os.environ else ()
+            environment = {name: os.environ[name] for name in names if name in os.environ}
             ray.init(
                 address,
                 runtime_env={"working_dir": code, "env_vars": environment},

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.config.errors import ParamsError
+from pipeline.runtime import determinism
+from pipeline.runtime.determinism import is_x86
 from tests.helpers.study import ROOT, edit, read_params, stage, tiny_study
 
 OTHER_CPU = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -68,3 +71,13 @@ def test_the_environment_must_be_set_before_torch_is_imported(study):
     edit(deterministic=True)
     with pytest.raises(RuntimeError, match="before the deterministic environment"):
         stage("train", "copying", "none")
+
+
+@pytest.mark.skipif(not is_x86(), reason="not an x86-64 CPU")
+def test_a_cpu_without_avx2_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text("flags : fpu sse2 avx\n")
+    monkeypatch.setattr(determinism, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(ParamsError, match="this CPU has no AVX2"):
+        determinism.set_deterministic_env(True)
+    assert determinism.MARK not in os.environ
