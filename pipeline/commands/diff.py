@@ -189,10 +189,15 @@ def _parse_metrics(text: bytes) -> dict[str, dict[str, float]]:
 
 
 def _parse_verdicts(text: bytes) -> pd.DataFrame:
-    """One row per claim, indexed by the claim's name."""
+    """One row per claim, indexed by the claim's name. A revision from before a column of text or counts has it empty."""
     if not text.strip():
         return pd.DataFrame(columns=[*CLAIM_COLUMNS]).set_index("claim")
-    return parse_table(text.decode(), CLAIM_COLUMNS).set_index("claim")
+    header = text.decode().partition("\n")[0].split(",")
+    counts = dict.fromkeys(("k", "n", "baseline_k", "baseline_n"), math.nan)
+    newer = {"test": "", **counts, "registered": "", "revised": ""}
+    columns = {name: kind for name, kind in CLAIM_COLUMNS.items() if name in header or name not in newer}
+    table = parse_table(text.decode(), columns)
+    return table.assign(**{name: value for name, value in newer.items() if name not in header}).set_index("claim")
 
 
 def _parameters(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, ...]]:

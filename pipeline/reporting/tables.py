@@ -7,7 +7,7 @@ import pandas as pd
 from pipeline.config.grid import seeds_of, shown_on, shown_tasks, shown_variants, variants_on
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
-from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, read_verdicts
+from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, read_verdicts, registration_table
 from pipeline.storage import runs
 
 LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
@@ -107,15 +107,19 @@ def claims_section() -> str:
         return left_out(every)
     table = markdown_table(verdicts)
     table["ablation"] = [f"[{name}](#{name})" for name in verdicts["ablation"]]
-    return f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_verdict_counts(every)} {_EXPLANATION}"
+    history = registration_table(every).to_markdown(index=False, disable_numparse=True)
+    return (
+        f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_verdict_counts(every)} {_EXPLANATION}\n\n"
+        f"<details><summary>When each claim was registered and revised</summary>\n\n{history}\n\n</details>"
+    )
 
 
 _EXPLANATION = (
-    "*Effect*: the mean of the metric minus that of the baseline, in the comparison named under *decided by*. Its interval is"
-    " Student's t over seeds and test sequences. It covers only seeds if the metric is not the primary one of the task."
-    " *p* belongs to the same test, for the whole claim: the largest p of its comparisons. For a contradicted claim it is the"
-    " smallest p against the claim times the number of comparisons. Both are corrected for all claims. A dash: no seed and no"
-    " sequence differs, so nothing is tested. claims.yaml defines the claims; verdicts/comparisons.csv has every comparison."
+    "*Effect*: the mean of the metric minus that of the baseline, in the comparison named under *decided by*, or the number of"
+    " seeds that solve the task. *p* belongs to the same test, for the whole claim: the largest p of its comparisons. For a"
+    " contradicted claim it is the smallest p against the claim times the number of comparisons. Both are corrected for all"
+    " claims. *Held in all n runs*: no seed and no sequence differs, so nothing is tested. docs/statistics.md explains the tests."
+    " claims.yaml defines the claims; verdicts/comparisons.csv has every comparison."
 )
 
 

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cat.evaluation.by_position import ByRecall, bin_ends, loss_by_position, loss_by_recall, scored_windows
@@ -32,12 +31,13 @@ from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, write_csv
 from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, REFERENCES, RESULTS, SCORES
+from pipeline.storage.scores import SequenceScores, write_scores
 from pipeline.storage.tables import FILTER_COLUMNS, POSITION_COLUMNS, PRIMARY, REFERENCE_COLUMNS, RESULTS_COLUMNS
 from pipeline.storage.task_data import read_meta, read_split, read_task, read_training
 
 Rows = list[dict[str, Any]]
-Sequences = dict[str, NDArray[np.float32]]
-"""`variant/seed/length` -> 2 x N, N test sequences: correct answers and all answers; for text bits and bytes."""
+Sequences = dict[tuple[str, int, int], SequenceScores]
+"""Scores per test sequence by (variant, seed, length)."""
 _PLACEHOLDER = SequenceTotals(*torch.ones(3, 1))
 
 
@@ -81,9 +81,8 @@ def evaluate(
         write_csv(path, (row for table in tables for row in table.positions), POSITION_COLUMNS)
     with atomic_write(REFERENCES / f"{task}.csv") as path:
         write_csv(path, references(task, data), REFERENCE_COLUMNS)
-    with atomic_write(SCORES / f"{task}.npz") as path, path.open("wb") as file:
-        arrays = {key: columns for table in tables for key, columns in table.sequences.items()}
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    sequences = {key: scores for table in tables for key, scores in table.sequences.items()}
+    write_scores(SCORES / f"{task}.npz", sequences, text=data.goal == "loss")
     checkpoints.prune(task, trained)
 
 
@@ -157,7 +156,7 @@ def _evaluate_model(
             split = runs.split(task, f"test_{length}", device)
             parts = list(token_scores(model, split, precision=precision, autoregressive=data.autoregressive))
             totals = SequenceTotals.of(parts)
-            sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(totals, extents)
+            sequences[job.variant, job.seed, length] = _sequences(totals, extents, autoregressive=data.autoregressive)
             values = metrics(totals, extents, autoregressive=data.autoregressive)
             if recalled:
                 losses = torch.cat([part.loss.double().cpu() for part in parts]).numpy()
@@ -169,10 +168,11 @@ def _evaluate_model(
     return ModelResults(rows, filters, positions, sequences)
 
 
-def _sequences(totals: SequenceTotals, extents: Extents | None) -> NDArray[np.float32]:
+def _sequences(totals: SequenceTotals, extents: Extents | None, *, autoregressive: bool) -> SequenceScores:
+    loss, correct, targets = (column.numpy() for column in totals)
     if extents is None:
-        return torch.stack([totals.correct, totals.targets]).numpy().astype(np.float32)
-    return np.stack([(totals.loss / math.log(2)).numpy() + 8 * extents.unknown, extents.bytes]).astype(np.float32)
+        return SequenceScores(correct, targets, None if autoregressive else loss / targets)
+    return SequenceScores((loss / math.log(2) + 8 * extents.unknown) / extents.bytes, extents.bytes, None)
 
 
 def _extents(task: str) -> Extents:

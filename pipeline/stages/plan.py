@@ -56,6 +56,7 @@ def stage_files(study: Study) -> dict[str, str]:
         texts[f"evaluate/{task}.txt"] += "".join(
             f"{variant}: {', '.join(map(str, seeds_of(study, task, variant)))}\n" for variant in variants_on(study, task)
         )
+    texts["judge.txt"] += f"verdict_seeds_from: {study.verdict_seeds_from}\n"
     # The figures and tables follow the order of these mappings, which DVC ignores.
     texts["render.txt"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
     return texts

@@ -38,11 +38,13 @@ HISTORY_COLUMNS = {"learning_rate": float, "seed": int, "step": int, **dict.from
 """The run, then the fields of cat.training.fit.ValidationRecord."""
 COMPARISON_COLUMNS = {
     "claim": str, "task": str, "metric": str, "length": int, "variant": str, "baseline": str, "effect": float, "low": float,
-    "high": float, "p_for": float, "p_against": float, "seeds": int, "verdict": str, "reason": str,
+    "high": float, "k": float, "n": float, "baseline_k": float, "baseline_n": float, "p_for": float, "p_against": float,
+    "seeds": int, "verdict": str, "reason": str,
 }  # fmt: skip
 CLAIM_COLUMNS = {
     "claim": str, "statement": str, "source": str, "verdict": str, "reason": str, "effect": float, "low": float, "high": float,
-    "p": float, "seeds": int, "comparisons": int, "ablation": str,
+    "p": float, "seeds": int, "comparisons": int, "ablation": str, "test": str, "k": float, "n": float, "baseline_k": float,
+    "baseline_n": float, "registered": str, "revised": str,
 }  # fmt: skip
 DIAGNOSIS_COLUMNS = {"task": str, "variant": str, "failure_mode": str, "evidence": str}
 
