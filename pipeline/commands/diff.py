@@ -24,7 +24,7 @@ from pipeline.commands.show import COLOURS
 from pipeline.config.yaml_file import to_yaml
 from pipeline.reporting.verdicts import verdict_table
 from pipeline.storage.paths import REPORTS, RESULTS, VERDICTS
-from pipeline.storage.tables import CLAIM_COLUMNS, RESULTS_COLUMNS, parse_table
+from pipeline.storage.tables import CLAIM_COLUMNS, RESULTS_COLUMNS, parse_table, parse_verdicts
 
 PARAMETERS, METRICS, CLAIMS = Path("params.yaml"), REPORTS / "metrics", VERDICTS / "claims.csv"
 MIN_DIFFERENCE = 5e-7
@@ -189,15 +189,10 @@ def _parse_metrics(text: bytes) -> dict[str, dict[str, float]]:
 
 
 def _parse_verdicts(text: bytes) -> pd.DataFrame:
-    """One row per claim, indexed by the claim's name. A revision from before a column of text or counts has it empty."""
+    """One row per claim, indexed by the claim's name."""
     if not text.strip():
         return pd.DataFrame(columns=[*CLAIM_COLUMNS]).set_index("claim")
-    header = text.decode().partition("\n")[0].split(",")
-    counts = dict.fromkeys(("k", "n", "baseline_k", "baseline_n"), math.nan)
-    newer = {"test": "", **counts, "registered": "", "revised": ""}
-    columns = {name: kind for name, kind in CLAIM_COLUMNS.items() if name in header or name not in newer}
-    table = parse_table(text.decode(), columns)
-    return table.assign(**{name: value for name, value in newer.items() if name not in header}).set_index("claim")
+    return parse_verdicts(text.decode()).set_index("claim")
 
 
 def _parameters(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, ...]]:

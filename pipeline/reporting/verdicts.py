@@ -9,8 +9,9 @@ import pandas as pd
 
 from pipeline.config.claims import COUNT_TESTS, SHARE_TESTS
 from pipeline.reporting.markdown import escape
+from pipeline.storage.files import readable
 from pipeline.storage.paths import VERDICTS
-from pipeline.storage.tables import CLAIM_COLUMNS, read_table
+from pipeline.storage.tables import parse_verdicts, read_table
 
 ABSENT = "the study has no"
 """Start of the reason of a claim that is undecided because the study does not train its variants."""
@@ -22,7 +23,8 @@ VALUES = ("supported", "contradicted", "undecided")
 def read_verdicts() -> pd.DataFrame:
     """One row per claim. Raises ValueError if the study has not been judged."""
     path = VERDICTS / "claims.csv"
-    table = read_table(path, CLAIM_COLUMNS)
+    with readable(path, "a CSV table"):
+        table = parse_verdicts(path.read_text(encoding="utf-8"))
     if len(strange := table.loc[~table["verdict"].isin(VALUES), "verdict"]):
         raise ValueError(f"{path}: {strange.iloc[0]!r} is not {' or '.join(VALUES)}. Fix: run `dvc repro judge`")
     return table

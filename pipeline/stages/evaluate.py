@@ -1,10 +1,11 @@
 """Evaluate a task's trained models: results/<task>.csv has every metric per variant, seed and length, one row each.
 
-Three folders in results/ and one beside it have more tables per task:
+Four folders in results/ and one beside it have more tables per task:
 
     results/filters/      the kernels
     results/positions/    bits per byte along the longest test windows of a text
     results/references/   scores of partial strategies, which need no model
+    results/rates/        the primary metric at every learning rate, for figures that show it
     scores/               scores per test sequence, for the intervals of the verdicts
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from cat.evaluation.by_position import ByRecall, bin_ends, loss_by_position, loss_by_recall, scored_windows
 from cat.evaluation.diagnostics import attention_statistics, filter_kernels
-from cat.evaluation.scores import Scores, SequenceTotals, token_scores
+from cat.evaluation.scores import Scores, SequenceTotals, sequence_totals, token_scores
 from cat.model import SequenceModel
 from cat.tasks.base import Extents, GeneratedData, Recalled, Spans
 from cat.tasks.registry import Task
@@ -30,9 +31,9 @@ from pipeline.runtime import checkpoints, workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, write_csv
-from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, REFERENCES, RESULTS, SCORES
+from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, RATES, REFERENCES, RESULTS, SCORES
 from pipeline.storage.scores import SequenceScores, write_scores
-from pipeline.storage.tables import FILTER_COLUMNS, POSITION_COLUMNS, PRIMARY, REFERENCE_COLUMNS, RESULTS_COLUMNS
+from pipeline.storage.tables import FILTER_COLUMNS, POSITION_COLUMNS, PRIMARY, RATE_COLUMNS, REFERENCE_COLUMNS, RESULTS_COLUMNS
 from pipeline.storage.task_data import read_meta, read_split, read_task, read_training
 
 Rows = list[dict[str, Any]]
@@ -48,6 +49,14 @@ class Job(NamedTuple):
     seed: int
 
 
+class RateJob(NamedTuple):
+    """One trained model at one of the learning rates of its cell."""
+
+    variant: str
+    learning_rate: float
+    seed: int
+
+
 class ModelResults(NamedTuple):
     """One model's rows of the three tables, and its scores per sequence."""
 
@@ -58,27 +67,44 @@ class ModelResults(NamedTuple):
 
 
 def evaluate(
-    task: str, trained: dict[str, CellTraining], precision: str, *, device: str, parallel_runs: int | Literal["auto"]
+    task: str,
+    trained: dict[str, CellTraining],
+    precision: str,
+    every_rate: Collection[str] = (),
+    *,
+    device: str,
+    parallel_runs: int | Literal["auto"],
 ) -> None:
     """Score every trained variant and seed at every length it supports; measure attention at the training length.
 
-    The values of a diverged seed are empty.
+    The variants in `every_rate` are scored at all learning rates, the others at the chosen one. The values of a diverged seed
+    are empty.
     """
     data, torch_device = read_task(task), resolve_device(device)
     jobs = [Job(variant, seed) for variant, training in trained.items() for seed in training.seeds]
-    with tqdm(total=len(jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
+    rate_jobs = [
+        RateJob(variant, rate, seed)
+        for variant in every_rate
+        for rate in trained[variant].learning_rates
+        for seed in trained[variant].seeds
+    ]
+    with tqdm(total=len(jobs) + len(rate_jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
 
         def advance(done: int) -> None:
             bar.update(done)
 
         function = functools.partial(_evaluate_model, task, data, precision)
-        tables = workers.parallel_map(function, jobs, device=torch_device, parallel_runs=parallel_runs, report=advance)
+        options: Any = {"device": torch_device, "parallel_runs": parallel_runs, "report": advance}
+        tables = workers.parallel_map(function, jobs, **options)
+        rates = workers.parallel_map(functools.partial(_evaluate_rate, task, data, precision), rate_jobs, **options)
     with atomic_write(RESULTS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.scores), RESULTS_COLUMNS)
     with atomic_write(FILTERS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.filters), FILTER_COLUMNS)
     with atomic_write(POSITIONS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.positions), POSITION_COLUMNS)
+    with atomic_write(RATES / f"{task}.csv") as path:
+        write_csv(path, (row for rows in rates for row in rows), RATE_COLUMNS)
     with atomic_write(REFERENCES / f"{task}.csv") as path:
         write_csv(path, references(task, data), REFERENCE_COLUMNS)
     sequences = {key: scores for table in tables for key, scores in table.sequences.items()}
@@ -166,6 +192,28 @@ def _evaluate_model(
     positions = [] if model is None or extents is None else _positions(key, data, precision, model, device)
     report(1)
     return ModelResults(rows, filters, positions, sequences)
+
+
+def _evaluate_rate(task: str, data: Task, precision: str, job: RateJob, device: torch.device, report: workers.Report) -> Rows:
+    """The rows of RATE_COLUMNS of one run; a diverged run has no values."""
+    summary, limit = runs.read_summary(task, job.variant), runs.max_length(task, job.variant)
+    (run,) = (run for run in summary["runs"] if (run["learning_rate"], run["seed"]) == job[1:])
+    rate = None if job.learning_rate == summary["learning_rate"] else job.learning_rate
+    path = runs.weights_path(task, job.variant, job.seed, rate)
+    model = None if run["stop"] == "diverged" else runs.load_model(path).to(device)
+    extents, name = (_extents(task) if data.goal == "loss" else None), PRIMARY[data.goal]
+    rows: Rows = []
+    for length in data.lengths:
+        if limit is not None and length > limit:
+            continue
+        value = math.nan
+        if model is not None:
+            split = runs.split(task, f"test_{length}", device)
+            totals = sequence_totals(model, split, precision=precision, autoregressive=data.autoregressive)
+            value = metrics(totals, extents, autoregressive=data.autoregressive)[name]
+        rows.append({"task": task, **job._asdict(), "length": length, "metric": name, "value": value})
+    report(1)
+    return rows
 
 
 def _sequences(totals: SequenceTotals, extents: Extents | None, *, autoregressive: bool) -> SequenceScores:

@@ -278,8 +278,8 @@ def _p_values(rows: list[Comparison]) -> tuple[float, float]:
 def _verdict(claim: Claim, rows: list[Comparison], p_for: float, p_against: float) -> tuple[Verdict, Comparison, str]:
     """The verdict, the comparison that shows it, and the reason in words."""
 
-    def margin(row: Comparison) -> float:
-        return claim.sign * (row.effect - claim.threshold)
+    def margin(row: Comparison) -> tuple[float, float]:
+        return claim.sign * (row.effect - claim.threshold), row.low if claim.sign > 0 else -row.high
 
     def place(row: Comparison) -> str:
         against = "" if claim.test in SHARE_TESTS else f" against {row.baseline}"
