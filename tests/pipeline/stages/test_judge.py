@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import math
+import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -19,13 +20,17 @@ from pipeline.config.claims import Claim
 from pipeline.config.errors import ParamsError
 from pipeline.config.grid import variants_on
 from pipeline.config.load import load_study
-from pipeline.reporting.verdicts import left_out, of_the_study, verdict_table
+from pipeline.reporting.verdicts import left_out, of_the_study, registration_table, verdict_table
 from pipeline.stages.judge import SKEWED, Comparison, Evidence, compare, decide
 from pipeline.storage.results import read_results
 from pipeline.storage.scores import read_scores
 from tests.helpers.study import ROOT, stage
 
 STUDY = load_study(ROOT / "params.yaml")
+TEN = STUDY.model_copy(
+    update={"training": {cell: made.model_copy(update={"seeds": tuple(range(10))}) for cell, made in STUDY.training.items()}}
+)
+"""The same study with ten seeds."""
 SEQUENCES, TARGETS = 64, 8
 FUTURE = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=2)
 
@@ -184,6 +189,93 @@ def test_the_interval_and_the_test_agree():
         assert at_bound.p_for == pytest.approx(0.025)
 
 
+@pytest.mark.parametrize(
+    ("solved", "changes", "expected"),
+    [
+        ({"k": 10}, {"test": "solved"}, "supported"),
+        ({"k": 9}, {"test": "solved"}, "supported"),
+        ({"k": 8}, {"test": "solved"}, "undecided"),
+        ({"k": 1}, {"test": "solved"}, "contradicted"),
+        ({"k": 1}, {"test": "unsolved"}, "supported"),
+        ({"k": 10}, {"test": "unsolved"}, "contradicted"),
+        ({"k": 10}, {"test": "solved", "share": 0.8}, "undecided"),
+        ({"k": 1}, {"test": "solved", "solved_at": 0.3}, "supported"),
+        ({"k": 10, "none": 2}, {"test": "solved_more", "baseline": ("none",)}, "supported"),
+        ({"k": 10, "none": 8}, {"test": "solved_more", "baseline": ("none",)}, "undecided"),
+        ({"k": 2, "none": 10}, {"test": "solved_more", "baseline": ("none",)}, "contradicted"),
+        ({"k": 2, "none": 10}, {"test": "solved_less", "baseline": ("none",)}, "supported"),
+    ],
+)
+def test_seeds_are_counted(solved, changes, expected):
+    scores = {variant: [0.995] * count + [0.4] * (10 - count) for variant, count in solved.items()}
+    row = verdict(planted(scores, study=TEN), **{"margin": None, "baseline": None, **changes})
+    assert row["verdict"] == expected
+    assert (row["k"], row["n"]) == (10 if "solved_at" in changes else solved["k"], 10)
+    assert row["low"] <= row["effect"] <= row["high"]
+
+
+def test_a_diverged_seed_has_not_solved_its_task():
+    row = verdict(planted({"k": [1.0] * 9 + [math.nan]}, study=TEN), test="solved", baseline=None, margin=None)
+    assert (row["k"], row["n"], row["verdict"]) == (9, 10, "supported")
+    shown = verdict_table(pd.DataFrame([row]))
+    assert shown["effect (95 % interval)"].tolist() == ["9 of 10 (0.555 to 0.997)"]
+
+
+def test_the_sequences_of_a_construction_are_counted():
+    """One construction with three equal seeds is one model."""
+    row = verdict(planted({"construction": [1.0] * 3}), variants=("construction",), test="solved", baseline=None, margin=None)
+    assert (row["k"], row["n"], row["verdict"]) == (SEQUENCES, SEQUENCES, "supported")
+
+
+def test_the_first_seeds_decide_nothing_if_others_confirm():
+    confirmed = STUDY.model_copy(update={"verdict_seeds_from": 3, "training": TEN.training})
+    low, high = [*LOW, *LOW, 0.1], [*HIGH, *HIGH, 0.9]
+    scores = {"k": [*LOW, *high], "none": [*HIGH, *low]}
+    row = verdict(planted(scores, study=confirmed))
+    assert (row["verdict"], row["seeds"]) == ("supported", 7)
+    assert row["effect"] == pytest.approx(np.mean(high) - np.mean(low))
+
+
+def test_a_comparison_at_the_ceiling_says_so():
+    rows = [*compare(planted({"k": [0.995, 0.999, 1.0], "none": [0.992, 0.995, 0.999]}), "it", claim(test="non_inferior"))]
+    assert rows[0].reason == "both accuracies are at least 0.99, so metric: loss tells more"
+    assert not next(compare(planted({"k": HIGH, "none": LOW}), "it", claim())).reason
+
+
+@pytest.mark.parametrize(("metric", "task", "length"), [("loss", "ar", 36), ("bits_per_byte", "text", 128)])
+def test_losses_are_resampled_by_seed_and_sequence(metric, task, length):
+    scores = {"qk": [0.50, 0.53, 0.51], "none": [0.70, 0.72, 0.75]}
+    options = {"metric": metric, "tasks": (task,), "variants": ("qk",), "test": "inferior", "margin": 0.01}
+    still, noisy = (verdict(planted(scores, task=task, length=length, metric=metric, noise=noise), **options) for noise in (0, 1))
+    assert still["verdict"] == "supported"
+    assert noisy["high"] - noisy["low"] > 1.5 * (still["high"] - still["low"]) > 0
+    assert math.isnan(still["k"])
+
+
+def test_a_verdict_shows_its_earlier_wordings():
+    revised = {"date": datetime.date(2026, 11, 27), "reason": "It failed.", "was": "k is best", "verdict": "contradicted"}
+    row = verdict(planted({"k": HIGH, "none": LOW}), revised=(revised,))
+    shown = registration_table(pd.DataFrame([row]))
+    assert shown["registered"].tolist() == ["2026-11-25"]
+    assert shown["revised"].tolist() == ["2026-11-27: It failed. Before: k is best (contradicted)."]
+
+
+def test_a_changed_claim_needs_an_entry():
+    old = {"it": claim(), "other": claim(), "gone": claim()}
+    entry = {"date": datetime.date(2026, 11, 27), "reason": "It failed.", "was": "margin 0.1", "verdict": "contradicted"}
+    silent, told = claim(margin=0.2), claim(margin=0.2, revised=(entry,))
+    assert claims.unrevised(old, {"it": silent, "other": claim(ablation="width"), "new": claim()}) == ["it"]
+    assert claims.unrevised(old, {"it": told}) == []
+    assert claims.unrevised({"it": told}, {"it": claim(margin=0.3, revised=(entry,))}) == ["it"]
+
+
+def test_too_few_seeds_for_a_count_are_reported():
+    share = claim(test="solved", margin=None, baseline=None)
+    assert (share.fewest_seeds, claim(test="solved", margin=None, baseline=None, share=0.8).fewest_seeds) == (6, 17)
+    assert list(claims.undecided({"it": share}, STUDY)) == ["it: this study has 3 seeds, fewer than test = solved needs: 6"]
+    assert not list(claims.undecided({"it": share}, TEN))
+
+
 def test_an_interval_over_many_seeds_has_95_percent_coverage():
     seeds = np.random.default_rng(0).standard_normal(200)
     row = verdict(planted({"k": seeds}, metric="attention_entropy_1"), metric="attention_entropy_1", baseline=0.2)
@@ -198,6 +290,9 @@ def test_nothing_is_tested_if_no_seed_and_no_sequence_differs():
     row = verdict(evidence, baseline=None, baseline_multiple=8.0, test="non_inferior")
     assert (row["low"], row["high"], row["verdict"]) == (0, 0, "supported")
     assert math.isnan(row["p"])
+    assert "held in all 3 runs (rate of exceptions up to 0.71)" in row["reason"]
+    assert verdict_table(pd.DataFrame([row]))["p"].tolist() == ["held in all 3 runs"]
+    assert verdict_table(pd.DataFrame([row | {"verdict": "contradicted"}]))["p"].tolist() == ["failed in all 3 runs"]
 
 
 def test_different_sequences_are_tested_even_if_seeds_are_equal():
@@ -354,6 +449,19 @@ def test_a_few_omitted_claims_are_listed_by_name():
 
 
 # The stage.
+
+
+def test_a_new_clone_computes_the_same_verdicts(study, tmp_path, monkeypatch):
+    """Without data, runs, checkpoints and plan: only files that git tracks."""
+    for name in ("params.yaml", "claims.yaml", "dvc.yaml"):
+        shutil.copy(name, tmp_path)
+    for name in ("results", "scores"):
+        shutil.copytree(name, tmp_path / name)
+    assert not {"/scores/", "/results/"} & set((ROOT / ".gitignore").read_text().splitlines())
+    expected = {path.name: path.read_bytes() for path in Path("verdicts").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    stage("judge")
+    assert {path.name: path.read_bytes() for path in Path("verdicts").iterdir()} == expected
 
 
 def test_the_stage_the_report_and_the_terminal_agree(study, capsys):

@@ -278,7 +278,7 @@ def test_a_missing_cell_is_an_error_and_an_orphan_is_ignored(study, monkeypatch,
 
 def test_files_of_removed_tasks_are_reported(study, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.stages.render.draw_all", lambda study, pictures: None)
-    folders = ("results", "results/filters", "results/positions", "results/references")
+    folders = ("results", "results/filters", "results/positions", "results/rates", "results/references")
     old = [*(Path(folder, "old.csv") for folder in folders), Path("scores/old.npz")]
     for path in old:
         shutil.copy(path.with_stem("ar"), path)
