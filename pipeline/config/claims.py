@@ -42,6 +42,8 @@ COUNT_TESTS = (*SHARE_TESTS, "solved_more", "solved_less")
 """Tests that count seeds; the others compare means over seeds."""
 COUNTABLE = ("accuracy", "sequence_accuracy")
 """The metrics by which a seed can solve a task."""
+SOLVED_AT = 0.99
+"""Accuracy from which a seed has solved a task, unless the claim sets `solved_at`."""
 SHARE = 0.5
 """`share` of a claim that does not set it."""
 LEVEL = 0.05
@@ -87,7 +89,7 @@ class Claim(Config):
     """The smallest relevant difference of means, in units of the metric."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """`solved`: more than this share of the seeds solves the task; `unsolved`: less. SHARE if None."""
-    solved_at: Annotated[float, Field(gt=0, le=1)] = 0.99
+    solved_at: Annotated[float, Field(gt=0, le=1)] = SOLVED_AT
     """The accuracy from which a seed counts as solving the task."""
     min_seeds: Annotated[Count, Field(ge=2)]
     """With fewer seeds the claim stays undecided."""

@@ -6,6 +6,7 @@ import math
 
 import pandas as pd
 
+from pipeline.config.claims import SOLVED_AT
 from pipeline.config.grid import seeds_of, shown_on, shown_tasks, shown_variants, variant_value, variants_on
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
@@ -13,8 +14,6 @@ from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, 
 from pipeline.storage import runs
 from pipeline.storage.results import read_rates
 
-SOLVED_AT = 0.99
-"""Accuracy from which a run solves a task, as `solved_at` of a claim."""
 LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
 
 
@@ -135,7 +134,7 @@ def claims_section() -> str:
         return left_out(every)
     table = markdown_table(verdicts)
     table["ablation"] = [f"[{name}](#{name})" for name in verdicts["ablation"]]
-    history = registration_table(every).to_markdown(index=False, disable_numparse=True)
+    history = registration_table(verdicts).to_markdown(index=False, disable_numparse=True)
     return (
         f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_verdict_counts(every)} {_EXPLANATION}\n\n"
         f"<details><summary>When each claim was registered and revised</summary>\n\n{history}\n\n</details>"

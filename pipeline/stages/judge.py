@@ -25,9 +25,10 @@ import pandas as pd
 from scipy import stats
 
 from cat.mixers.registry import ConstructionConfig
-from pipeline.config.claims import COUNT_TESTS, LEVEL, SHARE_TESTS, Claim, Revision
+from pipeline.config.claims import COUNT_TESTS, LEVEL, SHARE_TESTS, SOLVED_AT, Claim, Revision
 from pipeline.config.grid import judged_seeds
 from pipeline.config.study import Study
+from pipeline.reporting.diagnosis import AS_GOOD
 from pipeline.reporting.statistics import (
     RESAMPLES,
     Count,
@@ -44,12 +45,10 @@ from pipeline.reporting.statistics import (
 from pipeline.reporting.verdicts import ABSENT
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import SCORES, VERDICTS
-from pipeline.storage.results import read_results
+from pipeline.storage.results import read_references, read_results
 from pipeline.storage.scores import read_scores
-from pipeline.storage.tables import CLAIM_COLUMNS, COMPARISON_COLUMNS, PRIMARY
+from pipeline.storage.tables import CLAIM_COLUMNS, COMPARISON_COLUMNS, PRIMARY, REFERENCE_COLUMNS
 
-CEILING = 0.99
-"""Accuracy from which a comparison of two means says that it is at the ceiling."""
 SKEWED = ("bits_per_byte", "loss")
 """Metrics whose intervals come from the bootstrap."""
 Verdict = Literal["supported", "contradicted", "undecided"]
@@ -96,8 +95,9 @@ class Comparison(NamedTuple):
 class Evidence:
     """The results of the seeds that decide claims: metrics by seed, and the scores per sequence behind some of them."""
 
-    def __init__(self, study: Study, results: pd.DataFrame, sequences: SequenceSums):
+    def __init__(self, study: Study, results: pd.DataFrame, sequences: SequenceSums, references: pd.DataFrame | None = None):
         self.study, self.sequences = study, sequences
+        self.references = pd.DataFrame(columns=[*REFERENCE_COLUMNS]) if references is None else references
         keys = ["task", "metric", "variant", "length"]
         by_seed = results[results["seed"] >= study.verdict_seeds_from].sort_values("seed").groupby(keys, sort=False)["value"]
         self.values: dict[Any, Floats] = {key: values.to_numpy(float) for key, values in by_seed}
@@ -105,7 +105,8 @@ class Evidence:
     @classmethod
     def read(cls, study: Study) -> Evidence:
         """Read the files. Raises ValueError if a cell of the study has no results."""
-        return cls(study, read_results(study), {task: read_scores(SCORES / f"{task}.npz") for task in study.tasks})
+        sequences = {task: read_scores(SCORES / f"{task}.npz") for task in study.tasks}
+        return cls(study, read_results(study), sequences, read_references(study))
 
     def sample(self, task: str, metric: str, variant: str, length: int) -> Sample:
         """Draw RESAMPLES samples of the sequences, the same ones for all seeds and variants of a length."""
@@ -118,6 +119,14 @@ class Evidence:
                 counts = sequence_counts(sequences, length)
                 draws[:, index] = (counts @ sums[0]) / (counts @ sums[1])
         return Sample(values, draws, sequences)
+
+    def shortcut(self, task: str, length: int, accuracy: float) -> str | None:
+        """The weakest partial strategy that is as good as this accuracy, with its score."""
+        known = self.references[(self.references["task"] == task) & (self.references["length"] == length)]
+        known = known[known["value"] > accuracy - AS_GOOD].sort_values("value", kind="stable")
+        if not len(known):
+            return None
+        return f"{self.study.tasks[task].data.reference_labels[known['reference'].iloc[0]]} ({known['value'].iloc[0]:.3f})"
 
     def count(self, task: str, metric: str, variant: str, length: int, solved_at: float) -> Count:
         """Count the seeds that reach `solved_at`; for a construction the test sequences with every answer correct."""
@@ -189,7 +198,8 @@ def _compare(
     evidence: Evidence, blank: Comparison, claim: Claim, keys: list[tuple[str, str, str, int]], number: float
 ) -> Comparison:
     """The comparison with its effect, interval, counts, p values and verdict."""
-    counted = blank.metric == "accuracy" or claim.test in COUNT_TESTS
+    data = evidence.study.tasks[blank.task].data
+    counted = data.goal == "accuracy" and (blank.metric == "accuracy" or claim.test in COUNT_TESTS)
     counts = [evidence.count(*key, claim.solved_at) for key in keys] if counted else []
     variant, baseline, *_ = *counts, _NOT_COUNTED, _NOT_COUNTED
     if claim.test in SHARE_TESTS:
@@ -208,9 +218,13 @@ def _compare(
         # Of n runs without an exception, a share of up to this much may be exceptions.
         bound = 1 - share_interval(Count(seeds, seeds))[0]
         reasons.append(f"{'held' if holds else 'failed'} in all {seeds} runs (rate of exceptions up to {bound:.2f})")
-    at_ceiling = blank.metric == "accuracy" and claim.test not in COUNT_TESTS
-    if at_ceiling and len(keys) > 1 and all(evidence.values[key].mean() >= CEILING for key in keys):
-        reasons.append(f"both accuracies are at least {CEILING:g}, so metric: loss tells more")
+    if counted and claim.test not in COUNT_TESTS and len(keys) > 1:
+        means = [float(evidence.values[key].mean()) for key in keys]
+        lower = keys[means.index(min(means))]
+        if label := evidence.shortcut(lower[0], lower[3], min(means)):
+            reasons.append(f"{lower[2]} is no better than: {label}")
+        if min(means) >= SOLVED_AT:
+            reasons.append(f"both accuracies are at least {SOLVED_AT:g}, so metric: loss tells more")
     return blank._replace(
         k=variant.solved,
         n=variant.of,

@@ -242,6 +242,15 @@ def test_a_comparison_at_the_ceiling_says_so():
     assert not next(compare(planted({"k": HIGH, "none": LOW}), "it", claim())).reason
 
 
+def test_a_comparison_with_a_shortcut_names_it():
+    evidence = planted({"k": HIGH, "none": [0.15, 0.16, 0.17]})
+    values = {"guess_value": 0.17, "guess_any": 0.02}
+    rows = [{"task": "ar", "reference": name, "length": 36, "value": value} for name, value in values.items()]
+    evidence.references = pd.DataFrame(rows)
+    label = STUDY.tasks["ar"].data.reference_labels["guess_value"]
+    assert next(compare(evidence, "it", claim())).reason == f"none is no better than: {label} (0.170)"
+
+
 @pytest.mark.parametrize(("metric", "task", "length"), [("loss", "ar", 36), ("bits_per_byte", "text", 128)])
 def test_losses_are_resampled_by_seed_and_sequence(metric, task, length):
     scores = {"qk": [0.50, 0.53, 0.51], "none": [0.70, 0.72, 0.75]}
