@@ -212,9 +212,8 @@ def _compare(
         effect = test(samples, claim.threshold, paired=claim.baseline_multiple is not None, number=number)
     seeds = min(len(evidence.values[key]) for key in keys)
     holds, fails = _sides(effect, claim)
-    tested = not math.isnan(effect.p_above)
     reasons = [] if holds or fails else ["interval includes the threshold"]
-    if not tested:
+    if math.isnan(effect.p_above) and (holds or fails):
         # Of n runs without an exception, a share of up to this much may be exceptions.
         bound = 1 - share_interval(Count(seeds, seeds))[0]
         reasons.append(f"{'held' if holds else 'failed'} in all {seeds} runs (rate of exceptions up to {bound:.2f})")
@@ -316,7 +315,8 @@ def _verdict(claim: Claim, rows: list[Comparison], p_for: float, p_against: floa
     unsupported = [row for row in rows if row.verdict != "supported"]
     if unsupported:
         first = min(unsupported, key=margin)
-        return "undecided", first, f"{first.reason}: {place(first)}"
+        fault, *notes = first.reason.split("; ")
+        return "undecided", first, "; ".join([f"{fault}: {place(first)}", *notes])
     if p_for > LEVEL:
         least_sure = max((row for row in rows if not math.isnan(row.p_for)), key=lambda row: row.p_for)
         return "undecided", least_sure, f"not significant after correction for all claims: {place(least_sure)}"
