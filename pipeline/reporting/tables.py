@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pandas as pd
 
 from pipeline.config.claims import SOLVED_AT
@@ -96,7 +94,7 @@ def carry_over_table(study: Study, ablation: Ablation) -> pd.DataFrame:
     counts = rate_runs(study, ablation).groupby(["task", "variant", "kernel_size", "learning_rate"], sort=False)
     table = counts[["solves_1x", "carries_over"]].sum().reset_index()
     table.insert(4, "runs", counts.size().to_numpy())
-    table["share"] = table["carries_over"] / table["solves_1x"].replace(0, math.nan)
+    table["share"] = table["carries_over"] / table["solves_1x"].where(table["solves_1x"] > 0)
     return table
 
 
