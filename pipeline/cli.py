@@ -145,11 +145,13 @@ def evaluate(task: str) -> None:
     """Score every variant on TASK at every length."""
     study = _load_for_torch()
     from pipeline.config.grid import variants_on
+    from pipeline.config.plots import scored_at_every_rate
     from pipeline.stages.evaluate import evaluate
 
     find_entry(study.tasks, "tasks", task)
     trained = {variant: study.training[task, variant] for variant in variants_on(study, task)}
-    evaluate(task, trained, study.precision, device=study.device, parallel_runs=study.parallel_runs)
+    every_rate = scored_at_every_rate(study, task)
+    evaluate(task, trained, study.precision, every_rate, device=study.device, parallel_runs=study.parallel_runs)
 
 
 @command("Stages")

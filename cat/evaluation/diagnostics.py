@@ -185,13 +185,12 @@ def key_filter_solves_every_length(model: SequenceModel) -> bool | None:
 def solves_every_length(kernel: Float[Tensor, "*filters W"]) -> Bool[Tensor, "*filters"]:
     """Return whether a causal key filter of kernel size 2 or more solves associative recall (N = 1) at every length.
 
-    Exact at zero temperature for orthonormal tokens, unfiltered queries and no QK normalisation:
+    Exact at zero temperature for orthonormal tokens, keys that are no values, unfiltered queries and no QK normalisation:
 
-        F_1 > max(0, F_0, F_j, F_0 + F_j for every j >= 2)   and   F_0 + F_1 > 0
+        F_1 > max(0, F_0, F_j, F_0 + F_j for every j >= 2)
 
     The token after the first occurrence must score higher than the query's own position, than every later position that the
     filter spreads the key to, and than positions where two such contributions add up.
     """
     first, second, rest = kernel[..., 0], kernel[..., 1], F.pad(kernel[..., 2:], (0, 1))
-    highest_other = torch.maximum(rest, first[..., None] + rest).amax(-1)
-    return (second > highest_other.clamp(min=0)) & (first + second > 0)
+    return second > torch.maximum(rest, first[..., None] + rest).amax(-1).clamp(min=0)

@@ -24,7 +24,7 @@ from pipeline.commands.show import COLOURS
 from pipeline.config.yaml_file import to_yaml
 from pipeline.reporting.verdicts import verdict_table
 from pipeline.storage.paths import REPORTS, RESULTS, VERDICTS
-from pipeline.storage.tables import CLAIM_COLUMNS, RESULTS_COLUMNS, parse_table
+from pipeline.storage.tables import CLAIM_COLUMNS, RESULTS_COLUMNS, parse_table, parse_verdicts
 
 PARAMETERS, METRICS, CLAIMS = Path("params.yaml"), REPORTS / "metrics", VERDICTS / "claims.csv"
 MIN_DIFFERENCE = 5e-7
@@ -192,7 +192,7 @@ def _parse_verdicts(text: bytes) -> pd.DataFrame:
     """One row per claim, indexed by the claim's name."""
     if not text.strip():
         return pd.DataFrame(columns=[*CLAIM_COLUMNS]).set_index("claim")
-    return parse_table(text.decode(), CLAIM_COLUMNS).set_index("claim")
+    return parse_verdicts(text.decode()).set_index("claim")
 
 
 def _parameters(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, ...]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from cat.config import Config, Count
+from cat.mixers.registry import ConstructionConfig
 from pipeline.config.errors import config_error, nearest, parse_config
-from pipeline.config.grid import seeds_of, variants_on
+from pipeline.config.grid import judged_seeds, variants_on
 from pipeline.config.names import LINE, Name
 from pipeline.config.outputs import COST
 from pipeline.config.study import Study
@@ -33,6 +36,31 @@ Multiple = Annotated[float, Field(gt=0)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1, strict=False)]
 
 
+SHARE_TESTS = ("solved", "unsolved")
+"""Tests of the share of seeds that solve a task, against the number `share`."""
+COUNT_TESTS = (*SHARE_TESTS, "solved_more", "solved_less")
+"""Tests that count seeds; the others compare means over seeds."""
+COUNTABLE = ("accuracy", "sequence_accuracy")
+"""The metrics by which a seed can solve a task."""
+SOLVED_AT = 0.99
+"""Accuracy from which a seed has solved a task, unless the claim sets `solved_at`."""
+SHARE = 0.5
+"""`share` of a claim that does not set it."""
+LEVEL = 0.05
+"""One minus the coverage of an interval; bound of the false discovery rate per kind of verdict."""
+
+
+class Revision(Config):
+    """A change of a claim after its first registration."""
+
+    date: datetime.date
+    reason: Annotated[str, Field(pattern=LINE)]
+    was: Annotated[str, Field(pattern=LINE)]
+    """The earlier statement, or the earlier value of a key."""
+    verdict: Literal["supported", "contradicted", "undecided"]
+    """Verdict of the earlier claim."""
+
+
 class Claim(Config):
     """A statement and its test. It holds if the effect is beyond `threshold` for every task, length and pair of variants."""
 
@@ -42,6 +70,10 @@ class Claim(Config):
     }  # fmt: skip
     statement: Annotated[str, Field(pattern=LINE)]
     source: Literal["paper", "ours"]
+    registered: datetime.date
+    """The day on which the claim was written down."""
+    revised: Annotated[tuple[Revision, ...], Field(strict=False)] = ()
+    """Later changes of what the claim says or tests, oldest first."""
     tasks: Names
     multiples: Annotated[tuple[Multiple, ...], Field(min_length=1, strict=False)]
     metric: Name | None = None
@@ -51,17 +83,53 @@ class Claim(Config):
     """What `variants` are compared with: other variants, or a number."""
     baseline_multiple: Multiple | None = None
     """Compare each variant with itself at this length instead."""
-    test: Literal["superior", "inferior", "non_inferior", "non_superior"]
-    margin: Annotated[float, Field(ge=0)]
-    """The smallest relevant difference, in units of the metric."""
+    test: Literal["superior", "inferior", "non_inferior", "non_superior", "solved", "unsolved", "solved_more", "solved_less"]
+    """Compare means, compare the share of seeds that solve the task with `share`, or compare two such shares."""
+    margin: Annotated[float, Field(ge=0)] | None = None
+    """The smallest relevant difference of means, in units of the metric."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """`solved`: more than this share of the seeds solves the task; `unsolved`: less. SHARE if None."""
+    solved_at: Annotated[float, Field(gt=0, le=1)] = SOLVED_AT
+    """The accuracy from which a seed counts as solving the task."""
     min_seeds: Annotated[Count, Field(ge=2)]
     """With fewer seeds the claim stays undecided."""
     ablation: Name
     """The ablation whose figure shows the claim, or `cost`."""
 
     @model_validator(mode="after")
+    def _check_dates(self) -> Self:
+        today = datetime.datetime.now(datetime.UTC).date()
+        dates = [("registered", self.registered), *(("revised.date", revision.date) for revision in self.revised)]
+        for (_, earlier), (key, date) in itertools.pairwise([dates[0], *dates]):
+            if date < earlier:
+                raise ValueError(f"{key} = {date} is before {earlier}, the date of the wording that it changes")
+            if date > today:
+                raise ValueError(f"{key} = {date} is in the future")
+        return self
+
+    @model_validator(mode="after")
+    def _check_test(self) -> Self:
+        """Each test has the keys that it uses and no other."""
+        counts = self.test in COUNT_TESTS
+        if counts == (self.margin is not None):
+            raise ValueError(f"test = {self.test} {'has no margin' if counts else 'needs a margin'}")
+        if self.share is not None and self.test not in SHARE_TESTS:
+            raise ValueError(f"share is only for test = {' or '.join(SHARE_TESTS)}, not for {self.test}")
+        if "solved_at" in self.model_fields_set and not counts:
+            raise ValueError(f"solved_at is only for test = {', '.join(COUNT_TESTS)}, not for {self.test}")
+        if counts and self.metric not in (None, *COUNTABLE):
+            raise ValueError(f"test = {self.test} counts seeds by metric = {' or '.join(COUNTABLE)}, not {self.metric}")
+        return self
+
+    @model_validator(mode="after")
     def _check_keys(self) -> Self:
-        if (self.baseline is None) == (self.baseline_multiple is None):
+        if self.test in SHARE_TESTS:
+            if not (self.baseline is None and self.baseline_multiple is None):
+                raise ValueError(f"test = {self.test} has no baseline: it compares with share")
+        elif self.test in COUNT_TESTS:
+            if not isinstance(self.baseline, tuple) or self.baseline_multiple is not None:
+                raise ValueError(f"test = {self.test} needs variants as its baseline")
+        elif (self.baseline is None) == (self.baseline_multiple is None):
             raise ValueError("needs exactly one of baseline (variants or a number) and baseline_multiple (a length)")
         if isinstance(self.baseline, tuple) and (both := set(self.variants) & set(self.baseline)):
             raise ValueError(f"{min(both)!r} is in both variants and baseline")
@@ -76,11 +144,32 @@ class Claim(Config):
     @property
     def sign(self) -> int:
         """1 if the claim needs effects above `threshold`, -1 if it needs effects below."""
-        return 1 if self.test in ("superior", "non_inferior") else -1
+        return 1 if self.test in ("superior", "non_inferior", "solved", "solved_more") else -1
 
     @property
     def threshold(self) -> float:
+        if self.test in COUNT_TESTS:
+            return (SHARE if self.share is None else self.share) if self.test in SHARE_TESTS else 0.0
+        assert self.margin is not None
         return self.margin if self.test in ("superior", "non_superior") else -self.margin
+
+    @property
+    def fewest_seeds(self) -> int:
+        """Seeds without which no result supports the claim, by `min_seeds` and by the exact test of a share."""
+        if self.test not in SHARE_TESTS:
+            return self.min_seeds
+        most = self.threshold if self.sign > 0 else 1 - self.threshold
+        return max(self.min_seeds, math.ceil(math.log(LEVEL / 2) / math.log(most)))
+
+
+def unrevised(before: dict[str, Claim], after: dict[str, Claim]) -> list[str]:
+    """The claims that differ between two versions of claims.yaml in what they say or test, without a new entry in `revised`."""
+
+    def tested(claim: Claim) -> dict[str, object]:
+        return claim.model_dump(exclude={"revised", "ablation", "source"})
+
+    both = [name for name in after if name in before]
+    return [n for n in both if tested(before[n]) != tested(after[n]) and len(after[n].revised) <= len(before[n].revised)]
 
 
 def load(path: Path = FILE) -> dict[str, Claim]:
@@ -139,10 +228,16 @@ def _missing_from(claim: Claim, study: Study) -> Iterator[str]:
                 yield f"task {task} has no multiple {multiple:g}, only {', '.join(f'{known:g}' for known in data.multiples)}"
         if not (claim.metric is None or claim.metric in METRICS[data.goal] or LAYER_METRIC.fullmatch(claim.metric)):
             yield f"task {task} has no metric {claim.metric}{nearest(claim.metric, METRICS[data.goal])}"
+        if claim.test in COUNT_TESTS and data.goal != "accuracy":
+            yield f"test = {claim.test} needs a task with an accuracy, and {task} is none"
 
 
 def _too_few_seeds(claim: Claim, study: Study) -> Iterator[str]:
     variants = [*claim.variants, *(claim.baseline if isinstance(claim.baseline, tuple) else ())]
-    counts = [len(seeds_of(study, task, variant)) for task in claim.tasks for variant in variants]
-    if min(counts) < claim.min_seeds:
-        yield f"this study has {min(counts)} seeds, fewer than min_seeds = {claim.min_seeds}"
+    # A construction has no seeds: its test sequences are counted.
+    trained = [name for name in variants if not isinstance(study.variants[name], ConstructionConfig)]
+    counts = [len(judged_seeds(study, task, variant)) for task in claim.tasks for variant in trained]
+    if not counts or min(counts) >= claim.fewest_seeds:
+        return
+    needed = "min_seeds =" if claim.fewest_seeds == claim.min_seeds else f"test = {claim.test} needs:"
+    yield f"this study has {min(counts)} seeds, fewer than {needed} {claim.fewest_seeds}"

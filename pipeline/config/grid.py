@@ -48,6 +48,11 @@ def seeds_of(study: Study, task: str, variant: str) -> tuple[int, ...]:
     return study.training[task, variant].seeds
 
 
+def judged_seeds(study: Study, task: str, variant: str) -> tuple[int, ...]:
+    """The seeds of a cell that decide claims: those from `verdict_seeds_from` on."""
+    return tuple(seed for seed in seeds_of(study, task, variant) if seed >= study.verdict_seeds_from)
+
+
 def seeds_text(study: Study, shown: Iterable[Cell] | None = None) -> str:
     """The seeds of cells, by default of all: `0, 1, 2`, or `3 to 10 per cell` if cells have different seeds."""
     lists = {seeds_of(study, cell.task, cell.variant) for cell in (cells(study) if shown is None else shown)}

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.config.errors import nearest
-from pipeline.config.grid import shown_tasks
+from pipeline.config.grid import shown_cells, shown_tasks, variants_on
 from pipeline.config.names import plot_names
 from pipeline.config.study import Ablation, Study
 
@@ -36,6 +36,8 @@ class Plot(ABC):
     """Whether the figure shows models or single answers, so that its section has no table of scores and no failures."""
     runs_models: ClassVar[bool] = False
     """Whether drawing runs the trained models, so that the figure depends on their code."""
+    scores_every_rate: ClassVar[bool] = False
+    """Whether the figure shows test scores of all learning rates, not only of the chosen one."""
     extra_plots: ClassVar[Mapping[str, str]] = {"length": "lines", "training": "training"}
     """End of the name -> plot of each further figure of the same ablation."""
     rows: ClassVar[str] = (
@@ -93,6 +95,13 @@ class Plot(ABC):
             if name not in known:
                 problem = f"known are {', '.join(known)}" if known else "they state none"
                 yield f"reference_lines: the tasks state no {name!r}; {problem}" + nearest(name, known)
+
+
+def scored_at_every_rate(study: Study, task: str) -> list[str]:
+    """The variants on `task` of which a figure shows test scores of all learning rates."""
+    ablations = [ablation for ablation in study.ablations.values() if load_plot(ablation.plot).scores_every_rate]
+    shown = {variant for ablation in ablations for at, variant in shown_cells(study, ablation) if at == task}
+    return [variant for variant in variants_on(study, task) if variant in shown]
 
 
 def load_plot(name: str) -> Plot:

@@ -175,6 +175,8 @@ class StudyFile(Config):
     ablations: Annotated[dict[Name, Ablation], Field(min_length=1)]
     evaluate: EvaluationConfig
     render: RenderConfig
+    verdict_seeds_from: Seed = 0
+    """Verdicts come from the seeds from this number on. Smaller seeds explore, and show in figures and tables only."""
 
 
 class Study(Config):
@@ -195,3 +197,4 @@ class Study(Config):
     """(task, variant) of each cell -> its training settings."""
     evaluate: EvaluationConfig
     render: RenderConfig
+    verdict_seeds_from: int = 0

@@ -1,4 +1,4 @@
-"""Share of seeds whose key filter solves every length, by learning rate."""
+"""Share of seeds that carry over to the longest length, by learning rate and kernel size."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 
 
 class LearningRates(Plot):
-    """One panel per task; dotted lines show the mean validation accuracy."""
+    """One panel per task, one line per variant; dotted lines show the share of seeds that solve the training length."""
 
-    caption = "Share of seeds whose key kernel solves every length, by learning rate. Dotted: validation accuracy."
+    caption = (
+        "Of the seeds that solve the training length (accuracy of at least 0.99), the share that also solves the longest length,"
+        " by learning rate. Dotted: the share of seeds that solve the training length."
+    )
+    scores_every_rate = True
+    rows = "the rows of these variants, for every learning rate"
 
     def check(self, study: Study, ablation: Ablation) -> Iterator[str]:
         for variant in shown_variants(ablation):
@@ -38,27 +43,35 @@ class LearningRates(Plot):
     def draw(self, study: Study, ablation: Ablation, results: pd.DataFrame, references: pd.DataFrame) -> Figure:
         from pipeline.figures.drawing.axes import task_title
         from pipeline.figures.drawing.style import add_legend, panels_of, set_ticks, style
-        from pipeline.reporting.tables import key_filter_table
+        from pipeline.reporting.tables import carry_over_table
 
-        table = key_filter_table(study, ablation)
+        table = carry_over_table(study, ablation)
         figure, panels = panels_of(shown_tasks(study, ablation))
         for task, axes in panels.items():
             for variant, rows in table[table["task"] == task].groupby("variant", sort=False):
                 options, label = style(study, str(variant)), variant_label(study, str(variant))
-                axes.plot(rows["learning rate"], rows["solve every length"] / rows["runs"], label=label, lw=1.8, **options)
-                axes.plot(rows["learning rate"], rows["validation accuracy"], color=options["color"], ls=":", lw=1.2)
+                axes.plot(rows["learning_rate"], rows["share"], label=label, lw=1.8, **options)
+                axes.plot(rows["learning_rate"], rows["solves_1x"] / rows["runs"], color=options["color"], ls=":", lw=1.2)
             axes.set_xscale("log")
-            set_ticks(axes, sorted(set(table.loc[table["task"] == task, "learning rate"])), "{:g}")
+            set_ticks(axes, sorted(set(table.loc[table["task"] == task, "learning_rate"])), "{:g}")
+            longest = study.tasks[task].data.multiples[-1]
             axes.set(
                 title=task_title(study, task),
                 xlabel="learning rate",
-                ylabel="share of seeds that solve every length\n(dotted: validation accuracy)",
+                ylabel=f"share of the seeds that solve 1x\nthat also solve {longest:g}x (dotted: that solve 1x)",
                 ylim=(-0.04, 1.04),
             )
         add_legend(figure, panels)
         return figure
 
-    def tables(self, study: Study, ablation: Ablation, results: pd.DataFrame) -> Iterator[str]:
-        from pipeline.reporting.tables import key_filter_table, with_labels
+    def sources(self, study: Study, ablation: Ablation) -> list[str]:
+        return [f"results/rates/{task}.csv" for task in shown_tasks(study, ablation)]
 
-        yield with_labels(study, key_filter_table(study, ablation)).to_markdown(index=False)
+    def tables(self, study: Study, ablation: Ablation, results: pd.DataFrame) -> Iterator[str]:
+        from pipeline.reporting.tables import as_markdown, carry_over_table, prediction_table, with_labels
+
+        yield as_markdown(with_labels(study, carry_over_table(study, ablation)))
+        yield (
+            "Does the key filter predict it? Runs by whether their key filter meets the condition for every length, and by"
+            " whether they carry over.\n\n" + as_markdown(with_labels(study, prediction_table(study, ablation)))
+        )

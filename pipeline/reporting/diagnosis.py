@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from pipeline.config.claims import SOLVED_AT
 from pipeline.config.grid import seeds_of, variants_on
 from pipeline.config.study import Study
 from pipeline.storage import runs
@@ -77,7 +78,10 @@ def _signs(study: Study, task: str, variant: str, results: pd.DataFrame, referen
         evidence += _reference_evidence(study, task, means[1], references) + _attention_evidence(results)
         yield f"poor {study.tasks[task].data.kind.rpartition('.')[2]}", evidence
     if seeds.max() - seeds.min() > SPREAD:
-        yield "unstable over seeds", f"{name} from {seeds.min():.3f} to {seeds.max():.3f} at the training length"
+        evidence = f"{name} from {seeds.min():.3f} to {seeds.max():.3f} at the training length"
+        if goal == "accuracy":
+            evidence += f"; {(seeds >= SOLVED_AT).sum()} of {len(chosen)} seeds solve it"
+        yield "unstable over seeds", evidence
     worse = (means[1] - means) * (1 if goal == "accuracy" else -1)
     learned = goal == "loss" or means[1] >= HALF_SOLVED
     if learned and len(beyond := worse[(worse.index > 1) & (worse > DROP)]):

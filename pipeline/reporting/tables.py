@@ -1,14 +1,16 @@
-"""Tables of the report and README: scores by variant, key filters by learning rate, verdicts."""
+"""Tables of the report and README: scores by variant, length generalization by learning rate, verdicts."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from pipeline.config.grid import seeds_of, shown_on, shown_tasks, shown_variants, variants_on
+from pipeline.config.claims import SOLVED_AT
+from pipeline.config.grid import seeds_of, shown_on, shown_tasks, shown_variants, variant_value, variants_on
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
-from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, read_verdicts
+from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, read_verdicts, registration_table
 from pipeline.storage import runs
+from pipeline.storage.results import read_rates
 
 LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
 
@@ -65,22 +67,45 @@ def _parameters(study: Study, ablation: Ablation, variant: str) -> str:
     return f"{runs.read_summary(task, variant)['parameters']:,}"
 
 
-def key_filter_table(study: Study, ablation: Ablation) -> pd.DataFrame:
-    """Per task, variant and learning rate: runs, runs whose key filter solves every length, mean validation accuracy.
+def rate_runs(study: Study, ablation: Ablation) -> pd.DataFrame:
+    """One row per run at every learning rate: whether it solves 1x and the longest length, and what its key filter predicts.
 
-    Only variants to which the condition applies (cat/evaluation/diagnostics.py). A diverged run does not count as solved.
+    `carries_over` means that it solves both. `predicted` is whether the key filter meets the condition of
+    cat/evaluation/diagnostics.py. A diverged run solves nothing.
     """
     rows = []
     for task in shown_tasks(study, ablation):
+        data, rates = study.tasks[task].data, read_rates(task)
+        at_length = rates.set_index(["variant", "learning_rate", "seed", "length"])["value"]
         for variant in shown_on(study, ablation, task):
-            table = pd.DataFrame(runs.read_summary(task, variant)["runs"])
-            table = table[table["seed"].isin(seeds_of(study, task, variant))]
-            if table["solves_every_length"].notna().any():
-                for rate, group in table.groupby("learning_rate"):
-                    solved = group["solves_every_length"].eq(True) & group["stop"].ne("diverged")
-                    rows.append((task, variant, rate, len(group), int(solved.sum()), group["valid_accuracy"].mean()))
-    columns = ["task", "variant", "learning rate", "runs", "solve every length", "validation accuracy"]
+            kernel_size = variant_value(study, variant, "conv_k")
+            for run in runs.read_summary(task, variant)["runs"]:
+                rate, seed = run["learning_rate"], run["seed"]
+                if seed in seeds_of(study, task, variant):
+                    solves = [bool(at_length[variant, rate, seed, n] >= SOLVED_AT) for n in (data.length, data.lengths[-1])]
+                    predicted = bool(run["solves_every_length"]) and run["stop"] != "diverged"
+                    rows.append((task, variant, kernel_size, rate, seed, solves[0], all(solves), predicted))
+    columns = ["task", "variant", "kernel_size", "learning_rate", "seed", "solves_1x", "carries_over", "predicted"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def carry_over_table(study: Study, ablation: Ablation) -> pd.DataFrame:
+    """Per task, variant and learning rate: runs, those that solve 1x, of these those that carry over, and their share."""
+    counts = rate_runs(study, ablation).groupby(["task", "variant", "kernel_size", "learning_rate"], sort=False)
+    table = counts[["solves_1x", "carries_over"]].sum().reset_index()
+    table.insert(4, "runs", counts.size().to_numpy())
+    table["share"] = table["carries_over"] / table["solves_1x"].where(table["solves_1x"] > 0)
+    return table
+
+
+def prediction_table(study: Study, ablation: Ablation) -> pd.DataFrame:
+    """Per task: runs by whether the key filter predicts every length (rows) and whether the run carries over (columns)."""
+    table = rate_runs(study, ablation)
+    words = {True: "yes", False: "no"}
+    cross = pd.crosstab([table["task"], table["predicted"].map(words)], table["carries_over"].map(words))
+    full = pd.MultiIndex.from_product([list(dict.fromkeys(table["task"])), ["yes", "no"]], names=["task", "predicted"])
+    cross = cross.reindex(index=full, columns=["yes", "no"], fill_value=0)
+    return cross.rename(columns={"yes": "carries over", "no": "does not"}).reset_index()
 
 
 def _mean_and_range(values: pd.Series) -> str:
@@ -107,15 +132,19 @@ def claims_section() -> str:
         return left_out(every)
     table = markdown_table(verdicts)
     table["ablation"] = [f"[{name}](#{name})" for name in verdicts["ablation"]]
-    return f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_verdict_counts(every)} {_EXPLANATION}"
+    history = registration_table(verdicts).to_markdown(index=False, disable_numparse=True)
+    return (
+        f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_verdict_counts(every)} {_EXPLANATION}\n\n"
+        f"<details><summary>When each claim was registered and revised</summary>\n\n{history}\n\n</details>"
+    )
 
 
 _EXPLANATION = (
-    "*Effect*: the mean of the metric minus that of the baseline, in the comparison named under *decided by*. Its interval is"
-    " Student's t over seeds and test sequences. It covers only seeds if the metric is not the primary one of the task."
-    " *p* belongs to the same test, for the whole claim: the largest p of its comparisons. For a contradicted claim it is the"
-    " smallest p against the claim times the number of comparisons. Both are corrected for all claims. A dash: no seed and no"
-    " sequence differs, so nothing is tested. claims.yaml defines the claims; verdicts/comparisons.csv has every comparison."
+    "*Effect*: the mean of the metric minus that of the baseline, in the comparison named under *decided by*, or the number of"
+    " seeds that solve the task. *p* belongs to the same test, for the whole claim: the largest p of its comparisons. For a"
+    " contradicted claim it is the smallest p against the claim times the number of comparisons. Both are corrected for all"
+    " claims. *Held in all n runs*: no seed and no sequence differs, so nothing is tested. docs/statistics.md explains the tests."
+    " claims.yaml defines the claims; verdicts/comparisons.csv has every comparison."
 )
 
 

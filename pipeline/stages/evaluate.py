@@ -1,10 +1,11 @@
 """Evaluate a task's trained models: results/<task>.csv has every metric per variant, seed and length, one row each.
 
-Three folders in results/ and one beside it have more tables per task:
+Four folders in results/ and one beside it have more tables per task:
 
     results/filters/      the kernels
     results/positions/    bits per byte along the longest test windows of a text
     results/references/   scores of partial strategies, which need no model
+    results/rates/        the primary metric at every learning rate, for figures that show it
     scores/               scores per test sequence, for the intervals of the verdicts
 """
 
@@ -12,17 +13,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from cat.evaluation.by_position import ByRecall, bin_ends, loss_by_position, loss_by_recall, scored_windows
 from cat.evaluation.diagnostics import attention_statistics, filter_kernels
-from cat.evaluation.scores import Scores, SequenceTotals, token_scores
+from cat.evaluation.scores import Scores, SequenceTotals, sequence_totals, token_scores
 from cat.model import SequenceModel
 from cat.tasks.base import Extents, GeneratedData, Recalled, Spans
 from cat.tasks.registry import Task
@@ -31,13 +31,14 @@ from pipeline.runtime import checkpoints, workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, write_csv
-from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, REFERENCES, RESULTS, SCORES
-from pipeline.storage.tables import FILTER_COLUMNS, POSITION_COLUMNS, PRIMARY, REFERENCE_COLUMNS, RESULTS_COLUMNS
+from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, RATES, REFERENCES, RESULTS, SCORES
+from pipeline.storage.scores import SequenceScores, write_scores
+from pipeline.storage.tables import FILTER_COLUMNS, POSITION_COLUMNS, PRIMARY, RATE_COLUMNS, REFERENCE_COLUMNS, RESULTS_COLUMNS
 from pipeline.storage.task_data import read_meta, read_split, read_task, read_training
 
 Rows = list[dict[str, Any]]
-Sequences = dict[str, NDArray[np.float32]]
-"""`variant/seed/length` -> 2 x N, N test sequences: correct answers and all answers; for text bits and bytes."""
+Sequences = dict[tuple[str, int, int], SequenceScores]
+"""Scores per test sequence by (variant, seed, length)."""
 _PLACEHOLDER = SequenceTotals(*torch.ones(3, 1))
 
 
@@ -45,6 +46,14 @@ class Job(NamedTuple):
     """One trained model."""
 
     variant: str
+    seed: int
+
+
+class RateJob(NamedTuple):
+    """One trained model at one of the learning rates of its cell."""
+
+    variant: str
+    learning_rate: float
     seed: int
 
 
@@ -58,32 +67,48 @@ class ModelResults(NamedTuple):
 
 
 def evaluate(
-    task: str, trained: dict[str, CellTraining], precision: str, *, device: str, parallel_runs: int | Literal["auto"]
+    task: str,
+    trained: dict[str, CellTraining],
+    precision: str,
+    every_rate: Collection[str] = (),
+    *,
+    device: str,
+    parallel_runs: int | Literal["auto"],
 ) -> None:
     """Score every trained variant and seed at every length it supports; measure attention at the training length.
 
-    The values of a diverged seed are empty.
+    The variants in `every_rate` are scored at all learning rates, the others at the chosen one. The values of a diverged seed
+    are empty.
     """
     data, torch_device = read_task(task), resolve_device(device)
     jobs = [Job(variant, seed) for variant, training in trained.items() for seed in training.seeds]
-    with tqdm(total=len(jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
+    rate_jobs = [
+        RateJob(variant, rate, seed)
+        for variant in every_rate
+        for rate in trained[variant].learning_rates
+        for seed in trained[variant].seeds
+    ]
+    with tqdm(total=len(jobs) + len(rate_jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
 
         def advance(done: int) -> None:
             bar.update(done)
 
         function = functools.partial(_evaluate_model, task, data, precision)
-        tables = workers.parallel_map(function, jobs, device=torch_device, parallel_runs=parallel_runs, report=advance)
+        options: Any = {"device": torch_device, "parallel_runs": parallel_runs, "report": advance}
+        tables = workers.parallel_map(function, jobs, **options)
+        rates = workers.parallel_map(functools.partial(_evaluate_rate, task, data, precision), rate_jobs, **options)
     with atomic_write(RESULTS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.scores), RESULTS_COLUMNS)
     with atomic_write(FILTERS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.filters), FILTER_COLUMNS)
     with atomic_write(POSITIONS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.positions), POSITION_COLUMNS)
+    with atomic_write(RATES / f"{task}.csv") as path:
+        write_csv(path, (row for rows in rates for row in rows), RATE_COLUMNS)
     with atomic_write(REFERENCES / f"{task}.csv") as path:
         write_csv(path, references(task, data), REFERENCE_COLUMNS)
-    with atomic_write(SCORES / f"{task}.npz") as path, path.open("wb") as file:
-        arrays = {key: columns for table in tables for key, columns in table.sequences.items()}
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    sequences = {key: scores for table in tables for key, scores in table.sequences.items()}
+    write_scores(SCORES / f"{task}.npz", sequences, text=data.goal == "loss")
     checkpoints.prune(task, trained)
 
 
@@ -157,7 +182,7 @@ def _evaluate_model(
             split = runs.split(task, f"test_{length}", device)
             parts = list(token_scores(model, split, precision=precision, autoregressive=data.autoregressive))
             totals = SequenceTotals.of(parts)
-            sequences[f"{job.variant}/{job.seed}/{length}"] = _sequences(totals, extents)
+            sequences[job.variant, job.seed, length] = _sequences(totals, extents, autoregressive=data.autoregressive)
             values = metrics(totals, extents, autoregressive=data.autoregressive)
             if recalled:
                 losses = torch.cat([part.loss.double().cpu() for part in parts]).numpy()
@@ -169,10 +194,33 @@ def _evaluate_model(
     return ModelResults(rows, filters, positions, sequences)
 
 
-def _sequences(totals: SequenceTotals, extents: Extents | None) -> NDArray[np.float32]:
+def _evaluate_rate(task: str, data: Task, precision: str, job: RateJob, device: torch.device, report: workers.Report) -> Rows:
+    """The rows of RATE_COLUMNS of one run; a diverged run has no values."""
+    summary, limit = runs.read_summary(task, job.variant), runs.max_length(task, job.variant)
+    (run,) = (run for run in summary["runs"] if (run["learning_rate"], run["seed"]) == job[1:])
+    rate = None if job.learning_rate == summary["learning_rate"] else job.learning_rate
+    path = runs.weights_path(task, job.variant, job.seed, rate)
+    model = None if run["stop"] == "diverged" else runs.load_model(path).to(device)
+    extents, name = (_extents(task) if data.goal == "loss" else None), PRIMARY[data.goal]
+    rows: Rows = []
+    for length in data.lengths:
+        if limit is not None and length > limit:
+            continue
+        value = math.nan
+        if model is not None:
+            split = runs.split(task, f"test_{length}", device)
+            totals = sequence_totals(model, split, precision=precision, autoregressive=data.autoregressive)
+            value = metrics(totals, extents, autoregressive=data.autoregressive)[name]
+        rows.append({"task": task, **job._asdict(), "length": length, "metric": name, "value": value})
+    report(1)
+    return rows
+
+
+def _sequences(totals: SequenceTotals, extents: Extents | None, *, autoregressive: bool) -> SequenceScores:
+    loss, correct, targets = (column.numpy() for column in totals)
     if extents is None:
-        return torch.stack([totals.correct, totals.targets]).numpy().astype(np.float32)
-    return np.stack([(totals.loss / math.log(2)).numpy() + 8 * extents.unknown, extents.bytes]).astype(np.float32)
+        return SequenceScores(correct, targets, None if autoregressive else loss / targets)
+    return SequenceScores((loss / math.log(2) + 8 * extents.unknown) / extents.bytes, extents.bytes, None)
 
 
 def _extents(task: str) -> Extents:

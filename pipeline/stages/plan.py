@@ -19,7 +19,7 @@ from pipeline.config.errors import ParamsError, config_error, printable
 from pipeline.config.grid import seeds_of, shown_tasks, shown_variants, variants_on
 from pipeline.config.json_schema import json_schema
 from pipeline.config.outputs import figure_plots
-from pipeline.config.plots import load_plot
+from pipeline.config.plots import load_plot, scored_at_every_rate
 from pipeline.config.resolve import resolved, unwritten
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml, to_yaml
@@ -56,6 +56,8 @@ def stage_files(study: Study) -> dict[str, str]:
         texts[f"evaluate/{task}.txt"] += "".join(
             f"{variant}: {', '.join(map(str, seeds_of(study, task, variant)))}\n" for variant in variants_on(study, task)
         )
+        texts[f"evaluate/{task}.txt"] += "".join(f"every rate: {name}\n" for name in scored_at_every_rate(study, task))
+    texts["judge.txt"] += f"verdict_seeds_from: {study.verdict_seeds_from}\n"
     # The figures and tables follow the order of these mappings, which DVC ignores.
     texts["render.txt"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
     return texts

@@ -144,7 +144,7 @@ def train(task: str, variant: str, setting: CellSetting, *, device: str, paralle
 
 
 def write(cell: Cell, outcomes: list[Trained], *, began: float, origin: dict[str, Any]) -> None:
-    """Write the cell's folder (summary, history, weights at the chosen learning rate) and its log.
+    """Write the cell's folder (summary, history, weights) and its log.
 
     `origin` is the provenance of the code when training began: the checkout may have changed since then.
     """
@@ -154,9 +154,10 @@ def write(cell: Cell, outcomes: list[Trained], *, began: float, origin: dict[str
     with FileLock(CHECKPOINTS / task / variant / "write.lock"), atomic_write(runs.folder(task, variant)) as folder:
         folder.mkdir()
         for outcome in outcomes:
-            if outcome.job.learning_rate == chosen and not outcome.diverged:
+            if not outcome.diverged:
                 content = safetensors.numpy.save(outcome.weights, metadata={"model": json.dumps(model, sort_keys=True)})
-                (folder / f"seed_{outcome.job.seed}.safetensors").write_bytes(content)
+                rate = None if outcome.job.learning_rate == chosen else outcome.job.learning_rate
+                (folder / runs.weights_path(task, variant, outcome.job.seed, rate).name).write_bytes(content)
         rows = [{**outcome.job._asdict(), **asdict(record)} for outcome in outcomes for record in outcome.history]
         write_csv(folder / "history.csv", rows, HISTORY_COLUMNS)
         head = {"task": task, "variant": variant, "model": model, "device": outcomes[0].device, "learning_rate": chosen}

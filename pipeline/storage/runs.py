@@ -31,8 +31,10 @@ def folder(task: str, variant: str) -> Path:
     return RUNS / task / variant
 
 
-def weights_path(task: str, variant: str, seed: int) -> Path:
-    return folder(task, variant) / f"seed_{seed}.safetensors"
+def weights_path(task: str, variant: str, seed: int, learning_rate: float | None = None) -> Path:
+    """The weights at the chosen learning rate, or at another one."""
+    start = "" if learning_rate is None else f"rate_{learning_rate}_"
+    return folder(task, variant) / f"{start}seed_{seed}.safetensors"
 
 
 def read_summary(task: str, variant: str) -> Any:

@@ -6,6 +6,7 @@ Readers accept a complete table or raise a ValueError of one line that names the
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,16 +35,21 @@ POSITION_COLUMNS = {
     "task": str, "variant": str, "seed": int, "context": str, "position": int, "tokens": int, "bits_per_byte": float,
 }  # fmt: skip
 REFERENCE_COLUMNS = {"task": str, "reference": str, "length": int, "multiple": float, "metric": str, "value": float}
+RATE_COLUMNS = {"task": str, "variant": str, "learning_rate": float, "seed": int, "length": int, "metric": str, "value": float}
 HISTORY_COLUMNS = {"learning_rate": float, "seed": int, "step": int, **dict.fromkeys(CURVES, float)}
 """The run, then the fields of cat.training.fit.ValidationRecord."""
 COMPARISON_COLUMNS = {
     "claim": str, "task": str, "metric": str, "length": int, "variant": str, "baseline": str, "effect": float, "low": float,
-    "high": float, "p_for": float, "p_against": float, "seeds": int, "verdict": str, "reason": str,
+    "high": float, "k": float, "n": float, "baseline_k": float, "baseline_n": float, "p_for": float, "p_against": float,
+    "seeds": int, "verdict": str, "reason": str,
 }  # fmt: skip
 CLAIM_COLUMNS = {
     "claim": str, "statement": str, "source": str, "verdict": str, "reason": str, "effect": float, "low": float, "high": float,
-    "p": float, "seeds": int, "comparisons": int, "ablation": str,
+    "p": float, "seeds": int, "comparisons": int, "ablation": str, "test": str, "k": float, "n": float, "baseline_k": float,
+    "baseline_n": float, "registered": str, "revised": str,
 }  # fmt: skip
+_NEWER_CLAIM_COLUMNS = ("test", "k", "n", "baseline_k", "baseline_n", "registered", "revised")
+"""Columns that claims.csv has had since 2026-11-30."""
 DIAGNOSIS_COLUMNS = {"task": str, "variant": str, "failure_mode": str, "evidence": str}
 
 
@@ -63,6 +69,14 @@ def read_table(path: Path, columns: Mapping[str, type]) -> pd.DataFrame:
     """
     with readable(path, "a CSV table"):
         return parse_table(path.read_text(encoding="utf-8"), columns)
+
+
+def parse_verdicts(text: str) -> pd.DataFrame:
+    """Parse verdicts/claims.csv. Columns that a table of an older revision lacks are empty."""
+    header = text.partition("\n")[0].split(",")
+    newer = {name: math.nan if CLAIM_COLUMNS[name] is float else "" for name in _NEWER_CLAIM_COLUMNS if name not in header}
+    table = parse_table(text, {name: kind for name, kind in CLAIM_COLUMNS.items() if name not in newer})
+    return table.assign(**newer)
 
 
 def parse_table(text: str, columns: Mapping[str, type]) -> pd.DataFrame:

@@ -321,12 +321,15 @@ def test_the_global_random_state_is_untouched():
 
 
 def test_the_condition_on_key_filters_is_what_hard_attention_does():
-    """On every context of associative recall up to a length, up to renaming of tokens: u at `first` and at the end."""
+    """On every context of associative recall up to a length, up to renaming of tokens: u at `first` and at the end.
+
+    The value after u is not u, as in tasks whose keys are no values.
+    """
     filters, size = 3000, 4
     kernels = torch.randn(filters, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     solved = torch.ones(filters, dtype=torch.bool)
     for length in range(2, 2 * size):
-        for first in range(length - 1):
+        for first in range(length - 2):
             tokens = torch.arange(length)
             tokens[-1] = first
             x = torch.eye(length, dtype=torch.float64)[tokens].expand(1, filters, length, length)

@@ -92,7 +92,7 @@ def test_many_undecidable_claims_are_one_line(study):
         0,
         [f"claims.yaml: this study cannot decide 6 of {len(RAW)} claims: {', '.join(names)}"],
     )
-    all_wrong = {name: {"min_seeds": 9} for name in RAW}
+    all_wrong = {name: {"multiples": [3]} for name in RAW}
     assert lines_of(**all_wrong) == (0, [f"claims.yaml: this study can decide none of the {len(RAW)} claims"])
     del wrong[names[0]]
     assert lines_of(**wrong) == (

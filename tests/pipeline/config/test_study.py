@@ -846,7 +846,7 @@ def subject(line: str, file: str | Path) -> tuple[str, ...]:
 
 def plain(mapping: Any) -> str:
     """Equal for 1 and 1.0, different for 1 and true."""
-    return json.dumps(json.loads(json.dumps(mapping), parse_int=float), sort_keys=True)
+    return json.dumps(json.loads(json.dumps(mapping, default=str), parse_int=float), sort_keys=True)  # str of a date
 
 
 STRANGE = """

@@ -1,7 +1,9 @@
 """Verdicts on planted results: every test and every verdict; noise decides nothing; bad claims give one-line errors."""
 
+import datetime
 import itertools
 import math
+import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -18,24 +20,31 @@ from pipeline.config.claims import Claim
 from pipeline.config.errors import ParamsError
 from pipeline.config.grid import variants_on
 from pipeline.config.load import load_study
-from pipeline.reporting.verdicts import left_out, of_the_study, verdict_table
-from pipeline.stages.judge import Comparison, Evidence, compare, decide
+from pipeline.reporting.verdicts import left_out, of_the_study, registration_table, verdict_table
+from pipeline.stages.judge import SKEWED, Comparison, Evidence, compare, decide
 from pipeline.storage.results import read_results
+from pipeline.storage.scores import read_scores
 from tests.helpers.study import ROOT, stage
 
 STUDY = load_study(ROOT / "params.yaml")
+TEN = STUDY.model_copy(
+    update={"training": {cell: made.model_copy(update={"seeds": tuple(range(10))}) for cell, made in STUDY.training.items()}}
+)
+"""The same study with ten seeds."""
 SEQUENCES, TARGETS = 64, 8
+FUTURE = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=2)
 
 
 def claim(**changes):
     fields = {
         "statement": "k beats none.", "source": "ours", "tasks": ("ar",), "multiples": (1.0,), "variants": ("k",),
         "baseline": ("none",), "test": "superior", "margin": 0.1, "min_seeds": 3, "ablation": "qkv_subsets",
+        "registered": datetime.date(2026, 11, 25),
     }  # fmt: skip
     return Claim(**(fields | changes))
 
 
-def planted(scores, *, task="ar", length=36, metric="accuracy", noise=0.0, seed=0):
+def planted(scores, *, task="ar", length=36, metric="accuracy", noise=0.0, seed=0, study=STUDY):
     """Evidence with these values per variant and seed; `noise` scatters the scores of the sequences around them."""
     rng = np.random.default_rng(seed)
     rows, sequences = [], {}
@@ -44,10 +53,10 @@ def planted(scores, *, task="ar", length=36, metric="accuracy", noise=0.0, seed=
         for number, value in enumerate(values):
             correct = TARGETS * (value + noise * rng.standard_normal(SEQUENCES))
             correct += TARGETS * value - correct.mean()
-            sequences[f"{variant}/{number}/{at_length}"] = np.stack([correct, np.full(SEQUENCES, TARGETS)])
+            sequences[variant, number, at_length] = np.stack([correct, np.full(SEQUENCES, TARGETS)])
             rows.append((task, variant, number, at_length, metric, value))
     columns = ["task", "variant", "seed", "length", "metric", "value"]
-    return Evidence(STUDY, pd.DataFrame(rows, columns=columns), {task: sequences})
+    return Evidence(study, pd.DataFrame(rows, columns=columns), {task: {metric if metric in SKEWED else "accuracy": sequences}})
 
 
 def verdict(evidence, **changes):
@@ -122,7 +131,8 @@ def test_the_interval_and_the_test_count_sequences_as_well_as_seeds():
 def test_an_interval_over_sequences_only_is_that_of_the_paired_t_test():
     """Seeds and variants share the sequences, so a sequence that is easy for all of them is no evidence."""
     evidence = planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=0.3)
-    correct = [np.mean([evidence.sequences["ar"][f"{name}/{seed}/36"][0] for seed in range(3)], axis=0) for name in ("k", "none")]
+    sums = evidence.sequences["ar"]["accuracy"]
+    correct = [np.mean([sums[name, seed, 36][0] for seed in range(3)], axis=0) for name in ("k", "none")]
     expected = stats.ttest_rel(*(counts / TARGETS for counts in correct))
     row = verdict(evidence)
     assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval()), abs=0.005)
@@ -131,7 +141,8 @@ def test_an_interval_over_sequences_only_is_that_of_the_paired_t_test():
 def test_sequences_equally_hard_for_both_sides_are_no_evidence():
     evidence = planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=0.3)
     for seed in range(3):
-        evidence.sequences["ar"][f"none/{seed}/36"] = evidence.sequences["ar"][f"k/{seed}/36"] - [[0.3 * TARGETS], [0]]
+        sums = evidence.sequences["ar"]["accuracy"]
+        sums["none", seed, 36] = sums["k", seed, 36] - [[0.3 * TARGETS], [0]]
     row = verdict(evidence)
     assert row["high"] - row["low"] == pytest.approx(0, abs=1e-9)
 
@@ -141,7 +152,7 @@ def test_degrees_of_freedom_are_those_of_welch_and_satterthwaite():
     evidence = planted(values, noise=0.5)
     sides = [evidence.sample("ar", "accuracy", name, 36) for name in values]
     parts = [np.var(seeds, ddof=1) / 3 for seeds in values.values()]
-    parts.append(np.var(sides[0].resampled - sides[1].resampled, ddof=1))
+    parts.append(np.var(sides[0].resampled.mean(1) - sides[1].resampled.mean(1), ddof=1))
     assert 0.1 < parts[2] / sum(parts) < 0.9
     freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 2 + parts[2] ** 2 / (SEQUENCES - 1))
     error, (row,) = math.sqrt(sum(parts)), compare(evidence, "it", claim())
@@ -178,6 +189,102 @@ def test_the_interval_and_the_test_agree():
         assert at_bound.p_for == pytest.approx(0.025)
 
 
+@pytest.mark.parametrize(
+    ("solved", "changes", "expected"),
+    [
+        ({"k": 10}, {"test": "solved"}, "supported"),
+        ({"k": 9}, {"test": "solved"}, "supported"),
+        ({"k": 8}, {"test": "solved"}, "undecided"),
+        ({"k": 1}, {"test": "solved"}, "contradicted"),
+        ({"k": 1}, {"test": "unsolved"}, "supported"),
+        ({"k": 10}, {"test": "unsolved"}, "contradicted"),
+        ({"k": 10}, {"test": "solved", "share": 0.8}, "undecided"),
+        ({"k": 1}, {"test": "solved", "solved_at": 0.3}, "supported"),
+        ({"k": 10, "none": 2}, {"test": "solved_more", "baseline": ("none",)}, "supported"),
+        ({"k": 10, "none": 8}, {"test": "solved_more", "baseline": ("none",)}, "undecided"),
+        ({"k": 2, "none": 10}, {"test": "solved_more", "baseline": ("none",)}, "contradicted"),
+        ({"k": 2, "none": 10}, {"test": "solved_less", "baseline": ("none",)}, "supported"),
+    ],
+)
+def test_seeds_are_counted(solved, changes, expected):
+    scores = {variant: [0.995] * count + [0.4] * (10 - count) for variant, count in solved.items()}
+    row = verdict(planted(scores, study=TEN), **{"margin": None, "baseline": None, **changes})
+    assert row["verdict"] == expected
+    assert (row["k"], row["n"]) == (10 if "solved_at" in changes else solved["k"], 10)
+    assert row["low"] <= row["effect"] <= row["high"]
+
+
+def test_a_diverged_seed_has_not_solved_its_task():
+    row = verdict(planted({"k": [1.0] * 9 + [math.nan]}, study=TEN), test="solved", baseline=None, margin=None)
+    assert (row["k"], row["n"], row["verdict"]) == (9, 10, "supported")
+    shown = verdict_table(pd.DataFrame([row]))
+    assert shown["effect (95 % interval)"].tolist() == ["9 of 10 (0.555 to 0.997)"]
+
+
+def test_the_sequences_of_a_construction_are_counted():
+    """One construction with three equal seeds is one model."""
+    row = verdict(planted({"construction": [1.0] * 3}), variants=("construction",), test="solved", baseline=None, margin=None)
+    assert (row["k"], row["n"], row["verdict"]) == (SEQUENCES, SEQUENCES, "supported")
+
+
+def test_the_first_seeds_decide_nothing_if_others_confirm():
+    confirmed = STUDY.model_copy(update={"verdict_seeds_from": 3, "training": TEN.training})
+    low, high = [*LOW, *LOW, 0.1], [*HIGH, *HIGH, 0.9]
+    scores = {"k": [*LOW, *high], "none": [*HIGH, *low]}
+    row = verdict(planted(scores, study=confirmed))
+    assert (row["verdict"], row["seeds"]) == ("supported", 7)
+    assert row["effect"] == pytest.approx(np.mean(high) - np.mean(low))
+
+
+def test_a_comparison_at_the_ceiling_says_so():
+    rows = [*compare(planted({"k": [0.995, 0.999, 1.0], "none": [0.992, 0.995, 0.999]}), "it", claim(test="non_inferior"))]
+    assert rows[0].reason == "both accuracies are at least 0.99, so metric: loss tells more"
+    assert not next(compare(planted({"k": HIGH, "none": LOW}), "it", claim())).reason
+
+
+def test_a_comparison_with_a_shortcut_names_it():
+    evidence = planted({"k": HIGH, "none": [0.15, 0.16, 0.17]})
+    values = {"guess_value": 0.17, "guess_any": 0.02}
+    rows = [{"task": "ar", "reference": name, "length": 36, "value": value} for name, value in values.items()]
+    evidence.references = pd.DataFrame(rows)
+    label = STUDY.tasks["ar"].data.reference_labels["guess_value"]
+    assert next(compare(evidence, "it", claim())).reason == f"none is no better than: {label} (0.170)"
+
+
+@pytest.mark.parametrize(("metric", "task", "length"), [("loss", "ar", 36), ("bits_per_byte", "text", 128)])
+def test_losses_are_resampled_by_seed_and_sequence(metric, task, length):
+    scores = {"qk": [0.50, 0.53, 0.51], "none": [0.70, 0.72, 0.75]}
+    options = {"metric": metric, "tasks": (task,), "variants": ("qk",), "test": "inferior", "margin": 0.01}
+    still, noisy = (verdict(planted(scores, task=task, length=length, metric=metric, noise=noise), **options) for noise in (0, 1))
+    assert still["verdict"] == "supported"
+    assert noisy["high"] - noisy["low"] > 1.5 * (still["high"] - still["low"]) > 0
+    assert math.isnan(still["k"])
+
+
+def test_a_verdict_shows_its_earlier_wordings():
+    revised = {"date": datetime.date(2026, 11, 27), "reason": "It failed.", "was": "k is best", "verdict": "contradicted"}
+    row = verdict(planted({"k": HIGH, "none": LOW}), revised=(revised,))
+    shown = registration_table(pd.DataFrame([row]))
+    assert shown["registered"].tolist() == ["2026-11-25"]
+    assert shown["revised"].tolist() == ["2026-11-27: It failed. Before: k is best (contradicted)."]
+
+
+def test_a_changed_claim_needs_an_entry():
+    old = {"it": claim(), "other": claim(), "gone": claim()}
+    entry = {"date": datetime.date(2026, 11, 27), "reason": "It failed.", "was": "margin 0.1", "verdict": "contradicted"}
+    silent, told = claim(margin=0.2), claim(margin=0.2, revised=(entry,))
+    assert claims.unrevised(old, {"it": silent, "other": claim(ablation="width"), "new": claim()}) == ["it"]
+    assert claims.unrevised(old, {"it": told}) == []
+    assert claims.unrevised({"it": told}, {"it": claim(margin=0.3, revised=(entry,))}) == ["it"]
+
+
+def test_too_few_seeds_for_a_count_are_reported():
+    share = claim(test="solved", margin=None, baseline=None)
+    assert (share.fewest_seeds, claim(test="solved", margin=None, baseline=None, share=0.8).fewest_seeds) == (6, 17)
+    assert list(claims.undecided({"it": share}, STUDY)) == ["it: this study has 3 seeds, fewer than test = solved needs: 6"]
+    assert not list(claims.undecided({"it": share}, TEN))
+
+
 def test_an_interval_over_many_seeds_has_95_percent_coverage():
     seeds = np.random.default_rng(0).standard_normal(200)
     row = verdict(planted({"k": seeds}, metric="attention_entropy_1"), metric="attention_entropy_1", baseline=0.2)
@@ -192,6 +299,9 @@ def test_nothing_is_tested_if_no_seed_and_no_sequence_differs():
     row = verdict(evidence, baseline=None, baseline_multiple=8.0, test="non_inferior")
     assert (row["low"], row["high"], row["verdict"]) == (0, 0, "supported")
     assert math.isnan(row["p"])
+    assert "held in all 3 runs (rate of exceptions up to 0.71)" in row["reason"]
+    assert verdict_table(pd.DataFrame([row]))["p"].tolist() == ["held in all 3 runs"]
+    assert verdict_table(pd.DataFrame([row | {"verdict": "contradicted"}]))["p"].tolist() == ["failed in all 3 runs"]
 
 
 def test_different_sequences_are_tested_even_if_seeds_are_equal():
@@ -204,10 +314,10 @@ def test_p_of_a_claim_is_the_largest_for_it_and_bonferroni_against_it():
     row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported")
     rows = [row._replace(p_for=0.001, p_against=0.3), row._replace(p_for=0.01, p_against=0.2)]
     against = [r._replace(p_for=0.9, p_against=p, verdict="contradicted") for r, p in zip(rows, (0.002, 0.2), strict=True)]
-    harmonic = 1 + 1 / 2  # two claims of any dependence; p values for and against are corrected separately
+    # Two claims: p values for and against are corrected separately, so each is doubled.
     both = decide({"it": claim(), "not": claim()}, {"it": rows, "not": against})
     assert both["verdict"].tolist() == ["supported", "contradicted"]
-    assert both["p"].tolist() == pytest.approx([0.01 * 2 * harmonic, 2 * 0.002 * 2 * harmonic])
+    assert both["p"].tolist() == pytest.approx([0.01 * 2, 2 * 0.002 * 2])
 
 
 def test_an_undecidable_claim_changes_no_other():
@@ -292,6 +402,17 @@ def file(tmp_path):
         ({"margin": -1}, "little_on_text.margin = -1: "),
         ({"min_seeds": 1}, "little_on_text.min_seeds = 1: "),
         ({"baseline": None}, "little_on_text: needs "),
+        ({"registered": None}, "little_on_text.registered: is missing"),
+        ({"registered": "soon"}, 'little_on_text.registered = "soon": '),
+        ({"registered": FUTURE, "revised": []}, f"little_on_text: registered = {FUTURE} is in the future"),
+        ({"registered": datetime.date(2026, 11, 28)}, "little_on_text: revised.date = 2026-11-27 is before 2026-11-28"),
+        ({"test": "solved"}, "little_on_text: test = solved has no margin"),
+        ({"test": "solved", "margin": None}, "little_on_text: test = solved has no baseline"),
+        ({"margin": None}, "little_on_text: test = non_inferior needs a margin"),
+        ({"share": 0.5}, "little_on_text: share is only for test = solved or unsolved, not for non_inferior"),
+        ({"solved_at": 0.5}, "little_on_text: solved_at is only for test = solved, unsolved, solved_more, solved_less, not for"),
+        ({"test": "solved_more", "margin": None, "baseline": 1.0}, "little_on_text: test = solved_more needs variants as"),
+        ({"test": "solved", "margin": None, "baseline": None, "metric": "loss"}, "little_on_text: test = solved counts seeds by"),
         ({"baseline": ["qk_rotary"]}, "little_on_text: 'qk_rotary' is "),
         ({"baseline": None, "baseline_multiple": 1}, "little_on_text: baseline_multiple = 1 is "),
         ({"multiples": []}, "little_on_text.multiples = []: "),
@@ -339,6 +460,19 @@ def test_a_few_omitted_claims_are_listed_by_name():
 # The stage.
 
 
+def test_a_new_clone_computes_the_same_verdicts(study, tmp_path, monkeypatch):
+    """Without data, runs, checkpoints and plan: only files that git tracks."""
+    for name in ("params.yaml", "claims.yaml", "dvc.yaml"):
+        shutil.copy(name, tmp_path)
+    for name in ("results", "scores"):
+        shutil.copytree(name, tmp_path / name)
+    assert not {"/scores/", "/results/"} & set((ROOT / ".gitignore").read_text().splitlines())
+    expected = {path.name: path.read_bytes() for path in Path("verdicts").iterdir()}
+    monkeypatch.chdir(tmp_path)
+    stage("judge")
+    assert {path.name: path.read_bytes() for path in Path("verdicts").iterdir()} == expected
+
+
 def test_the_stage_the_report_and_the_terminal_agree(study, capsys):
     verdicts = pd.read_csv("verdicts/claims.csv")
     assert verdicts["claim"].tolist() == list(claims.load())
@@ -346,14 +480,12 @@ def test_the_stage_the_report_and_the_terminal_agree(study, capsys):
     solved = verdicts.set_index("claim").loc["cat_solves_recall"]
     assert solved["reason"].startswith(("too few seeds: 2 of 3", "the study has no accuracy of kv"))
     known = len(of_the_study(verdicts))
-    with np.load("scores/ar.npz") as arrays:
-        results = read_results(load_study())
-        for name in arrays.files:
-            variant, seed, length = name.split("/")
-            mine = (results["variant"] == variant) & (results["seed"] == int(seed)) & (results["length"] == int(length))
-            (value,) = results[mine & (results["metric"] == "accuracy") & (results["task"] == "ar")]["value"]
-            correct, targets = arrays[name].sum(1)
-            assert correct / targets == pytest.approx(value), name
+    results = read_results(load_study()).set_index(["task", "metric", "variant", "seed", "length"])["value"]
+    for metric, tolerance in (("accuracy", 1e-12), ("loss", 0.03)):
+        sums = read_scores(Path("scores/ar.npz"))[metric]
+        assert sums.keys() == {tuple(key) for key in results["ar", metric].index}
+        for run, (total, weights) in sums.items():
+            assert total.sum() / weights.sum() == pytest.approx(results["ar", metric][run], rel=tolerance), run
     for file in ("reports/report.md", "reports/headline.md"):
         text = Path(file).read_text(encoding="utf-8")
         counts = f"{known} claims: 0 supported, 0 contradicted, {known} undecided."

@@ -222,7 +222,7 @@ def test_unstable_seeds_spikes_and_unfinished_training_are_failures(study, plant
     plant(0.85, seed=1)
     assert signs(study, results) == {
         "poor recall": signs(study, results)["poor recall"],
-        "unstable over seeds": "accuracy from 0.850 to 1.000 at the training length",
+        "unstable over seeds": "accuracy from 0.850 to 1.000 at the training length; 1 of 2 seeds solve it",
     }
     plant(1.0)
     history = pd.read_csv("runs/ar/k/history.csv")

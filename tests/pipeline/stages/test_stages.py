@@ -19,9 +19,8 @@ from pipeline.config.errors import ParamsError
 from pipeline.config.grid import cells, shown_tasks, shown_variants, variants_on
 from pipeline.config.load import load_study, study_of
 from pipeline.config.outputs import figure_plots
-from pipeline.config.study import Ablation
 from pipeline.reporting.labels import variant_label, with_slug
-from pipeline.reporting.tables import key_filter_table
+from pipeline.reporting.tables import carry_over_table, prediction_table
 from pipeline.runtime import workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.stages.plan import stage_files, stage_modules
@@ -279,7 +278,7 @@ def test_a_missing_cell_is_an_error_and_an_orphan_is_ignored(study, monkeypatch,
 
 def test_files_of_removed_tasks_are_reported(study, monkeypatch, capsys):
     monkeypatch.setattr("pipeline.stages.render.draw_all", lambda study, pictures: None)
-    folders = ("results", "results/filters", "results/positions", "results/references")
+    folders = ("results", "results/filters", "results/positions", "results/rates", "results/references")
     old = [*(Path(folder, "old.csv") for folder in folders), Path("scores/old.npz")]
     for path in old:
         shutil.copy(path.with_stem("ar"), path)
@@ -337,19 +336,35 @@ def test_a_construction_is_a_horizontal_line(study):
         assert all("onstruction" not in label.get_text() for a in axes for label in a.get_xticklabels())
 
 
-def test_the_key_filter_table_counts_runs_that_meet_the_condition(study):
+def test_the_tables_of_carrying_over_count_runs(study):
+    """Of four runs with a planted score at 1x and at the longest length, and a planted prediction."""
+    assert pd.read_csv("results/rates/ar.csv").empty  # no figure of the tiny study shows several learning rates
+    shown = {"question": "?", "tasks": [], "variants": [], "reference_tasks": ["ar"], "reference_variants": ["k"]}
+    edit(**{"ablations.learning_rates": {**shown, "plot": "learning_rates"}})
+    stage("evaluate", "ar")
     path = Path("runs/ar/k/summary.json")
     summary = json.loads(path.read_text())
+    rates = pd.read_csv("results/rates/ar.csv")
+    assert set(zip(rates["learning_rate"], rates["seed"], strict=True)) == {(r, s) for r in (0.005, 0.01) for s in (0, 1)}
+    chosen = pd.read_csv("results/ar.csv").query("variant == 'k' and metric == 'accuracy'")
+    again = rates[rates["learning_rate"] == summary["learning_rate"]]
+    assert again["value"].tolist() == chosen["value"].tolist()
+    data = load_study().tasks["ar"].data
+    solved = {(0.005, 0): (1, 0), (0.005, 1): (0, 0), (0.01, 0): (1, 1), (0.01, 1): (1, 0)}
     for run in summary["runs"]:
         assert run["solves_every_length"] in (True, False)
-        run["solves_every_length"] = (run["seed"], run["learning_rate"]) == (1, 0.01)
+        run["solves_every_length"] = run["seed"] == 0
+        for length, value in zip((data.length, data.lengths[-1]), solved[run["learning_rate"], run["seed"]], strict=True):
+            same = (rates["learning_rate"] == run["learning_rate"]) & (rates["seed"] == run["seed"])
+            rates.loc[same & (rates["length"] == length), "value"] = value
     path.write_text(json.dumps(summary))
-    ablation = Ablation(question="?", tasks=["ar"], variants=["none", "k", "qk"], plot="learning_rates")
-    table = key_filter_table(load_study(), ablation)
-    assert table[["variant", "learning rate", "runs", "solve every length"]].to_numpy().tolist() == [
-        ["k", 0.005, 2, 0],
-        ["k", 0.01, 2, 1],
-    ]
+    rates.to_csv("results/rates/ar.csv", index=False, lineterminator="\n")
+    ablation = load_study().ablations["learning_rates"]
+    table = carry_over_table(load_study(), ablation)
+    columns = ["variant", "learning_rate", "runs", "solves_1x", "carries_over", "share"]
+    assert table[columns].to_numpy().tolist() == [["k", 0.005, 2, 1, 0, 0.0], ["k", 0.01, 2, 2, 1, 0.5]]
+    hits = prediction_table(load_study(), ablation).to_numpy().tolist()
+    assert hits == [["ar", "yes", 1, 1], ["ar", "no", 0, 2]]
     assert runs.read_summary("ar", "qk")["runs"][0]["solves_every_length"] is None
 
 
