@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 
-from cat.config import Config, Count
+from cat.config import Config, ConstructionPlacement, Count
 
 IGNORE = -100
 """The target at positions without an answer."""
@@ -213,8 +213,8 @@ class Task(Config):
         """The metric that selects models and that figures show."""
         return "accuracy"
 
-    def check_construction(self) -> None:
-        """Raises ValueError if no construction of cat/theory.py solves the task."""
+    def check_construction(self, placement: ConstructionPlacement | None = None) -> None:
+        """Raises ValueError if no construction of cat/theory/ with this placement solves the task; None is the paper's."""
         raise ValueError(f"no construction solves tasks of kind {self.kind}")
 
     def _check_construction_vocabulary(self) -> None:

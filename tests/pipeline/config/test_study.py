@@ -373,7 +373,7 @@ VARIANTS = [
     (MAMBA, {"heads": 2}, ".heads", "mixer 'mamba' has no heads"),
     (MAMBA, {"expansion": 2}, ".expansion", "did you mean 'expand'?"),
     (LANDMARK, {"blok": 8}, ".blok", "did you mean 'block'?"),
-    (CONSTRUCTION, {"width": 16}, ".width", "a construction has no keys besides mixer"),
+    (CONSTRUCTION, {"width": 16}, ".width", "a construction has no keys besides mixer and placement"),
     # Settings that do not fit the training length or the task.
     (PLAIN, {"conv_k": 17}, "", "conv_k = 17 is longer than the training length of 16 (task 'copying')"),
     (PLAIN, {"conv_k": 4, "dilation": 6}, "", "conv_k = 4 with dilation = 6 is longer than the training length of 16"),
