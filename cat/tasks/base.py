@@ -233,6 +233,15 @@ class Task(Config):
         return None
 
     @property
+    def part_names(self) -> tuple[str, ...]:
+        """Parts of the answers whose accuracy is also reported, as the metric `accuracy_<name>`."""
+        return ()
+
+    def parts(self, examples: Examples) -> dict[str, np.ndarray]:
+        """Name of each part -> N x L, which targets belong to it."""
+        return {}
+
+    @property
     def reference_labels(self) -> dict[str, str]:
         """Partial strategies that need no full solution: name -> description in the imperative, on one line.
 
