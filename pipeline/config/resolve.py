@@ -95,7 +95,7 @@ def _model(name: str, settings: Settings, defaults: Settings, problems: list[Pro
     where = f"variants.{name}"
     if own.get("mixer") == CONSTRUCTION:
         keys = {key: value for key, value in own.items() if key != "mixer"}
-        for extra in keys.keys() - ConstructionConfig.model_fields.keys():
+        for extra in (key for key in keys if key not in ConstructionConfig.model_fields):
             subject = subject_of(f"{where}.{extra}", own[extra])
             problems.append(Problem(subject, "a construction has no keys besides mixer and placement"))
             return None
