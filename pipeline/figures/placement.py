@@ -50,7 +50,8 @@ class Placement(Plot):
         from pipeline.reporting.tables import LABELS
         from pipeline.storage.tables import PRIMARY
 
-        variants, groups = shown_variants(ablation), []
+        variants = shown_variants(ablation)
+        groups: list[tuple[str, str, pd.DataFrame]] = []
         for goal, metric in PRIMARY.items():
             tasks = [task for task in shown_tasks(study, ablation) if study.tasks[task].data.goal == goal]
             for multiple in study.evaluate.multiples:
@@ -78,7 +79,17 @@ class Placement(Plot):
         shown[[PER_TOKEN, PER_SEQUENCE]] = shown[[PER_TOKEN, PER_SEQUENCE]].map(lambda text: text.removeprefix("+"))
         axes = panels[0][-1]
         # Equal values, so that the numbers stand on white.
-        sns.heatmap(costs * 0, cmap=["white"], annot=shown, fmt="", annot_kws={"size": 9, "color": "0.15"}, cbar=False, ax=axes)
+        sns.heatmap(
+            costs * 0,
+            vmin=0,
+            vmax=1,
+            cmap=["white"],
+            annot=shown,
+            fmt="",
+            annot_kws={"size": 9, "color": "0.15"},
+            cbar=False,
+            ax=axes,
+        )
         axes.set(title="cost")
         _label_columns(axes, [*costs])
         for axes in panels[0]:
@@ -105,15 +116,16 @@ def cost_columns(study: Study, ablation: Ablation) -> pd.DataFrame:
 
     from pipeline.storage import runs
 
-    rows, first = {}, shown_variants(ablation)[0]
+    rows: dict[str, list[float]] = {}
+    first = shown_variants(ablation)[0]
     for variant in shown_variants(ablation):
         task = next((task for task in shown_tasks(study, ablation) if variant in shown_on(study, ablation, task)), None)
-        if task is None or not isinstance(study.variants[variant], ModelConfig):
+        config = study.variants[variant]
+        if task is None or not isinstance(config, ModelConfig):
             rows[variant] = [float("nan")] * 3
             continue
-        parameters = [runs.read_summary(task, name)["parameters"] for name in (variant, first)]
-        model = runs.read_summary(task, variant)["model"]
-        rows[variant] = [parameters[0] - parameters[1], *_cache_size(study.variants[variant], model["length"])]
+        added = runs.read_summary(task, variant)["parameters"] - runs.read_summary(task, first)["parameters"]
+        rows[variant] = [added, *_cache_size(config, study.tasks[task].data.length)]
     return pd.DataFrame.from_dict(rows, orient="index", columns=[ADDED, PER_TOKEN, PER_SEQUENCE], dtype=float)
 
 

@@ -16,8 +16,9 @@ from cat.training.fit import build_model
 from tests.cat.test_theory import LONGEST, accuracy, copying_task, draw, max_error, recall_task
 
 BOS, U, V, T, A, B, F = range(7)
-"""Keys u, v and t, values a and b, and filler f: with filler between two pairs, no kernel of 4 values sees both."""
-GAP = (F,) * 4
+"""Keys u, v and t, values a and b, and filler f."""
+GAP = (F,) * 10
+"""Longer than the reach of kernels of 4 values on queries, and at both places in the MLP."""
 MLP, CHANNEL = {"mlp": 2}, {"sharing": "channel"}
 
 
@@ -48,7 +49,7 @@ def test_one_layer_copies_with_a_long_kernel_on_queries_or_keys(placement, signa
     assert model(torch.tensor([tokens]))[0, -1].argmax() == 1, "the separator ends the copy"
 
 
-@pytest.mark.parametrize(("placement", "ngram"), [(place, most + 1) for place, most in RECALL.items()] + [("v", 1), ("q", 1)])
+@pytest.mark.parametrize(("placement", "ngram"), [(place, most + 1) for place, most in RECALL.items()] + [("q", 1)])
 def test_a_placement_without_a_construction_is_refused(placement, ngram):
     with pytest.raises(ValueError, match=f"placement = {placement} solves recall of ngram = {ngram}"):
         theory.recall(vocabulary=5, ngram=ngram, length=16, placement=placement)
@@ -106,7 +107,6 @@ def test_without_a_convolution_before_the_scores_of_keys_a_context_is_a_set(sett
         {"conv_q": 2, "conv_k": 2, "conv_v": 2, **CHANNEL},
         {"canon": "A", "canon_size": 2},
         {"canon": "B", "canon_size": 2},
-        {"mixer": "multi_token", "query_kernel": 1, "key_kernel": 3},
     ],
 )
 def test_kernels_of_n_values_see_no_key_together_with_its_answer(settings):
@@ -128,22 +128,13 @@ ENDINGS = [
     for ending in (T, V)
 ]
 """2-gram recall, where the last token is the same in all contexts."""
-ONE_HEAD = {"heads": 1, "qk_norm": True}
 
 
-@pytest.mark.parametrize(
-    ("settings", "possible"),
-    [
-        ({"conv_k": 4}, False),
-        ({"conv_v": 4}, False),
-        ({"conv_k": 4, "conv_v": 4, **CHANNEL}, False),
-        ({"conv_q": 4, "conv_k": 4}, True),
-    ],
-)
-def test_a_query_of_one_token_recalls_no_n_gram(settings, possible):
+@pytest.mark.parametrize("settings", [{"conv_k": 4}, {"conv_v": 4}, {"conv_k": 4, "conv_v": 4, **CHANNEL}])
+def test_a_query_of_one_token_recalls_no_n_gram(settings):
     """The softmax before its division is a sum of a part of the pairs and a part of the ending; the answer is their XOR."""
-    solved = [solves_all(with_random_weights(seed, **ONE_HEAD, **settings), ENDINGS) for seed in range(200)]
-    assert any(solved) == possible
+    assert not any(solves_all(with_random_weights(seed, heads=1, **settings), ENDINGS) for seed in range(100))
+    assert solves_all(theory.recall(vocabulary=7, ngram=2, length=64), ENDINGS)
 
 
 KEY_PAIRS = [
@@ -154,29 +145,27 @@ KEY_PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "possible"), [({"conv_v": 4}, False), ({"conv_v": 4, **CHANNEL}, False)])
-def test_a_convolution_of_values_alone_recalls_nothing(settings, possible):
+@pytest.mark.parametrize("settings", [{"conv_v": 4}, {"conv_v": 4, **CHANNEL}])
+def test_a_convolution_of_values_alone_recalls_nothing(settings):
     """Of two keys, one must weigh a more than b and the other b more than a. No three keys do so pairwise."""
-    assert not any(solves_all(with_random_weights(seed, **ONE_HEAD, **settings), KEY_PAIRS) for seed in range(200))
-    assert solves_all(theory.recall(vocabulary=7, ngram=1, length=32, placement="k"), KEY_PAIRS)
+    assert not any(solves_all(with_random_weights(seed, heads=1, **settings), KEY_PAIRS) for seed in range(100))
+    assert solves_all(theory.recall(vocabulary=7, ngram=1, length=64, placement="k"), KEY_PAIRS)
 
 
 def test_one_kernel_for_the_input_of_queries_and_keys_confuses_two_tokens():
     """With W_q W_k = c I, the token before the query matches itself as well as the query matches the token before the answer."""
-    context = torch.tensor([[BOS, *pair(U, A), *pair(V), V, U]])
-    answer, decoy = 2, 6
+    context, answer, before = torch.tensor([[BOS, U, A, 7, 8, 9, V, 10, 11, 12, V, U]]), 2, 6
     for seed in range(5):
-        model = with_random_weights(seed, width=32, heads=1, canon="A")
+        model = with_random_weights(seed, vocabulary=13, heads=1, canon="A")
         (block,) = model.layers()
         with torch.no_grad():
-            model.embedding.token.weight.copy_(torch.eye(7, 32))
-            block.canon["A"].kernel.copy_(block.canon["A"].kernel[:1].expand(32, -1))
-            block.mixer_norm = torch.nn.Identity()
+            block.canon["A"].kernel.copy_(block.canon["A"].kernel[:1].clone().expand(16, -1))
             for linear in (block.mixer.q_proj, block.mixer.k_proj):
-                linear.weight.copy_(torch.eye(32))
-            q, k, _ = block.mixer.prepare(block.project(model.embedding(context)))
-            scores = (q @ k.mT)[0, 0, -1]
-        torch.testing.assert_close(scores[answer], scores[decoy])
+                linear.weight.copy_(torch.eye(16))
+            x = block.canon["A"](torch.eye(13, 16, dtype=torch.float64)[context])
+            q, k, _ = block.mixer.prepare(block.mixer.project(x))
+        scores = (q @ k.mT)[0, 0, -1]
+        torch.testing.assert_close(scores[answer], scores[before])
 
 
 SHORT = [
@@ -190,7 +179,7 @@ SHORT = [
 @pytest.mark.parametrize("settings", SHORT)
 def test_short_kernels_do_not_see_the_order_of_distant_signals(settings):
     """Each signal stands among noise, so an exchange of two signals changes no window."""
-    first, second, noise = 2, 3, (6,) * 11
+    first, second, noise = 2, 3, (6,) * 16
     contexts = [(BOS, *noise, x, *noise, y, *noise, 1) for x, y in ((first, second), (second, first))]
     model = with_random_weights(0, **settings)
     torch.testing.assert_close(*last_logits(model, *contexts))
