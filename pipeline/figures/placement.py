@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cat.config import ModelConfig
 from pipeline.config.grid import shown_on, shown_tasks, shown_variants
@@ -43,58 +44,26 @@ class Placement(Plot):
 
     def draw(self, study: Study, ablation: Ablation, results: pd.DataFrame, references: pd.DataFrame) -> Figure:
         import matplotlib.pyplot as plt
-        import numpy as np
-        import seaborn as sns
 
         from pipeline.figures.drawing.axes import task_title
         from pipeline.reporting.tables import LABELS
-        from pipeline.storage.tables import PRIMARY
 
-        variants = shown_variants(ablation)
-        groups: list[tuple[str, str, pd.DataFrame]] = []
-        for goal, metric in PRIMARY.items():
-            tasks = [task for task in shown_tasks(study, ablation) if study.tasks[task].data.goal == goal]
-            for multiple in study.evaluate.multiples:
-                scores = results[results["task"].isin(tasks) & (results["multiple"] == multiple)]
-                if len(scores):
-                    means = scores.pivot_table(index="variant", columns="task", values="value", aggfunc="mean")
-                    groups.append((f"{LABELS[metric]}\nat {multiple:g}x the\ntraining length", metric, means.reindex(variants)))
-        costs = cost_columns(study, ablation)
-        labels = [with_slug(variant_label(study, variant), variant) for variant in variants]
+        groups, costs = list(_groups(study, ablation, results)), cost_columns(study, ablation)
+        labels = [with_slug(variant_label(study, variant), variant) for variant in shown_variants(ablation)]
         widths = [max(means.shape[1], 2.0) for *_, means in groups] + [costs.shape[1] * 1.25]
         size = (0.8 * sum(widths) + 0.09 * max(map(len, labels)), 0.36 * len(labels) + 3)
         figure, panels = plt.subplots(1, len(widths), figsize=size, width_ratios=widths, squeeze=False, layout="constrained")
-        bits = [means for _, metric, means in groups if metric == "bits_per_byte"]
-        for axes, (title, metric, means) in zip(panels[0], groups, strict=False):
-            tasks = [task for task in shown_tasks(study, ablation) if task in means]
-            low, high = 0.0, 1.0
-            if metric != "accuracy":
-                low, high = min(b.min(axis=None) for b in bits), max(b.max(axis=None) for b in bits)
-            colours = "cividis" if metric == "accuracy" else "cividis_r"
-            options = {"annot": True, "fmt": ".2f", "annot_kws": {"size": 9}, "cbar": False, "linewidths": 1}
-            sns.heatmap(means[tasks], vmin=low, vmax=high, cmap=colours, ax=axes, **options)
-            axes.set(title=title)
-            _label_columns(axes, [task_title(study, task) for task in tasks])
-        shown = costs.map(lambda value: "" if np.isnan(value) else f"{value:+,.0f}")
-        shown[[PER_TOKEN, PER_SEQUENCE]] = shown[[PER_TOKEN, PER_SEQUENCE]].map(lambda text: text.removeprefix("+"))
-        axes = panels[0][-1]
-        # Equal values, so that the numbers stand on white.
-        sns.heatmap(
-            costs * 0,
-            vmin=0,
-            vmax=1,
-            cmap=["white"],
-            annot=shown,
-            fmt="",
-            annot_kws={"size": 9, "color": "0.15"},
-            cbar=False,
-            ax=axes,
-        )
-        axes.set(title="cost")
-        _label_columns(axes, [*costs])
-        for axes in panels[0]:
-            axes.set(xlabel="", ylabel="")
-            axes.set_yticks(np.arange(len(labels)) + 0.5, labels if axes is panels[0][0] else [], rotation=0)
+        bits = [means for metric, _, means in groups if metric == "bits_per_byte"]
+        for axes, (metric, multiple, means) in zip(panels[0], groups, strict=False):
+            low, high, colours = 0.0, 1.0, "cividis"
+            if metric == "bits_per_byte":
+                low, high, colours = min(b.min(axis=None) for b in bits), max(b.max(axis=None) for b in bits), "cividis_r"
+            _draw_table(axes, means, labels if axes is panels[0][0] else [], form="{:.2f}", vmin=low, vmax=high, cmap=colours)
+            axes.set_title(f"{LABELS[metric]}\nat {multiple:g}x the\ntraining length")
+            _label_columns(axes, [task_title(study, task) for task in means])
+        _draw_table(panels[0][-1], costs, [], form="{:,.0f}", cmap=["white"])
+        panels[0][-1].set_title("cost")
+        _label_columns(panels[0][-1], [*costs])
         return figure
 
     def tables(self, study: Study, ablation: Ablation, results: pd.DataFrame) -> Iterator[str]:
@@ -162,6 +131,29 @@ def step_times(study: Study, ablation: Ablation) -> pd.DataFrame:
             if log:
                 times.loc[variant, task] = log["seconds"] / sum(run["steps"] for run in runs.read_summary(task, variant)["runs"])
     return times / times.iloc[0]
+
+
+def _groups(study: Study, ablation: Ablation, results: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
+    """Metric, length as a multiple, and mean scores, variants by tasks, of each panel."""
+    from pipeline.storage.tables import PRIMARY
+
+    for goal, metric in PRIMARY.items():
+        tasks = [task for task in shown_tasks(study, ablation) if study.tasks[task].data.goal == goal]
+        for multiple in study.evaluate.multiples:
+            scores = results[results["task"].isin(tasks) & (results["multiple"] == multiple)]
+            if len(scores):
+                means = scores.pivot_table(index="variant", columns="task", values="value", aggfunc="mean")
+                yield metric, multiple, means.reindex(index=shown_variants(ablation), columns=tasks)
+
+
+def _draw_table(axes: Axes, table: pd.DataFrame, labels: list[str], *, form: str, **colours: Any) -> None:
+    """Draw numbers on coloured cells; nothing where there is no number."""
+    import seaborn as sns
+
+    texts = table.map(lambda value: "" if math.isnan(value) else form.format(value))
+    sns.heatmap(table, annot=texts, fmt="", annot_kws={"size": 9}, cbar=False, linewidths=1, ax=axes, **colours)
+    axes.set(xlabel="", ylabel="")
+    axes.set_yticks([index + 0.5 for index in range(len(table))] if labels else [], labels, rotation=0)
 
 
 def _label_columns(axes: Axes, labels: list[str]) -> None:
