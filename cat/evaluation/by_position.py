@@ -104,7 +104,7 @@ def accuracy_by_part(
     """
     correct, is_target = (torch.cat(columns).cpu().numpy() for columns in zip(*(s[1:] for s in scores), strict=True))
     chosen = {name: np.take_along_axis(part, positions, axis=1) & is_target for name, part in parts.items()}
-    return {f"accuracy_{name}": _mean(correct[part]) for name, part in chosen.items()}
+    return {f"accuracy_{name}": _mean(correct[part].astype(np.float64)) for name, part in chosen.items()}
 
 
 def _mean(loss: Float[np.ndarray, " n"]) -> float:
