@@ -153,6 +153,7 @@ def _draw_table(axes: Axes, table: pd.DataFrame, labels: list[str], *, form: str
     texts = table.map(lambda value: "" if math.isnan(value) else form.format(value))
     sns.heatmap(table, annot=texts, fmt="", annot_kws={"size": 9}, cbar=False, linewidths=1, ax=axes, **colours)
     axes.set(xlabel="", ylabel="")
+    axes.grid(visible=False)
     axes.set_yticks([index + 0.5 for index in range(len(table))] if labels else [], labels, rotation=0)
 
 
