@@ -23,6 +23,8 @@ AddedPosition = Literal["none", "learned", "sinusoidal"]
 """Position vectors added to the token embedding."""
 CanonPlaces = Literal["A", "B", "C", "D", "AB", "AC", "AD", "BC", "BD", "CD", "ABC", "ABD", "ACD", "BCD", "ABCD"]
 """Places of Canon layers in a block, in alphabetical order."""
+ConstructionPlacement = Literal["input", "q", "k", "kv", "qk", "qkv", "logits", "token_shift"]
+"""Where a construction has its convolution: cat/theory/ has the constructions of each task."""
 FilterInit = Literal["identity", "random", "uniform", "shift", "primer"]
 """How the kernels of convolutions start."""
 

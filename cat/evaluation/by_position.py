@@ -1,8 +1,9 @@
-"""Losses of a language model by position in the context, and on answers that the context already contains."""
+"""Losses of a language model by position in the context and on answers that the context contains; accuracy by part of a task."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cat.evaluation.scores import Split, token_scores
+from cat.evaluation.scores import Split, TokenScores, token_scores
 from cat.model import SequenceModel
 
 TOKENS = 1 << 15
@@ -92,6 +93,18 @@ def loss_by_recall(loss: Float[np.ndarray, "N A"], recalled: Bool[np.ndarray, "N
         loss_recalled_rare=_mean(loss[rare]),
         loss_others=_mean(loss[~recalled]),
     )
+
+
+def accuracy_by_part(
+    scores: Iterable[TokenScores], positions: Int[np.ndarray, "N A"], parts: Mapping[str, Bool[np.ndarray, "N L"]]
+) -> dict[str, float]:
+    """Return the share of correct answers of each part: `accuracy_<name>`; nan for a part without answers.
+
+    `positions` are those of the scored answers. `Task.parts` defines the parts.
+    """
+    correct, is_target = (torch.cat(columns).cpu().numpy() for columns in zip(*(s[1:] for s in scores), strict=True))
+    chosen = {name: np.take_along_axis(part, positions, axis=1) & is_target for name, part in parts.items()}
+    return {f"accuracy_{name}": _mean(correct[part].astype(np.float64)) for name, part in chosen.items()}
 
 
 def _mean(loss: Float[np.ndarray, " n"]) -> float:

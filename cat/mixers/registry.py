@@ -18,20 +18,20 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, get_args
 
 import cat.mixers
-from cat.config import AddedPosition, Config, MixerConfig, ModelConfig, Position, VariantConfig
+from cat.config import AddedPosition, Config, ConstructionPlacement, MixerConfig, ModelConfig, Position, VariantConfig
 
 CONSTRUCTION = "construction"
-"""In place of a mixer: the variant is the paper's construction for its task, which is not trained."""
+"""In place of a mixer: the variant is a construction for its task, by default the paper's, which is not trained."""
 MODEL_KEYS = tuple(key for key in ModelConfig.model_fields if key != "mixers")
 """Keys that belong to a whole model and not to one mixer."""
 POSITIONS = tuple(dict.fromkeys((*get_args(Position), *get_args(AddedPosition))))
 
 
 class ConstructionConfig(VariantConfig):
-    """One untrained attention layer with the weights of a construction of the paper.
+    """One untrained attention layer with hand-set weights, which cat/theory/ computes for a task."""
 
-    cat/theory.py computes the weights for a task.
-    """
+    placement: ConstructionPlacement | None = None
+    """Where the convolution is; None: where the paper has it."""
 
     @property
     def has_attention(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 
-from cat.config import Config, Count
+from cat.config import Config, ConstructionPlacement, Count
 
 IGNORE = -100
 """The target at positions without an answer."""
@@ -213,8 +213,8 @@ class Task(Config):
         """The metric that selects models and that figures show."""
         return "accuracy"
 
-    def check_construction(self) -> None:
-        """Raises ValueError if no construction of cat/theory.py solves the task."""
+    def check_construction(self, placement: ConstructionPlacement | None = None) -> None:
+        """Raises ValueError if no construction of cat/theory/ with this placement solves the task; None is the paper's."""
         raise ValueError(f"no construction solves tasks of kind {self.kind}")
 
     def _check_construction_vocabulary(self) -> None:
@@ -231,6 +231,15 @@ class Task(Config):
     def oracle(self, examples: Examples) -> np.ndarray | None:
         """The targets, N x L, computed from the inputs without a model; None if the inputs do not determine them."""
         return None
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Parts of the answers whose accuracy is also reported, as the metric `accuracy_<name>`."""
+        return ()
+
+    def parts(self, examples: Examples) -> dict[str, np.ndarray]:
+        """Name of each part -> N x L, which targets belong to it."""
+        return {}
 
     @property
     def reference_labels(self) -> dict[str, str]:

@@ -13,10 +13,12 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import model_validator
 
-from cat.config import Count
+from cat.config import ConstructionPlacement, Count
 from cat.tasks.base import IGNORE, Examples, Task, draw_distinct, guess_probability
 
 BOS, SEPARATOR = 0, 1
+CONSTRUCTIONS = ("q", "k")
+"""Placements of constructions. `q` is the paper's."""
 
 
 class Copying(Task):
@@ -104,7 +106,9 @@ class Copying(Task):
         context = np.asarray(examples.inputs)[:, : -self.signals]
         return (context >= 2) & (context < 2 + self.alphabet)
 
-    def check_construction(self) -> None:
+    def check_construction(self, placement: ConstructionPlacement | None = None) -> None:
+        if placement is not None and placement not in CONSTRUCTIONS:
+            raise ValueError(f"no construction with placement = {placement} solves copying")
         if not self.unique:
             raise ValueError("the construction for copying needs unique = true")
         self._check_construction_vocabulary()

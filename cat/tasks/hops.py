@@ -113,6 +113,17 @@ class Hops(Task):
         return targets
 
     @property
+    def part_names(self) -> tuple[str, ...]:
+        return tuple(f"hops_{count}" for count in self.hops) if len(self.hops) > 1 else ()
+
+    def parts(self, examples: Examples) -> dict[str, np.ndarray]:
+        """The answers of each number of hops."""
+        rows, queries, hops = self._queries(np.asarray(examples.inputs, dtype=np.int64))
+        asked = np.zeros(examples.inputs.shape, dtype=np.int64)
+        asked[rows, queries] = hops
+        return {name: asked == count for name, count in zip(self.part_names, self.hops, strict=False)}
+
+    @property
     def reference_labels(self) -> dict[str, str]:
         labels = {"any_node": "guess another node of the cycle"}
         if self.hops[0] == 1 < self.hops[-1]:

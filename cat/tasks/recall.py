@@ -25,11 +25,13 @@ from typing import Annotated, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from cat.config import Count
+from cat.config import ConstructionPlacement, Count
 from cat.tasks.base import IGNORE, Examples, Task, draw_distinct, guess_probability
 from cat.tasks.ngrams import occurs_earlier
 
 BOS = 0
+CONSTRUCTIONS: dict[str, int] = {"qk": 4, "k": 1, "kv": 1, "token_shift": 1, "input": 3, "qkv": 3, "logits": 5}
+"""Placement of a construction -> its largest N. `qk` is that of theorem 1."""
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
@@ -297,9 +299,14 @@ class Recall(Task):
         numbers[:, n - 1 :][((windows < 1) | (windows > self.keys)).any(-1)] = -1
         return numbers
 
-    def check_construction(self) -> None:
-        if self.ngram > 4:
-            raise ValueError(f"ngram = {self.ngram}: the construction supports at most 4, the limit of 32-bit scores")
+    def check_construction(self, placement: ConstructionPlacement | None = None) -> None:
+        placement = placement or "qk"
+        if placement not in CONSTRUCTIONS:
+            raise ValueError(f"no construction with placement = {placement} solves recall")
+        if self.ngram > (most := CONSTRUCTIONS[placement]):
+            where = "" if placement == "qk" else f" with placement = {placement}"
+            why = ", the limit of 32-bit scores" if placement == "qk" else ""
+            raise ValueError(f"ngram = {self.ngram}: the construction{where} supports at most {most}{why}")
         if not self.bos:
             raise ValueError("the construction for recall needs bos = true")
         self._check_construction_vocabulary()

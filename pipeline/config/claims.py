@@ -30,6 +30,8 @@ METRICS = {
 }
 """The metrics of a task, by its goal. Each layer adds LAYER_METRIC."""
 LAYER_METRIC = re.compile(r"attention_(entropy|on_answer)_[1-9]\d*")
+PART_METRIC = re.compile(r"accuracy_[a-z0-9_]+")
+"""The accuracy of a part of a task (`part_names`)."""
 SHOWN = 5
 """Up to this many undecidable claims are reported with their reasons, more only by name."""
 Multiple = Annotated[float, Field(gt=0)]
@@ -192,7 +194,8 @@ def check(claims: dict[str, Claim], study: Study) -> None:
         if claim.ablation not in (*study.ablations, COST) and not any(_missing_from(claim, study)):
             known = nearest(claim.ablation, [*study.ablations, COST])
             errors.append(f"{name}.ablation = {json.dumps(claim.ablation)}: must be an ablation or {COST}{known}")
-        if not (claim.metric is None or claim.metric in metrics or LAYER_METRIC.fullmatch(claim.metric)):
+        of_some = claim.metric is None or LAYER_METRIC.fullmatch(claim.metric) or PART_METRIC.fullmatch(claim.metric)
+        if not (of_some or claim.metric in metrics):
             known = nearest(claim.metric, sorted(metrics)) or f"; known are {', '.join(sorted(metrics))}"
             errors.append(f"{name}.metric = {json.dumps(claim.metric)}: unknown metric{known}")
     if errors:
@@ -226,8 +229,9 @@ def _missing_from(claim: Claim, study: Study) -> Iterator[str]:
         for multiple in itertools.chain(claim.multiples, filter(None, [claim.baseline_multiple])):
             if multiple not in data.multiples:
                 yield f"task {task} has no multiple {multiple:g}, only {', '.join(f'{known:g}' for known in data.multiples)}"
-        if not (claim.metric is None or claim.metric in METRICS[data.goal] or LAYER_METRIC.fullmatch(claim.metric)):
-            yield f"task {task} has no metric {claim.metric}{nearest(claim.metric, METRICS[data.goal])}"
+        metrics = (*METRICS[data.goal], *(f"accuracy_{name}" for name in data.part_names))
+        if not (claim.metric is None or claim.metric in metrics or LAYER_METRIC.fullmatch(claim.metric)):
+            yield f"task {task} has no metric {claim.metric}{nearest(claim.metric, metrics)}"
         if claim.test in COUNT_TESTS and data.goal != "accuracy":
             yield f"test = {claim.test} needs a task with an accuracy, and {task} is none"
 

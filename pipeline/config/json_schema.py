@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cat.config import Config, ModelConfig
-from cat.mixers.registry import CONSTRUCTION, MODEL_KEYS, POSITIONS, mixer_class, mixer_names
+from cat.mixers.registry import CONSTRUCTION, MODEL_KEYS, POSITIONS, ConstructionConfig, mixer_class, mixer_names
 from pipeline.config.names import NAME
 from pipeline.config.study import CellTraining, Study, StudyFile
 
@@ -35,7 +35,7 @@ def _variant(study: Study) -> dict[str, Any]:
     """The keys of a variant: of the model, and of every mixer. A key of several mixers accepts the values of each."""
     used = [mixer for model in study.variants.values() if isinstance(model, ModelConfig) for mixer in model.mixers]
     mixers = {mixer_class(name) for name in mixer_names()} | {type(mixer) for mixer in used}
-    classes: list[type[Config]] = [ModelConfig, *sorted(mixers, key=lambda cls: cls.__module__)]
+    classes: list[type[Config]] = [ModelConfig, ConstructionConfig, *sorted(mixers, key=lambda cls: cls.__module__)]
     accepted: dict[str, list[Any]] = {}
     for cls in classes:
         for key, schema in _properties(cls).items():

@@ -70,6 +70,10 @@ class Plot(ABC):
         """Yield further tables for the section of the report, in Markdown; `results` has all metrics of the study."""
         yield from ()
 
+    def timed_tables(self, study: Study, ablation: Ablation) -> Iterator[str]:
+        """Yield tables of measured times, for the HTML report only: the other files are the same in every run."""
+        yield from ()
+
     @property
     def name(self) -> str:
         """The name in params.yaml."""

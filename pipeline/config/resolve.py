@@ -94,11 +94,14 @@ def _model(name: str, settings: Settings, defaults: Settings, problems: list[Pro
     own, defaults = _without_training(settings), _without_training(defaults)
     where = f"variants.{name}"
     if own.get("mixer") == CONSTRUCTION:
-        extra = next((key for key in own if key != "mixer"), None)
-        if extra is not None:
-            problems.append(Problem(subject_of(f"{where}.{extra}", own[extra]), "a construction has no keys besides mixer"))
+        keys = {key: value for key, value in own.items() if key != "mixer"}
+        for extra in (key for key in keys if key not in ConstructionConfig.model_fields):
+            subject = subject_of(f"{where}.{extra}", own[extra])
+            problems.append(Problem(subject, "a construction has no keys besides mixer and placement"))
             return None
-        return ConstructionConfig()
+        section = Section(ConstructionConfig, keys, {})
+        constructions: list[ConstructionConfig] = list(_parse(section, where, problems))
+        return constructions[0] if constructions else None
     try:
         composed = compose(own, defaults)
     except ValueError as error:

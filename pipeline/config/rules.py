@@ -50,7 +50,7 @@ def contradictions(study: Study) -> Iterator[str]:
             try:
                 model.check_length(data.length)
                 if isinstance(model, ConstructionConfig):
-                    data.check_construction()
+                    data.check_construction(model.placement)
             except ValueError as error:
                 yield f"variants.{variant}: {error} (task {task!r})"
     for key, names in (("tasks", {task for task, _ in trained_by}), ("variants", {variant for _, variant in trained_by})):

@@ -9,7 +9,7 @@ from cat.config import DotProductConfig, MixerConfig, ModelConfig, QKVConfig
 from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.delta.config import DeltaConfig
 from cat.mixers.landmark.config import LandmarkConfig
-from cat.mixers.registry import AnyVariant
+from cat.mixers.registry import AnyVariant, ConstructionConfig
 from pipeline.config.study import Study
 
 POSITIONS = {"rotary": "RoPE", "alibi": "ALiBi", "learned": "learned positions", "sinusoidal": "sinusoidal positions"}
@@ -20,6 +20,17 @@ GENERATED = {
     "state": "state-space kernels",
 }
 USUAL_KERNEL = 4
+PLACEMENTS = {
+    "input": "Canon-A",
+    "q": "Q",
+    "k": "K",
+    "kv": "KV shifting",
+    "qk": "QK",
+    "qkv": "Canon-B",
+    "logits": "multi-token attention",
+    "token_shift": "token shift",
+}
+"""Placement of a construction -> its name."""
 
 
 def variant_label(study: Study, variant: str) -> str:
@@ -61,8 +72,9 @@ def _unique(labels: dict[str, str]) -> dict[str, str]:
 
 def _describe(model: AnyVariant, shared: Set[str]) -> str:
     """The mixers and the settings that differ from the defaults, without the details that the whole study shares."""
-    if not isinstance(model, ModelConfig):
-        return "Construction, not trained"
+    if isinstance(model, ConstructionConfig):
+        return "Construction, not trained" if model.placement is None else f"Construction, {PLACEMENTS[model.placement]}"
+    assert isinstance(model, ModelConfig)
     layers = [f"{model.layers} layers"] if model.layers > len(model.mixers) else []
     if model.canon is not None:
         layers.insert(0, f"Canon-{model.canon}")

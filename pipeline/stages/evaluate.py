@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cat.evaluation.by_position import ByRecall, bin_ends, loss_by_position, loss_by_recall, scored_windows
+from cat.evaluation.by_position import ByRecall, accuracy_by_part, bin_ends, loss_by_position, loss_by_recall, scored_windows
 from cat.evaluation.diagnostics import attention_statistics, filter_kernels
 from cat.evaluation.scores import Scores, SequenceTotals, sequence_totals, token_scores
 from cat.model import SequenceModel
@@ -178,6 +178,7 @@ def _evaluate_model(
         if model is None:
             values = dict.fromkeys(metrics(_PLACEHOLDER, extents, autoregressive=data.autoregressive), math.nan)
             values |= dict.fromkeys(ByRecall._fields if recalled else (), math.nan)
+            values |= dict.fromkeys((f"accuracy_{name}" for name in data.part_names), math.nan)
         else:
             split = runs.split(task, f"test_{length}", device)
             parts = list(token_scores(model, split, precision=precision, autoregressive=data.autoregressive))
@@ -187,6 +188,9 @@ def _evaluate_model(
             if recalled:
                 losses = torch.cat([part.loss.double().cpu() for part in parts]).numpy()
                 values |= loss_by_recall(losses, *recalled)._asdict()
+            if data.part_names:
+                answer_parts = data.parts(read_split(task, f"test_{length}"))
+                values |= accuracy_by_part(parts, split.positions.long().cpu().numpy(), answer_parts)
         rows += _tidy({**key, "length": length}, values.items())
     filters = [] if model is None else _filters(key, model)
     positions = [] if model is None or extents is None else _positions(key, data, precision, model, device)

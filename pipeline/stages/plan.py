@@ -98,8 +98,12 @@ def cell_plan(study: Study, task: str, variant: str, code: str) -> dict[str, Any
     common = {"code": code, "precision": study.precision, "deterministic": study.deterministic}
     if isinstance(model, ConstructionConfig):
         longest = study.tasks[task].data.lengths[-1]
-        return {**common, "model": CONSTRUCTION, "longest": longest, "training": {"seeds": list(training.seeds)}}
+        return {**common, "model": _constructed(model), "longest": longest, "training": {"seeds": list(training.seeds)}}
     return {**common, "model": resolved(model), "training": resolved(training)}
+
+
+def _constructed(model: ConstructionConfig) -> str | dict[str, str]:
+    return CONSTRUCTION if model.placement is None else {"mixer": CONSTRUCTION, "placement": model.placement}
 
 
 def check_planned(study: Study, task: str, variant: str) -> None:
@@ -233,7 +237,8 @@ def table(study: Study) -> str:
 
 def _all_values(model: VariantConfig) -> dict[str, Any]:
     if not isinstance(model, ModelConfig):
-        return {"mixer": CONSTRUCTION}
+        assert isinstance(model, ConstructionConfig)
+        return {"mixer": CONSTRUCTION, "placement": model.placement}
     mixers = [{"mixer": mixer.mixer, **mixer.model_dump(mode="json", exclude={"mixer"})} for mixer in model.mixers]
     return {**model.model_dump(mode="json"), "mixers": mixers}
 

@@ -64,6 +64,7 @@ def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: 
         scored = not plot.shows_models
         parts += [results_table(study, scores, ablation), references_table(study, references, ablation)] if scored else []
         parts += plot.tables(study, ablation, results)
+        parts += plot.timed_tables(study, ablation) if timed else []
         parts += [_failures(study, ablation, diagnosis)] if scored else []
         parts.append(_what_was_run(study, ablation, timed))
     if len(costs):  # a study with only constructions has no costs

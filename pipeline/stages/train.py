@@ -317,8 +317,9 @@ def _construct(cell: Cell, job: Job, device: torch.device, report: workers.Repor
     """Build the construction for the task and score it; it depends on no seed and no learning rate."""
     start = time.perf_counter()
     assert cell.construction_task is not None
+    assert isinstance(cell.setting.model, ConstructionConfig)
     # Imported by name, so that only constructions depend on this module (pipeline/config/code_digest.py).
-    model = import_module("cat.theory").construct(cell.construction_task).to(device)
+    model = import_module("cat.theory").construct(cell.construction_task, cell.setting.model.placement).to(device)
     _, valid = _splits(cell.task, device)
     scores = score(model, valid, precision=cell.setting.precision)
     report((cell.setting.training.steps, None))

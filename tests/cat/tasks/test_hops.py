@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
 
+from cat.evaluation.by_position import accuracy_by_part
+from cat.evaluation.scores import Split, TokenScores
 from cat.tasks.hops import BOS, SEPARATOR
 from tests.helpers.tasks import (
     LENGTHS,
@@ -160,3 +163,18 @@ def test_impossible_settings_are_refused(changes, message):
 def test_the_densest_settings_are_valid():
     task = hops(nodes=19, multiples=(1,), alphabet=19, hops=(18,))
     check_answers(task, solver(task))
+
+
+def test_the_accuracy_of_each_number_of_hops_is_reported():
+    """A model that answers every query as if it had one hop is right on just these."""
+    task = hops()
+    examples = draw(task, task.length)
+    parts = task.parts(examples)
+    assert [*parts] == [*task.part_names] == ["hops_1", "hops_2", "hops_4"]
+    assert np.array_equal(sum(part.astype(int) for part in parts.values()), examples.targets >= 0)
+    split = Split.of(*map(torch.tensor, examples))
+    right = torch.tensor(task.successor(examples) > 0).gather(1, split.positions.long())
+    scores = [TokenScores(torch.zeros(half.shape), half, torch.ones_like(half)) for half in right.split(len(right) // 2 + 1)]
+    positions = split.positions.long().numpy()
+    assert accuracy_by_part(scores, positions, parts) == {"accuracy_hops_1": 1, "accuracy_hops_2": 0, "accuracy_hops_4": 0}
+    assert hops(hops=(1,)).part_names == ()

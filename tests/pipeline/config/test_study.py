@@ -373,7 +373,8 @@ VARIANTS = [
     (MAMBA, {"heads": 2}, ".heads", "mixer 'mamba' has no heads"),
     (MAMBA, {"expansion": 2}, ".expansion", "did you mean 'expand'?"),
     (LANDMARK, {"blok": 8}, ".blok", "did you mean 'block'?"),
-    (CONSTRUCTION, {"width": 16}, ".width", "a construction has no keys besides mixer"),
+    (CONSTRUCTION, {"width": 16}, ".width", "a construction has no keys besides mixer and placement"),
+    (CONSTRUCTION, {"placement": "inptu"}, ".placement", "did you mean 'input'?"),
     # Settings that do not fit the training length or the task.
     (PLAIN, {"conv_k": 17}, "", "conv_k = 17 is longer than the training length of 16 (task 'copying')"),
     (PLAIN, {"conv_k": 4, "dilation": 6}, "", "conv_k = 4 with dilation = 6 is longer than the training length of 16"),
@@ -621,6 +622,14 @@ RULES = {
     "construction for long keys": (
         {"tasks.nar3.data.ngram": 5, "tasks.nar3.data.length": 32},
         ("variants.construction", "ngram = 5"),
+    ),
+    "construction with its convolution elsewhere": (
+        {"variants.construction.placement": "v"},
+        ("variants.construction.placement", "must be 'input', "),
+    ),
+    "placement that cannot solve a task": (
+        {"variants.construction.placement": "input"},
+        ("variants.construction", "no construction with placement = input solves copying (task 'copying')"),
     ),
     "construction for a large vocabulary": (
         {"tasks.ar.data.values": 1008},
