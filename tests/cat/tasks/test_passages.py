@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from cat.tasks import passages
+from cat.tasks.corpus import read
 from cat.tasks.passages import PASSAGE, drop_shared_paragraphs, follows_passage
+from cat.tasks.registry import IGNORE, generator
+from cat.tasks.text import Text
 
 
 def array(text):
@@ -52,3 +55,16 @@ def test_a_passage_that_appears_when_paragraphs_are_dropped_is_found():
     known = b"\n\n".join([middle, left[-40:] + b"\n\n" + right[:40]])
     text = b"\n\n".join([left, middle, right])
     assert bytes(drop_shared_paragraphs(array(text), array(known))) == b""
+
+
+def test_the_overlap_of_a_task_is_the_share_of_its_scored_bytes(tmp_path):
+    own, path = b"".join(paragraphs(4, 60, 80)), tmp_path / "one.txt"
+    path.write_bytes(own[:4500] + own[100:400] + own[4500:4700])
+    sizes = {"length": 100, "multiples": (0.5, 1, 2), "train_examples": 7, "valid_examples": 5, "test_examples": 3}
+    task = Text(kind="text", source=str(path), **sizes)
+    inputs, targets = task.examples("test", 200, 3, generator(0, "text", "test"))
+    train = bytes(read(str(path), None, "train"))
+    follows = [bytes(row[end - PASSAGE : end]) in train for row in inputs.astype(np.uint8) for end in range(101, 201)]
+    assert (targets[:, 100:] != IGNORE).all()
+    assert task.overlap() == np.mean(follows)
+    assert 0.3 < np.mean(follows) < 0.9
