@@ -123,7 +123,7 @@ def test_the_claims_fit_every_preset(file):
     claims.check(claims.load(ROOT / "claims.yaml"), load_study(ROOT / file))
 
 
-@pytest.mark.parametrize("path", (ROOT / "presets" / "claims").glob("*.yaml"), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "presets" / "claims").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_preset_can_decide_all_of_its_own_claims(path):
     study, own = load_study(ROOT / "presets" / path.name), claims.load(path)
     claims.check(own, study)
