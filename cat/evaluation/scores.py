@@ -122,6 +122,10 @@ class SequenceTotals(NamedTuple):
         sums = ([column.sum(1).double().cpu() for column in chunk] for chunk in chunks)
         return cls(*map(torch.cat, zip(*sums, strict=True)))
 
+    def grouped(self, count: int) -> SequenceTotals:
+        """Sum over `count` groups of successive sequences, all of the same size."""
+        return SequenceTotals(*(column.view(count, -1).sum(1) for column in self))
+
 
 class Scores(NamedTuple):
     """Means over a split."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 
 from cat.config import Config, ConstructionPlacement, Count
+
+if TYPE_CHECKING:
+    from cat.tasks.tokenizer import Tokenizer
 
 IGNORE = -100
 """The target at positions without an answer."""
@@ -55,7 +58,10 @@ class Windows(NamedTuple):
 
 
 class Extents(NamedTuple):
-    """Size of the text that the answers of each of N test sequences stand for; the same at every length."""
+    """Size of the text that the answers of each of N regions stand for; the same at every length.
+
+    At each length, the windows of a region follow one another, the same number for every region.
+    """
 
     bytes: np.ndarray
     words: np.ndarray
@@ -63,15 +69,8 @@ class Extents(NamedTuple):
     """Bytes of words outside the vocabulary, which the answers do not determine."""
 
 
-class Spans(NamedTuple):
-    """Size of the text that the token after each position stands for, N x L; L is the longest test length."""
-
-    bytes: np.ndarray
-    unknown: np.ndarray
-
-
 class Recalled(NamedTuple):
-    """Which of the A answers of N test sequences can be recalled from the context, N x A."""
+    """Which of the A answers of N regions of the test text can be recalled from the context, N x A."""
 
     recalled: np.ndarray
     """Whether the n-gram before the answer occurs earlier in the context, followed by the same answer."""
@@ -88,6 +87,8 @@ class GeneratedData(NamedTuple):
     """The training split by length."""
     vocabulary: int
     extents: Extents | None = None
+    """None if the task is not text."""
+    tokenizer: Tokenizer | None = None
     """None if the task is not text."""
 
 
@@ -266,8 +267,8 @@ class Task(Config):
         """Size of the text that the answers of the test splits stand for; None if the task is not text."""
         return None
 
-    def spans(self) -> Spans | None:
-        """Size of the text behind every token of the longest test sequences; None if the task is not text."""
+    def overlap(self) -> float | None:
+        """Share of the scored bytes that follow a passage of the training text (passages.py); None if the task is not text."""
         return None
 
     def recalled(self) -> dict[int, Recalled] | None:

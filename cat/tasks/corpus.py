@@ -1,7 +1,10 @@
 """Text corpora, by name or path: the bytes of each split, and the ends of words.
 
 `python-docs` needs no download. It is the English prose of the Python installation: the docstrings of the standard library and
-`pydoc_data.topics`. It comes from the running interpreter, so its bytes depend on the Python version.
+`pydoc_data.topics`. It comes from the running interpreter, so its bytes depend on the Python version. Its validation and test
+splits leave out paragraphs that have a passage of an earlier split.
+
+`wikitext-103-valid` is WikiText-103 with little training text: the last tenth of the validation split validates, the rest trains.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import re
 import stat
 import sysconfig
 from collections.abc import Iterator
@@ -20,8 +24,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cat.tasks.local import SPLITS, check_size, digest_split, find, walk
+from cat.tasks.passages import drop_shared_paragraphs
 
-PYTHON_DOCS, WIKITEXT = "python-docs", "wikitext-103"
+PYTHON_DOCS, WIKITEXT, WIKITEXT_VALID = "python-docs", "wikitext-103", "wikitext-103-valid"
 LIMIT = 4 << 30
 """Largest split or folder in bytes: all of it is read into memory."""
 _COMPARED = 64 << 20
@@ -73,6 +78,8 @@ _OPTIONAL = {
 }
 _TOPICS = "pydoc_data/topics.py"
 _DAMAGED = "it is truncated or altered. Fix: get it again, or set source to your own text"
+_ARTICLE = re.compile(rb"\A|^(?= = [^=\n])", re.MULTILINE)
+"""Where an article starts: a heading of the first level, such as ` = Robert <unk> = `."""
 _SPACE = np.isin(np.arange(256), list(b" \t\n\r\v\f"))
 
 
@@ -82,6 +89,13 @@ def read(source: str, folder: str | None, split: str) -> np.ndarray:
 
     Raises ValueError if the text is missing, truncated, altered, too large, or cannot be downloaded.
     """
+    if source == WIKITEXT_VALID:
+        if split == "test":
+            return read(WIKITEXT, folder, "test")
+        whole = read(WIKITEXT, folder, "valid")
+        starts = [match.start() for match in _ARTICLE.finditer(whole.tobytes())]
+        cut = max(start for start in starts if start <= len(whole) * 9 // 10)
+        return whole[:cut] if split == "train" else whole[cut:]
     if source != WIKITEXT:
         return corpus(source)[split]
     published = WIKITEXT_103[split]
@@ -102,11 +116,12 @@ def read(source: str, folder: str | None, split: str) -> np.ndarray:
 
 def digests(source: str, folder: str | None) -> dict[str, str]:
     """SHA-256 of each local file of the corpus, by name. Files of the hub are pinned by the revision instead."""
-    if source == PYTHON_DOCS or (source == WIKITEXT and folder is None):
+    if source == PYTHON_DOCS or (source in {WIKITEXT, WIKITEXT_VALID} and folder is None):
         return {}
-    if source != WIKITEXT:
+    if source not in {WIKITEXT, WIKITEXT_VALID}:
         return {name: _sha256(path) for name, path in _paths(Path(source))}
-    return {path.name: _sha256(path) for split in WIKITEXT_103 if (path := _tokens_file(str(folder), split))}
+    splits = ("valid", "test") if source == WIKITEXT_VALID else WIKITEXT_103
+    return {path.name: _sha256(path) for split in splits if (path := _tokens_file(str(folder), split))}
 
 
 def ends_a_word(text: np.ndarray) -> np.ndarray:
@@ -125,8 +140,10 @@ def corpus(source: str) -> dict[str, np.ndarray]:
     """
     if source == PYTHON_DOCS:
         texts = dict(_python_docs())
-        splits = {split: [texts[name] for name in sorted(texts) if digest_split(name) == split] for split in SPLITS}
-        return {split: _join(parts) for split, parts in splits.items()}
+        parts = {split: [texts[name] for name in sorted(texts) if digest_split(name) == split] for split in SPLITS}
+        train, valid, test = (_join(parts[split]) for split in SPLITS)
+        valid = drop_shared_paragraphs(valid, train)
+        return {"train": train, "valid": valid, "test": drop_shared_paragraphs(test, np.concatenate([train, valid]))}
     found = find(Path(source), LIMIT)
     if found.rule != "position":
         return {split: _join([_read_text(found.path(name)) for name in names]) for split, names in found.files.items()}
@@ -140,7 +157,7 @@ def report(source: str) -> list[str]:
 
     Raises ValueError as `corpus` does, unless there is nothing at `source`.
     """
-    if source in {PYTHON_DOCS, WIKITEXT}:
+    if source in {PYTHON_DOCS, WIKITEXT, WIKITEXT_VALID}:
         return []
     found = find(Path(source), LIMIT)
     lines = found.report()

@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from cat.tasks.base import Task
-from cat.tasks.corpus import WIKITEXT, digests, read, report
+from cat.tasks.corpus import WIKITEXT, WIKITEXT_VALID, digests, read, report
 from cat.tasks.tokenizer import BPE, Bytes, Tokenizer, Words
 
 Unit = Literal["bytes", "bpe", "words"]
@@ -19,7 +19,10 @@ class EncodedText(Task):
     """A task on the tokens of a text."""
 
     source: Annotated[str, Field(min_length=1)]
-    """`python-docs`, `wikitext-103`, or the path of a UTF-8 text file or of a folder of `.txt`, `.md` and `.tokens` files."""
+    """`python-docs`, `wikitext-103`, `wikitext-103-valid`, or a path.
+
+    The path is that of a UTF-8 text file or of a folder of `.txt`, `.md` and `.tokens` files.
+    """
     folder: Annotated[str, Field(min_length=1)] | None = None
     """The folder with `wiki.train.tokens`, `wiki.valid.tokens` and `wiki.test.tokens`; if None, WikiText-103 is downloaded."""
     tokens: Unit = "bytes"
@@ -29,8 +32,10 @@ class EncodedText(Task):
 
     @model_validator(mode="after")
     def _check_tokens(self) -> Self:
-        if self.folder is not None and WIKITEXT not in self.sources:
-            raise ValueError(f"folder needs source = {WIKITEXT}. Fix: remove folder; source itself may be a path")
+        if self.folder is not None and not {WIKITEXT, WIKITEXT_VALID}.intersection(self.sources):
+            raise ValueError(
+                f"folder needs source = {WIKITEXT} or {WIKITEXT_VALID}. Fix: remove folder; source itself may be a path"
+            )
         if self.tokens == "bytes" and self.vocabulary_size is not None:
             raise ValueError(f"vocabulary_size = {self.vocabulary_size} needs tokens = bpe or words; there are always 256 bytes")
         if self.tokens == "bpe" and self.vocabulary_size is None:

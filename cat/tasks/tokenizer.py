@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -52,6 +53,10 @@ class Tokenizer(ABC):
     def spell(self, token: int, after: int | None) -> bytes:
         """The bytes that `token` adds to a text whose last token is `after`, or None if it is the first."""
 
+    def join(self, tokens: np.ndarray) -> bytes:
+        """The bytes of a whole text."""
+        return b"".join(self.spell(token, after) for after, token in itertools.pairwise(chain([None], tokens.tolist())))
+
     def decode(self, tokens: Iterable[int], after: int | None = None) -> Iterator[str]:
         """Decode a stream of tokens that follows the token `after`; yields one text per token, then the rest.
 
@@ -83,6 +88,9 @@ class Bytes(Tokenizer):
 
     def sizes(self, text: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         return np.ones(len(text), dtype=np.int64)
+
+    def join(self, tokens: np.ndarray) -> bytes:
+        return tokens.astype(np.uint8).tobytes()
 
     def spell(self, token: int, after: int | None) -> bytes:
         return bytes([token])

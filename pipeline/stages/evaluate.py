@@ -1,9 +1,8 @@
 """Evaluate a task's trained models: results/<task>.csv has every metric per variant, seed and length, one row each.
 
-Four folders in results/ and one beside it have more tables per task:
+Three folders in results/ and one beside it have more tables per task:
 
     results/filters/      the kernels
-    results/positions/    bits per byte along the longest test windows of a text
     results/references/   scores of partial strategies, which need no model
     results/rates/        the primary metric at every learning rate, for figures that show it
     scores/               scores per test sequence, for the intervals of the verdicts
@@ -20,25 +19,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cat.evaluation.by_position import ByRecall, accuracy_by_part, bin_ends, loss_by_position, loss_by_recall, scored_windows
+from cat.evaluation.by_part import accuracy_by_part
+from cat.evaluation.by_recall import ByRecall, loss_by_recall
 from cat.evaluation.diagnostics import attention_statistics, filter_kernels
 from cat.evaluation.scores import Scores, SequenceTotals, sequence_totals, token_scores
 from cat.model import SequenceModel
-from cat.tasks.base import Extents, GeneratedData, Recalled, Spans
+from cat.tasks.base import Extents, GeneratedData, Recalled
 from cat.tasks.registry import Task
 from pipeline.config.study import CellTraining
 from pipeline.runtime import checkpoints, workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, write_csv
-from pipeline.storage.paths import FILTERS, HELDOUT, POSITIONS, RATES, REFERENCES, RESULTS, SCORES
+from pipeline.storage.paths import FILTERS, HELDOUT, RATES, REFERENCES, RESULTS, SCORES
 from pipeline.storage.scores import SequenceScores, write_scores
-from pipeline.storage.tables import FILTER_COLUMNS, POSITION_COLUMNS, PRIMARY, RATE_COLUMNS, REFERENCE_COLUMNS, RESULTS_COLUMNS
+from pipeline.storage.tables import FILTER_COLUMNS, PRIMARY, RATE_COLUMNS, REFERENCE_COLUMNS, RESULTS_COLUMNS
 from pipeline.storage.task_data import read_meta, read_split, read_task, read_training
+from pipeline.storage.tokenizers import read_tokenizer
 
 Rows = list[dict[str, Any]]
 Sequences = dict[tuple[str, int, int], SequenceScores]
-"""Scores per test sequence by (variant, seed, length)."""
+"""Scores per test sequence by (variant, seed, length); per region of a text."""
 _PLACEHOLDER = SequenceTotals(*torch.ones(3, 1))
 
 
@@ -58,11 +59,10 @@ class RateJob(NamedTuple):
 
 
 class ModelResults(NamedTuple):
-    """One model's rows of the three tables, and its scores per sequence."""
+    """One model's rows of the two tables, and its scores per sequence."""
 
     scores: Rows
     filters: Rows
-    positions: Rows
     sequences: Sequences
 
 
@@ -101,8 +101,6 @@ def evaluate(
         write_csv(path, (row for table in tables for row in table.scores), RESULTS_COLUMNS)
     with atomic_write(FILTERS / f"{task}.csv") as path:
         write_csv(path, (row for table in tables for row in table.filters), FILTER_COLUMNS)
-    with atomic_write(POSITIONS / f"{task}.csv") as path:
-        write_csv(path, (row for table in tables for row in table.positions), POSITION_COLUMNS)
     with atomic_write(RATES / f"{task}.csv") as path:
         write_csv(path, (row for rows in rates for row in rows), RATE_COLUMNS)
     with atomic_write(REFERENCES / f"{task}.csv") as path:
@@ -121,6 +119,7 @@ def references(task: str, data: Task) -> Rows:
         training=list(read_training(task)),
         vocabulary=read_meta(task).vocabulary,
         extents=_extents(task) if data.goal == "loss" else None,
+        tokenizer=read_tokenizer(task) if data.goal == "loss" else None,
     )
     multiples = dict(zip(data.lengths, data.multiples, strict=True))
     return [
@@ -183,19 +182,20 @@ def _evaluate_model(
             split = runs.split(task, f"test_{length}", device)
             parts = list(token_scores(model, split, precision=precision, autoregressive=data.autoregressive))
             totals = SequenceTotals.of(parts)
+            if extents is not None:
+                totals = totals.grouped(len(extents.bytes))
             sequences[job.variant, job.seed, length] = _sequences(totals, extents, autoregressive=data.autoregressive)
             values = metrics(totals, extents, autoregressive=data.autoregressive)
             if recalled:
-                losses = torch.cat([part.loss.double().cpu() for part in parts]).numpy()
-                values |= loss_by_recall(losses, *recalled)._asdict()
+                losses = torch.cat([part.loss[part.is_target].double().cpu() for part in parts]).numpy()
+                values |= loss_by_recall(losses.reshape(recalled.recalled.shape), *recalled)._asdict()
             if data.part_names:
                 answer_parts = data.parts(read_split(task, f"test_{length}"))
                 values |= accuracy_by_part(parts, split.positions.long().cpu().numpy(), answer_parts)
         rows += _tidy({**key, "length": length}, values.items())
     filters = [] if model is None else _filters(key, model)
-    positions = [] if model is None or extents is None else _positions(key, data, precision, model, device)
     report(1)
-    return ModelResults(rows, filters, positions, sequences)
+    return ModelResults(rows, filters, sequences)
 
 
 def _evaluate_rate(task: str, data: Task, precision: str, job: RateJob, device: torch.device, report: workers.Report) -> Rows:
@@ -238,26 +238,6 @@ def _recalled(task: str, length: int) -> Recalled | None:
         return None
     with np.load(path, allow_pickle=False) as arrays:
         return Recalled(*(arrays[f"{kind}_{length}"] for kind in Recalled._fields))
-
-
-def _positions(key: dict[str, Any], data: Task, precision: str, model: SequenceModel, device: torch.device) -> Rows:
-    """Bits per byte in each bin of positions, over all tokens of the bin; unknown words count eight bits per byte."""
-    task, length = key["task"], data.lengths[-1]
-    examples = read_split(task, f"test_{length}")
-    chosen, ends = scored_windows(len(examples.inputs), length), np.array(bin_ends(data.length, length))
-    with np.load(HELDOUT / task / "spans.npz", allow_pickle=False) as arrays:
-        spans = Spans(*(arrays[kind][chosen].astype(np.int64) for kind in Spans._fields))
-    tokens = np.concatenate([examples.inputs[chosen], examples.targets[chosen, -1:]], axis=1, dtype=np.int64)
-    rows: Rows = []
-    for context, losses in loss_by_position(model, torch.tensor(tokens, device=device), precision=precision)._asdict().items():
-        bin_stops = ends[ends <= losses.shape[1]]
-        starts = [0, *bin_stops[:-1]]
-        bits = losses.numpy() / math.log(2) + 8 * spans.unknown[:, : losses.shape[1]]
-        total, size = (np.add.reduceat(column.sum(0), starts) for column in (bits, spans.bytes[:, : losses.shape[1]]))
-        for start, stop, value in zip(starts, bin_stops, total / size, strict=True):
-            count = len(chosen) * int(stop - start)
-            rows.append({**key, "context": context, "position": int(stop), "tokens": count, "bits_per_byte": float(value)})
-    return rows
 
 
 def _attention(task: str, data: Task, model: SequenceModel, device: torch.device) -> Iterator[tuple[str, float]]:

@@ -5,8 +5,7 @@ and train.npz the `starts` of the windows and their `length`. tokenizer.json exi
 
 heldout/<task>/ holds one .npz file per test split. For text it also holds
 
-    extents.npz    bytes, words and unknown bytes that the targets of each test sequence stand for
-    spans.npz      bytes and unknown bytes of every token of the longest test sequences
+    extents.npz    bytes, words and unknown bytes that the targets of each region stand for
     recalled.npz   which targets also occur earlier in their context (only if the task sets `ngram`)
 
 Each folder has a meta.json with its description. data/<task>/ does not depend on the number and lengths of the test sequences:
@@ -91,8 +90,8 @@ def _write_test(folder: Path, header: dict[str, Any], task: Task) -> None:
     if (extents := task.extents()) is not None:
         np.savez(folder / "extents.npz", **extents._asdict())
         meta["extents"] = {name: int(column.sum()) for name, column in extents._asdict().items()}
-    if (spans := task.spans()) is not None:
-        np.savez_compressed(folder / "spans.npz", **spans._asdict())
+    if (overlap := task.overlap()) is not None:
+        meta["overlap"] = overlap
     if (recalled := task.recalled()) is not None:
         masks = {f"{kind}_{length}": mask for length, split in recalled.items() for kind, mask in split._asdict().items()}
         np.savez(folder / "recalled.npz", **masks)
@@ -105,7 +104,7 @@ def _write_split(
     """Write a split of examples; return its description for meta.json."""
     examples = task.examples(split, length, count, generator(header["data_seed"], header["task"], file)).compact()
     np.savez(folder / f"{file}.npz", inputs=examples.inputs, targets=examples.targets)
-    return {"examples": count, "length": length, "sha256": _digest(examples)}
+    return {"examples": len(examples.inputs), "length": length, "sha256": _digest(examples)}
 
 
 def _write_meta(folder: Path, meta: dict[str, Any], task: Task) -> None:

@@ -25,6 +25,7 @@ from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml, to_yaml
 from pipeline.storage.files import atomic_write, json_text, read_json, write_json
 from pipeline.storage.paths import HELDOUT, PLAN
+from pipeline.storage.task_data import overlap_line
 
 SCHEMA = Path("params.schema.json")
 _STAGES = Path("dvc.yaml")
@@ -204,8 +205,13 @@ def source_lines(study: Study, file: str = "params.yaml") -> list[str]:
 
 
 def note_lines(study: Study) -> list[str]:
-    """What limits the data of each task, in one line each."""
-    return [f"tasks.{name}.data: {line}" for name, section in study.tasks.items() for line in section.data.notes()]
+    """What limits the data of each task, in one line each; the overlap of text splits is known once they are generated."""
+    lines = []
+    for name, section in study.tasks.items():
+        lines += [f"tasks.{name}.data: {line}" for line in section.data.notes()]
+        if line := overlap_line(name):
+            lines.append(f"tasks.{name}.data: {line}")
+    return lines
 
 
 def table(study: Study) -> str:

@@ -33,6 +33,7 @@ from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import REPORTS
 from pipeline.storage.results import primary, read_references, read_results
 from pipeline.storage.tables import DIAGNOSIS_COLUMNS, read_table
+from pipeline.storage.task_data import overlap_line
 from pipeline.storage.training_log import read_log
 
 MARKDOWN, PAGE = REPORTS / "report.md", REPORTS / "report.html"
@@ -88,10 +89,11 @@ _COST_BY_TIME = (
 def _study(study: Study, timed: bool) -> str:
     file = Path("params.yaml")
     preset = next((escape(str(path)) for path in sorted(Path("presets").glob("*.yaml")) if _same(path, file)), None)
+    overlaps = "".join(f" {task_label(study, task)}: {line}." for task in study.tasks if (line := overlap_line(task)))
     return (
         f"params.yaml (sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}) matches {preset or 'no preset'}."
         f" {len(cells(study))} cells, seeds {seeds_text(study)}, {study.precision}."
-        f" {_trained(cells(study), timed)} [What does it cost?](#cost)"
+        f" {_trained(cells(study), timed)} [What does it cost?](#cost){overlaps}"
     )
 
 

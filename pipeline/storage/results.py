@@ -13,11 +13,10 @@ import pandas as pd
 
 from pipeline.config.grid import cells, seeds_of, variants_on
 from pipeline.config.study import Study
-from pipeline.storage.paths import FILTERS, POSITIONS, RATES, REFERENCES, RESULTS, RUNS, SCORES
+from pipeline.storage.paths import FILTERS, RATES, REFERENCES, RESULTS, RUNS, SCORES
 from pipeline.storage.tables import (
     FILTER_COLUMNS,
     HISTORY_COLUMNS,
-    POSITION_COLUMNS,
     PRIMARY,
     RATE_COLUMNS,
     REFERENCE_COLUMNS,
@@ -79,11 +78,6 @@ def read_filters(task: str) -> pd.DataFrame:
     return read_table(FILTERS / f"{task}.csv", FILTER_COLUMNS)
 
 
-def read_positions(task: str) -> pd.DataFrame:
-    """Read the bits per byte of the variants on `task` by position."""
-    return read_table(POSITIONS / f"{task}.csv", POSITION_COLUMNS)
-
-
 def read_rates(task: str) -> pd.DataFrame:
     """Read the scores of the variants on `task` at every learning rate."""
     return read_table(RATES / f"{task}.csv", RATE_COLUMNS)
@@ -113,7 +107,7 @@ def orphans(study: Study) -> Iterator[Path]:
     for folder in sorted(RUNS.glob("*/*/")):
         if folder not in expected and not folder.name.startswith("."):
             yield folder
-    folders = (RESULTS, FILTERS, POSITIONS, RATES, REFERENCES, SCORES)
+    folders = (RESULTS, FILTERS, RATES, REFERENCES, SCORES)
     for file in itertools.chain.from_iterable(sorted(folder.glob("*.*")) for folder in folders):
         if file.stem not in study.tasks and not file.name.startswith("."):
             yield file

@@ -31,9 +31,6 @@ RESULTS_COLUMNS = {"task": str, "variant": str, "seed": int, "length": int, "met
 FILTER_COLUMNS = {
     "task": str, "variant": str, "seed": int, "layer": int, "projection": str, "head": str, "lag": int, "value": float,
 }  # fmt: skip
-POSITION_COLUMNS = {
-    "task": str, "variant": str, "seed": int, "context": str, "position": int, "tokens": int, "bits_per_byte": float,
-}  # fmt: skip
 REFERENCE_COLUMNS = {"task": str, "reference": str, "length": int, "multiple": float, "metric": str, "value": float}
 RATE_COLUMNS = {"task": str, "variant": str, "learning_rate": float, "seed": int, "length": int, "metric": str, "value": float}
 HISTORY_COLUMNS = {"learning_rate": float, "seed": int, "step": int, **dict.fromkeys(CURVES, float)}

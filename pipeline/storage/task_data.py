@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
+from cat.tasks.passages import PASSAGE
 from cat.tasks.registry import AnyTask, Examples, Task, Windows
 from pipeline.storage.files import read_json, readable, sha256
 from pipeline.storage.paths import DATA, HELDOUT, PLAN
@@ -50,6 +51,13 @@ def read_task(task: str) -> Task:
     meta = read_json(path)
     with readable(path, "the description of a task's data"):
         return TypeAdapter(AnyTask).validate_python(meta["config"])
+
+
+def overlap_line(task: str) -> str | None:
+    """Say which share of the scored bytes the training text announces; None if the task is not text or not generated yet."""
+    path = HELDOUT / task / "meta.json"
+    share = read_json(path).get("overlap") if path.exists() else None
+    return None if share is None else f"{share:.1%} of the scored bytes follow {PASSAGE} bytes that stand in the training text"
 
 
 def read_split(task: str, split: str) -> Examples:

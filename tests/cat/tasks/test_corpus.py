@@ -91,6 +91,17 @@ def test_a_folder_gives_the_splits_of_the_data_set(folder):
         assert ends_a_word(text).sum() == WORDS[split]
 
 
+def test_the_validation_split_may_train_and_is_cut_before_an_article(folder):
+    (folder / "wiki.train.tokens").unlink()
+    train, valid, test = (bytes(read("wikitext-103-valid", str(folder), split)) for split in SPLITS)
+    assert (train + valid, test) == (TEXT["valid"], TEXT["test"])
+    lines = TEXT["valid"].splitlines(keepends=True)
+    articles = [i for i, line in enumerate(lines) if line.startswith(b" = ") and not line.startswith(b" = =")]
+    starts = [len(b"".join(lines[:i])) for i in articles]
+    assert 0 < len(train) == max(start for start in starts if start <= 0.9 * len(TEXT["valid"]))
+    assert set(digests("wikitext-103-valid", str(folder))) == {"wiki.valid.tokens", "wiki.test.tokens"}
+
+
 @pytest.mark.skipif("WIKITEXT_103" not in os.environ, reason="WIKITEXT_103 names no folder of the real data set")
 @pytest.mark.parametrize(("split", "words"), [("valid", 217_646), ("test", 245_569), ("train", 103_227_021)])
 def test_the_real_splits_have_the_published_number_of_words(split, words, monkeypatch):
@@ -304,4 +315,4 @@ def test_the_digests_are_those_of_the_files(folder):
         "deep/a.md": hashlib.sha256(b"a").hexdigest(),
     }
     assert digests(str(folder / "b.txt"), None) == {"b.txt": hashlib.sha256(b"b").hexdigest()}
-    assert digests("python-docs", None) == digests("wikitext-103", None) == {}
+    assert digests("python-docs", None) == digests("wikitext-103", None) == digests("wikitext-103-valid", None) == {}

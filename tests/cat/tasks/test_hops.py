@@ -5,7 +5,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from cat.evaluation.by_position import accuracy_by_part
+from cat.evaluation.by_part import accuracy_by_part
 from cat.evaluation.scores import Split, TokenScores
 from cat.tasks.hops import BOS, SEPARATOR
 from tests.helpers.tasks import (

@@ -348,7 +348,7 @@ def test_windows_of_bytes_are_the_same_on_every_machine(file):
     task = text(file)
     drawn = [task.examples(split, 29, 3, generator(0, "task", split)) for split in ("train", "valid", "test")]
     digest = hashlib.sha256(b"".join(array.astype("<i8").tobytes() for examples in drawn for array in examples))
-    assert digest.hexdigest()[:16] == "bc2d64c6dbdd572c"
+    assert digest.hexdigest()[:16] == "9c75585d2c3de20e"
 
 
 def letters(count, seed):
@@ -420,21 +420,33 @@ def test_windows_of_text_come_from_their_split_and_target_the_next_byte(source, 
 
 @pytest.mark.parametrize("source", ["folder", "file"])
 def test_test_windows_score_the_same_targets_at_every_length(source, request):
-    task = text(request.getfixturevalue(source), test_examples=13)
-    shortest, *longer = (task.examples("test", length, 13, generator(0, "task", f"test_{length}")) for length in LENGTHS)
-    scored = shortest.targets[:, 7:]
-    assert (shortest.targets[:, :7] == IGNORE).all()
-    assert (scored != IGNORE).all()
-    assert len({row.tobytes() for row in scored}) == 13
-    for inputs, targets in longer:
-        np.testing.assert_array_equal(inputs[:, -14:], shortest.inputs)
-        np.testing.assert_array_equal(targets[:, -7:], scored)
-        assert (targets[:, :-7] == IGNORE).all()
+    source = request.getfixturevalue(source)
+    task, split = text(source), parts(source)["test"]
+    scored = []
+    for length in LENGTHS:
+        inputs, targets = task.examples("test", length, 3, generator(0, "task", f"test_{length}"))
+        for row, answers in zip(inputs, targets, strict=True):
+            count = int((answers != IGNORE).sum())
+            assert (answers[-count:] != IGNORE).all(), "targets are the end of the window"
+            assert count <= (length + 1) // 2, "each target has at least half of the window before it"
+            assert bytes([*row, answers[-1]]) in split
+        scored.append(targets[targets != IGNORE].tolist())
+    assert all(answers == scored[0] for answers in scored)
+    begins = [split.index(bytes(scored[0][start : start + 73])) for start in (0, 73, 146)]
+    assert len(scored[0]) == 3 * 73
+    assert all(later - earlier >= 73 for earlier, later in itertools.pairwise(begins)), "regions do not overlap"
 
 
-def test_an_odd_shortest_window_scores_the_larger_half(file):
-    _, targets = text(file, multiples=(1, 2)).examples("test", 58, 3, generator(0, "task", "test_58"))
-    assert ((targets != IGNORE).sum(axis=1) == 15).all()
+def test_a_region_is_cut_into_parts_of_about_half_a_window(file):
+    task = text(file, multiples=(1, 2))
+    sizes = [(task.examples("test", length, 3, None).targets != IGNORE).sum(axis=1).tolist() for length in (29, 58)]
+    assert sizes == [[14, 15] * 3, [29] * 3]
+
+
+def test_too_many_regions_are_refused_in_one_line(file):
+    assert len(text(file, test_examples=4).examples("test", 145, 4, None).inputs) == 4
+    with pytest.raises(ValueError, match=r"401 bytes, too few for test_examples = 5 regions of 73 bytes.* at most 4 regions\Z"):
+        text(file, test_examples=5).extents()
 
 
 def test_only_training_windows_are_drawn_at_random(file):
@@ -521,9 +533,8 @@ def test_an_error_inside_a_folder_names_the_file(folder):
         many(text(folder))
 
 
-@pytest.mark.parametrize(("split", "window", "held"), [("train", 29, 29), ("valid", 29, 4), ("test", 145, 4)])
+@pytest.mark.parametrize(("split", "window", "held"), [("train", 29, 29), ("valid", 29, 4)])
 def test_too_little_text_is_refused_in_one_line(split, window, held, tmp_path):
-    """Test windows of all lengths end at the same bytes, so each needs room for the longest."""
     path = tmp_path / "short.txt"
     path.write_bytes(letters(37, 0))
     message = f"the {split} split of {path} has {held} bytes, too few for 3 windows of {window} bytes"

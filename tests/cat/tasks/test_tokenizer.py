@@ -214,10 +214,11 @@ def test_extents_are_the_bytes_and_words_behind_the_targets(name, source):
         return len(reader.decode(tokens[:count])) if reader else count
 
     targets = [text.examples("test", length, 9, generator(0, "x", "test")).targets for length in text.lengths]
+    regions = [rows[rows != IGNORE].reshape(9, 12) for rows in targets]
     for i in range(9):
-        after = 24 + i * (len(tokens) - 24) // 9 + 1
-        before = after - 3
-        assert all(row[i, -3:].tolist() == tokens[before:after] and (row[i, :-3] == IGNORE).all() for row in targets)
+        before = 12 + i * (len(tokens) - 13) // 9 + 1
+        after = before + 12
+        assert all(region[i].tolist() == tokens[before:after] for region in regions)
         assert extents.bytes[i] == offset(after) - offset(before)
         assert extents.words[i] == sum(offset(before) < word.end() <= offset(after) for word in found)
         spelt = [word[0] for word in found[before:after]] if name in ("words", "few") else []
@@ -229,7 +230,7 @@ def test_extents_are_the_bytes_and_words_behind_the_targets(name, source):
 def test_words_of_a_byte_text_count_where_they_end(tmp_path):
     path = tmp_path / "x.txt"
     path.write_text("ab cde\n" * 400)
-    text = task(path, "bytes", length=14, multiples=(1,), test_examples=100)
+    text = task(path, "bytes", length=14, multiples=(1,), test_examples=30)
     extents = text.extents()
     np.testing.assert_array_equal(extents.bytes, 7)
     np.testing.assert_array_equal(extents.words, 3)  # in every period of seven bytes: ab, cde, and the end of the line
@@ -306,6 +307,7 @@ def test_a_study_of_a_local_text_with_bpe_tokens(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_study(tmp_path, tasks=["copying", "text"])
     edit(**{"tasks.text.data.source": "lines.txt", "tasks.text.data.tokens": "bpe", "tasks.text.data.vocabulary_size": 280})
+    edit(**{"tasks.text.data.test_examples": 4})
     stage("generate", "text")
     for cell in cells(load_study()):
         if cell.task == "text":
@@ -321,13 +323,13 @@ def test_a_study_of_a_local_text_with_bpe_tokens(source, tmp_path, monkeypatch):
         assert bits.sum() / total["bytes"] == pytest.approx(row["bits_per_byte"], rel=2**-11)
         exact = row["bits_per_byte"] * total["bytes"]
         assert row["word_perplexity"] == pytest.approx(2 ** (exact / total["words"]), rel=1e-4)
-        assert row["perplexity"] == pytest.approx(2 ** (exact / (32 * 8)), rel=1e-4)
+        assert row["perplexity"] == pytest.approx(2 ** (exact / (4 * 32)), rel=1e-4)
 
 
 def test_changed_sources_are_reported(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_study(tmp_path, tasks=["copying", "text"])
-    edit(**{"tasks.text.data.source": "lines.txt"})
+    edit(**{"tasks.text.data.source": "lines.txt", "tasks.text.data.test_examples": 4})
     study = load_study()
     assert list(changed_sources(study)) == []
     stage("generate", "text")

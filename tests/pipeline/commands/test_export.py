@@ -32,6 +32,7 @@ def trained(tmp_path_factory):
         tiny_study(folder, tasks=["copying", "text"])
         edit(**{"tasks.text.data.source": str(folder / "lines.txt"), "tasks.text.data.tokens": "bpe"})
         edit(**{"tasks.text.data.vocabulary_size": 270, "defaults.training.seeds": [4, 5], "variants.k.tied": True})
+        edit(**{"tasks.text.data.test_examples": 4})
         for task in ("text", "copying"):
             stage("generate", task)
         stage("train", "text", "k")

@@ -37,7 +37,7 @@ def trained(request, tmp_path_factory):
         patch.setattr(train, "_splits", train._splits.__wrapped__)  # its cache is by task name, not by folder
         tiny_study(folder, tasks=["copying", "text"])
         edit(**{"tasks.text.data.source": str(folder / "lines.txt"), "tasks.text.data.tokens": request.param})
-        edit(**{"defaults.training.seeds": [4]})
+        edit(**{"defaults.training.seeds": [4], "tasks.text.data.test_examples": 4})
         edit(**{"variants.none.position": "learned"})
         stage("generate", "text")
         for variant in ("k", "none"):

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from ruamel.yaml import YAML
 
-from cat.evaluation.by_position import ByRecall
+from cat.evaluation.by_recall import ByRecall
 from pipeline.cli import main
 from pipeline.config import claims
 from pipeline.config.load import load_study
@@ -121,3 +121,11 @@ def test_claims_may_use_every_metric_of_the_results(folder):
 @pytest.mark.parametrize("file", ["params.yaml", *(f"presets/{path.name}" for path in (ROOT / "presets").glob("*.yaml"))])
 def test_the_claims_fit_every_preset(file):
     claims.check(claims.load(ROOT / "claims.yaml"), load_study(ROOT / file))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets" / "claims").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_preset_can_decide_all_of_its_own_claims(path):
+    study, own = load_study(ROOT / "presets" / path.name), claims.load(path)
+    claims.check(own, study)
+    assert own
+    assert list(claims.undecided(own, study)) == []

@@ -1,6 +1,5 @@
 """Bits per byte by position, and gains on recalled targets: tables and figures equal the values of the models."""
 
-import itertools
 import json
 import math
 from pathlib import Path
@@ -10,19 +9,16 @@ import pandas as pd
 import pytest
 import torch
 
-from cat.evaluation.by_position import bin_ends, loss_by_position, scored_windows
 from cat.evaluation.scores import Split, token_scores
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
 from pipeline.config.study import Ablation
 from pipeline.figures.drawing.style import save
-from pipeline.figures.positions import positions_table
 from pipeline.figures.recall import gains, gains_table
 from pipeline.reporting.labels import variant_label
 from pipeline.stages.evaluate import Job, ModelResults, _evaluate_model
 from pipeline.stages.generate import generate
 from pipeline.storage import runs
-from pipeline.storage.results import read_positions
 from pipeline.storage.task_data import read_split, read_task
 from tests.helpers.figures import draw
 from tests.helpers.study import edit, stage, tiny_study
@@ -44,7 +40,7 @@ def finished(tmp_path_factory):
         patch.chdir(folder)
         tiny_study(folder, tasks=["copying", "text"])
         known, new = ["one", "two", "three", "fourteen", "\n"], ["one", "two", "unheard", "of"]
-        words = [*np.random.default_rng(0).choice(known, 4000), *np.random.default_rng(1).choice(new, 500)]
+        words = [*np.random.default_rng(0).choice(known, 10_000), *np.random.default_rng(1).choice(new, 1300)]
         (folder / "x.txt").write_text(" ".join(words))
         edit(**{"tasks.text.data.source": str(folder / "x.txt"), "tasks.text.data.tokens": "words"})
         stage("generate", "text")
@@ -59,33 +55,12 @@ def read_results():
     return pd.read_csv("results/text.csv")
 
 
-def test_bits_by_position_cover_all_tokens_of_a_bin(study):
-    table = pd.read_csv("results/positions/text.csv")
-    examples, ends = read_split("text", "test_64"), bin_ends(TRAINED, 64)
-    assert len(scored_windows(32, 64)) == 32
-    assert ends == [8, 16, 24, 32, 40, 48, 56, 64]
-    with np.load("heldout/text/spans.npz") as spans:
-        size, unknown = spans["bytes"].astype(float), spans["unknown"].astype(float)
-    assert unknown.any()
-    tokens = np.concatenate([examples.inputs, examples.targets[:, -1:]], axis=1).astype(np.int64)
-    found = loss_by_position(runs.load_model(runs.weights_path("text", "qk", 1)), torch.from_numpy(tokens))
-    for context, losses in found._asdict().items():
-        rows = table[(table["variant"] == "qk") & (table["seed"] == 1) & (table["context"] == context)]
-        assert rows["position"].tolist() == ends
-        assert rows["tokens"].eq(8 * 32).all()
-        for end, value in zip(ends, rows["bits_per_byte"], strict=True):
-            in_bin = np.s_[:, end - 8 : end]
-            bits = losses.numpy()[in_bin].sum() / math.log(2) + 8 * unknown[in_bin].sum()
-            assert value == pytest.approx(bits / size[in_bin].sum())
-    assert set(table["variant"]) == {"none", "k", "qk", "mamba"}
-
-
 def test_recalled_targets_have_their_own_loss_at_every_length(study):
     results = read_results().pivot_table(index=["variant", "seed", "length"], columns="metric", values="value")
     model = runs.load_model(runs.weights_path("text", "k", 0))
     for length in LENGTHS:
         parts = token_scores(model, Split.of(*map(torch.tensor, read_split("text", f"test_{length}"))))
-        loss = torch.cat([part.loss for part in parts]).double().numpy()
+        loss = torch.cat([part.loss[part.is_target] for part in parts]).double().numpy().reshape(32, 32)
         with np.load("heldout/text/recalled.npz") as masks:
             recalled, rare = masks[f"recalled_{length}"], masks[f"rare_{length}"]
         row = results.loc["k", 0, length]
@@ -108,7 +83,6 @@ def test_a_seed_that_diverged_has_empty_losses_and_no_bits(study):
     found = _evaluate_model("text", read_task("text"), "float32", Job("k", 1), torch.device("cpu"), lambda done: None)
     whole = _evaluate_model("text", read_task("text"), "float32", Job("k", 0), torch.device("cpu"), lambda done: None)
     assert isinstance(found, ModelResults)
-    assert found.positions == []
     assert all(math.isnan(row["value"]) for row in found.scores)
     names = [row["metric"] for row in whole.scores if not row["metric"].startswith("attention_")]
     assert [row["metric"] for row in found.scores] == names
@@ -120,9 +94,8 @@ def test_other_tasks_have_only_the_header(study):
         if cell.task == "copying":
             stage("train", "copying", cell.variant)
     stage("evaluate", "copying")
-    assert not len(read_positions("copying"))
     assert not pd.read_csv("results/copying.csv")["metric"].str.contains("recalled").any()
-    assert not any((Path("heldout/copying", path)).exists() for path in ("spans.npz", "recalled.npz"))
+    assert not Path("heldout/copying/recalled.npz").exists()
 
 
 def test_a_gain_is_the_loss_difference_to_the_reference_of_the_same_seed(study):
@@ -156,29 +129,20 @@ def test_the_table_of_gains_has_the_share_of_recalled_targets(study):
     assert set(gains_table(study, RECALL, results).set_index("variant").loc["k", "share of gain"]) == {"no gain"}
 
 
-def test_full_context_is_solid_and_a_sliding_window_dashed(study, tmp_path):
-    path = Path("results/positions/text.csv")
-    table = pd.read_csv(path)
-    table = table[~(table["variant"].eq("none") & table["context"].eq("full") & table["position"].gt(TRAINED))]
-    table.to_csv(path, index=False)
+def test_full_context_is_solid_and_a_sliding_window_is_level_and_dashed(study, tmp_path):
     figure = draw("positions", study, POSITIONS, read_results())
     (axes,) = figure.axes
     *lines, mark = axes.lines
     assert [*mark.get_xdata()] == [TRAINED, TRAINED]
-    expected = list(itertools.product(("none", "qk", "mamba"), ("full", "sliding")))
-    means = table.groupby(["variant", "context", "position"])["bits_per_byte"].mean()
-    for line, (variant, context) in zip(lines, expected, strict=True):
-        drawn = means[variant, context].loc[TRAINED if context == "sliding" else 0 :]
-        np.testing.assert_allclose(line.get_xydata(), drawn.reset_index().to_numpy())
-        assert line.get_linestyle() == ("-" if context == "full" else "--")
+    bits = read_results().query("metric == 'bits_per_byte'").groupby(["variant", "length"])["value"].mean()
+    for variant, full, sliding in zip(("none", "qk", "mamba"), lines[::2], lines[1::2], strict=True):
+        np.testing.assert_allclose(full.get_xydata(), bits[variant].reset_index().to_numpy())
+        assert (full.get_linestyle(), sliding.get_linestyle()) == ("-", "--")
+        np.testing.assert_allclose(sliding.get_xydata(), [[TRAINED, bits[variant, TRAINED]], [64, bits[variant, TRAINED]]])
     assert [text.get_text() for text in figure.legends[0].texts] == [
         variant_label(study, variant) for variant in ("none", "qk", "mamba")
     ]
     save(figure, tmp_path / "x.svg")
-    rows = positions_table(study, POSITIONS).set_index("variant")
-    assert rows.loc["qk", "at the training length"] == means["qk", "full", 32]
-    assert rows.loc["qk", "at the longest length, sliding window"] == means["qk", "sliding", 64]
-    assert math.isnan(rows.loc["none", "at the longest length"])
 
 
 def test_the_validation_loss_is_per_token(study):

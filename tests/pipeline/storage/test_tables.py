@@ -14,7 +14,6 @@ from tests.helpers.study import finished_study
 COLUMNS = {
     "results/copying.csv": tables.RESULTS_COLUMNS,
     "results/filters/copying.csv": tables.FILTER_COLUMNS,
-    "results/positions/copying.csv": tables.POSITION_COLUMNS,
     "results/rates/copying.csv": tables.RATE_COLUMNS,
     "results/references/copying.csv": tables.REFERENCE_COLUMNS,
     "runs/copying/k/history.csv": tables.HISTORY_COLUMNS,

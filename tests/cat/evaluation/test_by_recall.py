@@ -1,4 +1,4 @@
-"""Losses by position in the context, and on answers that the context already contains."""
+"""Sums of scores, and losses on answers that the context already contains."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 import cat.evaluation.scores
-from cat.evaluation.by_position import TOKENS, bin_ends, loss_by_position, loss_by_recall, scored_windows
+from cat.evaluation.by_recall import loss_by_recall
 from cat.evaluation.scores import SequenceTotals, Split, sequence_totals, token_scores
 from cat.mixers.registry import model_config
 from cat.model import SequenceModel
@@ -52,50 +52,6 @@ def test_sequence_totals_are_sums_of_token_scores(monkeypatch):
             torch.testing.assert_close(loss[i, a].float(), expected)
 
 
-@pytest.mark.parametrize(("trained", "length"), [(6, 6), (6, 17), (7, 23), (4, 5), (5, 10)])
-def test_each_prediction_uses_exactly_its_context(trained, length):
-    built, tokens = model(trained), windows(3, length)
-    full, sliding = loss_by_position(built, tokens)
-    assert full.shape == sliding.shape == (3, length)
-    begins = {p: p - trained for p in range(1, length + 1)}
-    stride = trained // 2
-    for p in range(1, length + 1):  # position p is predicted in the first window that contains it
-        end = p if p <= trained else min(trained + stride * math.ceil((p - trained) / stride), length)
-        begins[p] = 0 if p <= trained else end - trained
-        assert p <= trained or trained - stride < p - begins[p] <= trained
-        for loss, begin in ((full, 0), (sliding, begins[p])):
-            logits = built(tokens[:, begin:p])[:, -1].detach()
-            expected = F.cross_entropy(logits, tokens[:, p], reduction="none")
-            torch.testing.assert_close(loss[:, p - 1], expected, atol=1e-6, rtol=0)
-    assert torch.equal(full[:, :trained], sliding[:, :trained])
-    assert length == trained or not torch.allclose(full, sliding, atol=1e-3)
-
-
-def test_learned_positions_limit_the_full_context():
-    full, sliding = loss_by_position(model(6, position="learned"), windows(3, 17))
-    assert full.shape == (3, 6)
-    assert sliding.shape == (3, 17)
-
-
-@pytest.mark.parametrize(("trained", "length"), [(4, 4), (8, 16), (10, 23), (5, 10), (7, 7), (6, 13)])
-def test_bins_are_quarters_of_the_training_length_and_one_ends_at_it(trained, length):
-    ends = bin_ends(trained, length)
-    assert ends == sorted(set(ends))
-    assert ends[-1] == length
-    assert trained in ends
-    assert {b - a for a, b in zip([0, *ends], ends[:-1], strict=False)} <= {trained // 4, trained // 4 + 1}
-    assert 0 < ends[-1] - ([0, *ends][-2]) <= trained // 4 + 1
-
-
-def test_scored_windows_are_evenly_spaced_and_bounded():
-    assert scored_windows(5, 8).tolist() == [0, 1, 2, 3, 4]
-    assert scored_windows(3, 10 * TOKENS).tolist() == [0]
-    chosen = scored_windows(256, 1024)
-    assert len(chosen) * 1024 <= TOKENS
-    assert len(set(chosen)) == len(chosen)
-    assert chosen[-1] >= 256 - 256 // len(chosen)
-
-
 def test_losses_per_class_are_means_and_nan_without_answers():
     loss = np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
     recalled = np.array([[True, False, True], [False, False, True]])
@@ -109,6 +65,11 @@ def test_losses_per_class_are_means_and_nan_without_answers():
     }
     empty = loss_by_recall(loss, ~rare | True, rare & False)._asdict()
     assert [name for name, value in empty.items() if math.isnan(value)] == ["loss_recalled_rare", "loss_others"]
+
+
+def test_groups_are_successive_sequences_of_equal_number():
+    totals = SequenceTotals(*(torch.arange(6.0) + start for start in (0, 10, 20)))
+    assert [column.tolist() for column in totals.grouped(2)] == [[3, 12], [33, 42], [63, 72]]
 
 
 def naive_recalled(window, train, scored, n):
@@ -126,7 +87,7 @@ def test_recalled_answers_follow_the_definition(n, tokens, tmp_path, monkeypatch
     rng = np.random.default_rng(n)
     monkeypatch.setattr(ngrams, "CHUNK_TOKENS", 50)
     monkeypatch.chdir(tmp_path)
-    letters = " ".join(rng.choice(list("abcd"), 450)) + "\n" + " ".join(rng.choice(list("abxx"), 60)) + "\n"
+    letters = " ".join(rng.choice(list("abcd"), 900)) + "\n" + " ".join(rng.choice(list("abxx"), 120)) + "\n"
     (tmp_path / "x.txt").write_text(letters)
     size = {"bpe": {"vocabulary_size": 262}}.get(tokens, {})
     task = Text(
@@ -138,24 +99,21 @@ def test_recalled_answers_follow_the_definition(n, tokens, tmp_path, monkeypatch
         multiples=(0.5, 1, 1.5),
         train_examples=5,
         valid_examples=5,
-        test_examples=19,
+        test_examples=7,
         ngram=n,
     )
     generate("text", task, 0)
     seen = set()
-    with np.load(HELDOUT / "text" / "recalled.npz") as found, np.load(HELDOUT / "text" / "spans.npz") as spans:
+    with np.load(HELDOUT / "text" / "recalled.npz") as found:
         train = task_tokens(task, "train")
         for length in task.lengths:
-            inputs, targets = task.examples("test", length, 19, generator(0, "text", "test"))
-            for i, window in enumerate(np.concatenate([inputs, targets[:, -1:]], axis=1).tolist()):
-                recalled, rare = naive_recalled(window, train, 3, n)
-                assert found[f"recalled_{length}"][i].tolist() == recalled
-                assert found[f"rare_{length}"][i].tolist() == rare
-                seen |= set(zip(recalled, rare, strict=True))
-        assert spans["bytes"].shape == spans["unknown"].shape == (19, 18)
-        extents = task.extents()
-        for per_position, of_answers in ((spans["bytes"], extents.bytes), (spans["unknown"], extents.unknown)):
-            np.testing.assert_array_equal(per_position[:, -3:].sum(1), of_answers)
+            inputs, targets = task.examples("test", length, 7, generator(0, "text", "test"))
+            expected = []
+            for window, scored in zip(np.concatenate([inputs, targets[:, -1:]], axis=1).tolist(), targets >= 0, strict=True):
+                expected += zip(*naive_recalled(window, train, int(scored.sum()), n), strict=True)
+            assert [*zip(found[f"recalled_{length}"].ravel(), found[f"rare_{length}"].ravel(), strict=True)] == expected
+            assert found[f"recalled_{length}"].shape == (7, 9)
+            seen |= set(expected)
     assert seen == {(False, False), (True, False), (True, True)}
 
 
