@@ -214,6 +214,8 @@ def _evaluate_rate(task: str, data: Task, precision: str, job: RateJob, device: 
         if model is not None:
             split = runs.split(task, f"test_{length}", device)
             totals = sequence_totals(model, split, precision=precision, autoregressive=data.autoregressive)
+            if extents is not None:
+                totals = totals.grouped(len(extents.bytes))
             value = metrics(totals, extents, autoregressive=data.autoregressive)[name]
         rows.append({"task": task, **job._asdict(), "length": length, "metric": name, "value": value})
     report(1)
