@@ -24,6 +24,7 @@ from pipeline.config.load import load_study
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import check_rewritten
 from pipeline.runtime.determinism import set_deterministic_env
+from pipeline.runtime.processes import quick_imports
 
 
 class SectionedGroup(click.Group):
@@ -130,8 +131,9 @@ def generate(task: str) -> None:
 def train(task: str, variant: str) -> None:
     """Train VARIANT on TASK with every seed."""
     study = _load_for_torch()
-    from pipeline.stages.plan import check_planned
-    from pipeline.stages.train import CellSetting, train
+    with quick_imports():
+        from pipeline.stages.plan import check_planned
+        from pipeline.stages.train import CellSetting, train
 
     check_cell(study, task, variant)
     if "DVC_STAGE" in os.environ:
@@ -144,8 +146,9 @@ def train(task: str, variant: str) -> None:
 def evaluate(task: str) -> None:
     """Score every variant on TASK at every length."""
     study = _load_for_torch()
-    from pipeline.config.grid import variants_on
-    from pipeline.stages.evaluate import evaluate
+    with quick_imports():
+        from pipeline.config.grid import variants_on
+        from pipeline.stages.evaluate import evaluate
 
     find_entry(study.tasks, "tasks", task)
     trained = {variant: study.training[task, variant] for variant in variants_on(study, task)}
@@ -155,7 +158,8 @@ def evaluate(task: str) -> None:
 @command("Stages")
 def judge() -> None:
     """Compute the verdict of each claim in claims.yaml."""
-    from pipeline.stages.judge import judge
+    with quick_imports():
+        from pipeline.stages.judge import judge
 
     study = load_study()
     judge(study, claims.load())
@@ -165,7 +169,8 @@ def judge() -> None:
 def render() -> None:
     """Draw the figures; write the tables and the metrics."""
     study = _load_for_torch()
-    from pipeline.stages.render import render
+    with quick_imports():
+        from pipeline.stages.render import render
 
     render(study)
 
@@ -173,7 +178,8 @@ def render() -> None:
 @command("Stages")
 def report() -> None:
     """Write the report of the whole study."""
-    from pipeline.stages.report import report
+    with quick_imports():
+        from pipeline.stages.report import report
 
     report(load_study())
 
@@ -226,7 +232,8 @@ def validate(file: str, resolved: bool) -> None:
 def run(jobs: int | None, ray: str | None) -> None:
     """Run `dvc repro` with many cells in training at once."""
     _load_for_torch()
-    from pipeline.scheduling import scheduler
+    with quick_imports():
+        from pipeline.scheduling import scheduler
 
     try:
         scheduler.run(jobs=jobs, ray=ray)

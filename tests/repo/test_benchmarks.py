@@ -295,6 +295,7 @@ def test_the_trivial_study_has_the_wanted_number_of_cells(tmp_path, count):
     assert {cell.task for cell in cells(study)} == {trivial.TASK}
 
 
+@pytest.mark.long
 def test_every_part_of_a_trivial_study_is_measured(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray writes one to the home folder
