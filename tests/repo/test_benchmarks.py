@@ -260,12 +260,13 @@ def test_startup_is_the_time_of_a_command_without_training(monkeypatch):
         (3.5, 3.5, 2.0, 3, False),
         (3.5, 3.5, 2.0, None, None),
         (5.0, 5.0, 2.0, 5, True),
+        (5.0, 5.0, 2.0, 3, False),
         (5.0, 5.0, 2.0, None, None),
     ]
     assert commands[0] == ("study", ("-m", "dvc", "repro", "--force", "--single-item", "train_qkv_subsets@ar-k"))
     assert commands[-2] == ("study", ("-m", "pipeline", "run"))
-    assert len(commands) == 4 * 3 * 2
-    assert [folder for folder, _ in commands] == ["study", "empty"] * 12
+    assert len(commands) == 5 * 3 * 2
+    assert [folder for folder, _ in commands] == ["study", "empty"] * 15
 
 
 def test_a_study_with_stages_to_run_is_not_measured():
