@@ -12,7 +12,7 @@ PRELOADED = ["__main__", "pipeline.stages.train", "pipeline.tracking.sync", "mlf
 def run_code(code):
     """Run Python code in a new process, with this working folder and environment; return its exit code, output and errors."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, __name__])
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         streams = Path(folder, "output"), Path(folder, "errors")
         process = context.Process(target=_execute, args=(code, Path.cwd(), dict(os.environ), streams))
