@@ -95,17 +95,18 @@ print("up to date: nothing ran again")
 
 lock, before = Path("dvc.lock").read_text(), checkpoints()
 raw = YAML(typ="safe").load(Path("params.yaml"))
-raw["variants"]["qk"] |= {"conv_q": 2, "conv_k": 2}
-raw["variants"]["none"]["training"] = {"tasks": {"nar": {"seeds": 3}}}
+raw["variants"]["mamba"]["expand"] = 1
+raw["variants"]["none"]["training"] = {"tasks": {"text": {"seeds": 3}}}
 raw["tasks"]["nar3"]["data"]["test_examples"] += 1
 with Path("params.yaml").open("w") as file:
     YAML().dump(raw, file)
 ran = repro()
-cells_of_qk = {f"train_{c.ablation}@{c.task}-{c.variant}" for c in cells(study) if c.variant == "qk"}
-assert {stage for stage in ran if stage.startswith("train_")} == {*cells_of_qk, "train_qkv_subsets@nar-none"}, ran
+edited = {f"train_{c.ablation}@{c.task}-{c.variant}" for c in cells(study) if c.variant == "mamba"}
+assert len(edited) == 2
+assert {stage for stage in ran if stage.startswith("train_")} == {*edited, "train_qkv_subsets@text-none"}, ran
 assert [stage for stage in ran if stage.startswith("generate")] == ["generate@nar3"], ran
-added = {path for path, time in checkpoints().items() if before.get(path) != time and path.parts[2] != "qk"}
-assert [path.relative_to("checkpoints").as_posix() for path in added] == ["nar/none/0.005_2.safetensors"], added
+added = {path for path, time in checkpoints().items() if before.get(path) != time and path.parts[2] != "mamba"}
+assert [path.relative_to("checkpoints").as_posix() for path in added] == ["text/none/0.005_2.safetensors"], added
 assert mlflow_runs() == expected_runs()
 print("exact: only the edited variant's cells and the added seed were trained; other test sequences retrained nothing")
 
