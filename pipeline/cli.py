@@ -5,13 +5,15 @@ Imports inside the commands keep `validate` and `--help` fast, and let the study
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import gc
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,6 @@ from pipeline.config.load import load_study
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import check_rewritten
 from pipeline.runtime.determinism import set_deterministic_env
-from pipeline.runtime.processes import quick_imports
 
 
 class SectionedGroup(click.Group):
@@ -92,6 +93,18 @@ def _end_with_dvc() -> None:
     if "DVC_STAGE" in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import without searching for unused reference cycles, an eighth of the time of importing torch."""
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searching:
+            gc.enable()
 
 
 def _load_for_torch() -> Study:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import multiprocessing
 import os
 import tempfile
@@ -18,18 +17,6 @@ MAX_THRESHOLD = 1 << 30
 def available() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def quick_imports() -> Iterator[None]:
-    """Import without searching for unused reference cycles, an eighth of the time of importing torch."""
-    searching = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if searching:
-            gc.enable()
 
 
 def keep_memory() -> None:

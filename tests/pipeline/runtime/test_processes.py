@@ -1,6 +1,5 @@
-"""A process that trains keeps the memory that it frees; sockets get a short folder; imports are not slowed down."""
+"""A process that trains keeps the memory that it frees; sockets get a short folder."""
 
-import gc
 import os
 import platform
 import subprocess
@@ -9,7 +8,7 @@ import tempfile
 
 import pytest
 
-from pipeline.runtime.processes import quick_imports, short_tmpdir
+from pipeline.runtime.processes import short_tmpdir
 from tests.helpers.study import ROOT
 
 PAGE_FAULTS = """
@@ -55,15 +54,3 @@ def test_workers_start_if_the_temporary_folder_is_long(tmp_path):
     environment = {**os.environ, "TMPDIR": str(folder)}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("forkserver\n", "")
-
-
-def test_reference_cycles_are_searched_again_after_imports_also_if_one_fails():
-    def fail():
-        with quick_imports():
-            searched.append(gc.isenabled())
-            raise ImportError
-
-    searched = [gc.isenabled()]
-    with pytest.raises(ImportError):
-        fail()
-    assert [*searched, gc.isenabled()] == [True, False, True]
