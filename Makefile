@@ -20,7 +20,7 @@ test: .venv/test
 	ruff check
 	ruff format --check
 	mypy
-	pytest -n auto
+	pytest -n auto --dist loadgroup
 
 ui: .venv/study
 	python -m pipeline track

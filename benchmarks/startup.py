@@ -21,7 +21,7 @@ from benchmarks.measure import REPEATS, SECONDS, Benchmark, Comparison, Figure, 
 from pipeline.storage.files import read_json
 
 ROOT = Path(__file__).parent.parent
-CELL_TARGET, REST_TARGET = 3, 5
+CELL_TARGET, REST_TARGET, STATUS_TARGET = 3, 5, 3
 CELL = ("ar", "k")
 
 CLOCK = """
@@ -82,7 +82,17 @@ def startup(*, cells: int = 100) -> Benchmark:
             )
             yield in_turn(
                 Comparison(
-                    name="the same by `python -m pipeline run`",
+                    name="what is there to do",
+                    sides=(f"dvc status, {cells} cells", "dvc status, one stage"),
+                    unit=SECONDS,
+                    target=STATUS_TARGET,
+                ),
+                lambda: dvc(study, "status"),
+                lambda: dvc(empty, "status"),
+            )
+            yield in_turn(
+                Comparison(
+                    name="nothing to do, by `python -m pipeline run`",
                     sides=(f"python -m pipeline run, {cells} cells", "dvc repro, one stage"),
                     unit=SECONDS,
                 ),
@@ -92,7 +102,7 @@ def startup(*, cells: int = 100) -> Benchmark:
 
     return Benchmark(
         what="Seconds around the work: before a cell is trained, and with nothing to do",
-        target=f"{CELL_TARGET} s before a cell, {REST_TARGET} s for nothing at {cells} cells",
+        target=f"{CELL_TARGET} s before a cell, {REST_TARGET} s for nothing, {STATUS_TARGET} s for the status, at {cells} cells",
         figures=figures,
     )
 

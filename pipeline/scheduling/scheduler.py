@@ -167,6 +167,8 @@ def train(
     stale: list[StageCell], devices: list[torch.device], joined: Cluster | None = None
 ) -> Iterator[tuple[StageCell, str | None]]:
     """Train the cells and yield each when it is written, or with an error message if it failed."""
+    if not stale:
+        return  # before the server of the worker processes is started, which imports torch
     order = sorted(stale, key=_cost, reverse=True)
     device = joined.device if joined else lambda task: devices[0]
     jobs = [(stage, group) for stage in order for group in group_jobs(stage.cell, device(stage.cell.task))]

@@ -1,8 +1,11 @@
 """A tiny study in the working directory: the smoke preset with fewer tasks and steps."""
 
+import os
 import shutil
 from pathlib import Path
 
+import pytest
+from filelock import FileLock
 from ruamel.yaml import YAML
 
 from pipeline.cli import main
@@ -46,6 +49,24 @@ def keep_ablation(name, *, tasks, variants):
     raw["ablations"][name] = ablation | {"tasks": tasks, "variants": variants}
     raw["variants"] = {variant: raw["variants"][variant] for variant in variants}
     write_params(raw)
+
+
+def shared_study(temporary, *, tasks):
+    """Return the folder of a `finished_study`, made once for all test processes. A test must change only a copy of it.
+
+    `temporary` is pytest's tmp_path_factory.
+    """
+    base = temporary.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "-".join(["finished", *tasks])
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            part = folder.with_suffix(".part")
+            part.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(part)
+                finished_study(part, tasks=tasks)
+            part.rename(folder)
+    return folder
 
 
 def finished_study(folder, *, tasks):

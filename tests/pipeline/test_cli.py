@@ -1,5 +1,6 @@
-"""`python -m pipeline --help`: two sections with one line per command."""
+"""The help has two sections with one line per command; a closed pipe ends a command; imports are quick."""
 
+import gc
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from pipeline.cli import main
+from pipeline.cli import main, quick_imports
 from tests.helpers.study import ROOT
 
 
@@ -60,3 +61,15 @@ def test_a_pipe_that_closes_during_a_run_ends_it_without_a_message(monkeypatch, 
         os.close(stdout)
     assert (done.exit_code, done.output) == (128 + signal.SIGPIPE, "")
     assert capfd.readouterr() == ("", "")
+
+
+def test_reference_cycles_are_searched_again_after_imports_also_if_one_fails():
+    def fail():
+        with quick_imports():
+            searched.append(gc.isenabled())
+            raise ImportError
+
+    searched = [gc.isenabled()]
+    with pytest.raises(ImportError):
+        fail()
+    assert [*searched, gc.isenabled()] == [True, False, True]

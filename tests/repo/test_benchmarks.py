@@ -298,12 +298,13 @@ def test_startup_is_the_time_of_a_command_without_training(monkeypatch):
         (3.5, 3.5, 2.0, 3, False),
         (3.5, 3.5, 2.0, None, None),
         (5.0, 5.0, 2.0, 5, True),
+        (5.0, 5.0, 2.0, 3, False),
         (5.0, 5.0, 2.0, None, None),
     ]
     assert commands[0] == ("study", ("-m", "dvc", "repro", "--force", "--single-item", "train_qkv_subsets@ar-k"))
     assert commands[-2] == ("study", ("-m", "pipeline", "run"))
-    assert len(commands) == 4 * 3 * 2
-    assert [folder for folder, _ in commands] == ["study", "empty"] * 12
+    assert len(commands) == 5 * 3 * 2
+    assert [folder for folder, _ in commands] == ["study", "empty"] * 15
 
 
 def test_a_study_with_stages_to_run_is_not_measured():
@@ -333,6 +334,7 @@ def test_the_trivial_study_has_the_wanted_number_of_cells(tmp_path, count):
     assert {cell.task for cell in cells(study)} == {trivial.TASK}
 
 
+@pytest.mark.long
 def test_every_part_of_a_trivial_study_is_measured(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray writes one to the home folder

@@ -40,7 +40,7 @@ def test_the_library_s_dependencies_are_what_its_modules_import():
 
 
 def test_the_test_above_can_fail():
-    assert loaded_by(f"import {LIBRARY}, pipeline.config.study, tokenizers") & FOREIGN_TO_CAT >= {"pipeline", "tokenizers"}
+    assert loaded_by("import pipeline.config.study, tokenizers") & FOREIGN_TO_CAT >= {"pipeline", "tokenizers"}
 
 
 def test_only_one_module_imports_transformers():

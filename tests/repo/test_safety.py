@@ -29,7 +29,7 @@ from pipeline.reporting.html import page
 from pipeline.reporting.verdicts import ABSENT
 from pipeline.storage import runs
 from pipeline.storage.tables import read_table
-from tests.helpers.study import ROOT, finished_study
+from tests.helpers.study import ROOT, shared_study
 from tests.pipeline.config.test_study import at, contents, dump, run
 
 # Names.
@@ -186,11 +186,7 @@ class Harmful:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        finished_study(folder, tasks=["copying"])
-    return folder
+    return shared_study(tmp_path_factory, tasks=["copying"])
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from dvc.cli.parser import get_main_parser
 
 from tests.helpers.study import ROOT
 
+pytestmark = pytest.mark.xdist_group("tutorial")  # groups start first, so that this long test does not end last
 PAGE = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"(?:^In `([^`]+)`:\n\n)?^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 TOOLS = Path(sys.executable).parent

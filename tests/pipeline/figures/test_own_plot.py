@@ -10,7 +10,7 @@ from pipeline.config.code_digest import module_digest
 from pipeline.config.errors import ParamsError
 from pipeline.config.load import load_study
 from pipeline.storage.paths import PLAN
-from tests.helpers.study import ROOT, edit, finished_study, stage
+from tests.helpers.study import ROOT, edit, shared_study, stage
 from tests.pipeline.config.test_study import errors_of
 
 SECTION = (ROOT / "docs/guide.md").read_text().partition("## Write a plot")[2].partition("\n## ")[0]
@@ -21,11 +21,7 @@ DEPS = "deps: [params.yaml, claims.yaml, cat, pipeline]"
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("own")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        finished_study(folder, tasks=["copying"])
-    return folder
+    return shared_study(tmp_path_factory, tasks=["copying"])
 
 
 @pytest.fixture

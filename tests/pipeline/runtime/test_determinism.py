@@ -27,13 +27,14 @@ STAGES = (("train", "copying", "none"), ("train", "copying", "qk"), ("evaluate",
 
 
 def digests(*more_stages, **environment):
-    """Run STAGES and more stages, each in its own process, and return the digests of all files that they write."""
+    """Run STAGES and more stages in a new process, and return the digests of all files that they write."""
     for folder in ("runs", "results", "checkpoints", "verdicts", "reports"):
         shutil.rmtree(folder, ignore_errors=True)
     clean = {key: value for key, value in os.environ.items() if key not in OTHER_CPU}
-    for arguments in (*STAGES, *more_stages):
-        command = [sys.executable, "-m", "pipeline", *arguments]
-        subprocess.run(command, env={**clean, "PYTHONPATH": str(ROOT), **environment}, check=True, capture_output=True)
+    stages = [*STAGES, *more_stages]
+    code = f"from pipeline.cli import main\nfor stage in {stages}: main(stage, standalone_mode=False)"
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, env={**clean, "PYTHONPATH": str(ROOT), **environment}, check=True, capture_output=True)
     written = [path for folder in ("results", "verdicts", "reports") for path in Path(folder).rglob("*") if path.is_file()]
     files = [*Path("runs").rglob("*.safetensors"), *Path("runs").rglob("history.csv"), *written]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

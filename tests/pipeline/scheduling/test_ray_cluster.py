@@ -17,7 +17,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from ruamel.yaml import YAML
 
 from pipeline.cli import main
 from pipeline.config.errors import ParamsError
@@ -26,13 +25,14 @@ from pipeline.config.study import Resources
 from pipeline.scheduling import ray_cluster, scheduler
 from pipeline.storage.paths import DATA
 from tests.helpers.study import ROOT, edit
-from tests.pipeline.scheduling.test_scheduler import planned, study  # noqa: F401  fixtures
+from tests.pipeline.scheduling.test_scheduler import planned, study, without_evaluation  # noqa: F401  fixtures
 
 # Ray reads these when it is imported; they keep it from using the user's home folder.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 import ray
 from ray.cluster_utils import Cluster
 
+pytestmark = pytest.mark.xdist_group("ray")  # one process starts the cluster
 MACHINE = {"num_cpus": 1, "num_gpus": 0, "memory": 4 << 30, "object_store_memory": 80 << 20}
 
 
@@ -61,9 +61,14 @@ def joined(machines, study):  # noqa: F811
         yield joined
 
 
-def test_a_study_that_loses_a_machine_gives_the_bytes_of_a_local_one(study, machines, doomed, tmp_path, monkeypatch):  # noqa: F811
-    remove_stages_after_evaluation()
-    shutil.copytree(study, tmp_path / "local")
+def test_a_study_that_loses_a_machine_gives_the_bytes_of_a_local_one(
+    without_evaluation,  # noqa: F811
+    machines,
+    doomed,
+    tmp_path,
+    monkeypatch,
+):
+    shutil.copytree(without_evaluation, tmp_path / "local")
     killer = threading.Thread(target=kill_once_running, args=(machines, doomed, tmp_path / "running"))
     killer.start()
     with monkeypatch.context() as patch:
@@ -79,16 +84,8 @@ def test_a_study_that_loses_a_machine_gives_the_bytes_of_a_local_one(study, mach
 
 
 def files():
-    folders = ("data", "heldout", "plan", "runs", "results", "scores")
+    folders = ("data", "heldout", "plan", "runs")  # later stages do not depend on where the cells were trained
     return [Path("dvc.lock"), *(p for folder in folders for p in Path(folder).rglob("*") if p.is_file())]
-
-
-def remove_stages_after_evaluation():
-    """Later stages do not depend on where the cells were trained."""
-    stages = YAML(typ="safe").load(Path("dvc.yaml"))
-    stages["stages"] = {name: stage for name, stage in stages["stages"].items() if name not in ("judge", "render", "publish")}
-    with Path("dvc.yaml").open("w") as file:
-        YAML().dump({"stages": stages["stages"]}, file)
 
 
 def hangs_on(machine, running, cell_and_jobs, device, report):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
+from ruamel.yaml import YAML
 
 from cat.training.fit import validation_record
 from pipeline.cli import main
@@ -28,6 +29,7 @@ from pipeline.scheduling.progress import Progress
 from pipeline.storage.files import read_json
 from tests.helpers.study import ROOT, edit, keep_ablation, stage, tiny_study
 
+pytestmark = pytest.mark.xdist_group("scheduler")  # one process makes the studies of the fixtures
 CPU = torch.device("cpu")
 
 
@@ -56,30 +58,60 @@ def planned(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def trained(planned, tmp_path_factory):
+    """The planned study after `scheduler.run`."""
+    folder = shutil.copytree(planned, tmp_path_factory.mktemp("trained") / "study")
+    with pytest.MonkeyPatch.context() as patch:
+        work_in(folder, patch)
+        scheduler.run(jobs=2)
+    return folder
+
+
 @pytest.fixture
 def study(planned, tmp_path, monkeypatch):
     """A copy of the planned study as working folder; its stages run with this Python."""
-    shutil.copytree(planned, tmp_path / "study")
-    monkeypatch.chdir(tmp_path / "study")
+    return work_in(shutil.copytree(planned, tmp_path / "study"), monkeypatch)
+
+
+@pytest.fixture
+def without_evaluation(study):
+    """The copy without the stages after training, of which each takes seconds."""
+    stages = YAML(typ="safe").load(Path("dvc.yaml"))["stages"]
+    kept = {name: stage for name, stage in stages.items() if name in ("plan", "generate") or name.startswith("train_")}
+    with Path("dvc.yaml").open("w") as file:
+        YAML().dump({"stages": kept}, file)
+    return study
+
+
+@pytest.fixture
+def trained_study(trained, tmp_path, monkeypatch):
+    """A copy of the trained study as working folder."""
+    return work_in(shutil.copytree(trained, tmp_path / "study"), monkeypatch)
+
+
+def work_in(folder, monkeypatch):
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    return tmp_path / "study"
+    return folder
 
 
-def test_parallel_and_serial_give_the_same_lock_and_results(study, tmp_path):
-    shutil.copytree(study, tmp_path / "serial")
-    scheduler.run(jobs=2)
-    parallel = {p: p.read_bytes() for p in [Path("dvc.lock"), *Path("results").rglob("*.csv"), *Path("runs").rglob("*.*")]}
-    assert len([p for p in parallel if p.suffix == ".safetensors"]) == sum(len(t.seeds) for t in load_study().training.values())
-    os.chdir(tmp_path / "serial")
+def test_parallel_and_serial_give_the_same_lock_and_results(study, trained, monkeypatch):
     dvc("repro")
-    assert {p: p.read_bytes() for p in parallel} == parallel
-    os.chdir(study)
-    assert ran() == []
+    serial = {p: p.read_bytes() for p in [Path("dvc.lock"), *Path("results").rglob("*.csv"), *Path("runs").rglob("*.*")]}
+    assert len([p for p in serial if p.suffix == ".safetensors"]) == sum(len(t.seeds) for t in load_study().training.values())
+    monkeypatch.chdir(trained)
+    assert {p: p.read_bytes() for p in serial} == serial
     assert dvc("status") == "Data and pipelines are up to date.\n"
 
 
-def test_changed_test_splits_do_not_retrain(study):
-    scheduler.run(jobs=2)
+def test_if_nothing_is_to_train_no_process_is_prepared(monkeypatch):
+    monkeypatch.setattr(scheduler, "_method", None)
+    assert list(scheduler.train([], [CPU])) == []
+
+
+def test_changed_test_splits_do_not_retrain(trained_study):
+    assert ran() == []
     edit(**{"tasks.copying.data.test_examples": 31, "tasks.copying.data.multiples": [1, 2, 3]})
     assert sorted(ran()) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"]
 
@@ -89,16 +121,14 @@ def ran():
     return re.findall(r"^Running stage '(.+)':$", dvc("repro"), flags=re.MULTILINE)
 
 
-def test_the_report_and_the_store_are_rebuilt_if_lost_or_outdated(study):
-    scheduler.run(jobs=2)
+def test_the_report_and_the_store_are_rebuilt_if_lost_or_outdated(trained_study):
     stamp, lock, report = (Path(name).read_bytes() for name in ("mlartifacts/stamp", "dvc.lock", "reports/report.md"))
     Path("mlflow.db").unlink()
     shutil.rmtree("mlartifacts")
-    assert ran() == ["publish"]
-    assert Path("mlflow.db").exists()
     text = Path("params.yaml").read_text()
     Path("params.yaml").write_text(text + "# A comment.\n")
     assert ran() == ["plan", "publish"]
+    assert Path("mlflow.db").exists()
     assert Path("mlartifacts/stamp").read_bytes() != stamp
     assert Path("reports/report.md").read_bytes() != report
     Path("params.yaml").write_text(text)
@@ -112,14 +142,14 @@ def test_a_folder_without_stages_is_refused(study):
         scheduler.run(jobs=2)
 
 
-def test_a_pipeline_in_a_subfolder_is_ignored(study):
+def test_a_pipeline_in_a_subfolder_is_ignored(without_evaluation):
     Path("other").mkdir()
     Path("other/dvc.yaml").write_text("stages: {plan: {cmd: python -c 1/0}, more: {cmd: python -c 1/0}}\n")
     scheduler.run(jobs=2)
     assert ran() == []
 
 
-def test_only_stale_cells_are_trained_and_cached_cells_are_restored(study):
+def test_only_stale_cells_are_trained_and_cached_cells_are_restored(without_evaluation):
     study = load_study()
     names = [f"train_{cell.ablation}@{cell.task}-{cell.variant}" for cell in cells(study)]
     assert [s.stage for s in scheduler.stale_cells()] == names
@@ -167,7 +197,7 @@ def fails_on_k(cell_and_jobs, device, report):
     return scheduler._run(cell_and_jobs, device, report)  # in a worker process it is not patched
 
 
-def test_a_cell_whose_parameters_change_during_training_is_not_recorded(study, monkeypatch):
+def test_a_cell_whose_parameters_change_during_training_is_not_recorded(without_evaluation, monkeypatch):
     train = scheduler.train
 
     def edits(*arguments):
@@ -219,7 +249,7 @@ def test_recording_does_not_train(study):
     assert [s.cell.variant for s in scheduler.stale_cells()] == ["k"]
 
 
-def test_trained_cells_are_recorded_from_time_to_time(study, monkeypatch):
+def test_trained_cells_are_recorded_from_time_to_time(without_evaluation, monkeypatch):
     recorded = []
     monkeypatch.setattr(scheduler, "RECORD_INTERVAL", 0)
     monkeypatch.setattr(scheduler, "RECORD_RATIO", 0)

@@ -16,7 +16,7 @@ import torch
 
 from pipeline.config.code_digest import is_declaration, modules_reached
 from pipeline.config.errors import ParamsError
-from pipeline.config.grid import cells, shown_tasks, shown_variants, variants_on
+from pipeline.config.grid import cells, shown_tasks, shown_variants
 from pipeline.config.load import load_study, study_of
 from pipeline.config.outputs import figure_plots
 from pipeline.reporting.labels import variant_label, with_slug
@@ -98,7 +98,7 @@ def test_stages_give_equal_bits_for_any_parallel_runs(study):
     before = outputs()
     edit(parallel_runs=3)
     stage("generate", "ar")
-    for variant in variants_on(load_study(), "ar"):
+    for variant in ("k", "mamba"):  # every job computes with one thread, whatever the mixer
         stage("train", "ar", variant)
     stage("evaluate", "ar")
     stage("render")

@@ -9,7 +9,7 @@ import pytest
 from cat.training.fit import ValidationRecord
 from pipeline.storage import tables
 from pipeline.storage.files import write_csv
-from tests.helpers.study import finished_study
+from tests.helpers.study import shared_study
 
 COLUMNS = {
     "results/copying.csv": tables.RESULTS_COLUMNS,
@@ -25,11 +25,7 @@ COLUMNS = {
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tables")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        finished_study(folder, tasks=["copying"])
-    return folder
+    return shared_study(tmp_path_factory, tasks=["copying"])
 
 
 def test_history_has_the_fields_of_a_validation_record():

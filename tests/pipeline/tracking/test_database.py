@@ -48,7 +48,7 @@ def lock(kind, seconds):
 
 @pytest.mark.parametrize("kind", ["exclusive", "immediate", "deferred"])
 def test_a_locked_store_is_waited_for(store, kind, capsys):
-    with lock(kind, 3):
+    with lock(kind, 1.5):
         assert check_database(store)
     assert capsys.readouterr().err.splitlines() == ["mlflow.db: in use by another program; waiting up to 30 s"]
 

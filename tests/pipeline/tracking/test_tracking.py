@@ -3,8 +3,6 @@
 import re
 import shutil
 import sqlite3
-import subprocess
-import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -23,20 +21,21 @@ from pipeline.reporting.labels import variant_label
 from pipeline.storage.runs import load_model
 from pipeline.tracking.records import report_record
 from pipeline.tracking.store import STAMP, load_run
-from tests.helpers.study import edit, finished_study, stage
+from tests.helpers.processes import run_code
+from tests.helpers.study import edit, shared_study, stage
 
+pytestmark = pytest.mark.xdist_group("tracking")  # one process makes the store
 RUNS_OF_QK = {"qk", "qk seed 0", "qk seed 1"}
 
 
 @pytest.fixture(scope="module")
 def tracked_folder(tmp_path_factory):
     """A finished study of one task, with its store."""
-    folder = tmp_path_factory.mktemp("tracked")
+    folder = shutil.copytree(shared_study(tmp_path_factory, tasks=["copying"]), tmp_path_factory.mktemp("tracked") / "study")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.delenv("DVC_EXP_NAME", raising=False)
-        finished_study(folder, tasks=["copying"])
         stage("track")
     return folder
 
@@ -299,7 +298,8 @@ def test_a_lost_store_is_rebuilt(store, tmp_path, monkeypatch):
 
 def track(*arguments):
     """Run the stage in a new process: within a process, MLflow caches `sqlite:///mlflow.db` whatever the folder."""
-    subprocess.run([sys.executable, "-m", "pipeline", "track", *arguments], check=True)
+    code, errors = track_result(*arguments)
+    assert code == 0, errors
 
 
 def client_of(folder):
@@ -481,7 +481,7 @@ def test_an_unreachable_server_is_an_error_of_one_line(store, monkeypatch, capsy
 
 def create_store(*, first=""):
     code = f"from pathlib import Path\nfrom pipeline.tracking.store import create_store\n{first}\ncreate_store()"
-    return subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    return run_code(code)
 
 
 def test_an_interrupted_creation_leaves_no_store(tmp_path, monkeypatch):
@@ -502,9 +502,9 @@ def test_the_rest_of_an_interrupted_creation_is_not_reused(tmp_path, monkeypatch
         assert connection.execute("select count(*) from runs").fetchone() == (0,)
 
 
-def track_result():
+def track_result(*arguments):
     """Run the stage in a new process; return its exit code and the lines of its errors."""
-    done = subprocess.run([sys.executable, "-m", "pipeline", "track"], check=False, capture_output=True, text=True)
+    done = run_code(f"from pipeline.cli import main\nmain({['track', *arguments]})")
     return done.returncode, done.stderr.splitlines()
 
 
