@@ -72,6 +72,8 @@ class Ablation(Config):
 
     renamed_keys: ClassVar = {"beside": "reference_variants", "across": "reference_tasks", "figure": "plot"}
     question: Annotated[str, Field(pattern=LINE)]
+    limits: Annotated[str, Field(pattern=LINE)] | None = None
+    """What the result does not show, for the report."""
     tasks: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     variants: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     reference_variants: Annotated[tuple[Name, ...], Field(strict=False)] = ()

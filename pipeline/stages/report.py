@@ -23,6 +23,7 @@ from pipeline.config.study import Ablation, Study
 from pipeline.config.yaml_file import read_yaml
 from pipeline.figures.drawing.cost import SECONDS, cost, cost_table
 from pipeline.figures.drawing.style import save, set_theme
+from pipeline.reporting.findings import findings
 from pipeline.reporting.html import page
 from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.markdown import escape
@@ -60,9 +61,11 @@ def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: 
     for name, ablation in study.ablations.items():
         if not (shown_tasks(study, ablation) and shown_variants(ablation)):
             continue
-        parts += [_anchor(name), f"## {escape(ablation.question)}", _verdicts(verdicts, name), _figures(name, ablation)]
         plot = load_plot(ablation.plot)
         scored = not plot.shows_models
+        parts += [_anchor(name), f"## {escape(ablation.question)}", findings(study, scores, ablation) if scored else ""]
+        parts += [f"What this does not show: {escape(ablation.limits)}" if ablation.limits else ""]
+        parts += [_verdicts(verdicts, name), _figures(name, ablation)]
         parts += [results_table(study, scores, ablation), references_table(study, references, ablation)] if scored else []
         parts += plot.tables(study, ablation, results)
         parts += plot.timed_tables(study, ablation) if timed else []
