@@ -52,7 +52,11 @@ def project_step(vocabulary: int, size: int, device: str, seed: int = 0) -> Work
     if device == "cuda":
         step = ensemble_step(1, size, device, vocabulary=vocabulary, first=seed)
         return lambda: step()[0]
-    model, inputs, targets = prepare(vocabulary, size, device, seed)
+    return training_step(*prepare(vocabulary, size, device, seed))
+
+
+def training_step(model: SequenceModel, inputs: Tensor, targets: Tensor) -> Work:
+    """Prepare the step of `fit` of a model, which returns the loss."""
     batch = Split.of(inputs, targets).rows(slice(None))
     decayed, others = split_by_weight_decay(model)
     optimizer = AdamW(decayed, others, weight_decay=0.0, grad_clip=CLIP)
