@@ -18,7 +18,7 @@ from benchmarks.data import data
 from benchmarks.generation import generation
 from benchmarks.masks import masks
 from benchmarks.measure import REPEATS, Benchmark, NotRun, Place
-from benchmarks.recurrence import scan
+from benchmarks.recurrence import recurrent_steps, scan
 from benchmarks.startup import startup
 from benchmarks.training import replicas, step, text
 from pipeline.runtime.devices import describe
@@ -42,6 +42,7 @@ SUITE: dict[str, Benchmark] = {
     "biased": biased(),
     "landmark": landmark(),
     "scan": scan(),
+    "recurrent_steps": recurrent_steps(),
     "generation": generation(),
     "masks": masks(),
     "data": data(),

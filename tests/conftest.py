@@ -13,7 +13,7 @@ from jaxtyping import install_import_hook
 
 # pydantic checks its own classes, in which beartype cannot read `Self`. Triton and Numba compile the source as it is. In cat.hf,
 # transformers replaces the __init__ of configurations.
-NOT_CHECKED = re.compile(r"cat\.tasks\.|cat\.hf$|.*\.(config|registry|triton_backend|numba_backend)$")
+NOT_CHECKED = re.compile(r"cat\.tasks\.|cat\.hf$|.*\.(config|registry|triton_backend|numba_\w+)$")
 LIBRARY = Path(__file__).parent.parent / "cat"
 UNIT = Path(__file__).parent / "cat"
 """The tests of the library; the others run stages, commands and processes."""

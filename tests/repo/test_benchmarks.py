@@ -25,7 +25,7 @@ from benchmarks.data import all_at_once, data, mqar, one_by_one
 from benchmarks.generation import generation
 from benchmarks.masks import masks
 from benchmarks.measure import COST, POWER, SECONDS, SPEEDUP, Benchmark, Case, Comparison, Place, compared, make_figure
-from benchmarks.recurrence import scan
+from benchmarks.recurrence import recurrent_steps, scan
 from benchmarks.training import replicas, step, text
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
@@ -41,6 +41,7 @@ TINY = {
     "biased": biased(length=80, window=9),
     "landmark": landmark(shortest=64, longest=128),
     "scan": scan(length=40),
+    "recurrent_steps": recurrent_steps(batch=2, names=["linear attention"]),
     "generation": generation(length=16, width=8),
     "masks": masks(batch=2, length=8, width=8),
     "data": data(32, count=3),

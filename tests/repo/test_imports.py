@@ -70,9 +70,11 @@ def test_tables_and_tracking_import_no_torch():
     assert "torch" not in loaded_by("import pipeline.stages.render, pipeline.tracking.sync")
 
 
-def test_numba_is_imported_only_for_convolution_on_a_cpu():
+def test_numba_is_imported_only_for_convolution_or_recurrence_on_a_cpu():
     filtered = "from cat.ops.conv.causal import filter_channels; filter_channels(torch.ones(1, 1, 9, 2), torch.ones(1, 2, 3))"
-    assert "numba" not in loaded_by("import pipeline.stages.train, cat.ops.conv.causal")
+    scanned = "from cat.mixers.delta.op import delta_rule; x = torch.ones(1, 1, 9, 2); delta_rule(x, x, x, x[..., 0])"
+    assert "numba" not in loaded_by("import pipeline.stages.train, cat.ops.conv.causal, cat.mixers.delta.op, cat.mixers.mamba.op")
+    assert "numba" in loaded_by(f"import torch; {scanned}")
     assert "numba" in loaded_by(f"import torch; {filtered}")
 
 

@@ -24,6 +24,8 @@ from cat.types import Heads, Positions, Queries, Values
 
 CHUNK = 64
 """Queries that share a state: the sum over the keys that are outside the window of all of them."""
+QUERIES = 128
+"""Queries whose weights are computed at a time. A shorter sequence is one block."""
 
 
 def taylor_attend(
@@ -110,9 +112,33 @@ def attend_by_scores(
     q: Queries, k: Heads, v: Values, *, window: int, positions: Positions | None = None
 ) -> Float[Tensor, "B H _ E"]:
     """Take one softmax over the logarithms of all weights; costs L C per query."""
+    if positions is None and k.shape[2] > QUERIES and not torch.compiler.is_compiling():
+        return attend_by_blocks(q, k, v, window=window)
     j = torch.arange(k.shape[2], device=q.device)
     i = j if positions is None else positions[:, None]
     return log_weights(q @ k.mT, i[..., None] - j, window).softmax(-1) @ v
+
+
+def attend_by_blocks(q: Heads, k: Heads, v: Values, *, window: int) -> Values:
+    """Compute the weights of QUERIES queries at a time, without those of later keys.
+
+    1 + s + s^2 / 2 = ((s + 1)^2 + 1) / 2: for keys outside the window of a block, weights are squares of products that have one
+    more channel of ones.
+    """
+    q1, k1, v = (F.pad(x, (0, 1), value=1) for x in (q, k, v))  # the last channel of v sums the weights
+    outputs = []
+    for first, queries in zip(range(0, q.shape[2], QUERIES), q.split(QUERIES, dim=2), strict=True):
+        last, near = first + queries.shape[2], max(0, first - window + 1)
+        i, j = (torch.arange(start, last, device=q.device) for start in (first, near))
+        logs = log_weights(queries @ k[:, :, near:last].mT, i[:, None] - j, window)
+        peak = logs.detach().amax(-1, keepdim=True)
+        peak = peak.clamp(min=0) if near > 0 else peak
+        totals = (logs - peak).exp() @ v[:, :, near:last]
+        if near > 0:
+            squares = (q1[:, :, first:last] @ k1[:, :, :near].mT).square()
+            totals = totals + (squares @ v[:, :, :near] + v[:, :, :near].sum(2, keepdim=True)) * ((-peak).exp() / 2)
+        outputs.append(totals[..., :-1] / totals[..., -1:])
+    return torch.cat(outputs, dim=2)
 
 
 def attend_by_features(q: Heads, k: Heads, v: Values, *, window: int) -> Values:

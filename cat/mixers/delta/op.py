@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cat.ops.common import chunk_size, in_chunks, without_autocast
+from cat.ops.scan.recurrence import matrix_loops, run_recurrence
 from cat.types import Heads, State, Values
 
 CHUNK = 32
@@ -43,9 +44,12 @@ def delta_rule_step(
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(q):
-        log_decay = beta.new_zeros(1, 1, q.shape[2]) if log_decay is None else log_decay
+        log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
         q, k, values, strength, log_decay = (x.to(dtype) for x in (q, k, v, beta[..., None], log_decay[..., None]))
-        outputs, end = _by_chunks(q, k, values, strength, log_decay, state)
+        state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]) if state is None else state
+        inputs = q, k, values, strength, log_decay, state
+        loops = matrix_loops("delta", _by_chunks, *inputs)
+        outputs, end = _by_chunks(*inputs) if loops is None else run_recurrence(loops, *inputs)
     return outputs.to(v.dtype), end
 
 
@@ -65,7 +69,7 @@ def naive_delta_rule(q: Heads, k: Heads, v: Values, beta: Rates, log_decay: Rate
 
 
 def _by_chunks(
-    q: Heads, k: Heads, v: Values, beta: Float[Tensor, "B H L 1"], log_decay: Float[Tensor, "#B #H L 1"], state: State | None
+    q: Heads, k: Heads, v: Values, beta: Float[Tensor, "B H L 1"], log_decay: Float[Tensor, "B H L 1"], state: State
 ) -> tuple[Values, State]:
     """Compute in chunks of nearly equal length.
 
@@ -79,7 +83,6 @@ def _by_chunks(
     # Masked before exp: exp overflows for future tokens, and the gradient of zero times infinity is NaN.
     decay = (total - total.mT).masked_fill(future, float("-inf")).exp()
 
-    state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]) if state is None else state
     outputs = []
     for q_, k_, v_, beta_, carry, decay_ in zip(*(x.unbind(2) for x in (q, k, v, beta, total.exp(), decay)), strict=True):
         system = beta_ * (k_ @ k_.mT) * decay_  # the diagonal is taken as ones, the upper triangle is zero

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cat.ops.common import in_chunks, without_autocast
+from cat.ops.scan.recurrence import matrix_loops, run_recurrence
 from cat.types import Heads, State, Values
 
 CHUNK = 32
@@ -42,7 +43,10 @@ def gated_linear_attend_step(
     dtype = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(q):
         q, k, log_decay, values = (x.to(dtype) for x in (q, k, log_decay, v))
-        outputs, end = _by_chunks(scale * q, k, log_decay.exp(), values, state)
+        state = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]) if state is None else state
+        inputs = scale * q, k, log_decay, values, state
+        loops = matrix_loops("gated", _by_chunks, *inputs)
+        outputs, end = _by_chunks(*inputs) if loops is None else run_recurrence(loops, *inputs)
     return outputs.to(v.dtype), end
 
 
@@ -57,15 +61,14 @@ def naive_gated_linear_attend(q: Heads, k: Heads, v: Values, log_decay: Heads, *
     return torch.stack(outputs, dim=2)
 
 
-def _by_chunks(q: Heads, k: Heads, decay: Heads, v: Values, state: State | None) -> tuple[Values, State]:
+def _by_chunks(q: Heads, k: Heads, log_decay: Heads, v: Values, state: State) -> tuple[Values, State]:
     """Carry the state from chunk to chunk; padding leaves it unchanged."""
-    length = q.shape[2]
+    length, decay = q.shape[2], log_decay.exp()
     chunk = _chunk_size(length)
     inputs = ((q, 0.0), (k, 0.0), (decay, 1.0), (v, 0.0))
     q, k, decay, v = (in_chunks(x, chunk, value=padding, unrolled=True) for x, padding in inputs)
     weights, decayed_q, decayed_k, total_decay = _within_chunks(q, k, decay)
     added = decayed_k.mT @ v
-    state = torch.zeros_like(added[:, :, 0]) if state is None else state
     states = []
     for decay_, added_ in zip(total_decay.mT.unbind(2), added.unbind(2), strict=True):
         states.append(state)

@@ -20,6 +20,7 @@ from cat.mixers.mamba.config import MambaConfig
 from cat.mixers.mamba.op import selective_scan, selective_scan_step
 from cat.mixers.step_size import StepSize
 from cat.ops.common import set_values
+from cat.ops.conv.causal import filter_channels
 from cat.ops.position import gather_positions
 from cat.types import Positions
 
@@ -81,6 +82,9 @@ class Mamba(Mixer):
 
         The first `reach` inputs are only context of the convolution.
         """
-        u = F.silu(self.convolution(inputs.mT).mT)
+        kernel = self.convolution.weight[:, 0].flip(1)[None]  # PyTorch's conv1d is a correlation: its last value is lag 0
+        u = filter_channels(inputs[:, None], kernel)[:, 0, self.reach :]
+        assert self.convolution.bias is not None
+        u = F.silu(u + self.convolution.bias)
         step, b, c = self.selection(u).split([self.rank, self.state, self.state], dim=-1)
         return u, F.softplus(self.dt_proj(step)), -self.log_rate.exp(), b, c

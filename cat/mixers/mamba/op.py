@@ -4,8 +4,9 @@ Each of E channels has a state of S numbers:
 
     h_t = exp(delta_t A) h_{t-1} + delta_t b_t x_t        y_t = <c_t, h_t>
 
-Tensors with the size of a state are computed for a few tokens at a time and recomputed for the gradient; only the states are
-saved for it. On a GPU, the kernel of the package mamba_ssm does the same in one pass if it is installed.
+On a CPU, compiled loops store a state every few tokens and recompute the others for the gradient. In PyTorch operations, tensors
+with the size of a state are computed for a few tokens at a time and recomputed for the gradient; all states are saved for it. On
+a GPU, the kernel of the package mamba_ssm does the same in one pass if it is installed.
 """
 
 import functools
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cat.ops.common import Operation, merge_vmap_dim
+from cat.ops.scan.recurrence import run_recurrence, selective_loops
 
 MAX_CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Maximum number of state elements per chunk of tokens; on a CPU, they then fit into the cache of one core."""
@@ -51,6 +53,9 @@ def selective_scan_step(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors
 
 
 def _scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors, start: State) -> tuple[Inner, State]:
+    inputs = x, delta, a[None], b, c, start
+    if (loops := selective_loops(_by_tokens, *inputs)) is not None:
+        return run_recurrence(loops, *inputs)
     a = a.expand(len(x), -1, -1)
     if torch.compiler.is_compiling():
         y, end, _ = torch.ops.cat.selective_scan(x, delta, a, b, c, start)
@@ -61,13 +66,16 @@ def _scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors, start: State
 
 def naive_selective_scan(x: Inner, delta: Inner, a: Rates, b: Vectors, c: Vectors) -> Inner:
     """Reference implementation of `selective_scan`, one token at a time."""
-    state = x.new_zeros(x.shape[0], *a.shape)
+    return _by_tokens(x, delta, a[None], b, c, x.new_zeros(x.shape[0], *a.shape))[0]
+
+
+def _by_tokens(x: Inner, delta: Inner, a: Float[Tensor, "R E S"], b: Vectors, c: Vectors, state: State) -> tuple[Inner, State]:
     outputs = []
     for t in range(x.shape[1]):
         step = delta[:, t, :, None]
         state = torch.exp(step * a) * state + step * b[:, t, None, :] * x[:, t, :, None]
         outputs.append((state * c[:, t, None, :]).sum(-1))
-    return torch.stack(outputs, dim=1)
+    return torch.stack(outputs, dim=1), state
 
 
 @functools.cache

@@ -5,19 +5,15 @@ memory, so the innermost loop runs over them and uses the vector instructions of
 call and caches the machine code beside this file.
 """
 
-import functools
-import itertools
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cat.ops.numba_loops import compiled, memory, run_loop
 from cat.types import MemberHeads, StackedHeads, StackedKernel
 
 CHUNK_TOKENS = 512
@@ -34,8 +30,9 @@ def filter_stacks(x: StackedHeads, kernel: StackedKernel, dilation: int) -> Stac
     dtype = torch.promote_types(x.dtype, kernel.dtype)
     vectors = _to_token_vectors(x, _loop_dtype(dtype))
     y = torch.empty(vectors.shape, dtype=vectors.dtype)
-    _run_chunks(
-        _filter, _Chunks.of(vectors), _memory(vectors), vectors.stride(), _kernel_array(kernel, vectors.dtype), dilation,
+    chunks = _Chunks.of(vectors)
+    run_loop(
+        _filter, chunks.total, chunks[:3], memory(vectors), vectors.stride(), _kernel_array(kernel, vectors.dtype), dilation,
         x.shape[5], y.numpy(),
     )  # fmt: skip
     return _to_heads(y.to(dtype), x)
@@ -54,9 +51,9 @@ def filter_gradients(
     grad_x, grad_kernel = torch.empty(vectors.shape, dtype=dtype), torch.empty(kernel.shape, dtype=dtype)
     chunks = _Chunks.of(vectors)
     sums = np.empty((chunks.total, kernel.shape[4], vectors.shape[3]), grad_x.numpy().dtype)
-    _run_chunks(
-        _gradients, chunks, _memory(vectors), vectors.stride(), _kernel_array(kernel, dtype), dilation, x.shape[5],
-        tuple(map(_memory, grad_y)), tuple(gradient.stride()[:-1] for gradient in grad_y), grad_x.numpy(), sums,
+    run_loop(
+        _gradients, chunks.total, chunks[:3], memory(vectors), vectors.stride(), _kernel_array(kernel, dtype), dilation,
+        x.shape[5], tuple(map(memory, grad_y)), tuple(gradient.stride()[:-1] for gradient in grad_y), grad_x.numpy(), sums,
     )  # fmt: skip
     _reduce_kernel_gradients(sums, grad_kernel.numpy())
     return _to_heads(grad_x.to(x.dtype), x), grad_kernel.to(kernel.dtype)
@@ -99,42 +96,6 @@ def _to_heads(vectors: TokenVectors, x: StackedHeads) -> StackedHeads:
 def _kernel_array(kernel: StackedKernel, dtype: torch.dtype) -> np.ndarray:
     # A copy, because the memory of a tensor that NumPy has seen cannot be freed, as sharding does with gathered parameters.
     return kernel.detach().to(dtype).clone(memory_format=torch.contiguous_format).numpy()
-
-
-def _memory(x: Tensor) -> np.ndarray:
-    """Return the memory from the first to the last value of `x` as one axis. The loops index it by the strides."""
-    size = 1 + sum((length - 1) * stride for length, stride in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
-    return x.as_strided((size,), (1,)).numpy()
-
-
-def _run_chunks(loop: Callable[..., None], chunks: _Chunks, *args: Any) -> None:
-    """Run `loop` over all chunks, on as many threads as PyTorch uses."""
-    threads = min(torch.get_num_threads(), chunks.total)
-    if threads <= 1:
-        return loop(0, chunks.total, chunks[:3], *args)
-    bounds = [chunks.total * thread // threads for thread in range(threads + 1)]
-    others = (itertools.repeat(arg) for arg in (chunks[:3], *args))
-    list(_pool(threads, os.getpid()).map(loop, bounds, bounds[1:], *others))
-    return None
-
-
-@functools.cache
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Return the threads of a process. A forked process does not inherit the threads of its parent, hence `process`."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="filter")
-
-
-def compiled(loop: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a loop at its first call with each set of argument types.
-
-    Without a writable place for the cache, every process compiles it again. `fastmath` is off, so that results are equal to the
-    bit on every kind of CPU: vector instructions run over channels, and each sum keeps its order.
-    """
-    compiler = functools.partial(numba.njit, nogil=True, error_model="numpy")
-    try:
-        return compiler(cache=True)(loop)
-    except RuntimeError:  # neither the folder of this file nor the user's home is writable
-        return compiler()(loop)
 
 
 @compiled

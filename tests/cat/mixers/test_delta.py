@@ -13,6 +13,7 @@ from cat.mixers.registry import model_config
 from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, WIDTH = 2, 3, 5, 18
+both_backends = pytest.mark.usefixtures("backend")
 gated = pytest.mark.parametrize("gate", [False, True])
 both_forms = pytest.mark.parametrize("rule", [delta_rule, naive_delta_rule])
 
@@ -33,12 +34,14 @@ def build(**parameters: object) -> nn.Module:
         return build_mixer(model.mixers[0], width=model.width, length=13).double()
 
 
+@both_backends
 @gated
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1, 131])
 def test_the_delta_rule_matches_its_reference_implementation(length, gate):
     assert_matches_reference(delta_rule, naive_delta_rule, *inputs(length, gate=gate))
 
 
+@both_backends
 @gated
 @pytest.mark.parametrize("parts", [[1] * 5, [CHUNK + 1, 1, 2 * CHUNK], [2, 70]], ids=str)
 def test_the_delta_rule_continues_from_a_state(parts, gate):
@@ -46,6 +49,7 @@ def test_the_delta_rule_continues_from_a_state(parts, gate):
     assert_matches_reference(lambda *x: in_parts(delta_rule_step, x, parts, dim=2)[0], naive_delta_rule, *x)
 
 
+@both_backends
 @pytest.mark.parametrize("tokens", [slice(None), slice(17, 18), slice(None, None, 7)])
 @pytest.mark.parametrize("decay", [50.0, 1e4])
 def test_strong_decay_clears_the_state_and_nothing_else(tokens, decay):
@@ -60,6 +64,7 @@ def test_strong_decay_clears_the_state_and_nothing_else(tokens, decay):
     torch.testing.assert_close(out, delta_rule(*x).float(), rtol=0, atol=1e-4 if decay < 100 else 1e-2)
 
 
+@both_backends
 @gated
 def test_float32_errors_do_not_accumulate_over_a_long_sequence(gate):
     x = inputs(997, gate=gate)
@@ -69,6 +74,7 @@ def test_float32_errors_do_not_accumulate_over_a_long_sequence(gate):
     torch.testing.assert_close(delta_rule(*(x.float() for x in x)), expected.float(), rtol=0, atol=1e-5)
 
 
+@both_backends
 @gated
 def test_the_delta_rule_uses_float32_under_autocast(gate):
     rough = [x.bfloat16() for x in inputs(997, gate=gate)]

@@ -17,6 +17,7 @@ from tests.helpers.reference import assert_matches_reference, close, in_parts, n
 BATCH, HEADS, CHANNELS, VALUES, WIDTH, RANK = 2, 3, 5, 7, 18, 4
 attend, naive_attend = (partial(form, scale=0.3) for form in (gated_linear_attend, naive_gated_linear_attend))
 both_forms = pytest.mark.parametrize("form", [attend, naive_attend])
+both_backends = pytest.mark.usefixtures("backend")
 gated = pytest.mark.parametrize("output_gate", [False, True])
 
 
@@ -34,11 +35,13 @@ def build(**parameters: object) -> nn.Module:
         return build_mixer(model.mixers[0], width=model.width, length=13).double()
 
 
+@both_backends
 @pytest.mark.parametrize("length", [1, 2, 3, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 1, 131])
 def test_gated_linear_attention_matches_its_reference_implementation(length):
     assert_matches_reference(attend, naive_attend, *inputs(length))
 
 
+@both_backends
 @pytest.mark.parametrize("parts", [[1] * 5, [CHUNK + 1, 1, 2 * CHUNK], [2, 70]], ids=str)
 def test_gated_linear_attention_continues_from_a_state(parts):
     step = partial(gated_linear_attend_step, scale=0.3)
@@ -46,6 +49,7 @@ def test_gated_linear_attention_continues_from_a_state(parts):
     assert_matches_reference(lambda *x: in_parts(step, x, parts, dim=2)[0], naive, *inputs(sum(parts)))
 
 
+@both_backends
 @pytest.mark.parametrize("tokens", [slice(None), slice(17, 18), slice(None, None, 7)])
 @pytest.mark.parametrize("channels", [slice(None), slice(2, 4)])
 @pytest.mark.parametrize("decay", [50.0, 1e4, math.inf])

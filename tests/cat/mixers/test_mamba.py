@@ -13,7 +13,10 @@ from cat.ops.conv.reference import naive_filter_heads
 from tests.helpers.mixers import EXAMPLES, WIDTH, build, hidden
 from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
 
+both_backends = pytest.mark.usefixtures("backend")
 
+
+@both_backends
 @pytest.mark.parametrize("chunk", [1, 7, None])  # tokens
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 47])
 def test_the_selective_scan_matches_its_reference_implementation(length, chunk, monkeypatch):
@@ -26,6 +29,7 @@ def test_the_selective_scan_matches_its_reference_implementation(length, chunk, 
         close(selective_scan(*inputs), naive_selective_scan(*inputs))
 
 
+@both_backends
 @pytest.mark.parametrize("parts", [[1] * 5, [9, 1, 20]], ids=str)
 def test_the_selective_scan_continues_from_a_state(parts, monkeypatch):
     monkeypatch.setitem(MAX_CHUNK_ELEMENTS, "cpu", 7 * 2 * 5 * 3)
