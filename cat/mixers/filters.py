@@ -320,9 +320,11 @@ class NetworkFilter(Filter):
 def can_group(first: Filter, second: Filter, x: Float[Tensor, "B L _"]) -> bool:
     """Whether `apply_grouped` can apply both filters to an input like `x`.
 
-    Both need explicit kernels of the same, short shape.
+    Both need explicit kernels of the same, short shape, and equally wide heads.
     """
     if first.layout.sharing == "mixing" or not isinstance(first, ExplicitFilter) or not isinstance(second, ExplicitFilter):
+        return False
+    if first.layout.channels != second.layout.channels:
         return False
     channels = first.layout.heads * first.layout.channels
     return first.kernel.shape == second.kernel.shape and is_short(x, first.kernel, channels, dilation=first.dilation)
