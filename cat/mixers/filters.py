@@ -219,13 +219,20 @@ class ExplicitFilter(Filter):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         set_values(self.kernel, self._initial_kernel(self.kernel.shape[-1]))
+        if self.init == "uniform" and self.bias is not None:  # as nn.Conv1d
+            nn.init.uniform_(self.bias, -self._bound, self._bound)
+
+    @property
+    def _bound(self) -> float:
+        """Largest initial value of nn.Conv1d."""
+        inputs = self.kernel.shape[-1] * (self.layout.heads if self.layout.sharing == "mixing" else 1)
+        return 1 / math.sqrt(inputs)
 
     def _initial_kernel(self, size: int) -> Tensor:
         shape = self.layout.kernel_shape
         match self.init:
             case "uniform":
-                inputs = size * shape[0] if self.layout.sharing == "mixing" else size
-                return torch.empty(*shape, size).uniform_(-1, 1) / math.sqrt(inputs)
+                return torch.empty(*shape, size).uniform_(-self._bound, self._bound)
             case "shift":
                 now = torch.rand(shape)
                 return torch.stack([now, 1 - now], dim=-1)
