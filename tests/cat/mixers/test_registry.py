@@ -331,13 +331,7 @@ def test_a_saved_model_restores_itself(mixer, keys):
 # Published layers.
 
 
-def published():
-    for name in mixer_names():
-        if mixer_class(name).paper is not None:
-            yield name
-
-
-@pytest.mark.parametrize("name", published())
+@pytest.mark.parametrize("name", [name for name in mixer_names() if mixer_class(name).paper is not None])
 def test_the_defaults_of_a_published_layer_depart_in_nothing(name):
     heads = {"heads": 1} if "heads" in mixer_class(name).model_fields else {}
     (mixer,) = model_config(mixer=name, width=64, layers=1, **heads).mixers
