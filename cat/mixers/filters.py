@@ -220,7 +220,7 @@ class ExplicitFilter(Filter):
         super().reset_parameters()
         set_values(self.kernel, self._initial_kernel(self.kernel.shape[-1]))
         if self.init == "uniform" and self.bias is not None:  # as nn.Conv1d
-            nn.init.uniform_(self.bias, -self._bound, self._bound)
+            set_values(self.bias, torch.empty(self.bias.shape).uniform_(-self._bound, self._bound))
 
     @property
     def _bound(self) -> float:

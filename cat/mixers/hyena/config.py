@@ -13,7 +13,7 @@ class HyenaConfig(MixerConfig):
     """A gated long convolution, q * long(k * v), after short ones on q, k and v: Hyena of order 2."""
 
     paper: ClassVar = "arXiv 2302.10866"
-    differs: ClassVar = "features of the lag are fixed; the authors learn them with a rate of 1e-5"
+    differs: ClassVar = "features of the lag are fixed, and the network has the rate and weight decay of linear maps"
     renamed_keys: ClassVar = {"conv": "conv_size"}
     conv_size: Count = 3
     """Kernel size of the short convolutions; one kernel per channel."""

@@ -48,7 +48,7 @@ class HyenaFilter(Filter):
         """Initialize the frequencies with 1, D as N(0, 1), and the constants of the decays and of the position features."""
         super().reset_parameters()
         nn.init.ones_(self.frequency)
-        nn.init.normal_(self.direct)
+        set_values(self.direct, torch.randn(self.direct.shape))
         set_values(self.rates, -math.log(TARGET) * torch.linspace(1 / SLOW, 1 / FAST, len(self.rates)))
         set_values(self.bands, torch.linspace(MIN_FREQUENCY, len(self.bands) - 1, len(self.bands)))
 
