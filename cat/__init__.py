@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cat.mixers.build import build_mixer
     from cat.mixers.canon import Canon
     from cat.mixers.delta.config import DeltaConfig
+    from cat.mixers.gated_conv.config import GatedConvConfig
     from cat.mixers.gla.config import GLAConfig
     from cat.mixers.hyena.config import HyenaConfig
     from cat.mixers.landmark.config import LandmarkConfig
@@ -42,6 +43,7 @@ __all__ = [
     "ConvolutionAugmentedAttention",
     "DeltaConfig",
     "GLAConfig",
+    "GatedConvConfig",
     "HyenaConfig",
     "LandmarkConfig",
     "LinearConfig",
@@ -68,6 +70,7 @@ _MODULES = {
     "ConvolutionAugmentedAttention": "cat.layer",
     "DeltaConfig": "cat.mixers.delta.config",
     "GLAConfig": "cat.mixers.gla.config",
+    "GatedConvConfig": "cat.mixers.gated_conv.config",
     "HyenaConfig": "cat.mixers.hyena.config",
     "LandmarkConfig": "cat.mixers.landmark.config",
     "LinearConfig": "cat.mixers.linear.config",

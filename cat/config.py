@@ -79,6 +79,10 @@ class MixerConfig(Traits):
     """Name in figures and reports; by default the name of the folder."""
     label_with_convolution: ClassVar[str | None] = None
     """Name with a convolution, before the convolved projections, as in `CAT-QK`; None: `label`, and no projections."""
+    paper: ClassVar[str | None] = None
+    """Where the layer is published that the defaults of all keys describe; None: no paper has this layer."""
+    differs: ClassVar[str | None] = None
+    """What still differs from the published layer, whatever the keys are; None: nothing that changes its outputs."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
@@ -92,6 +96,18 @@ class MixerConfig(Traits):
     def mixer(self) -> str:
         """Name of its folder in cat/mixers/, or import path of a package elsewhere."""
         return mixer_name(type(self))
+
+    @property
+    def title(self) -> str:
+        """Name of this configuration in figures and reports, without its convolutions."""
+        return self.label
+
+    def departures(self) -> dict[str, Any]:
+        """Return the keys that depart from the published layer, with their values; empty if no paper has the layer."""
+        if self.paper is None:
+            return {}
+        defaults = {key: field.default for key, field in type(self).model_fields.items() if not field.is_required()}
+        return {key: value for key, default in defaults.items() if (value := getattr(self, key)) != default}
 
     @property
     def selects_tokens(self) -> bool:
@@ -211,6 +227,10 @@ class ModelConfig(VariantConfig):
             raise ValueError(f"mixer {index}: {error}" if len(self.mixers) > 1 else str(error)) from None
 
 
+CONVOLUTION_KEYS = ("sharing", "dilation", "residual", "filter_init", "filter_bias", "filter_norm", "conv_activation")
+"""Keys that have an effect only on queries, keys or values with a convolution."""
+
+
 class QKVConfig(MixerConfig):
     """A mixer with heads, queries, keys and values, and an optional causal convolution on each."""
 
@@ -246,11 +266,14 @@ class QKVConfig(MixerConfig):
     """Add a learned bias to the convolution output."""
     filter_norm: bool = False
     """Divide every kernel by the sum of its absolute values; for a generated kernel, the sum over the training length."""
+    conv_activation: Literal["none", "silu"] = "none"
+    """Activation after each convolution on the queries, keys and values; those without a convolution have none."""
 
     @classmethod
     def unused_keys(cls, values: Mapping[str, Any]) -> set[str]:
-        sizes = [values[key] for projection in cls.projections if values.get(key := f"conv_{projection}") is not None]
-        unused = set() if sizes else {"sharing", "residual", "filter_init", "filter_bias", "filter_norm"}
+        keys = [f"conv_{projection}" for projection in cls.projections]
+        sizes = [size for key in keys if (size := values.get(key, cls.model_fields[key].default)) is not None]
+        unused = set() if sizes else {key for key in CONVOLUTION_KEYS if key != "dilation"}
         if not any(size in get_args(KernelGenerator) for size in sizes):
             unused.add("filter_size")
         if not any(isinstance(size, int) and size > 1 for size in sizes):
@@ -260,7 +283,7 @@ class QKVConfig(MixerConfig):
     @model_validator(mode="after")
     def _convolution_settings_apply(self) -> Self:
         if not self.kernel_sizes:
-            for key in ("sharing", "dilation", "residual", "filter_init", "filter_bias", "filter_norm"):
+            for key in CONVOLUTION_KEYS:
                 if getattr(self, key) != type(self).model_fields[key].default:
                     *others, last = (f"conv_{projection}" for projection in self.projections)
                     value = json.dumps(getattr(self, key))
@@ -303,6 +326,16 @@ class QKVConfig(MixerConfig):
     def heads_of(self, projection: str) -> int:
         """Return the number of heads of a projection."""
         return self.heads
+
+    def channels_of(self, projection: str, width: int) -> int:
+        """Return the channels per head of a projection in a model with `width` channels."""
+        return width // self.heads
+
+    def departures(self) -> dict[str, Any]:
+        """As of every mixer, but without the convolutions of mixers that have a name of their own with them, such as LinCAT."""
+        convolutions = {*CONVOLUTION_KEYS, "filter_size", *(f"conv_{projection}" for projection in self.projections)}
+        own = convolutions if self.label_with_convolution is not None else set()
+        return {key: value for key, value in super().departures().items() if key not in own}
 
     @property
     def kernel_sizes(self) -> dict[str, KernelSize]:
@@ -348,8 +381,8 @@ class DotProductConfig(QKVConfig):
 
     def check_width(self, width: int) -> None:
         super().check_width(width)
-        if self.position == "rotary" and (width // self.heads) % 2:
-            raise ValueError(f"position = rotary needs an even head width, not {width // self.heads}")
+        if self.position == "rotary" and (channels := self.channels_of("q", width)) % 2:
+            raise ValueError(f"position = rotary needs an even head width, not {channels}")
 
     @property
     def has_attention(self) -> bool:

@@ -230,7 +230,6 @@ class TokenEmbedding(nn.Embedding):
     """One vector per token."""
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()  # drawn once more, so that the seeds of committed results keep their weights
         nn.init.normal_(self.weight, std=self.embedding_dim**-0.5)
 
 
@@ -238,7 +237,6 @@ class Head(nn.Linear):
     """Map the residual stream to the logits of the next token."""
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()  # as in TokenEmbedding
         nn.init.normal_(self.weight, std=self.in_features**-0.5)
 
 

@@ -219,13 +219,20 @@ class ExplicitFilter(Filter):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         set_values(self.kernel, self._initial_kernel(self.kernel.shape[-1]))
+        if self.init == "uniform" and self.bias is not None:  # as nn.Conv1d
+            set_values(self.bias, torch.empty(self.bias.shape).uniform_(-self._bound, self._bound))
+
+    @property
+    def _bound(self) -> float:
+        """Largest initial value of nn.Conv1d."""
+        inputs = self.kernel.shape[-1] * (self.layout.heads if self.layout.sharing == "mixing" else 1)
+        return 1 / math.sqrt(inputs)
 
     def _initial_kernel(self, size: int) -> Tensor:
         shape = self.layout.kernel_shape
         match self.init:
             case "uniform":
-                inputs = size * shape[0] if self.layout.sharing == "mixing" else size
-                return torch.empty(*shape, size).uniform_(-1, 1) / math.sqrt(inputs)
+                return torch.empty(*shape, size).uniform_(-self._bound, self._bound)
             case "shift":
                 now = torch.rand(shape)
                 return torch.stack([now, 1 - now], dim=-1)
@@ -320,9 +327,11 @@ class NetworkFilter(Filter):
 def can_group(first: Filter, second: Filter, x: Float[Tensor, "B L _"]) -> bool:
     """Whether `apply_grouped` can apply both filters to an input like `x`.
 
-    Both need explicit kernels of the same, short shape.
+    Both need explicit kernels of the same, short shape, and equally wide heads.
     """
     if first.layout.sharing == "mixing" or not isinstance(first, ExplicitFilter) or not isinstance(second, ExplicitFilter):
+        return False
+    if first.layout.channels != second.layout.channels:
         return False
     channels = first.layout.heads * first.layout.channels
     return first.kernel.shape == second.kernel.shape and is_short(x, first.kernel, channels, dilation=first.dilation)

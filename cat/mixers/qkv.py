@@ -2,8 +2,8 @@
 
     Q = (X * F_q) W_q    K = (X * F_k) W_k    V = (X * F_v) W_v        (arXiv 2407.05591, equation 2)
 
-Each convolution is optional. Convolutions are applied after the projection. One kernel per head commutes with the projection;
-kernels per channel and between heads do not, and act on X W.
+Each convolution is optional, and so is an activation after it. Convolutions are applied after the projection. One kernel per head
+commutes with the projection; kernels per channel and between heads do not, and act on X W.
 """
 
 import math
@@ -11,6 +11,7 @@ from abc import abstractmethod
 from typing import ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,6 +28,9 @@ from cat.types import Heads, Hidden, KeyHeads, Positions, Queries, ValueHeads, V
 Projection = Float[Tensor, "B L P"]
 """Output of `project`: queries, keys and values of every token, concatenated. With token shift, first the part of the token
 itself, then the part for the next token."""
+
+AnyHeads = Float[Tensor, "B _ _ _"]
+"""Queries, keys or values, whose heads may differ in number and width."""
 
 Attended = tuple[Float[Tensor, "B H _ E"], dict[str, Tensor]]
 """Outputs of the heads, and the state to cache by name."""
@@ -47,7 +51,7 @@ class QKVMixer(Mixer):
     def __init__(self, config: QKVConfig, *, width: int, length: int):
         super().__init__()
         self.config, self.width = config, width
-        self.widths = {projection: width // config.heads * config.heads_of(projection) for projection in "qkv"}
+        self.widths = {name: config.channels_of(name, width) * config.heads_of(name) for name in "qkv"}
         bias = config.linear_bias
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, outputs, bias=bias) for outputs in self.widths.values())
         self.o_proj = nn.Linear(width, width, bias=bias)
@@ -55,7 +59,7 @@ class QKVMixer(Mixer):
         self.token_shift = TokenShift(width) if config.token_shift else None
         self.canon: Canon | None = None
         """Canon-B, a convolution of q, k and v before their own ones. It belongs to the model, which sets it."""
-        self.scale = 1 / math.sqrt(width // config.heads)
+        self.scale = 1 / math.sqrt(config.channels_of("q", width))
 
     def extra_repr(self) -> str:
         settings = {"width": self.width, **self.config.model_dump(exclude_defaults=True, exclude={"mixer"})}
@@ -134,7 +138,7 @@ class QKVMixer(Mixer):
         """Split into q, k and v (concatenated) and further inputs of `attend`."""
         return projected, []
 
-    def convolve(self, projected: Projection, positions: Positions | None = None) -> tuple[Queries, KeyHeads, KeyHeads]:
+    def convolve(self, projected: Projection, positions: Positions | None = None) -> tuple[Queries, KeyHeads, ValueHeads]:
         """Return the convolved q, k and v; q at every position or at `positions`."""
         if self.canon is not None:
             projected = self.canon(projected)
@@ -146,12 +150,12 @@ class QKVMixer(Mixer):
         q, k, v = self._convolve(projected, groups, positions)
         return q, k, v
 
-    def _convolve(self, projected: Projection, groups: list[str], positions: Positions | None = None) -> list[Queries]:
+    def _convolve(self, projected: Projection, groups: list[str], positions: Positions | None = None) -> list[AnyHeads]:
         """Convolve each group of adjacent projections in one call.
 
         `positions` are used if a group is only q.
         """
-        qkv: list[Queries] = []
+        qkv: list[AnyHeads] = []
         parts = [projected]
         if len(groups) > 1:  # splitting a single group would copy its gradient
             parts = list(projected.split([sum(self.widths[name] for name in group) for group in groups], dim=-1))
@@ -160,12 +164,16 @@ class QKVMixer(Mixer):
             filters = [cast(Filter, self.filters[name]) for name in group if name in self.filters]
             group_positions = positions if group == "q" else None
             if filters:
-                qkv += apply_grouped(filters, heads, group_positions)
+                qkv += map(self.activate, apply_grouped(filters, heads, group_positions))
             else:
                 qkv.append(gather_positions(heads.squeeze(0), group_positions))
         return qkv
 
-    def split_heads(self, projected: Projection) -> tuple[Heads, KeyHeads, KeyHeads]:
+    def activate(self, x: AnyHeads) -> AnyHeads:
+        """Apply the activation after a convolution of q, k or v, if there is one."""
+        return F.silu(x) if self.config.conv_activation == "silu" else x
+
+    def split_heads(self, projected: Projection) -> tuple[Heads, KeyHeads, ValueHeads]:
         """Return q, k and v per head, before the convolutions."""
         q, k, v = (
             part.unflatten(-1, (self.config.heads_of(projection), -1)).transpose(1, 2)
@@ -185,7 +193,7 @@ class QKVMixer(Mixer):
 
     def convolve_step(
         self, projected: Projection, cache: Cache, *, last: bool
-    ) -> tuple[Queries, KeyHeads, KeyHeads, dict[str, Tensor]]:
+    ) -> tuple[Queries, KeyHeads, ValueHeads, dict[str, Tensor]]:
         """Return convolved, unscaled q, k and v, and the inputs to cache."""
         inputs: dict[str, Tensor] = {}
         if self.canon is not None:
@@ -193,7 +201,8 @@ class QKVMixer(Mixer):
         qkv = dict(zip("qkv", self.split_heads(projected), strict=True))
         for projection, x in qkv.items():
             if projection in self.filters:
-                qkv[projection], inputs[projection] = self.filter_step(projection, x, cache)
+                x, inputs[projection] = self.filter_step(projection, x, cache)
+                qkv[projection] = self.activate(x)
         q, k, v = qkv.values()
         return last_tokens(q, 1) if last and self.supports_positions else q, k, v, inputs
 
@@ -240,7 +249,7 @@ def build_filters(config: QKVConfig, *, width: int, length: int) -> nn.ModuleDic
     def layout(projection: str) -> Layout:
         return Layout(
             heads=config.heads_of(projection),
-            channels=width // config.heads,
+            channels=config.channels_of(projection, width),
             sharing=config.sharing,
             norm=config.filter_norm,
             bias=config.filter_bias,

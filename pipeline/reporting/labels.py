@@ -7,7 +7,6 @@ from collections.abc import Iterator, Set
 
 from cat.config import DotProductConfig, MixerConfig, ModelConfig, QKVConfig
 from cat.mixers.attention.config import AttentionConfig
-from cat.mixers.delta.config import DeltaConfig
 from cat.mixers.landmark.config import LandmarkConfig
 from cat.mixers.registry import AnyVariant, ConstructionConfig
 from pipeline.config.study import Study
@@ -96,7 +95,7 @@ def _mixer_name(mixer: MixerConfig) -> str:
     if isinstance(mixer, QKVConfig) and mixer.has_convolution and (name := mixer.label_with_convolution):
         convolved = "".join(projection.upper() for projection in mixer.kernel_sizes if len(projection) == 1)
         return f"{name}-{convolved}" if convolved else name
-    return f"Gated {mixer.label}" if isinstance(mixer, DeltaConfig) and mixer.gate else mixer.label
+    return mixer.title
 
 
 def _details(mixer: MixerConfig, added_position: str | None = None) -> Iterator[str]:
@@ -117,10 +116,13 @@ def _details(mixer: MixerConfig, added_position: str | None = None) -> Iterator[
         yield "token shift"
     if mixer.residual:
         yield "residual"
-    if mixer.filter_init != "identity":
+    fields = type(mixer).model_fields
+    if mixer.filter_init != fields["filter_init"].default:
         yield f"{mixer.filter_init} start"
     if mixer.filter_norm:
         yield "unit kernels"
+    if mixer.label_with_convolution is None and mixer.has_convolution != (fields["conv_k"].default is not None):
+        yield "convolutions" if mixer.has_convolution else "no convolutions"
     if position in POSITIONS:
         yield POSITIONS[position]
     if isinstance(mixer, AttentionConfig) and not mixer.qk_norm:

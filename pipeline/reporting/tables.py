@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 
+from cat.config import ModelConfig
+from cat.mixers.registry import AnyVariant
 from pipeline.config.claims import SOLVED_AT
 from pipeline.config.grid import seeds_of, shown_on, shown_tasks, shown_variants, variant_value, variants_on
 from pipeline.config.study import Ablation, Study
@@ -16,7 +20,10 @@ LABELS = {"accuracy": "accuracy", "bits_per_byte": "bits per byte"}
 
 
 def results_table(study: Study, results: pd.DataFrame, ablation: Ablation) -> str:
-    """Markdown: one row per variant, one column per task and length with the mean over seeds and their range."""
+    """Markdown: one row per variant, one column per task and length with the mean over seeds and their range.
+
+    If a mixer is a published layer, a column has the keys that depart from it.
+    """
     columns = {}
     for task in shown_tasks(study, ablation):
         for multiple in study.evaluate.multiples:
@@ -24,8 +31,32 @@ def results_table(study: Study, results: pd.DataFrame, ablation: Ablation) -> st
             columns[f"{with_slug(task_label(study, task), task)} {multiple:g}x"] = scores.apply(_mean_and_range)
     frame = pd.DataFrame(columns).reindex(shown_variants(ablation)).fillna("-")
     frame.insert(0, "parameters", [_parameters(study, ablation, variant) for variant in frame.index])
+    if any(is_published(study.variants[variant]) for variant in frame.index):
+        frame.insert(1, "departs from the published layer", [departures(study.variants[variant]) for variant in frame.index])
     frame.index = pd.Index([with_slug(variant_label(study, variant), variant) for variant in frame.index], name="variant")
     return frame.to_markdown()
+
+
+def is_published(model: AnyVariant) -> bool:
+    """Whether a mixer of the model is a layer that a paper describes."""
+    return isinstance(model, ModelConfig) and any(mixer.paper is not None for mixer in model.mixers)
+
+
+def departures(model: AnyVariant) -> str:
+    """The keys of a model's mixers that depart from the published layers, as in `expand: 1`; a dash if there are none.
+
+    Several mixers are told apart by their names.
+    """
+    mixers = dict.fromkeys(model.mixers) if isinstance(model, ModelConfig) else {}
+    parts = []
+    for mixer in mixers:
+        keys = ", ".join(f"{key}: {_as_in_yaml(value)}" for key, value in mixer.departures().items())
+        parts += [f"{mixer.mixer}: {keys}" if keys and len(mixers) > 1 else keys]
+    return "; ".join(filter(None, parts)) or "-"
+
+
+def _as_in_yaml(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def references_table(study: Study, references: pd.DataFrame, ablation: Ablation) -> str:

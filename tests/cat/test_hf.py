@@ -178,7 +178,7 @@ def test_weights_that_a_folder_lacks_are_initialized_and_the_others_kept(hf, tmp
     assert all(torch.equal(found[name], saved[name]) for name in saved)
     # Convolutions start as the identity with a little noise.
     assert all(
-        torch.allclose(found[name], other.state_dict()[name.removeprefix("model.")], atol=0.2) for name in info["missing_keys"]
+        torch.allclose(found[name], other.state_dict()[name.removeprefix("model.")], atol=0.4) for name in info["missing_keys"]
     )
 
 

@@ -35,5 +35,14 @@ def build(settings: dict[str, object], length: int) -> nn.Module:
         return build_mixer(config.mixers[0], width=config.width, length=length).double()
 
 
+def assert_uniform(values: Tensor, low: float, high: float) -> None:
+    """Compare quantiles with those of a uniform distribution; for a few thousand values or more."""
+    shares = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
+    found = (torch.quantile(values.detach().double().flatten()[:100_000], shares) - low) / (high - low)
+    torch.testing.assert_close(found, shares, rtol=0, atol=0.04)
+    assert low <= values.min().item()
+    assert values.max().item() <= high
+
+
 def hidden(length: int, seed: int = 0) -> Tensor:
     return normal(BATCH, length, WIDTH, seed=seed)

@@ -72,6 +72,6 @@ def only_keys_convolved(model: VariantConfig) -> bool:
     (mixer,) = model.mixers
     if not isinstance(mixer, AttentionConfig) or mixer.position != "none" or mixer.qk_norm:
         return False
-    if mixer.window is not None or mixer.bias or mixer.token_shift:
+    if mixer.window is not None or mixer.bias or mixer.token_shift or mixer.conv_activation != "none":
         return False
     return mixer.kernel_sizes.keys() == {"k"} and mixer.sharing == "head" and not mixer.filter_bias

@@ -9,9 +9,11 @@ EXAMPLES = {
     "alibi_window": AttentionConfig(heads=6, kv_heads=3, conv_k="state", filter_size=2, position="alibi", window=7),
     "q": AttentionConfig(heads=3, conv_q=3, position="rotary"),
     "k": AttentionConfig(heads=3, conv_k="full", position="alibi"),
-    "v": AttentionConfig(heads=3, conv_v=1),
+    "v": AttentionConfig(heads=3, conv_v=1, conv_activation="silu"),
     "all": AttentionConfig(heads=3, conv_q=2, conv_k=4, conv_v="full", filter_norm=True, qk_norm=True),
-    "channel": AttentionConfig(heads=3, conv_q=3, conv_k="full", sharing="channel", filter_bias=True, qk_norm=True),
+    "channel": AttentionConfig(
+        heads=3, conv_q=3, conv_k="full", sharing="channel", filter_bias=True, qk_norm=True, conv_activation="silu"
+    ),
     "mixing": AttentionConfig(heads=3, conv_k=3, conv_v="full", sharing="mixing", filter_norm=True, dilation=2),
     "network": AttentionConfig(heads=3, conv_q="network", conv_v="network", filter_size=5, temperature=True),
     "decay": AttentionConfig(heads=3, conv_q="decay", conv_k="decay", conv_v=2, filter_size=3, filter_init="random"),

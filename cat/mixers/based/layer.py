@@ -1,7 +1,7 @@
-"""Based: exact attention within a window, Taylor features for earlier tokens.
+"""Based: linear attention with the features of the second-order Taylor polynomial of exp (arXiv 2402.18668, section 4).
 
-The features are those of the second-order Taylor polynomial of exp. After arXiv 2402.18668; op.py has the formula and the
-differences from the paper's layers.
+Queries and keys have 16 channels. With a window, attention is exact within it; the paper has that in a layer of its own. op.py
+has the formula.
 """
 
 from jaxtyping import Float
@@ -16,9 +16,9 @@ from cat.types import Heads, Positions, Queries, Values
 
 
 class Based(DotProductMixer):
-    """Causal attention over (B, L, D), exact within a window.
+    """Causal attention over (B, L, D) with Taylor features.
 
-    Convolutions on q, k and v are optional.
+    Convolutions on q, k and v are optional, and so is a window of exact attention.
     """
 
     supports_positions = True
@@ -26,7 +26,7 @@ class Based(DotProductMixer):
 
     def __init__(self, config: BasedConfig, *, width: int, length: int):
         super().__init__(config, width=width, length=length)
-        self.window = config.window
+        self.window = config.window or 0
 
     def attend(self, q: Queries, k: Heads, v: Values, *, positions: Positions | None = None) -> Float[Tensor, "B H _ E"]:
         if self.config.position == "rotary":

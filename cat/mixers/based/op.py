@@ -4,10 +4,9 @@
     w_ij = exp(s_ij)               if i - j < window
            1 + s_ij + s_ij^2 / 2   otherwise: at least 1/2, and a product of features, <phi(q_i), phi(k_j)>
 
-Taylor features and the sliding window are those of Based (arXiv 2402.18668, section 4). Based has them in separate, alternating
-layers with gated convolutions between them, and its features are of queries and keys with 16 channels. Here every layer has both
-under one normalizer. This is the linear and sliding window attention of LoLCATs (arXiv 2410.10254, section 3.3) with mixing
-factor 1.
+Taylor features are those of Based (arXiv 2402.18668, section 4), which has sliding windows in separate layers: window = 0. With a
+window, both are under one normalizer. This is the linear and sliding window attention of LoLCATs (arXiv 2410.10254, section 3.3)
+with mixing factor 1.
 """
 
 import math
@@ -153,7 +152,8 @@ def attend_by_features(q: Heads, k: Heads, v: Values, *, window: int) -> Values:
     k, v = (F.pad(x, (0, 0, window, padding)) for x in (k, v))
 
     # Keys are delayed by the window: each chunk of them is outside the window of all queries of every later chunk.
-    states = (features(in_chunks(k[:, :, :-window], CHUNK)).mT @ in_chunks(v[:, :, :-window], CHUNK)).cumsum(2)
+    far_k, far_v = (in_chunks(x[:, :, : x.shape[2] - window], CHUNK) for x in (k, v))
+    states = (features(far_k).mT @ far_v).cumsum(2)
     far = features(q) @ F.pad(states[:, :, :-1], (0, 0, 0, 0, 1, 0))
     first = torch.arange(0, q.shape[2] * CHUNK, CHUNK, device=q.device)[:, None, None]
 

@@ -3,11 +3,12 @@
 from cat.mixers.delta.config import DeltaConfig
 from cat.mixers.examples import CONVOLUTIONS, GENERATED
 
-BASELINE = DeltaConfig(heads=1, gate=True, conv_q=4, conv_k=4, conv_v=4, sharing="channel")
+BASELINE = DeltaConfig(heads=1, output_gate=False)
 EXAMPLES = {
     "plain": DeltaConfig(heads=3),
-    "q": DeltaConfig(heads=3, gate=True, conv_q=3),
-    "k": DeltaConfig(heads=3, conv_k="full"),
-    "all": DeltaConfig(heads=3, gate=True, **CONVOLUTIONS),
-    "state": DeltaConfig(heads=3, **GENERATED),
+    "q": DeltaConfig(heads=3, gate=False, conv_q=3, conv_k=None, conv_v=None, filter_init="identity"),
+    "k": DeltaConfig(heads=3, gate=False, output_gate=False, conv_q=None, conv_k="full", conv_activation="none"),
+    "all": DeltaConfig(heads=3, **CONVOLUTIONS),
+    "state": DeltaConfig(heads=3, output_gate=False, sharing="head", **{**GENERATED, "filter_init": "identity"}),
+    "none": DeltaConfig(heads=3, conv_q=None, conv_k=None, conv_v=None),
 }

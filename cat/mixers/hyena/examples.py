@@ -2,8 +2,8 @@
 
 from cat.mixers.hyena.config import HyenaConfig
 
-BASELINE = HyenaConfig(conv_size=4, filter_size=32)
+BASELINE = HyenaConfig(filter_size=16)
 EXAMPLES = {
-    "plain": HyenaConfig(conv_size=3, filter_size=5),
-    "small": HyenaConfig(conv_size=1, filter_size=2),
+    "plain": HyenaConfig(),
+    "small": HyenaConfig(conv_size=1, filter_size=2, filter_layers=1, filter_features=5),
 }

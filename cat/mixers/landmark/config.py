@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -13,7 +13,9 @@ from cat.config import Count, DotProductConfig, KernelSize
 class LandmarkConfig(DotProductConfig):
     """Softmax attention to the query's own block and the best earlier blocks.
 
-    The best blocks are those whose landmarks match the query best.
+    The best blocks are those whose landmarks match the query best. This is the layer of arXiv 2407.05591, figure 3, with the
+    grouped softmax of landmark attention (arXiv 2305.16300). That paper's landmarks are tokens of their own, and it trains on all
+    blocks.
     """
 
     label: ClassVar = "Landmark attention"
@@ -24,6 +26,8 @@ class LandmarkConfig(DotProductConfig):
     """Tokens per block."""
     top: Count
     """Earlier blocks that each query retrieves."""
+    train_on: Literal["chosen", "all"] = "chosen"
+    """Blocks that a query attends to in training: those that it retrieves, or all earlier blocks, weighted by their landmarks."""
     conv_summary: KernelSize | None = None
     """Kernel size of the convolution whose output at a block's last token is the landmark; None: that token's key is.
 

@@ -12,5 +12,6 @@ EXAMPLES = {
     "state": LandmarkConfig(heads=3, block=5, top=2, temperature=True, **GENERATED),
     "summary": LandmarkConfig(heads=3, block=5, top=1, conv_k=2, conv_summary=7, qk_norm=True, sharing="mixing"),
     "summary_state": LandmarkConfig(heads=3, block=5, top=1, conv_summary="state", filter_size=2),
+    "soft": LandmarkConfig(heads=3, block=5, top=1, train_on="all", conv_q=2, conv_k=3, conv_v=3, conv_activation="silu"),
     "every_block": LandmarkConfig(heads=3, block=5, top=100),
 }

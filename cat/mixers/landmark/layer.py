@@ -3,7 +3,7 @@
 A long convolution on the keys summarizes each block at its last token. Figure 3 of arXiv 2407.05591; op.py has the formula.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -28,6 +28,7 @@ class LandmarkAttention(DotProductMixer):
     convolution on queries, keys and values, at most by one block.
     """
 
+    config: LandmarkConfig
     supports_positions = True
 
     def __init__(self, config: LandmarkConfig, *, width: int, length: int):
@@ -60,9 +61,7 @@ class LandmarkAttention(DotProductMixer):
         landmarks = block_ends(k, self.block) if landmarks is None else landmarks
         if self.config.position == "rotary":
             q, k, landmarks = rotate(q, positions=positions), rotate(k), rotate(landmarks, start=self.block - 1, step=self.block)
-        return landmark_attend(
-            q, k, v, landmarks, scale=self.scale, block=self.block, top=self.top, reach=self.reach, positions=positions
-        )
+        return landmark_attend(q, k, v, landmarks, positions=positions, **self._options(k))
 
     def prepare_step(self, projected: Projection, cache: Cache, *, last: bool) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Return the inputs of `attend_step` and the inputs to cache.
@@ -90,10 +89,13 @@ class LandmarkAttention(DotProductMixer):
         added = {"keys": k, "values": v, "landmarks": landmarks}
         state = {name: append_to_cache(cache, name, x, dim=2) for name, x in added.items()}
         positions = torch.arange(first, length, device=q.device).expand(len(q), -1) if first else None
-        heads = landmark_attend(
-            q, *state.values(), scale=self.scale, block=self.block, top=self.top, reach=self.reach, positions=positions
-        )
-        return heads, state
+        return landmark_attend(q, *state.values(), positions=positions, **self._options(state["keys"])), state
+
+    def _options(self, k: Heads) -> dict[str, Any]:
+        """Return the arguments that every call has. Soft training retrieves as many blocks as there can be."""
+        grouped = self.config.train_on == "all"
+        top = k.shape[2] if grouped and self.training else self.top
+        return {"scale": self.scale, "block": self.block, "top": top, "reach": self.reach, "grouped": grouped}
 
     def logits(self, q: Heads, k: Heads) -> Float[Tensor, "B H L L"]:
         """Return the scores of all tokens, whether or not their block is chosen."""

@@ -7,7 +7,8 @@
 
 The choice is hard. The landmark's score also decides how much attention its block gets: this is the grouped softmax of landmark
 attention (arXiv 2305.16300, section 3.1), and it gives landmarks their gradient. A query that attends to every earlier block has
-no choice, and all its weights are exp <q_i, k_j>: dense attention.
+no choice, and all its weights are exp <q_i, k_j>: dense attention. With `grouped`, it has the weights of chosen blocks there too,
+as in the training of that paper, which attends to all blocks.
 
 A landmark is a sum over the tokens of its block. It shows which tokens the block has, but not which are adjacent. A key of two
 tokens matches all blocks with both tokens, so if there are many such blocks, `top` must be larger than for keys of one token.
@@ -48,11 +49,13 @@ def landmark_attend(
     block: int,
     top: int,
     reach: int,
+    grouped: bool = False,
     positions: Positions | None = None,
 ) -> Float[Tensor, "B H _ E"]:
     """Compute landmark attention; costs A (L / block + (top + 1) block) C per head.
 
-    `s` has the landmarks of all whole blocks, and 0 <= reach <= block. With `positions`, q has only the queries there.
+    `s` has the landmarks of all whole blocks, and 0 <= reach <= block. `grouped`: landmarks also weight the blocks of a query
+    that attends to every earlier block. With `positions`, q has only the queries there.
     """
     length = k.shape[2]
     if length <= block:
@@ -86,8 +89,8 @@ def landmark_attend(
         )
         near, far, near_log, logs = out[:, :, :, 0], out[:, :, :, 1:], logs[..., :1], logs[..., 1:]
 
-    # Without a choice, a window's share follows from its tokens. A later block has no share: its match is -inf.
-    logs = torch.where((own > top) | (chosen >= own), matches.to(logs.dtype), logs)
+    # Without a choice, a window's share follows from its tokens, unless grouped. A later block has no share: its match is -inf.
+    logs = matches.to(logs.dtype) if grouped else torch.where((own > top) | (chosen >= own), matches.to(logs.dtype), logs)
     share = torch.cat([near_log, logs], dim=-1).softmax(-1)[..., None].to(far.dtype)
     return (share[..., 0, :] * near + (share[..., 1:, :] * far).sum(3))[:, :, :length]
 
@@ -102,6 +105,7 @@ def naive_landmark_attend(
     block: int,
     top: int,
     reach: int,
+    grouped: bool = False,
     positions: Positions | None = None,
 ) -> Float[Tensor, "B H _ E"]:
     """Reference implementation of `landmark_attend`, one query at a time."""
@@ -117,7 +121,7 @@ def naive_landmark_attend(
             end = (n + 1) * block
             overlap = [] if n + 1 in chosen else range(end, min(end + reach, start))
             tokens = [*range(n * block, end), *overlap]
-            share = matches[n] / scores[tokens].sum() if len(chosen) < len(matches) else 1
+            share = matches[n] / scores[tokens].sum() if grouped or len(chosen) < len(matches) else 1
             weights |= {j: scores[j] * share for j in tokens}
         out[b, h, a] = sum(weight * v[b, h, j] for j, weight in weights.items()) / sum(weights.values())
     return out

@@ -13,6 +13,7 @@ class LinearConfig(DotProductConfig):
     """Linear attention with the feature map elu + 1; with convolutions it is LinCAT."""
 
     label: ClassVar = "Linear attention"
+    paper: ClassVar = "arXiv 2006.16236"
     label_with_convolution: ClassVar = "LinCAT"
 
     @property

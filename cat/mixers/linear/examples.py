@@ -7,7 +7,7 @@ BASELINE = LinearConfig(heads=1)
 EXAMPLES = {
     "plain": LinearConfig(heads=3),
     "q": LinearConfig(heads=3, conv_q=3, position="rotary"),
-    "k": LinearConfig(heads=3, conv_k="full"),
+    "k": LinearConfig(heads=3, conv_k="full", conv_activation="silu"),
     "all": LinearConfig(heads=3, qk_norm=True, **CONVOLUTIONS),
     "state": LinearConfig(heads=3, temperature=True, **GENERATED),
 }

@@ -13,6 +13,8 @@ class MambaConfig(MixerConfig):
     It has no heads, positions or attention.
     """
 
+    paper: ClassVar = "arXiv 2312.00752"
+    differs: ClassVar = "the output projection does not start smaller in deeper models"
     renamed_keys: ClassVar = {"conv": "conv_size"}
     expand: Count = 2
     """Channels of the state space model as a multiple of `width`."""

@@ -1,6 +1,7 @@
 """Performer: linear attention with positive orthogonal random features of exp.
 
-The features are drawn once at initialization. FAVOR+ of arXiv 2009.14794; op.py has the formula.
+FAVOR+ of arXiv 2009.14794, with C ln C features for C channels; op.py has the formula. The features are drawn once at
+initialization. The authors draw them again during training, which this layer does not.
 """
 
 import torch
@@ -27,7 +28,7 @@ class Performer(DotProductMixer):
 
     def __init__(self, config: PerformerConfig, *, width: int, length: int):
         super().__init__(config, width=width, length=length)
-        self.register_buffer("directions", torch.empty(config.heads, config.features, width // config.heads))
+        self.register_buffer("directions", torch.empty(config.heads, config.count_features(width), width // config.heads))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

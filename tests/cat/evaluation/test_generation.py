@@ -152,8 +152,8 @@ def test_attention_caches_keys_values_and_the_inputs_of_its_filters(name):
     [
         ({**LINEAR, "position": "rotary"}, {"keys": (3, 1, 6), "products": (3, 6, 6)}),
         ({"mixer": "performer", **QKV, "features": 7}, {"log_max": (3, 1, 1), "products": (3, 7, 7)}),
-        ({"mixer": "delta", **QKV, "gate": True}, {"state": (3, 6, 6)}),
-        ({"mixer": "gla", **QKV, "gate_rank": 2, "output_gate": True}, {"state": (3, 6, 6)}),
+        ({"mixer": "delta", **QKV, "conv_q": None, "conv_v": None}, {"state": (3, 6, 6)}),
+        ({"mixer": "gla", **QKV, "gate_rank": 2, "key_width": "full"}, {"state": (3, 6, 6)}),
         ({"mixer": "mamba", "conv_size": 3, "state": 5}, {"state": (36, 5), "inputs": (2, 36)}),
     ],
     ids=lambda given: given.get("mixer", ""),

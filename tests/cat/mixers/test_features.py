@@ -25,7 +25,7 @@ from cat.ops.attention import naive_attend
 from cat.ops.position import rotate
 from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
 
-BASED = {"mixer": "based", "heads": 3, "position": "none", "window": 5}
+BASED = {"mixer": "based", "heads": 3, "position": "none", "feature_width": None, "window": 5}
 PERFORMER = {"mixer": "performer", "heads": 3, "position": "none", "features": 11}
 both_forms = pytest.mark.parametrize("form", [attend_by_scores, attend_by_features])
 
@@ -88,7 +88,7 @@ def test_linear_attention_sums_in_float32(rotary):
 # Taylor features and a window.
 
 
-@pytest.mark.parametrize("window", [1, 5, 70])
+@pytest.mark.parametrize("window", [0, 5, 70])
 def test_taylor_attention_at_positions_matches_its_reference_implementation(window):
     q, k, v = qkv(13, channels=2)
     positions = torch.tensor([[0, 5, 12], [1, 6, 7]])
@@ -97,7 +97,7 @@ def test_taylor_attention_at_positions_matches_its_reference_implementation(wind
 
 
 @pytest.mark.parametrize("parts", [[1] * 40, [9, 1, 30], [40]], ids=str)
-@pytest.mark.parametrize("window", [1, 3, 50])
+@pytest.mark.parametrize("window", [0, 1, 3, 50])
 def test_taylor_attention_continues_from_a_window_and_a_sum(parts, window):
     """Two channels have six features: every six tokens outside the window are added to the sum."""
     inputs, sizes = qkv(40, channels=2), {"scale": 0.7, "window": window}
@@ -114,7 +114,7 @@ def test_taylor_attention_continues_from_a_window_and_a_sum(parts, window):
 
 
 @both_forms
-@pytest.mark.parametrize("window", [1, 5, 64, 70, 200])
+@pytest.mark.parametrize("window", [0, 1, 5, 64, 70, 200])
 @pytest.mark.parametrize("length", [1, 64, 65, 131])
 def test_taylor_attention_matches_its_reference_implementation(form, length, window):
     assert_matches_reference(partial(form, window=window), partial(naive_taylor_attend, scale=1.0, window=window), *qkv(length))
@@ -352,3 +352,9 @@ def test_steps_after_padding_equal_those_without(op):
     for row, first in enumerate(padding.tolist()):
         alone = (x[row : row + 1, :, first:] for x in (q, k, v))
         close(out[row : row + 1, :, first:], run(*alone, torch.zeros(1, dtype=torch.long), [40 - first, 1, 19]))
+
+
+def test_performer_has_c_ln_c_features_unless_it_says_otherwise():
+    assert build(mixer="performer", width=64, heads=1).directions.shape == (1, 266, 64)
+    assert build(mixer="performer", width=64, heads=2, features=7).directions.shape == (2, 7, 32)
+    assert build(mixer="performer", heads=18).directions.shape == (18, 1, 1)

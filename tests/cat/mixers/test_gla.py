@@ -12,6 +12,7 @@ from cat.mixers.build import build_mixer
 from cat.mixers.gla.op import CHUNK, gated_linear_attend, gated_linear_attend_step, naive_gated_linear_attend
 from cat.mixers.linear.op import causal_sum
 from cat.mixers.registry import model_config
+from tests.helpers.mixers import assert_uniform
 from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
 
 BATCH, HEADS, CHANNELS, VALUES, WIDTH, RANK = 2, 3, 5, 7, 18, 4
@@ -131,20 +132,29 @@ def test_each_key_channel_decays_at_its_own_rate(form):
 @gated
 def test_the_mixer_computes_its_gates_from_its_input_and_normalizes_its_output(output_gate):
     mixer = build(gate_rank=RANK, conv_q=2, conv_k=3, output_gate=output_gate)
-    plain = build(mixer="attention", conv_q=2, conv_k=3)
-    plain.load_state_dict(mixer.state_dict(), strict=False)
     x = normal(BATCH, 41, WIDTH)
-    q, k, v = plain.convolve(plain.project(x))
+    q, k, v = mixer.convolve(mixer.split_projection(mixer.project(x))[0])
+    assert q.shape == k.shape == (BATCH, HEADS, 41, WIDTH // HEADS // 2)
     low = x @ mixer.decay[0].weight.T
     decay = torch.sigmoid(low @ mixer.decay[1].weight.T + mixer.decay[1].bias) ** (1 / 16)
     log_decay = decay.log().unflatten(-1, (HEADS, -1)).transpose(1, 2)
-    heads = naive_gated_linear_attend(q, k, v, log_decay, scale=(WIDTH // HEADS) ** -0.5)
-    heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    heads = naive_gated_linear_attend(q, k, v, log_decay, scale=(WIDTH // HEADS / 2) ** -0.5)
+    heads = heads / (heads.square().mean(-1, keepdim=True) + 1e-5).sqrt() * nn.init.normal_(mixer.norm.weight)
     out = heads.permute(0, 2, 1, 3).reshape(BATCH, 41, WIDTH)
     if output_gate:
         gate = x @ mixer.gate.weight.T + mixer.gate.bias
         out = out * gate * torch.sigmoid(gate)
     close(mixer(x), out @ mixer.o_proj.weight.T)
+
+
+def test_every_weight_starts_as_published():
+    """nn.Linear, with biases in the map to the decays and in the output gate, and gain 1."""
+    mixer = build(width=1000, heads=1)
+    assert mixer.q_proj.weight.shape == mixer.k_proj.weight.shape == (500, 1000)
+    for linear in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj, mixer.gate, *mixer.decay):
+        assert_uniform(linear.weight, -(linear.in_features**-0.5), linear.in_features**-0.5)
+    assert_uniform(mixer.decay[1].bias, -0.25, 0.25)
+    assert (mixer.norm.weight == 1).all()
 
 
 def test_the_map_to_the_gates_has_its_configured_rank():

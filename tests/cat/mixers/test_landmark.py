@@ -52,6 +52,25 @@ def test_a_query_attends_to_its_own_block_and_the_best_earlier_blocks(top):
         assert (torch.autograd.grad(out[i], v, retain_graph=True)[0][0, 0].abs().sum(-1) > 0).tolist() == expected
 
 
+def test_soft_training_has_the_grouped_softmax_of_all_blocks_and_inference_chooses():
+    block, length = 5, 23
+    mixer = build({**LANDMARK, "train_on": "all", "top": 1}, length)
+    q, k, v, landmarks = mixer.prepare(mixer.project(hidden(length)))
+    scores, matches = mixer.scale * q @ k.mT, mixer.scale * q @ landmarks.mT
+    expected = torch.zeros_like(scores)
+    for i in range(length):
+        start = i // block * block
+        shares = torch.cat([scores[:, :, i, start : i + 1], matches[:, :, i, : i // block]], dim=-1).softmax(-1)
+        expected[:, :, i, start : i + 1] = shares[..., : i + 1 - start]
+        for n, share in enumerate(shares[..., i + 1 - start :].unbind(-1)):
+            tokens = slice(n * block, (n + 1) * block)
+            expected[:, :, i, tokens] = share[..., None] * scores[:, :, i, tokens].softmax(-1)
+    close(mixer.attend(q, k, v, landmarks), expected @ v)
+    chosen = mixer.eval().attend(q, k, v, landmarks)
+    close(chosen[:, :, : 2 * block], (expected @ v)[:, :, : 2 * block])  # there is at most one earlier block
+    assert not torch.allclose(chosen[:, :, 2 * block :], (expected @ v)[:, :, 2 * block :])
+
+
 def test_blocks_overlap_by_the_reach_of_the_longest_kernel_and_at_most_a_block():
     filters = [
         {},

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from cat.mixers.mamba.op import MAX_CHUNK_ELEMENTS, fused_scan, naive_selective_scan, selective_scan, selective_scan_step
 from cat.ops.conv.reference import naive_filter_heads
-from tests.helpers.mixers import EXAMPLES, WIDTH, build, hidden
+from tests.helpers.mixers import EXAMPLES, WIDTH, assert_uniform, build, hidden
 from tests.helpers.reference import assert_matches_reference, close, in_parts, normal
 
 both_backends = pytest.mark.usefixtures("backend")
@@ -99,9 +99,13 @@ def test_mamba_starts_with_the_rates_and_steps_of_its_paper():
     mixer = build({"mixer": "mamba", "width": 1000}, 13)
     torch.testing.assert_close(-mixer.log_rate.exp(), -torch.arange(1.0, 17.0).double().expand(2000, 16))
     assert (mixer.skip == 1).all()
-    logs = F.softplus(mixer.dt_proj.bias).log()
-    assert [logs.min().item(), logs.max().item()] == pytest.approx([math.log(0.001), math.log(0.1)], abs=0.05)
-    assert logs.mean().item() == pytest.approx(math.log(0.01), abs=0.15)
+    assert_uniform(F.softplus(mixer.dt_proj.bias).log(), math.log(0.001), math.log(0.1))
+    assert_uniform(mixer.dt_proj.weight, -(63**-0.5), 63**-0.5)  # the rank of the steps is 1000 / 16, rounded up
+    assert_uniform(mixer.convolution.weight, -(4**-0.5), 4**-0.5)
+    assert_uniform(mixer.convolution.bias, -(4**-0.5), 4**-0.5)
+    for linear in (mixer.in_proj, mixer.selection, mixer.o_proj):
+        assert linear.bias is None
+        assert_uniform(linear.weight, -(linear.in_features**-0.5), linear.in_features**-0.5)
 
 
 def test_mamba_has_its_configured_sizes():

@@ -107,7 +107,8 @@ EQUAL_SIZE = {
     "state": {**CAT, "conv_q": "state", "conv_k": "state", "filter_size": 4},
     "state per channel": {**CAT, "conv_q": "state", "conv_k": "state", "filter_size": 4, "sharing": "channel"},
     "lincat": {**CAT, "mixer": "linear", "qk_norm": False},
-    "delta": {"mixer": "delta", "width": 64, "heads": 1, "conv_q": 4, "conv_k": 4, "conv_v": 4, "sharing": "channel"},
+    "delta": {"mixer": "delta", "width": 64, "heads": 1, "output_gate": False},
+    "gla": {"mixer": "gla", "width": 64, "heads": 1},
 }
 """One layer of width 64 at a training length of 128."""
 LARGER_SIZE = {

@@ -79,7 +79,7 @@ def test_token_shift_mixes_the_input_of_each_projection_with_the_one_before(mixe
     before = F.pad(x, (0, 0, 1, 0))[:, :-1]
     inputs = [m * x + (1 - m) * before for m in weights]
     projections = [projection(part) for projection, part in zip((plain.q_proj, plain.k_proj, plain.v_proj), inputs, strict=True)]
-    others = plain.project(x)[..., 3 * WIDTH :]
+    others = plain.project(x)[..., sum(plain.widths.values()) :]
     close(shifted(x), plain.mix(torch.cat([*projections, others], dim=-1)))
     shifted.token_shift.weight.data.fill_(1)
     close(shifted(x), plain(x))
@@ -193,3 +193,19 @@ def test_a_kernel_or_block_longer_than_its_sequences_is_refused(parameters, mess
     config.check_length(64)
     with pytest.raises(ValueError, match=message):
         SequenceModel(config, vocabulary=11, length=32)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "delta", "gla", "landmark"])
+def test_the_activation_follows_each_convolution_and_nothing_else(mixer):
+    sizes = {"conv_q": 3, "conv_k": None, "conv_v": "full"}
+    plain, activated = (build({**EXAMPLES[mixer], **sizes, "conv_activation": activation}, 13) for activation in ("none", "silu"))
+    projected = plain.project(hidden(13))[..., : sum(plain.widths.values())]
+    q, k, v = plain.convolve(projected)
+    for actual, expected in zip(activated.convolve(projected), (F.silu(q), k, F.silu(v)), strict=True):
+        close(actual, expected)
+
+
+def test_projections_of_unequal_width_are_convolved_one_by_one():
+    mixer = build({"mixer": "gla", **QKV, "conv_q": 3, "conv_k": 3, "conv_v": 3}, 13)
+    projected = mixer.split_projection(mixer.project(hidden(13)))[0]
+    assert group_adjacent(mixer.filters, "qkv", projected) == ["qk", "v"]

@@ -326,3 +326,37 @@ def test_a_saved_model_restores_itself(mixer, keys):
     assert [entry["mixer"] for entry in saved["mixers"]] == [own.mixer for own in config.mixers]
     assert not any(key in entry for entry in saved["mixers"] for key in ("width", "layers", "mlp"))
     assert read_model(saved) == config
+
+
+# Published layers.
+
+
+@pytest.mark.parametrize("name", [name for name in mixer_names() if mixer_class(name).paper is not None])
+def test_the_defaults_of_a_published_layer_depart_in_nothing(name):
+    heads = {"heads": 1} if "heads" in mixer_class(name).model_fields else {}
+    (mixer,) = model_config(mixer=name, width=64, layers=1, **heads).mixers
+    assert mixer.departures() == {}
+
+
+def test_departures_are_the_keys_with_another_value():
+    (mixer,) = model_config(mixer="delta", width=8, layers=1, heads=2, conv_q=None, gate=True, sharing="head").mixers
+    assert mixer.departures() == {"conv_q": None, "sharing": "head"}
+
+
+def test_convolutions_of_lincat_are_its_own():
+    (mixer,) = model_config(mixer="linear", width=8, layers=1, heads=2, conv_k=3, sharing="channel", qk_norm=True).mixers
+    assert mixer.departures() == {"qk_norm": True}
+
+
+def test_attention_with_convolution_departs_from_no_paper():
+    assert AttentionConfig(heads=1, conv_k=4, qk_norm=True).departures() == {}
+
+
+def test_a_default_of_the_study_applies_to_the_convolutions_of_a_published_layer():
+    defaults = {"conv_k": 3, "heads": 2, "sharing": "head", "dilation": 2}
+    (first,) = mixers({"mixer": "delta"}, defaults)
+    assert first == {"conv_k": 3, "heads": 2, "sharing": "head", "dilation": 2}
+    (second,) = mixers({"mixer": "delta", "conv_q": None, "conv_k": None, "conv_v": None}, defaults)
+    assert second == {"conv_q": None, "conv_k": None, "conv_v": None, "heads": 2}
+    (third,) = mixers({"mixer": "delta", "conv_k": None}, defaults)
+    assert third == {"conv_k": None, "heads": 2, "sharing": "head", "dilation": 2}

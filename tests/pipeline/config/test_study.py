@@ -401,11 +401,7 @@ VARIANTS = [
     (HYENA, {"conv_size": 0}, ".conv_size", AT_LEAST_1),
     (HYENA, {"filter_size": "network"}, ".filter_size", INTEGER),
     # Missing values.
-    (PLAIN, {"mixer": "based"}, ".window", "is missing"),
-    (PLAIN, {"mixer": "performer"}, ".features", "is missing"),
-    (PLAIN, {"mixer": "gla"}, ".gate_rank", "is missing"),
-    (HYENA, {"conv_size": MISSING}, ".conv_size", "is missing"),
-    (HYENA, {"filter_size": MISSING}, ".filter_size", "is missing"),
+    (LANDMARK, {"top": MISSING}, ".top", "is missing"),
 ]
 BAD_NAMES = [
     "a-b", "AR", "../x", "a b", ";rm", "a.b", "$(id)", "a\nb", "\N{CYRILLIC SMALL LETTER A}r", "\N{ARABIC-INDIC DIGIT TWO}",

@@ -3,6 +3,7 @@
 from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.registry import model_config
 from pipeline.reporting.labels import _describe, _details
+from pipeline.reporting.tables import departures, is_published
 
 
 def test_every_option_of_attention_is_in_the_name():
@@ -21,3 +22,29 @@ def test_every_option_of_convolutions_is_in_the_name():
 def test_the_places_of_canon_layers_are_in_the_name():
     settings = {"mixer": "attention", "width": 8, "layers": 2, "heads": 1, "qk_norm": True}
     assert _describe(model_config(**settings, canon="AB"), frozenset()) == "Transformer, Canon-AB, 2 layers"
+
+
+def test_short_convolutions_are_in_the_name_where_they_are_not_published():
+    settings = {"width": 8, "layers": 1, "heads": 1}
+    short = {"conv_q": 4, "conv_k": 4, "conv_v": 4}
+    gla = {"mixer": "gla", "gate_rank": 2}
+    models = [gla, gla | short, {"mixer": "delta"}, {"mixer": "delta", "gate": False}]
+    names = [_describe(model_config(**settings, **model), frozenset()) for model in models]
+    assert names == ["GLA", "GLA, convolutions", "Gated DeltaNet", "DeltaNet"]
+
+
+def test_departures_name_the_keys_of_published_layers():
+    settings = {"width": 8, "layers": 2, "heads": 1}
+    gla = {"mixer": "gla", "gate_rank": 2, "output_gate": False}
+    cases = {
+        "-": model_config(mixer="mamba", width=8, layers=2),
+        "gate_rank: 2, output_gate: false": model_config(**settings, **gla),
+        "gla: gate_rank: 2, output_gate: false; delta: conv_q: null, sharing: head": model_config(
+            mixer=[gla, {"mixer": "delta", "conv_q": None, "sharing": "head"}], **settings
+        ),
+        "mamba: expand: 1": model_config(mixer=["mamba", "attention"], expand=1, conv_k=4, **settings),
+    }
+    for text, model in cases.items():
+        assert (departures(model), is_published(model)) == (text, True)
+    attention = model_config(mixer="attention", qk_norm=True, **settings)
+    assert (departures(attention), is_published(attention)) == ("-", False)

@@ -204,6 +204,14 @@ def test_partial_strategies_stand_below_the_results(study):
     assert section.index("partial strategy") > section.index("parameters |")
 
 
+def test_a_figure_with_published_layers_lists_their_departures(study):
+    text = Path("reports/report.md").read_text()
+    sections = {name: text.split(f'<a id="{name}"></a>')[1].split("<a id=")[0] for name in ("baselines", "qkv_subsets")}
+    (row,) = [line for line in sections["baselines"].splitlines() if line.startswith("| Based")]
+    assert "| feature_width: null, window: 4 |" in " ".join(row.split())
+    assert "departs from the published layer" not in sections["qkv_subsets"]
+
+
 def test_limited_length_generalisation_shows_the_lengths(study, planted):
     results, plant = planted
     longest = max(study.tasks["ar"].data.multiples)
