@@ -150,6 +150,7 @@ def _gated_gradients(
     out_v = np.zeros(2 * pairs, start.dtype)
     for p in range(begin, end):
         b, h = p // heads, p % heads
+        state[:] = 0  # also the padding, where another sequence may have left NaN
         state[:values, :keys] = start[p].T
         for t in range(length):
             _fill(factors, _row(decay, b, h, t))
@@ -162,6 +163,7 @@ def _gated_gradients(
                 update_rows(first, second, factors, k_t, v_t[e], v_t[e + 1], k_t, blocks)
                 add_rows(out, first, second, gradient[e], gradient[e + 1], blocks)
             _row(grad_q, b, h, t)[:] = out[:keys]
+        grad_state[:] = 0
         grad_state[:values, :keys] = grad_end[p].T
         total[:] = 0
         for e in range(values):
@@ -239,6 +241,7 @@ def _delta_gradients(
     ones[:] = 1
     for p in range(begin, end):
         b, h = p // heads, p % heads
+        grad_state[:] = 0
         grad_state[:values, :keys] = grad_end[p].T
         for t in range(length - 1, -1, -1):
             w_t, alpha, strength = _row(w, b, h, t), _row(decay, b, h, t)[0], _row(beta, b, h, t)[0]
@@ -261,6 +264,7 @@ def _delta_gradients(
             for e in range(values):
                 row[e] = strength * out_v[e]
         grad_start[p] = grad_state[:values, :keys].T
+        state[:] = 0  # also the padding, where another sequence may have left NaN
         state[:values, :keys] = start[p].T
         for t in range(length):
             w_t, alpha, strength, grad_v_t = (

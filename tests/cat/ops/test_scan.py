@@ -113,6 +113,18 @@ def test_values_that_are_not_finite_reach_the_same_outputs(name, value):
         assert torch.equal(y.isfinite(), naive(*x).isfinite()), f"input {index}"
 
 
+@names
+def test_a_sequence_that_is_not_finite_leaves_the_others_as_they_are(name):
+    x = inputs(name, 5, 3, 3)
+    values = outputs_and_gradients(lambda *x: by_loops(name, *x), x)
+    for index in (0, 1, 3):
+        wrong = [t.clone() for t in x]
+        wrong[index][0, ...] = float("inf")
+        others = outputs_and_gradients(lambda *x: by_loops(name, *x), wrong)
+        for expected, actual in zip(values, others, strict=True):
+            assert torch.equal(actual[1:], expected[1:])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_exp_is_exact_to_the_rounding(dtype):
     @numba.njit(error_model="numpy")
