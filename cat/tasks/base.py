@@ -152,6 +152,8 @@ class Task(Config):
     """Validation examples, of the training length."""
     test_examples: Count
     """Examples per test split; there is one split per multiple."""
+    min_test_examples: Count | None = None
+    """Tests longer than training have proportionally fewer examples than `test_examples`, but at least these; None: as many."""
 
     @model_validator(mode="after")
     def _check_training_lengths(self) -> Self:
@@ -169,6 +171,12 @@ class Task(Config):
             raise ValueError(f"multiples = {list(self.multiples)} give lengths {list(self.lengths)}, which must differ")
         return self
 
+    @model_validator(mode="after")
+    def _check_min_test_examples(self) -> Self:
+        if self.min_test_examples is not None and self.min_test_examples > self.test_examples:
+            raise ValueError(f"min_test_examples = {self.min_test_examples} exceeds test_examples = {self.test_examples}")
+        return self
+
     @field_serializer("training_lengths")
     def _plain_length(self, lengths: tuple[int, ...]) -> int | tuple[int, ...]:
         return lengths if len(lengths) > 1 else lengths[0]
@@ -183,6 +191,12 @@ class Task(Config):
         """Training examples by length. If they do not divide evenly, the shortest lengths have one more."""
         count, more = divmod(self.train_examples, len(self.training_lengths))
         return {length: count + (index < more) for index, length in enumerate(self.training_lengths)}
+
+    def test_count(self, length: int) -> int:
+        """Return the number of test examples of `length` tokens."""
+        if self.min_test_examples is None or length <= self.length:
+            return self.test_examples
+        return max(self.min_test_examples, self.test_examples * self.length // length)
 
     @property
     def generated_lengths(self) -> tuple[int, ...]:

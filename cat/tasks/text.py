@@ -45,6 +45,8 @@ class Text(EncodedText):
     def _check_context(self) -> Self:
         if self.lengths[0] < 2:
             raise ValueError(f"a window of {self.lengths[0]} token has no context")
+        if self.min_test_examples is not None:
+            raise ValueError(f"min_test_examples = {self.min_test_examples} has no effect: every length scores the same bytes")
         return self
 
     @model_validator(mode="after")

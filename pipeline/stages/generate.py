@@ -28,7 +28,7 @@ from pipeline.storage.files import atomic_write, sha256, write_json
 from pipeline.storage.paths import DATA, HELDOUT
 from pipeline.storage.task_data import training_names
 
-TEST_KEYS = {"test_examples", "multiples", "test_source", "test_depth"}
+TEST_KEYS = {"test_examples", "min_test_examples", "multiples", "test_source", "test_depth"}
 """The keys of a task that only its test splits depend on."""
 
 
@@ -82,7 +82,7 @@ def _write_test(folder: Path, header: dict[str, Any], task: Task) -> None:
         **header,
         "lengths": list(task.lengths),
         "splits": {
-            f"test_{length}": _write_split(folder, header, task, f"test_{length}", "test", length, task.test_examples)
+            f"test_{length}": _write_split(folder, header, task, f"test_{length}", "test", length, task.test_count(length))
             for length in task.lengths
         },
         "config": task.model_dump(mode="json", exclude_defaults=True),

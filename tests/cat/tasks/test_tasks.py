@@ -53,7 +53,7 @@ COPYING = [pytest.param(copying(unique=unique), id="unique" if unique else "repe
 def splits(task, seed=0):
     """Every split of a task by name, drawn as the study draws it."""
     sizes = {"train": ("train", task.length, task.train_examples), "valid": ("valid", task.length, task.valid_examples)}
-    sizes |= {f"test_{length}": ("test", length, task.test_examples) for length in task.lengths}
+    sizes |= {f"test_{length}": ("test", length, task.test_count(length)) for length in task.lengths}
     return {name: task.examples(*size, generator(seed, "task", name)) for name, size in sizes.items()}
 
 
@@ -602,3 +602,11 @@ def test_a_configuration_at_the_limit_of_its_rules_is_valid(make, changes):
     task = make(**changes)
     examples = many(task, 53, task.length)
     np.testing.assert_array_equal(task.oracle(examples), examples.targets)
+
+
+def test_longer_tests_have_proportionally_fewer_examples():
+    task = copying(test_examples=64, min_test_examples=20, multiples=(0.5, 1, 2, 4, 8))
+    assert [task.test_count(length) for length in task.lengths] == [64, 64, 32, 20, 20]
+    assert {len(split.inputs) for name, split in splits(task).items() if name.startswith("test")} == {64, 32, 20}
+    with pytest.raises(ValueError, match="min_test_examples = 65 exceeds test_examples = 64"):
+        copying(test_examples=64, min_test_examples=65)
