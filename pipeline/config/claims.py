@@ -71,7 +71,8 @@ class Claim(Config):
         "seeds": "min_seeds", "figure": "ablation",
     }  # fmt: skip
     statement: Annotated[str, Field(pattern=LINE)]
-    source: Literal["paper", "ours"]
+    source: Literal["paper", "ours", "others"]
+    """Who claims it: the paper of CAT, this study, or the paper of another layer."""
     registered: datetime.date
     """The day on which the claim was written down."""
     revised: Annotated[tuple[Revision, ...], Field(strict=False)] = ()
