@@ -130,7 +130,7 @@ def test_the_table_of_gains_has_the_share_of_recalled_targets(study):
 
 
 def test_full_context_is_solid_and_a_sliding_window_is_level_and_dashed(study, tmp_path):
-    figure = draw("positions", study, POSITIONS, read_results())
+    figure = draw("positions", study, POSITIONS, read_results().query("metric == 'bits_per_byte'"))
     (axes,) = figure.axes
     *lines, mark = axes.lines
     assert [*mark.get_xdata()] == [TRAINED, TRAINED]
