@@ -33,7 +33,7 @@ ABLATION = Ablation(
 
 @pytest.fixture
 def study(monkeypatch):
-    study = load_study(ROOT / "presets" / "placement.yaml")
+    study = load_study(ROOT / "presets" / "reference-placement.yaml")
 
     def summary(task, variant):
         model = build_model(study.variants[variant], vocabulary=5, length=study.tasks[task].data.length, seed=0)
