@@ -62,6 +62,7 @@ def test_imports_are_reached_except_declarations():
         "cat.mixers.delta.layer",
         "cat.mixers.delta.op",
         "cat.mixers.filters",
+        "cat.mixers.output_gate",
         "cat.mixers.packing",
         "cat.mixers.qkv",
         "cat.mixers.step_size",
