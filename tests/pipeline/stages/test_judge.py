@@ -497,7 +497,7 @@ def test_the_stage_the_report_and_the_terminal_agree(study, capsys):
     solved = verdicts.set_index("claim").loc["cat_solves_recall"]
     assert solved["reason"].startswith(("too few seeds: 2 of 3", "the study has no accuracy of kv"))
     known = len(of_the_study(verdicts))
-    results = read_results(load_study()).set_index(["task", "metric", "variant", "seed", "length"])["value"]
+    results = read_results(load_study()).set_index(["task", "metric", "variant", "seed", "length"])["value"].sort_index()
     for metric, tolerance in (("accuracy", 1e-12), ("loss", 0.03)):
         sums = read_scores(Path("scores/ar.npz"))[metric]
         assert sums.keys() == {tuple(key) for key in results["ar", metric].index}
