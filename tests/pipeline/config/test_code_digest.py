@@ -268,7 +268,7 @@ def test_only_a_plot_that_runs_models_depends_on_their_code(plan):
     plan()
     edit(**{"ablations.example.reference_variants": ["k"]})
     assert "cat.mixers.attention.layer" in stage_modules(load_study())["render"]
-    edit(**{"ablations.example.plot": "filters"})
+    edit(**{"ablations.example.plot": "filters", "ablations.placement.plot": "heatmap"})
     assert not any(module.startswith("cat.mixers.") for module in stage_modules(load_study())["render"])
 
 

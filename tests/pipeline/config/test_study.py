@@ -644,7 +644,7 @@ ERRORS = [
     *(pytest.param({path: value}, [(path, f"renamed to {new}")], id=f"{path}, renamed") for path, value, new in RENAMED),
     *(
         pytest.param(
-            {"variants.k": config | keys, "ablations.learning_rates.plot": "lines"},
+            {"variants.k": config | keys, "ablations.learning_rates.plot": "lines", "ablations.placement.plot": "lines"},
             [(f"variants.k{key}", phrase)],
             id=f"{config['mixer']} {keys}",
         )
@@ -680,11 +680,11 @@ GOLDEN = {
     "seeds": ([0], "seeds = [0]: renamed to defaults.training.seeds"),
     "defaults.training.clip": (
         1.0,
-        "defaults.training.clip = 1.0 (used by variants.none on ar and 37 more): renamed to grad_clip",
+        "defaults.training.clip = 1.0 (used by variants.none on ar and 38 more): renamed to grad_clip",
     ),
     "defaults.training.warmup": (
         1,
-        "defaults.training.warmup = 1 (used by variants.none on ar and 37 more): must be less than 1",
+        "defaults.training.warmup = 1 (used by variants.none on ar and 38 more): must be less than 1",
     ),
     "tasks.ar.data.ngrams": (1, "tasks.ar.data.ngrams = 1: unknown key; did you mean 'ngram'?"),
     "tasks.ar.data.lenght": (20, "tasks.ar.data.lenght = 20: unknown key; did you mean 'length'?"),

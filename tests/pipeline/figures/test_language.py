@@ -130,11 +130,12 @@ def test_the_table_of_gains_has_the_share_of_recalled_targets(study):
 
 
 def test_full_context_is_solid_and_a_sliding_window_is_level_and_dashed(study, tmp_path):
-    figure = draw("positions", study, POSITIONS, read_results().query("metric == 'bits_per_byte'"))
+    bits = read_results().query("metric == 'bits_per_byte'")
+    figure = draw("positions", study, POSITIONS, bits)
     (axes,) = figure.axes
     *lines, mark = axes.lines
     assert [*mark.get_xdata()] == [TRAINED, TRAINED]
-    bits = read_results().query("metric == 'bits_per_byte'").groupby(["variant", "length"])["value"].mean()
+    bits = bits.groupby(["variant", "length"])["value"].mean()
     for variant, full, sliding in zip(("none", "qk", "mamba"), lines[::2], lines[1::2], strict=True):
         np.testing.assert_allclose(full.get_xydata(), bits[variant].reset_index().to_numpy())
         assert (full.get_linestyle(), sliding.get_linestyle()) == ("-", "--")

@@ -18,7 +18,7 @@ from pipeline.commands.show import show
 from pipeline.config import claims
 from pipeline.config.claims import Claim
 from pipeline.config.errors import ParamsError
-from pipeline.config.grid import variants_on
+from pipeline.config.grid import cells, seeds_of, variants_on
 from pipeline.config.load import load_study
 from pipeline.reporting.verdicts import left_out, of_the_study, registration_table, verdict_table
 from pipeline.stages.judge import SKEWED, Comparison, Evidence, compare, decide
@@ -26,11 +26,18 @@ from pipeline.storage.results import read_results
 from pipeline.storage.scores import read_scores
 from tests.helpers.study import ROOT, stage
 
-STUDY = load_study(ROOT / "params.yaml")
-TEN = STUDY.model_copy(
-    update={"training": {cell: made.model_copy(update={"seeds": tuple(range(10))}) for cell, made in STUDY.training.items()}}
-)
-"""The same study with ten seeds."""
+DEFAULT, TEXT = load_study(ROOT / "params.yaml"), load_study(ROOT / "presets" / "text-cpu.yaml")
+
+
+def with_seeds(study, count):
+    """The study with this number of seeds of every cell, from 0 on, all of which decide claims."""
+    training = {cell: made.model_copy(update={"seeds": tuple(range(count))}) for cell, made in study.training.items()}
+    return study.model_copy(update={"training": training, "verdict_seeds_from": 0})
+
+
+CLAIMS = claims.load(ROOT / "claims.yaml")
+STUDY, TEN = with_seeds(DEFAULT, 3), with_seeds(DEFAULT, 10)
+LENGTH = STUDY.tasks["ar"].data.length
 SEQUENCES, TARGETS = 64, 8
 FUTURE = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=2)
 
@@ -44,7 +51,7 @@ def claim(**changes):
     return Claim(**(fields | changes))
 
 
-def planted(scores, *, task="ar", length=36, metric="accuracy", noise=0.0, seed=0, study=STUDY):
+def planted(scores, *, task="ar", length=LENGTH, metric="accuracy", noise=0.0, seed=0, study=STUDY):
     """Evidence with these values per variant and seed; `noise` scatters the scores of the sequences around them."""
     rng = np.random.default_rng(seed)
     rows, sequences = [], {}
@@ -57,6 +64,19 @@ def planted(scores, *, task="ar", length=36, metric="accuracy", noise=0.0, seed=
             rows.append((task, variant, number, at_length, metric, value))
     columns = ["task", "variant", "seed", "length", "metric", "value"]
     return Evidence(study, pd.DataFrame(rows, columns=columns), {task: {metric if metric in SKEWED else "accuracy": sequences}})
+
+
+def random_results(study, rng):
+    """Results that do not depend on the variant: mostly near 0 or 1, and lower at longer lengths."""
+    metrics = {made.metric for made in CLAIMS.values()} | {"accuracy"}
+    rows = [
+        (cell.task, cell.variant, seed, length, metric, rng.beta(0.5, 0.5) ** max(1, multiple**0.25), multiple)
+        for cell in cells(study)
+        for seed in seeds_of(study, cell.task, cell.variant)
+        for multiple, length in zip(study.tasks[cell.task].data.multiples, study.tasks[cell.task].data.lengths, strict=True)
+        for metric in sorted(metrics - {None})
+    ]
+    return pd.DataFrame(rows, columns=["task", "variant", "seed", "length", "metric", "value", "multiple"])
 
 
 def verdict(evidence, **changes):
@@ -90,11 +110,15 @@ LOW, HIGH = [0.10, 0.12, 0.11], [0.90, 0.92, 0.91]
         ({"k": [1.0, 1.0, 1.0]}, {"baseline": 1.0, "test": "non_inferior"}, "supported"),  # nothing varies, nothing to test
         ({"k": [0.8, 0.8, 0.8]}, {"baseline": 1.0, "test": "non_inferior"}, "contradicted"),
         (
-            {"k": HIGH, ("k", 288): [0.89, 0.91, 0.90]},
+            {"k": HIGH, ("k", 8 * LENGTH): [0.89, 0.91, 0.90]},
             {"baseline": None, "baseline_multiple": 8.0, "test": "non_superior"},
             "supported",
         ),
-        ({"k": HIGH, ("k", 288): LOW}, {"baseline": None, "baseline_multiple": 8.0, "test": "non_superior"}, "contradicted"),
+        (
+            {"k": HIGH, ("k", 8 * LENGTH): LOW},
+            {"baseline": None, "baseline_multiple": 8.0, "test": "non_superior"},
+            "contradicted",
+        ),
         ({"k": HIGH, "none": LOW, "q": HIGH}, {"baseline": ("none", "q")}, "contradicted"),  # true of none, false of q
         ({"k": HIGH, "none": LOW, "q": [0.2, 0.9, 0.5]}, {"baseline": ("none", "q")}, "undecided"),
     ],
@@ -132,7 +156,7 @@ def test_an_interval_over_sequences_only_is_that_of_the_paired_t_test():
     """Seeds and variants share the sequences, so a sequence that is easy for all of them is no evidence."""
     evidence = planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=0.3)
     sums = evidence.sequences["ar"]["accuracy"]
-    correct = [np.mean([sums[name, seed, 36][0] for seed in range(3)], axis=0) for name in ("k", "none")]
+    correct = [np.mean([sums[name, seed, LENGTH][0] for seed in range(3)], axis=0) for name in ("k", "none")]
     expected = stats.ttest_rel(*(counts / TARGETS for counts in correct))
     row = verdict(evidence)
     assert (row["low"], row["high"]) == pytest.approx(tuple(expected.confidence_interval()), abs=0.005)
@@ -142,7 +166,7 @@ def test_sequences_equally_hard_for_both_sides_are_no_evidence():
     evidence = planted({"k": [0.5] * 3, "none": [0.2] * 3}, noise=0.3)
     for seed in range(3):
         sums = evidence.sequences["ar"]["accuracy"]
-        sums["none", seed, 36] = sums["k", seed, 36] - [[0.3 * TARGETS], [0]]
+        sums["none", seed, LENGTH] = sums["k", seed, LENGTH] - [[0.3 * TARGETS], [0]]
     row = verdict(evidence)
     assert row["high"] - row["low"] == pytest.approx(0, abs=1e-9)
 
@@ -150,7 +174,7 @@ def test_sequences_equally_hard_for_both_sides_are_no_evidence():
 def test_degrees_of_freedom_are_those_of_welch_and_satterthwaite():
     values = {"k": [0.55, 0.61, 0.52], "none": [0.20, 0.23, 0.24]}
     evidence = planted(values, noise=0.5)
-    sides = [evidence.sample("ar", "accuracy", name, 36) for name in values]
+    sides = [evidence.sample("ar", "accuracy", name, LENGTH) for name in values]
     parts = [np.var(seeds, ddof=1) / 3 for seeds in values.values()]
     parts.append(np.var(sides[0].resampled.mean(1) - sides[1].resampled.mean(1), ddof=1))
     assert 0.1 < parts[2] / sum(parts) < 0.9
@@ -164,7 +188,7 @@ def test_degrees_of_freedom_are_those_of_welch_and_satterthwaite():
     ("scores", "changes", "test"),
     [
         ({"k": HIGH, "none": [0.1, 0.3, 0.2]}, {}, lambda k, none: stats.ttest_ind(k, none, equal_var=False)),
-        ({"k": HIGH, ("k", 288): [0.75, 0.85, 0.8]}, {"baseline": None, "baseline_multiple": 8.0}, stats.ttest_rel),
+        ({"k": HIGH, ("k", 8 * LENGTH): [0.75, 0.85, 0.8]}, {"baseline": None, "baseline_multiple": 8.0}, stats.ttest_rel),
         ({"k": HIGH}, {"baseline": 0.2}, lambda k: stats.ttest_1samp(k - 0.2, 0)),
         ({"k": [0.3, 0.4, 0.6], "none": [0.2] * 3}, {}, lambda k, none: stats.ttest_1samp(k - none, 0)),
     ],
@@ -245,17 +269,18 @@ def test_a_comparison_at_the_ceiling_says_so():
 def test_a_comparison_with_a_shortcut_names_it():
     evidence = planted({"k": HIGH, "none": [0.15, 0.16, 0.17]})
     values = {"guess_value": 0.17, "guess_any": 0.02}
-    rows = [{"task": "ar", "reference": name, "length": 36, "value": value} for name, value in values.items()]
+    rows = [{"task": "ar", "reference": name, "length": LENGTH, "value": value} for name, value in values.items()]
     evidence.references = pd.DataFrame(rows)
     label = STUDY.tasks["ar"].data.reference_labels["guess_value"]
     assert next(compare(evidence, "it", claim())).reason == f"none is no better than: {label} (0.170)"
 
 
-@pytest.mark.parametrize(("metric", "task", "length"), [("loss", "ar", 36), ("bits_per_byte", "text", 128)])
-def test_losses_are_resampled_by_seed_and_sequence(metric, task, length):
+@pytest.mark.parametrize(("metric", "task", "study"), [("loss", "ar", STUDY), ("bits_per_byte", "text", TEXT)])
+def test_losses_are_resampled_by_seed_and_sequence(metric, task, study):
     scores = {"qk": [0.50, 0.53, 0.51], "none": [0.70, 0.72, 0.75]}
     options = {"metric": metric, "tasks": (task,), "variants": ("qk",), "test": "inferior", "margin": 0.01}
-    still, noisy = (verdict(planted(scores, task=task, length=length, metric=metric, noise=noise), **options) for noise in (0, 1))
+    made = {"task": task, "length": study.tasks[task].data.length, "metric": metric, "study": study}
+    still, noisy = (verdict(planted(scores, noise=noise, **made), **options) for noise in (0, 1))
     assert still["verdict"] == "supported"
     assert noisy["high"] - noisy["low"] > 1.5 * (still["high"] - still["low"]) > 0
     assert math.isnan(still["k"])
@@ -295,7 +320,7 @@ def test_nothing_is_tested_if_no_seed_and_no_sequence_differs():
     (row,) = compare(planted({"k": [0.8] * 3, "none": [0.3] * 3}), "it", claim())
     assert (row.low, row.high) == (row.effect, row.effect)
     assert (row.verdict, math.isnan(row.p_for), math.isnan(row.p_against)) == ("supported", True, True)
-    evidence = planted({"k": [0.9, 0.5, 0.1], ("k", 288): [0.9, 0.5, 0.1]})
+    evidence = planted({"k": [0.9, 0.5, 0.1], ("k", 8 * LENGTH): [0.9, 0.5, 0.1]})
     row = verdict(evidence, baseline=None, baseline_multiple=8.0, test="non_inferior")
     assert (row["low"], row["high"], row["verdict"]) == (0, 0, "supported")
     assert math.isnan(row["p"])
@@ -311,7 +336,7 @@ def test_different_sequences_are_tested_even_if_seeds_are_equal():
 
 
 def test_p_of_a_claim_is_the_largest_for_it_and_bonferroni_against_it():
-    row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported")
+    row = Comparison("it", "ar", "accuracy", LENGTH, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported")
     rows = [row._replace(p_for=0.001, p_against=0.3), row._replace(p_for=0.01, p_against=0.2)]
     against = [r._replace(p_for=0.9, p_against=p, verdict="contradicted") for r, p in zip(rows, (0.002, 0.2), strict=True)]
     # Two claims: p values for and against are corrected separately, so each is doubled.
@@ -321,9 +346,9 @@ def test_p_of_a_claim_is_the_largest_for_it_and_bonferroni_against_it():
 
 
 def test_an_undecidable_claim_changes_no_other():
-    row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported", p_against=1.0)
+    row = Comparison("it", "ar", "accuracy", LENGTH, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported", p_against=1.0)
     sure = [row._replace(p_for=0.004)]
-    gap = [row._replace(p_for=1e-9), Comparison("it", "ar", "accuracy", 36, "q", "none", reason="too few seeds: 1 of 3")]
+    gap = [row._replace(p_for=1e-9), Comparison("it", "ar", "accuracy", LENGTH, "q", "none", reason="too few seeds: 1 of 3")]
     single = decide({"it": claim()}, {"it": sure})
     both = decide({"it": claim(), "gap": claim()}, {"it": sure, "gap": gap})
     assert single["p"][0] == both["p"][0]
@@ -331,11 +356,11 @@ def test_an_undecidable_claim_changes_no_other():
 
 
 def test_an_insignificant_claim_shows_its_least_significant_comparison():
-    row = Comparison("it", "ar", "accuracy", 36, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported", p_against=1.0)
+    row = Comparison("it", "ar", "accuracy", LENGTH, "k", "none", 0.5, 0.4, 0.6, seeds=3, verdict="supported", p_against=1.0)
     rows = [row._replace(effect=0.4, p_for=0.001), row._replace(variant="q", p_for=0.06), row._replace(effect=0.3)]
     table = decide({"it": claim()}, {"it": rows})
     assert table["verdict"].tolist() == ["undecided"]
-    assert table["reason"][0] == "not significant after correction for all claims: q against none on ar at length 36"
+    assert table["reason"][0] == f"not significant after correction for all claims: q against none on ar at length {LENGTH}"
     assert table["effect"][0] == 0.5
 
 
@@ -350,26 +375,18 @@ def test_p_values_are_corrected_for_many_claims():
     assert table["reason"][0].startswith("not significant after correction")
 
 
-def test_shuffled_variants_decide_nothing():
-    """The committed results with the variant names permuted within each seed, so that no variant differs from another.
-
-    Only claims that compare variants: a claim about a number is false for permuted names, not undecided.
-    """
-    results = pd.concat([pd.read_csv(ROOT / "results" / f"{task}.csv") for task in STUDY.tasks], ignore_index=True)
-    between = {name: made for name, made in claims.load(ROOT / "claims.yaml").items() if isinstance(made.baseline, tuple)}
+def test_variants_without_effect_decide_nothing():
+    """Only claims that compare variants: a claim about a number is false for such scores, not undecided."""
+    study = with_seeds(DEFAULT, 6)
+    between = {name: made for name, made in CLAIMS.items() if isinstance(made.baseline, tuple)}
     verdicts = []
     for draw in range(8):
-        rng = np.random.default_rng(draw)
-        shuffled = []
-        for _, rows in results.groupby(["task", "seed"]):
-            names = rows["variant"].unique()
-            shuffled.append(rows.assign(variant=rows["variant"].map(dict(zip(names, rng.permutation(names), strict=True)))))
-        evidence = Evidence(STUDY, pd.concat(shuffled), {})
+        evidence = Evidence(study, random_results(study, np.random.default_rng(draw)), {})
         verdicts += decide(between, {name: list(compare(evidence, name, made)) for name, made in between.items()})[
             "verdict"
         ].tolist()
     decided = sum(verdict != "undecided" for verdict in verdicts)
-    assert decided <= 0.05 * len(verdicts), f"{decided} of {len(verdicts)} claims about permuted names were decided"
+    assert decided <= 0.05 * len(verdicts), f"{decided} of {len(verdicts)} claims about random scores were decided"
 
 
 # The file.
@@ -377,7 +394,7 @@ def test_shuffled_variants_decide_nothing():
 
 @pytest.fixture
 def file(tmp_path):
-    raw = YAML(typ="safe").load(ROOT / "claims.yaml")
+    raw = YAML(typ="safe").load(ROOT / "presets" / "claims" / "text-cpu.yaml")
 
     def edited(**changes):
         path = tmp_path / "claims.yaml"
@@ -436,7 +453,7 @@ def test_invalid_yaml_gives_one_line(tmp_path):
 
 def test_every_claim_of_the_repository_names_cells_of_its_study():
     """A misspelt name would always be undecided."""
-    for name, made in claims.load(ROOT / "claims.yaml").items():
+    for name, made in CLAIMS.items():
         assert made.ablation in STUDY.ablations, name
         baselines = made.baseline if isinstance(made.baseline, tuple) else ()
         for task, variant in itertools.product(made.tasks, (*made.variants, *baselines)):
@@ -480,7 +497,7 @@ def test_the_stage_the_report_and_the_terminal_agree(study, capsys):
     solved = verdicts.set_index("claim").loc["cat_solves_recall"]
     assert solved["reason"].startswith(("too few seeds: 2 of 3", "the study has no accuracy of kv"))
     known = len(of_the_study(verdicts))
-    results = read_results(load_study()).set_index(["task", "metric", "variant", "seed", "length"])["value"]
+    results = read_results(load_study()).set_index(["task", "metric", "variant", "seed", "length"])["value"].sort_index()
     for metric, tolerance in (("accuracy", 1e-12), ("loss", 0.03)):
         sums = read_scores(Path("scores/ar.npz"))[metric]
         assert sums.keys() == {tuple(key) for key in results["ar", metric].index}
@@ -503,12 +520,12 @@ def test_the_stage_the_report_and_the_terminal_agree(study, capsys):
 
 def test_the_terminal_shows_full_slugs_and_the_range_over_seeds(monkeypatch):
     monkeypatch.chdir(ROOT)
-    results = read_results(STUDY)
+    results = random_results(STUDY, np.random.default_rng(0))
     at = (results["task"] == "nar") & (results["variant"] == "qk_network") & (results["multiple"] == 8)
     results.loc[at & (results["metric"] == "accuracy"), "value"] = [1.0, 0.34, 0.994]
     monkeypatch.setattr("pipeline.commands.show.read_results", lambda study: results)
     for task in STUDY.tasks:
-        show(STUDY, task, Console(width=80, file=(shown := StringIO())))
+        show(STUDY, task, Console(width=110, file=(shown := StringIO())))
         scores = shown.getvalue().partition("\nclaims")[0].splitlines()
         rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in scores if line.startswith("│")]
         names = [row[0] for row in rows]
@@ -521,7 +538,7 @@ def test_the_terminal_shows_full_slugs_and_the_range_over_seeds(monkeypatch):
 
 def test_the_terminal_counts_diverged_seeds(monkeypatch):
     monkeypatch.chdir(ROOT)
-    results = read_results(STUDY)
+    results = random_results(STUDY, np.random.default_rng(0))
     for variant, values in {"qk": [1.0, math.nan, 0.5], "k": [math.nan] * 3}.items():
         at = (results["task"] == "nar") & (results["variant"] == variant) & (results["multiple"] == 8)
         results.loc[at & (results["metric"] == "accuracy"), "value"] = values
