@@ -23,8 +23,8 @@ test: .venv/test
 	pytest -n auto --dist loadgroup
 
 ui: .venv/study
-	python -m pipeline track
-	@echo 'Runs: http://127.0.0.1:5000/#/experiments?workflowType=machine_learning (Ctrl-C stops the server)'
+	python -m pipeline track --address http://127.0.0.1:5000
+	@echo 'Ctrl-C stops the server'
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db --workers 1 --host 127.0.0.1 --port 5000
 
 bench: .venv/study

@@ -201,11 +201,23 @@ def report() -> None:
 
 @command("Stages")
 @click.option("--prune", is_flag=True, help="Delete the runs of older studies; they stay by default.")
-def track(prune: bool) -> None:
+@click.option(
+    "--address", metavar="SERVER", help="Print the addresses of the pages on this server; missing results are no error then."
+)
+def track(prune: bool, address: str | None) -> None:
     """Bring the MLflow store up to date with the files."""
-    from pipeline.tracking.sync import track
+    from pipeline.tracking.sync import addresses, track
 
-    track(load_study(), prune=prune)
+    study = load_study()
+    try:
+        track(study, prune=prune)
+    except (ValueError, OSError) as error:
+        if not address:
+            raise
+        click.echo(f"track: {error}", err=True)
+    if address:
+        for line in addresses(study, address):
+            click.echo(line)
 
 
 @command("Tools")

@@ -30,6 +30,7 @@ from pipeline.config.study import Study
 from pipeline.storage import runs
 from pipeline.storage.files import read_json
 from pipeline.storage.paths import DATA, REPORTS, RESULTS, VERDICTS
+from pipeline.storage.provenance import provenance
 from pipeline.storage.training_log import read_log
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ CURVES = {
     "max_logit": "attention/max_logit",
 }
 """Column of history.csv -> name of the MLflow metric."""
+BY_LENGTH = "_by_length"
+"""Ending of a test metric whose step is the length."""
 _OFF = "-"
 
 MetricValue = tuple[str, int, float]
@@ -71,7 +74,7 @@ class Record:
     volatile_files: tuple[Path, ...] = ()
     """Files with times or commits in them: logged, but not part of the digest."""
     origin: dict[str, str] = field(default_factory=dict)
-    """The commit that trained it, if known."""
+    """The commit that trained it, or for the report that logged it, if known."""
     dataset: dict[str, str] | None = None
     seconds: float | None = None
     started: float | None = None
@@ -151,8 +154,8 @@ def _cell_records(study: Study, task: str, variant: str, scores: pd.DataFrame, f
         kind="variant",
         name=name,
         note=f"{subject}: mean over seeds {seeds}; `..._sd` is the standard deviation.",
-        params={**params, "seed": seeds},
-        tags={**tags, "seed": seeds, "diverged": str(sum(run["stop"] == "diverged" for run in chosen))},
+        params={**params, "seed": f"mean of {seeds}"},
+        tags={**tags, "seed": f"mean of {seeds}", "diverged": str(sum(run["stop"] == "diverged" for run in chosen))},
         metrics=[*_curves(_mean_over_seeds(history)), *_scores(study, task, scores)],
         files={"": [runs.folder(task, variant) / "summary.json", runs.folder(task, variant) / "history.csv"]},
         **common,
@@ -210,6 +213,7 @@ def report_record(study: Study) -> Record:
         note="\n".join(verdicts) or "No claims were judged.",
         params={"seeds": seeds_text(study), "tasks": ", ".join(study.tasks), "variants": str(len(study.variants))},
         tags={},
+        origin=_commit_tags(provenance()),
         metrics=[],
         files={
             "": [path for path in (Path("params.yaml"), Path("claims.yaml"), REPORTS / "report.md") if path.exists()],
@@ -275,10 +279,10 @@ def _mean_over_seeds(history: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[MetricValue]:
-    """Yield every test metric, with the length as its step.
+    """Yield every test metric at the training length, and by length with the length as its step.
 
-    The primary metric is repeated as e.g. `accuracy_8x` for each length of the tables, so that runs can be sorted by it. Several
-    seeds give the mean and, with the ending `_sd`, the standard deviation.
+    MLflow's tables show the value of the last step only. So the primary metric is repeated as e.g. `accuracy_8x` for each length
+    of the tables. Several seeds give the mean and, with the ending `_sd`, the standard deviation.
     """
     from pipeline.storage.tables import PRIMARY
 
@@ -286,7 +290,9 @@ def _scores(study: Study, task: str, scores: pd.DataFrame) -> Iterator[MetricVal
     grouped = scores.dropna(subset="value").groupby(["metric", "length", "multiple"], sort=False)["value"]
     for ending, values in (("", grouped.mean()), ("_sd", grouped.std().dropna())):
         for (metric, length, multiple), value in values.items():
-            yield f"test/{metric}{ending}", int(length), float(value)
+            yield f"test/{metric}{BY_LENGTH}{ending}", int(length), float(value)
+            if multiple == 1:
+                yield f"test/{metric}{ending}", 0, float(value)
             if metric == name and multiple in study.evaluate.multiples:
                 yield f"{name}_{multiple:g}x{ending}", 0, float(value)
 
@@ -303,5 +309,8 @@ def _origin(task: str, variant: str) -> tuple[dict[str, str], float | None, floa
     log = read_log(task, variant)
     if log is None:
         return {}, None, None
-    origin = {"commit": log["commit"], "dirty": str(log["dirty"]).lower()} if log["commit"] else {}
-    return origin, log["started"], log["seconds"]
+    return _commit_tags(log), log["started"], log["seconds"]
+
+
+def _commit_tags(origin: Mapping[str, Any]) -> dict[str, str]:
+    return {"commit": origin["commit"], "dirty": str(origin["dirty"]).lower()} if origin["commit"] else {}

@@ -26,10 +26,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config.grid import variants_on
+from pipeline.config.outputs import REPORT_EXPERIMENT
 from pipeline.config.study import Study
 from pipeline.storage.files import atomic_write
 from pipeline.tracking.database import find_sqlite_error, is_locked
-from pipeline.tracking.pages import CONTEXT_TAG, FOLDER_TAG, KEY_TAG, NOTE_TAG, Pages, context_filter, context_tag
+from pipeline.tracking.pages import (
+    CONTEXT_TAG,
+    FOLDER_TAG,
+    KEY_TAG,
+    NOTE_TAG,
+    VIEW_PREFIX,
+    VIEW_TAG,
+    Pages,
+    context_filter,
+    context_tag,
+    runs_address,
+)
 from pipeline.tracking.records import Record, report_record, task_records
 from pipeline.tracking.store import (
     COMPLETE,
@@ -57,9 +70,6 @@ def track(study: Study, *, prune: bool = False) -> None:
     local = database_path() == STORE
     if local and not prune and STAMP.exists() and COMPLETE.exists() and COMPLETE.read_text(encoding="utf-8") == fingerprint():
         return
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     records = {record.key: record for record in [report_record(study), *task_records(study)]}
 
     _sync_when_free(study, records, prune=prune)
@@ -71,19 +81,48 @@ def track(study: Study, *, prune: bool = False) -> None:
             path.write_text(fingerprint(), encoding="utf-8")
 
 
-def _sync_when_free(study: Study, records: Mapping[str, Record], *, prune: bool) -> None:
-    """Synchronise; start again if another program locks the store meanwhile, because nothing is logged twice."""
+def addresses(study: Study, server: str) -> Iterator[str]:
+    """Describe the experiments, and yield a line with the address of the index of tasks and of each task's best variants.
+
+    Results may be missing. Raises ValueError if the store cannot be reached.
+    """
+    try:
+        client, pages, _ = connect(study)
+        for name, experiment_id in pages.experiment_ids.items():
+            _describe(client, experiment_id, name, pages)
+    except store_errors() as error:
+        raise ValueError(explain_error(error)) from None
+    yield f"all tasks: {server}/{runs_address(pages.experiment_ids[REPORT_EXPERIMENT])}"
+    for task in pages.tasks:
+        yield f"{task}: {server}/{pages.view_address(task, pages.views(task)[0])}"
+
+
+def connect(study: Study) -> tuple[MlflowClient, Pages, Path | None]:
+    """Open the store and its experiments; the path is the folder of artifacts if the store is this folder's own."""
+    set_environment()
     from mlflow.tracking import MlflowClient
 
-    names = dict.fromkeys(record.experiment for record in records.values())
+    names = [REPORT_EXPERIMENT, *(task for task in study.tasks if variants_on(study, task))]
+    location, own = prepare(names)
+    client = MlflowClient(tracking_uri())
+    experiment_ids = {name: _get_experiment(client, name, location).experiment_id for name in names}
+    return client, Pages(study, experiment_ids, os.environ.get("DVC_EXP_NAME", "")), location if own else None
+
+
+def set_environment() -> None:
+    """Set how long MLflow tries to reach a server, unless the user did."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+
+def _sync_when_free(study: Study, records: Mapping[str, Record], *, prune: bool) -> None:
+    """Synchronise; start again if another program locks the store meanwhile, because nothing is logged twice."""
     caught = store_errors()
     for attempts_left in (2, 1, 0):
         try:
-            location, own = prepare(names)
-            client = MlflowClient(tracking_uri())
-            experiment_ids = {name: _get_experiment(client, name, location).experiment_id for name in names}
-            pages = Pages(study, experiment_ids, next(iter(records.values())).context)
-            _sync(client, records, pages, artifacts=location if own else None, prune=prune)
+            client, pages, artifacts = connect(study)
+            _sync(client, records, pages, artifacts=artifacts, prune=prune)
             return
         except caught as error:
             found = find_sqlite_error(error)
@@ -145,7 +184,19 @@ def _sync(client: MlflowClient, records: Mapping[str, Record], pages: Pages, *, 
             if record.kind == "report":
                 pages.report_id = ids[key]
     for name, experiment_id in pages.experiment_ids.items():
-        client.set_experiment_tag(experiment_id, NOTE_TAG, pages.experiment_note(name))
+        _describe(client, experiment_id, name, pages)
+
+
+def _describe(client: MlflowClient, experiment_id: str, name: str, pages: Pages) -> None:
+    """Write the description and the saved views of an experiment, and delete its views of other studies."""
+    experiment = client.get_experiment(experiment_id)
+    wanted = {NOTE_TAG: pages.experiment_note(name), **pages.view_tags(name, experiment.creation_time)}
+    for tag, text in wanted.items():
+        if experiment.tags.get(tag) != text:
+            client.set_experiment_tag(experiment_id, tag, text)
+    for tag in experiment.tags.keys() - wanted.keys():
+        if tag.startswith(f"{VIEW_TAG}{VIEW_PREFIX}"):
+            client.delete_experiment_tag(experiment_id, tag)
 
 
 def _experiments_of_studies(client: MlflowClient, pages: Pages) -> list[str]:

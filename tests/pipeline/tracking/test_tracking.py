@@ -1,12 +1,13 @@
 """The MLflow store agrees with the files: complete, no duplicates, rebuilt if lost, DVC experiments kept apart."""
 
+import json
 import re
 import shutil
 import sqlite3
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import parse_qs, quote, unquote
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from pipeline.config.names import NAME
 from pipeline.config.outputs import clashes
 from pipeline.reporting.labels import variant_label
 from pipeline.storage.runs import load_model
+from pipeline.tracking import records
 from pipeline.tracking.records import report_record
 from pipeline.tracking.store import STAMP, load_run
 from tests.helpers.processes import run_code
@@ -104,7 +106,7 @@ def test_every_variant_and_every_seed_has_a_run(store):
     }
     assert {key: run.data.params[key] for key in training} == training
     assert {"task", "variant", "label", "seed", "data_digest", "device", "figure.qkv_subsets"} <= set(run.data.tags)
-    lengths = {metric.step for metric in store.get_metric_history(run.info.run_id, "test/accuracy")}
+    lengths = {metric.step for metric in store.get_metric_history(run.info.run_id, "test/accuracy_by_length")}
     assert lengths == set(study.tasks["copying"].data.lengths)
     assert [m.step for m in store.get_metric_history(run.info.run_id, "valid/loss")] == [5]
     (dataset,) = run.inputs.dataset_inputs
@@ -127,7 +129,7 @@ def test_a_variant_s_run_has_the_mean_and_deviation_of_its_seeds_and_contains_th
     assert runs["qk"].data.metrics["accuracy_2x_sd"] == pytest.approx(
         np.std([r.data.metrics["accuracy_2x"] for r in seeds], ddof=1)
     )
-    means = {m.step: m.value for m in store.get_metric_history(runs["qk"].info.run_id, "test/accuracy")}
+    means = {m.step: m.value for m in store.get_metric_history(runs["qk"].info.run_id, "test/accuracy_by_length")}
     assert set(means) == set(study.tasks["copying"].data.lengths)
     assert {run.data.tags["kind"] for run in runs.values()} == {"variant", "seed"}
 
@@ -153,16 +155,62 @@ def test_no_task_may_have_the_name_of_another_experiment_or_file(store):
         assert [line.split(":")[0] for line in clashes(study.model_copy(update={"tasks": tasks}))] == [f"tasks.{name}"]
 
 
+def links_of(text):
+    """The addresses of a description as MLflow's Markdown reads them: a quote or a space ends an address."""
+    whole = re.findall(r"\]\(([^)]*)\)", text)
+    assert all(re.fullmatch(r"[\w#/?&=%.~-]+", link) for link in whole), whole
+    return whole
+
+
+def follow(store, link):
+    """Find what an address shows: the runs of a search or a saved view, or the file of a run. Fails if it is a dead link."""
+    path, _, query = link.removeprefix("#/").partition("?")
+    options = {name: value for name, (value,) in parse_qs(query, strict_parsing=True).items()}
+    if path == "get-artifact":
+        return artifact(store, options["run_uuid"], options["path"])
+    assert options["workflowType"] == "machine_learning", "MLflow would open its page of language-model traces"
+    if found := re.fullmatch(r"experiments/(\w+)/runs/(\w+)/artifacts/(.+)", path):
+        assert store.get_run(found[2]).info.experiment_id == found[1]
+        return artifact(store, found[2], unquote(found[3]))
+    if path == "compare-experiments/s":
+        return store.search_runs(json.loads(options["experiments"]), options["searchFilter"], max_results=1000)
+    experiment = store.get_experiment(re.fullmatch(r"experiments/(\w+)/runs", path)[1])
+    if "viewStateShareKey" not in options:
+        return store.search_runs([experiment.experiment_id], options["searchFilter"], max_results=1000)
+    view = json.loads(json.loads(experiment.tags[f"mlflow.sharedViewState.{options['viewStateShareKey']}"])["state"])
+    order = f"{view['orderByKey']} {'ASC' if view['orderByAsc'] else 'DESC'}"
+    return store.search_runs([experiment.experiment_id], view["searchFilter"], order_by=[order], max_results=1000)
+
+
+def artifact(store, run_id, path):
+    assert path in {item.path for item in store.list_artifacts(run_id, str(Path(path).parent).replace(".", ""))}
+    return path
+
+
+def test_every_link_of_the_store_leads_to_something(store):
+    experiments = store.search_experiments()
+    runs = store.search_runs([experiment.experiment_id for experiment in experiments], max_results=1000)
+    notes = [item.tags["mlflow.note.content"] for item in experiments]
+    notes += [run.data.tags["mlflow.note.content"] for run in runs]
+    links = {link for note in notes for link in links_of(note)}
+    empty = {link for link in links if not follow(store, link)}
+    assert {unquote(link).rpartition("=")[2].removeprefix("cat-") for link in empty} <= {"CHART", "older", "experiments"}
+    assert len(links) > len(empty) + 10
+    assert all("cat-training" in link for link in empty if link.endswith("CHART")), "no run is in training"
+
+
 def test_figures_and_runs_link_to_each_other(store):
     runs, (report,) = current(store), current(store, "study").values()
     note = runs["qk seed 0"].data.tags["mlflow.note.content"]
-    artifacts = re.findall(r"#/experiments/(\w+)/runs/(\w+)/artifacts/([^)]+)\)", note)
-    assert {(e, r) for e, r, _ in artifacts} == {(report.info.experiment_id, report.info.run_id)}
-    logged = {item.path for folder in (None, "figures") for item in store.list_artifacts(report.info.run_id, folder)}
-    assert "figures/qkv_subsets.svg" in {path for *_, path in artifacts} <= logged
+    artifacts = {follow(store, link) for link in links_of(note)}
+    assert "figures/qkv_subsets.svg" in artifacts
+    (image, *_) = [
+        follow(store, link) for link in links_of(runs["qk"].data.tags["mlflow.note.content"]) if "get-artifact" in link
+    ]
+    assert image == "figures/qkv_subsets.svg", "the page of a variant shows its figures"
 
-    (address,) = re.findall(r"\[qkv_subsets\]\(#/([^)]+)\)", report.data.tags["mlflow.note.content"])
-    linked = search(store, "copying", parse_qs(urlsplit(address).query)["searchFilter"][0])
+    (link,) = re.findall(r"\[qkv_subsets\]\((#/[^)]+)\)", report.data.tags["mlflow.note.content"])
+    linked = follow(store, link)
     shown = shown_variants(load_study().ablations["qkv_subsets"])
     assert {run.data.tags["variant"] for run in linked} == set(shown)
     assert len(linked) == len(shown) * (1 + 2)
@@ -180,18 +228,68 @@ def test_statements_of_any_length_leave_the_links_of_the_note(copied):
     assert "[qkv_subsets](#/" in note
 
 
+def views_of(store, experiment="copying"):
+    """Name -> address of the links in the description of an experiment."""
+    note = store.get_experiment_by_name(experiment).tags["mlflow.note.content"]
+    return dict(re.findall(r"\[(.*)\]\((#/[^)]+)\)", note))
+
+
 def test_an_experiment_s_note_names_the_task_and_links_to_its_best_variant_and_seeds(store):
     experiment = store.get_experiment_by_name("copying")
-    links = re.findall(r"\(#/experiments/(\w+)/runs\?([^)]+)\)", experiment.tags["mlflow.note.content"])
     assert "selective copying" in experiment.tags["mlflow.note.content"]
-    assert {number for number, _ in links} == {experiment.experiment_id}
-    best, _, seeds, older_studies, experiments = (parse_qs(query) for _, query in links)
-    ranked = store.search_runs([experiment.experiment_id], best["searchFilter"][0], order_by=[f"{best['orderByKey'][0]} DESC"])
-    assert ranked[0].data.tags["variant"] == "construction"
-    assert {run.data.tags["kind"] for run in ranked} == {"variant"}
-    assert len(store.search_runs([experiment.experiment_id], seeds["searchFilter"][0])) == 2 * len(ranked)
-    for view in (older_studies, experiments):
-        assert store.search_runs([experiment.experiment_id], view["searchFilter"][0]) == []
+    assert load_study().ablations["qkv_subsets"].question in experiment.tags["mlflow.note.content"]
+    views = views_of(store)
+    best, seeds = follow(store, views["variants, best first by `accuracy_2x`"]), follow(store, views["seeds, best first"])
+    assert best[0].data.tags["variant"] == "construction"
+    assert ({run.data.tags["kind"] for run in best}, {run.data.tags["kind"] for run in seeds}) == ({"variant"}, {"seed"})
+    assert len(seeds) == 2 * len(best)
+    chart = follow(store, views["chart of `test/accuracy_by_length`: variants of qkv_subsets"])
+    assert {run.data.tags["variant"] for run in chart} == set(shown_variants(load_study().ablations["qkv_subsets"]))
+
+
+def test_the_best_variants_show_their_metric(store):
+    experiment = store.get_experiment_by_name("copying")
+    view = json.loads(json.loads(experiment.tags["mlflow.sharedViewState.cat-best"])["state"])
+    metric = view["selectedColumns"][0].removeprefix("metrics.").strip("`")
+    assert view["orderByKey"] == f"metrics.`{metric}`"
+    assert metric in current(store)["qk"].data.metrics
+
+
+def test_the_test_metric_of_a_table_is_that_of_the_training_length(store):
+    for run in current(store).values():
+        assert run.data.metrics["test/accuracy"] == run.data.metrics["accuracy_1x"]
+
+
+def test_the_report_links_to_each_task_and_has_its_commit(store, monkeypatch):
+    note = store.get_experiment_by_name("study").tags["mlflow.note.content"]
+    assert all(follow(store, link) for link in links_of(note) if "training" not in link)
+    monkeypatch.setattr(records, "provenance", lambda: {"commit": "abc", "dirty": False, "experiment": None})
+    assert report_record(load_study()).origin == {"commit": "abc", "dirty": "false"}
+
+
+def test_the_addresses_of_the_pages_are_printed_even_if_results_are_missing(copied):
+    """As when `make ui` opens the pages while the first run trains."""
+    Path("results/copying.csv").unlink()
+    shutil.rmtree("mlartifacts")
+    Path("mlflow.db").unlink()
+    command = [sys.executable, "-m", "pipeline", "track", "--address", "http://here:1"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stderr == "track: results/copying.csv: is missing; run `dvc repro`\n"
+    index, best = [line.partition(": http://here:1/")[2] for line in done.stdout.splitlines()]
+    client = client_of(copied)
+    assert follow(client, best) == []
+    assert links_of(client.get_experiment(re.search(r"experiments/(\w+)", index)[1]).tags["mlflow.note.content"])
+
+
+def test_views_of_a_study_without_their_ablation_are_deleted(copied):
+    client = client_of(copied)
+    experiment_id = client.get_experiment_by_name("copying").experiment_id
+    for key in ("cat-chart-gone", "own"):
+        client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{key}", "{}")
+    track()
+    tags = client.get_experiment(experiment_id).tags
+    assert "mlflow.sharedViewState.own" in tags
+    assert "mlflow.sharedViewState.cat-chart-gone" not in tags
 
 
 def test_the_code_in_a_run_s_note_loads_its_model(store):
@@ -261,9 +359,7 @@ def test_exactly_the_runs_of_a_changed_cell_are_replaced(store):
 
 def runs_of_first_link(store):
     """The runs behind the first link of the experiment's note."""
-    experiment = store.get_experiment_by_name("copying")
-    address = re.search(r"\(#/experiments/\w+/runs\?([^)]+)\)", experiment.tags["mlflow.note.content"])[1]
-    return {run.info.run_id for run in search(store, "copying", parse_qs(address)["searchFilter"][0])}
+    return {run.info.run_id for run in follow(store, next(iter(views_of(store).values())))}
 
 
 def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monkeypatch):
