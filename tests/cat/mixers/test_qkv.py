@@ -206,6 +206,6 @@ def test_the_activation_follows_each_convolution_and_nothing_else(mixer):
 
 
 def test_projections_of_unequal_width_are_convolved_one_by_one():
-    mixer = build({"mixer": "gla", **QKV, "conv_q": 3, "conv_k": 3, "conv_v": 3}, 13)
+    mixer = build({"mixer": "gla", **QKV, "conv_q": 3, "conv_k": 3, "conv_v": 3, "sharing": "channel"}, 13)
     projected = mixer.split_projection(mixer.project(hidden(13)))[0]
     assert group_adjacent(mixer.filters, "qkv", projected) == ["qk", "v"]
