@@ -20,12 +20,15 @@ from pydantic import BeforeValidator, WrapValidator
 from pydantic.fields import FieldInfo
 from torch import nn
 
+from cat.tasks.tokenizer import Tokenizer
 from pipeline.storage.files import atomic_write
 
 PACKAGES = ("cat", "pipeline")
 NEEDS_TRITON = "cat.ops.conv.triton_backend"
 INHERITS = "cat.hf"
 """Its classes have hundreds of names from transformers, with types that pdoc cannot read. docs/layer.md describes it."""
+TYPES = {"Tokenizer": Tokenizer}
+"""Types that modules import only for type checkers."""
 FOLDER = Path(__file__).parent / "api"
 
 
@@ -48,7 +51,7 @@ def _prepare(module: ModuleType) -> dict[str, str]:
     vars(module).update({name: getattr(module, name) for name in names})  # some are imported lazily
     for kind in vars(module).values():
         if isinstance(kind, type) and hasattr(kind, "_fields") and kind.__module__ == module.__name__:
-            kind.__new__.__annotations__ = typing.get_type_hints(kind, include_extras=True)
+            kind.__new__.__annotations__ = typing.get_type_hints(kind, localns=TYPES, include_extras=True)
             for part in (kind.__new__, *(vars(kind)[field] for field in kind._fields)):
                 part.__doc__ = None  # Python's own text, such as "Alias for field number 0"
     for found in pkgutil.iter_modules(getattr(module, "__path__", ())):

@@ -205,8 +205,7 @@ def test_the_activation_follows_each_convolution_and_nothing_else(mixer):
         close(actual, expected)
 
 
-def test_projections_of_unequal_width_are_not_convolved_in_one_call(monkeypatch):
-    monkeypatch.setattr("cat.ops.conv.causal.HEAD_LIMITS", HEAD_LIMITS._replace(numba=HEAD_LIMITS.numba._replace(work=0)))
-    mixer = build({"mixer": "gla", **QKV, "conv_q": 3, "conv_k": 3, "conv_v": 3}, 97)
-    projected = mixer.split_projection(mixer.project(hidden(97)))[0]
+def test_projections_of_unequal_width_are_convolved_one_by_one():
+    mixer = build({"mixer": "gla", **QKV, "conv_q": 3, "conv_k": 3, "conv_v": 3, "sharing": "channel"}, 13)
+    projected = mixer.split_projection(mixer.project(hidden(13)))[0]
     assert group_adjacent(mixer.filters, "qkv", projected) == ["qk", "v"]
