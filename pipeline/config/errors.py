@@ -150,8 +150,12 @@ def _key_path(detail: Any, raw: object) -> list[int | str]:
     """The path of the wrong key: pydantic's location without the names of union members and the mark of an invalid key."""
     path: list[int | str] = []
     location, kind = detail["loc"], detail["type"]
+    tagged = None
     for place, step in enumerate(location):
         owner = _value_at(raw, path)
+        if isinstance(owner, dict) and owner is not tagged and owner.get("kind") == step:
+            tagged = owner  # the first step below is the kind, even if the mapping has a key of that name
+            continue
         exists = (isinstance(owner, dict) and step in owner) or (isinstance(owner, list) and isinstance(step, int))
         if exists or (kind == "missing" and place == len(location) - 1):
             path.append(step)
