@@ -67,7 +67,7 @@ BPE = {"tokens": "bpe", "vocabulary_size": 300}
 )
 @pytest.mark.parametrize("test_changes", [{"test_examples": 31}, {"multiples": [1, 2, 3]}])
 def test_training_data_do_not_depend_on_the_test_splits(study, task, changes, test_changes):
-    Path("lines.txt").write_text("".join(f"{n} and {n * n} are two numbers .\n" for n in range(1000)))
+    Path("lines.txt").write_text("".join(f"{n} and {n * n} are two numbers .\n" for n in range(3000)))
     if task == "text":
         edit(**{f"tasks.text.data.{key}": value for key, value in {"source": "lines.txt", **changes}.items()})
     stage("generate", task)
@@ -568,6 +568,7 @@ def executed_by(monkeypatch, *arguments):
     loaded = load_study()
     monkeypatch.setattr("pipeline.cli.load_study", lambda: loaded)
     monkeypatch.setattr("pipeline.cli.check_cell", lambda *_: None)
+    monkeypatch.setattr("pipeline.config.plots.scored_at_every_rate", lambda *_: [])  # `plan` writes what it returns
     monkeypatch.setattr("pipeline.stages.train.load_study", lambda: loaded)
     # Under a profile, matplotlib takes minutes to write the figures.
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
@@ -582,7 +583,8 @@ def executed_by(monkeypatch, *arguments):
         stage(*arguments)
     finally:
         sys.setprofile(None)
-    return {".".join(Path(file).relative_to(ROOT).with_suffix("").parts) for file in files} - {"pipeline.cli"}
+    modules = {".".join(Path(file).relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files}
+    return modules - {"pipeline.cli"}
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_a_variant_s_run_has_the_mean_and_deviation_of_its_seeds_and_contains_th
 def test_no_two_tables_of_the_report_have_one_place(store):
     (report,) = current(store, "study").values()
     folders = {item.path for item in store.list_artifacts(report.info.run_id, "tables/results")}
-    subfolders = {f"tables/results/{name}" for name in ("filters", "positions", "references")}
+    subfolders = {f"tables/results/{name}" for name in ("filters", "rates", "references")}
     assert folders == {"tables/results/copying.csv", *subfolders}
     tables = [path for record in [report_record(load_study())] for paths in record.files.values() for path in paths]
     places = [f"{folder}/{path.name}" for folder, paths in report_record(load_study()).files.items() for path in paths]
