@@ -57,7 +57,7 @@ class Traits(Config):
 
     @property
     def has_dropout(self) -> bool:
-        """Whether its outputs in training are random."""
+        """Whether its outputs in training differ from those in evaluation: they are random, or training is softer."""
         return False
 
     def check_length(self, length: int) -> None:

@@ -43,7 +43,8 @@ def test_a_model_from_the_meta_device_starts_like_any_other(name):
     model.reset_parameters()
     for (key, tensor), like in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
         assert tensor.isfinite().all(), key
-        assert 0.6 < (tensor.norm() + 1e-9) / (like.norm() + 1e-9) < 1.6, key
+        if tensor.numel() > 8:  # the norm of a few random numbers says little
+            assert 0.6 < (tensor.norm() + 1e-9) / (like.norm() + 1e-9) < 1.6, key
     tokens = torch.arange(LENGTH)[None] % VOCABULARY
     assert model(tokens).isfinite().all()
 

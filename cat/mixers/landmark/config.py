@@ -38,6 +38,11 @@ class LandmarkConfig(DotProductConfig):
     def selects_tokens(self) -> bool:
         return True
 
+    @property
+    def has_dropout(self) -> bool:
+        """Soft training is no dropout, but also computes something else than evaluation does."""
+        return self.train_on == "all"
+
     @model_validator(mode="after")
     def _no_alibi(self) -> Self:
         return self._refuse_alibi("would choose landmarks by distance instead of content")
