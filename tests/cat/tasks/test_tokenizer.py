@@ -295,7 +295,9 @@ def test_a_word_outside_the_vocabulary_costs_eight_bits_a_byte():
 def test_bits_and_bytes_per_sequence_give_bits_per_byte(unknown):
     extents = Extents(np.array([20, 31, 17, 25, 22]), np.full(5, 4), np.full(5, unknown))
     bits, sizes, _ = _sequences(make_totals(1), extents, autoregressive=False)
-    assert (bits * sizes).sum() / sizes.sum() == pytest.approx(metrics(make_totals(1), extents, autoregressive=False)["bits_per_byte"])
+    assert (bits * sizes).sum() / sizes.sum() == pytest.approx(
+        metrics(make_totals(1), extents, autoregressive=False)["bits_per_byte"]
+    )
 
 
 def test_without_a_word_end_among_the_targets_the_word_perplexity_is_infinite():
