@@ -58,13 +58,19 @@ def test_summary_is_that_of_the_committed_study():
             "Recall needs convolved keys",
             [("ar", variant, multiple) for variant in ("k", "none") for multiple in (1, 8, 32)] + [("ar", "k", 128)],
         ),
-        ("Two-token keys also need convolved queries", [("nar", variant, multiple) for variant in ("qk", "k") for multiple in (1, 32)]),
+        (
+            "Two-token keys also need convolved queries",
+            [("nar", variant, multiple) for variant in ("qk", "k") for multiple in (1, 32)],
+        ),
         (
             "Other mixers learn recall",
             [("ar_deep", variant, multiple) for variant in ("rotary_l2", "based", "gla_short", "mamba") for multiple in (1, 8)],
         ),
         ("Facts in real text", [("needles", variant, multiple) for variant in ("qk", "k", "qk_rotary") for multiple in (1, 16)]),
-        ("Short convolutions copy poorly", [("copying", variant, multiple) for variant in ("qkv", "qk_state") for multiple in (1, 8)]),
+        (
+            "Short convolutions copy poorly",
+            [("copying", variant, multiple) for variant in ("qkv", "qk_state") for multiple in (1, 8)],
+        ),
         ("Others are as good", [("nar", "canon_a", 32), ("nar", "multi_token", 32)]),
     ],
 )
