@@ -72,10 +72,10 @@ def test_scores_stand_beside_the_costs(study):
     }
     rows = [
         {"task": task, "variant": variant, "seed": seed, "multiple": multiple, "metric": "accuracy", "value": score + 0.1 * seed}
-        for ((task, variant), score), seed, multiple in itertools.product(scores.items(), (0, 1), (1, 2))
+        for ((task, variant), score), seed, multiple in itertools.product(scores.items(), (0, 1), (1, 8))
     ]
     figure = draw("placement", study, ABLATION, pd.DataFrame(rows))
-    at_length, at_twice, cost = figure.axes
+    at_length, at_eight, cost = figure.axes
     names = [label.get_text() for label in at_length.get_yticklabels()]
     assert len(names) == len(COSTS) + 1
     assert names[5] == "Transformer, Canon-ABCD (canon_abcd)"
@@ -83,7 +83,7 @@ def test_scores_stand_beside_the_costs(study):
     shown = {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in cost.texts}
     row = [*COSTS].index("canon_abcd")
     assert [shown[y, x] for y, x in sorted(shown) if y == row] == ["1,792", "128", "1,344"]
-    for axes in (at_length, at_twice):
+    for axes in (at_length, at_eight):
         assert [label.get_text() for label in axes.get_xticklabels()] == [
             "associative recall (ar)",
             "selective copying (copying)",

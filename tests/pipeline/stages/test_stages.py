@@ -67,9 +67,9 @@ BPE = {"tokens": "bpe", "vocabulary_size": 300}
 )
 @pytest.mark.parametrize("test_changes", [{"test_examples": 31}, {"multiples": [1, 2, 3]}])
 def test_training_data_do_not_depend_on_the_test_splits(study, task, changes, test_changes):
-    Path("lines.txt").write_text("".join(f"{n} and {n * n} are two numbers .\n" for n in range(3000)))
+    Path("numbers.txt").write_text("".join(f"{n} and {n * n} are two numbers .\n" for n in range(3000)))
     if task == "text":
-        edit(**{f"tasks.text.data.{key}": value for key, value in {"source": "lines.txt", **changes}.items()})
+        edit(**{f"tasks.text.data.{key}": value for key, value in {"source": "numbers.txt", **changes}.items()})
     stage("generate", task)
     before, heldout, meta = digests(Path("data", task)), digests(Path("heldout", task)), read_meta(task)
     edit(**{f"tasks.{task}.data.{key}": value for key, value in test_changes.items()})
