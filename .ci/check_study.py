@@ -79,7 +79,7 @@ for name, ablation in study.ablations.items():
 for task in study.tasks:
     filters = pd.read_csv(f"results/filters/{task}.csv")
     convolved = {c.variant for c in cells(study) if c.task == task and study.variants[c.variant].has_convolution}
-    # Only the kernels on queries, keys and values are listed, not those of Canon layers.
+    # Only the kernels on queries, keys and values are listed, not the kernels of Canon layers.
     convolved -= {name for name, variant in study.variants.items() if getattr(variant, "canon", None)}
     assert convolved <= set(filters["variant"]), (task, convolved)
 assert pd.read_csv("verdicts/claims.csv")["claim"].tolist() == list(load_claims())

@@ -82,7 +82,7 @@ def startup(*, cells: int = 100) -> Benchmark:
             )
             yield in_turn(
                 Comparison(
-                    name="what is there to do",
+                    name="look for changes",
                     sides=(f"dvc status, {cells} cells", "dvc status, one stage"),
                     unit=SECONDS,
                     target=STATUS_TARGET,

@@ -76,7 +76,7 @@ class Claim(Config):
     registered: datetime.date
     """The day on which the claim was written down."""
     revised: Annotated[tuple[Revision, ...], Field(strict=False)] = ()
-    """Later changes of what the claim says or tests, oldest first."""
+    """Later changes of the statement or the test, oldest first."""
     tasks: Names
     multiples: Annotated[tuple[Multiple, ...], Field(min_length=1, strict=False)]
     metric: Name | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.config.grid import shown_tasks, shown_variants
+from pipeline.config.grid import shown_variants
 from pipeline.config.plots import Plot
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import variant_label, with_slug
@@ -30,24 +30,17 @@ class Heatmap(Plot):
 
         from pipeline.figures.drawing.axes import task_title
         from pipeline.figures.drawing.references import reference_words
+        from pipeline.figures.drawing.scores import mean_scores
         from pipeline.reporting.tables import LABELS
-        from pipeline.storage.tables import PRIMARY
 
         words = reference_words(study, ablation)
-        groups: list[tuple[float, str, pd.DataFrame]] = []
-        for goal, metric in PRIMARY.items():
-            tasks = [task for task in shown_tasks(study, ablation) if study.tasks[task].data.goal == goal]
-            for multiple in study.evaluate.multiples:
-                scores = results[results["task"].isin(tasks) & (results["multiple"] == multiple)]
-                if len(scores):
-                    means = scores.pivot_table(index="variant", columns="task", values="value", aggfunc="mean")
-                    groups.append((multiple, metric, means.reindex(index=shown_variants(ablation), columns=tasks)))
+        groups = list(mean_scores(study, ablation, results))
         labels = [with_slug(variant_label(study, variant), variant) for variant in shown_variants(ablation)] + [*words.values()]
-        widths = [max(means.shape[1], 1.6) for _, _, means in groups]
+        widths = [max(means.shape[1], 1.6) for *_, means in groups]
         size = (1.1 * sum(widths) + 0.1 * max(map(len, labels)), 0.5 * len(labels) + 3.2)
         figure, panels = plt.subplots(1, len(groups), figsize=size, width_ratios=widths, squeeze=False, layout="constrained")
-        bits = [means for _, metric, means in groups if metric == "bits_per_byte"]
-        for axes, (multiple, metric, means) in zip(panels[0], groups, strict=True):
+        bits = [means for metric, _, means in groups if metric == "bits_per_byte"]
+        for axes, (metric, multiple, means) in zip(panels[0], groups, strict=True):
             low, high = (
                 (0, 1) if metric == "accuracy" else (min(b.min(axis=None) for b in bits), max(b.max(axis=None) for b in bits))
             )

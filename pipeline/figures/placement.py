@@ -1,4 +1,4 @@
-"""Scores of variants by tasks, beside what each variant costs."""
+"""Scores of variants by tasks, beside their costs."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ class Placement(Plot):
         import matplotlib.pyplot as plt
 
         from pipeline.figures.drawing.axes import task_title
+        from pipeline.figures.drawing.scores import mean_scores
         from pipeline.reporting.tables import LABELS
 
-        groups, costs = list(_groups(study, ablation, results)), cost_columns(study, ablation)
+        groups, costs = list(mean_scores(study, ablation, results)), cost_columns(study, ablation)
         labels = [with_slug(variant_label(study, variant), variant) for variant in shown_variants(ablation)]
         widths = [max(means.shape[1], 2.0) for *_, means in groups] + [costs.shape[1] * 1.25]
         size = (0.8 * sum(widths) + 0.09 * max(map(len, labels)), 0.36 * len(labels) + 3)
@@ -133,21 +134,8 @@ def step_times(study: Study, ablation: Ablation) -> pd.DataFrame:
     return times / times.iloc[0]
 
 
-def _groups(study: Study, ablation: Ablation, results: pd.DataFrame) -> Iterator[tuple[str, float, pd.DataFrame]]:
-    """Metric, length as a multiple, and mean scores, variants by tasks, of each panel."""
-    from pipeline.storage.tables import PRIMARY
-
-    for goal, metric in PRIMARY.items():
-        tasks = [task for task in shown_tasks(study, ablation) if study.tasks[task].data.goal == goal]
-        for multiple in study.evaluate.multiples:
-            scores = results[results["task"].isin(tasks) & (results["multiple"] == multiple)]
-            if len(scores):
-                means = scores.pivot_table(index="variant", columns="task", values="value", aggfunc="mean")
-                yield metric, multiple, means.reindex(index=shown_variants(ablation), columns=tasks)
-
-
 def _draw_table(axes: Axes, table: pd.DataFrame, labels: list[str], *, form: str, **colours: Any) -> None:
-    """Draw numbers on coloured cells; nothing where there is no number."""
+    """Draw numbers on coloured cells, and leave cells without a number blank."""
     import seaborn as sns
 
     texts = table.map(lambda value: "" if math.isnan(value) else form.format(value))

@@ -18,7 +18,7 @@ class BasedConfig(DotProductConfig):
 
     paper: ClassVar = "arXiv 2402.18668"
     feature_width: Count | None = 16
-    """Channels of queries and keys per head; None: as many as those of the values."""
+    """Channels of queries and keys per head; None: the number of the values."""
     window: Count | None = None
     """Tokens with exact attention in the same layer: the current token and those immediately before it; None: no token."""
 

@@ -18,7 +18,7 @@ class GLAConfig(QKVConfig):
     label: ClassVar = "GLA"
     paper: ClassVar = "arXiv 2312.06635"
     key_width: Literal["half", "full"] = "half"
-    """Channels of queries and keys: half as many as those of the values, or as many."""
+    """Channels of queries and keys: half the number of the values, or the full number."""
     gate_rank: Count = 16
     """Rank of the linear map from a token to the decay of each channel."""
     output_gate: bool = True

@@ -216,7 +216,7 @@ def _selective_gradients(
         size = min(BLOCK, channels - first)
         member = i // (batch // len(a))
         out_rates[:] = 0
-        if size < padded:  # what earlier channels left in the padding must not count in sums
+        if size < padded:  # values of earlier channels in the padding must not count in sums
             later[:] = 0
             decays[:] = 0
             states[:] = 0

@@ -21,7 +21,7 @@ class Loops:
     """The compiled passes of a recurrence. The batch is the first axis of every tensor."""
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """forward(keep, *inputs): the outputs, the last state, and what the gradient needs besides, if `keep`."""
+    """forward(keep, *inputs): the outputs and the last state; if `keep`, also the tensors for the gradient."""
     gradients: Callable[..., Inputs]
     """gradients(kept, grad_outputs, grad_state, *inputs): the gradient of every input."""
     reference: Reference
