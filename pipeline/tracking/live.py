@@ -96,6 +96,7 @@ def forward(study: Study, wait: Callable[[float], bool]) -> None:
     from pipeline.tracking.sync import connect
 
     errors = store_errors()
+    caught: tuple[type[Exception], ...] = (*errors, ValueError, OSError)
     forwarder: Forwarder | None = None
     pause, over = INTERVAL, False
     while True:
@@ -108,7 +109,7 @@ def forward(study: Study, wait: Callable[[float], bool]) -> None:
             if over:
                 forwarder.close()
             pause = INTERVAL
-        except (*errors, ValueError, OSError) as error:
+        except caught as error:
             print(explain_error(error) if isinstance(error, errors) else error, flush=True)
             pause = min(2 * pause, LONGEST_WAIT)
         if over:
@@ -158,7 +159,8 @@ class Forwarder:
                 self.rows.setdefault(RunName(task, variant, row["learning_rate"], row["seed"]), []).append(row)
             elif "ended" in row:
                 names = {name for name in (*self.rows, *self.run_ids) if name[:2] == (task, variant)}
-                self.ended |= dict.fromkeys(names, row["ended"])
+                for name in names:
+                    self.ended[name] = row["ended"]
 
     def _log(self, name: RunName, rows: list[Row], system: dict[str, float]) -> None:
         from mlflow.entities import Metric
