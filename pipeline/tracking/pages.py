@@ -16,7 +16,7 @@ from pipeline.config.errors import shorten
 from pipeline.config.grid import shown_tasks
 from pipeline.config.outputs import REPORT_EXPERIMENT
 from pipeline.config.study import Study
-from pipeline.reporting.labels import task_label
+from pipeline.reporting.labels import task_label, with_slug
 from pipeline.tracking.records import BY_LENGTH, Record
 
 KEY_TAG, CONTEXT_TAG, FOLDER_TAG = "cat.key", "cat.context", "cat.folder"
@@ -71,7 +71,8 @@ class Pages:
     def __init__(self, study: Study, experiment_ids: dict[str, str], context: str):
         self.study, self.experiment_ids = study, experiment_ids
         self.tasks = [name for name in experiment_ids if name != REPORT_EXPERIMENT]
-        self.current = f"tags.current = 'yes' and {context_filter(context)}"
+        self.context = context_filter(context)
+        self.current = f"tags.current = 'yes' and {self.context}"
         self.report_id = ""
         """The id of the report's run; set when it is known."""
 
@@ -143,7 +144,7 @@ class Pages:
             chart = next(key for key in views if key.startswith("chart-"))
             named = {**wanted, chart: "chart by length"}
             links = ", ".join(f"[{name}]({self.view_address(task, views[key])})" for key, name in named.items())
-            tasks.append(f"* {task_label(self.study, task)} (`{task}`): {links}")
+            tasks.append(f"* {with_slug(task_label(self.study, task), task)}: {links}")
         note = (
             "All tasks of the study:\n\n" + "\n".join(tasks) + "\n\nThe runs of this page are the reports: figures, tables,"
             " verdicts. The tag `current` is yes for the report of the present files."
