@@ -15,7 +15,7 @@ from pipeline.storage.live import LiveReader, Row, is_training, live_paths
 
 INTERVAL = 2.0
 """Seconds between two looks at the files."""
-COLUMNS = ("cell", "run", "state", "steps", "loss", "accuracy", "gradient", "learning rate")
+COLUMNS = ("cell", "run", "state", "steps", "loss", "accuracy", "gradient norm", "learning rate now")
 
 
 @dataclass
@@ -79,14 +79,12 @@ def _print_changes(cells: dict[Path, _Cell], console: Console, *, once: bool) ->
         for line in lines:
             if line not in shown:
                 cell, run, state, steps, loss, accuracy, gradient, rate = line
-                text = (
-                    f"{cell}, {run}: {state}, {steps} steps, loss {loss}, accuracy {accuracy}, gradient {gradient}, now at {rate}"
-                )
-                console.print(text, markup=False, highlight=False, soft_wrap=True)
+                scores = f"loss {loss}, accuracy {accuracy}, gradient norm {gradient}, learning rate now {rate}"
+                console.print(f"{cell}, {run}: {state}, {steps} steps, {scores}", markup=False, highlight=False, soft_wrap=True)
         shown = set(lines)
         if once:
             if not lines:
-                console.print("no run is in training, and none was")
+                console.print("no run is in training, and none was", soft_wrap=True)
             return
         time.sleep(INTERVAL)
 

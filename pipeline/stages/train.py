@@ -153,7 +153,6 @@ def train(
         hidden = None if group.rank == 0 else True
         with tqdm(total=steps, desc=f"{task} {variant}", unit="step", disable=hidden) as bar:
             run = functools.partial(train_jobs, cell, group=group)
-
             log = _log_each_minute(f"{task} {variant}", steps)
 
             def report(message: Message) -> None:

@@ -24,6 +24,7 @@ from pipeline.storage.live import LiveReader, Row, is_training, live_paths
 from pipeline.storage.paths import CHECKPOINTS
 from pipeline.tracking.pages import CONTEXT_TAG, FOLDER_TAG, LIVE, Pages, context_tag
 from pipeline.tracking.records import CURVES
+from pipeline.tracking.training_runs import end_killed, live_runs
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -181,7 +182,7 @@ class Forwarder:
     def _create(self, name: RunName, started: float) -> str:
         """Create the run in place of that of an earlier training."""
         from pipeline.reporting.labels import variant_label, with_slug
-        from pipeline.tracking.sync import folder_id
+        from pipeline.tracking.store import folder_id
 
         label = variant_label(self.study, name.variant) if name.variant in self.study.variants else name.variant
         tags = {
@@ -204,30 +205,6 @@ class Forwarder:
         for key in ("task", "variant", "seed", "learning_rate"):
             self.client.log_param(run.info.run_id, key, tags[key])
         return str(run.info.run_id)
-
-
-def live_runs(client: MlflowClient, pages: Pages) -> list[Any]:
-    """Find the live runs of this folder and DVC experiment."""
-    from pipeline.tracking.store import STORE, database_path
-    from pipeline.tracking.sync import folder_id
-
-    search = f"tags.kind = '{LIVE}' and {pages.context}"
-    if database_path() != STORE:
-        search += f" and tags.{FOLDER_TAG} = '{folder_id()}'"
-    return list(client.search_runs(list(pages.experiment_ids.values()), search, max_results=1000))
-
-
-def end_killed(client: MlflowClient, pages: Pages) -> None:
-    """End the live runs whose process was killed."""
-    for run in live_runs(client, pages):
-        if run.info.status == "RUNNING" and not in_training(run):
-            client.set_terminated(run.info.run_id, "KILLED")
-
-
-def in_training(run: Any) -> bool:
-    """Whether a process of this folder still trains the cell of a live run."""
-    tags = run.data.tags
-    return any(path.parts[-3:-1] == (tags["task"], tags["variant"]) and is_training(path) for path in live_paths())
 
 
 class _SystemMetrics:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import sqlite3
@@ -189,6 +190,11 @@ def store_errors() -> tuple[type[Exception], ...]:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     # A database has its own package, which may not be installed.
     return MlflowException, SQLAlchemyError, CommandError, ParseError, RequestException, ImportError
+
+
+def folder_id() -> str:
+    """Return the tag of this folder on this machine."""
+    return hashlib.sha256(os.fsencode(f"{platform.node()} {Path.cwd()}")).hexdigest()[:16]
 
 
 def fingerprint() -> str:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -34,7 +33,6 @@ from pipeline.config.outputs import REPORT_EXPERIMENT
 from pipeline.config.study import Study
 from pipeline.storage.files import atomic_write
 from pipeline.tracking.database import find_sqlite_error, is_locked
-from pipeline.tracking.live import end_killed, in_training, live_runs
 from pipeline.tracking.pages import (
     CONTEXT_TAG,
     FOLDER_TAG,
@@ -55,11 +53,13 @@ from pipeline.tracking.store import (
     database_path,
     explain_error,
     fingerprint,
+    folder_id,
     local_path,
     prepare,
     store_errors,
     tracking_uri,
 )
+from pipeline.tracking.training_runs import end_killed, in_training, live_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
@@ -239,11 +239,6 @@ def _update_tags(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> Non
     changed = [RunTag(name, value) for name, value in tags.items() if run.data.tags.get(name) != value]
     if changed:
         client.log_batch(run.info.run_id, tags=changed)
-
-
-def folder_id() -> str:
-    """Return the tag of this folder on this machine."""
-    return hashlib.sha256(os.fsencode(f"{platform.node()} {Path.cwd()}")).hexdigest()[:16]
 
 
 def _delete_empty_default(client: MlflowClient) -> None:

@@ -18,7 +18,10 @@ ROW = {
     "valid_accuracy": 0.25,
     "grad_norm": 2.0,
 }
-LINE = "ar qk, seed 1, learning rate 0.01: {}, 50 of 100 steps, loss 1.500, accuracy 0.250, gradient 2.00, now at 0.005"
+LINE = (
+    "ar qk, seed 1, learning rate 0.01: {}, 50 of 100 steps, "
+    "loss 1.500, accuracy 0.250, gradient norm 2.00, learning rate now 0.005"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.load import load_study
 from pipeline.storage.live import LiveWriter
-from pipeline.tracking import live, store, sync
+from pipeline.tracking import live, store, sync, training_runs
 from pipeline.tracking.live import forward, forwarding
 from tests.helpers.study import ROOT, tiny_study
 
@@ -44,7 +44,7 @@ def steps(*changes):
 
 def live_runs(study):
     client, pages, _ = sync.connect(study)
-    return client, live.live_runs(client, pages)
+    return client, training_runs.live_runs(client, pages)
 
 
 def test_a_run_in_training_is_running_with_its_curves_and_ends_with_its_cell(study):
