@@ -145,7 +145,7 @@ def train(task: str, variant: str) -> None:
     """Train VARIANT on TASK with every seed."""
     study = _load_for_torch()
     with quick_imports():
-        from pipeline.stages.live import LiveFiles
+        from pipeline.stages.live import STAGE_DELAY, LiveFiles
         from pipeline.stages.plan import check_planned
         from pipeline.stages.train import CellSetting, train
 
@@ -153,7 +153,7 @@ def train(task: str, variant: str) -> None:
     if "DVC_STAGE" in os.environ:
         check_planned(study, task, variant)
     setting = CellSetting.of(study, task, variant)
-    with LiveFiles(enabled=study.live) as files:
+    with LiveFiles(enabled=study.live, delay=STAGE_DELAY) as files:
         train(task, variant, setting, device=study.device, parallel_runs=study.parallel_runs, observe=files.advance)
 
 

@@ -41,13 +41,12 @@ from pipeline.scheduling.dvc_internals import (
 )
 from pipeline.scheduling.progress import Progress
 from pipeline.scheduling.ray_cluster import Cluster
-from pipeline.stages.live import LiveFiles
+from pipeline.stages.live import STUDY_DELAY, LiveFiles
 from pipeline.stages.plan import check_planned
 from pipeline.stages.train import Cell, CellSetting, Job, Message, Trained, choose_learning_rate, group_jobs, train_jobs, write
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import LOGS
 from pipeline.storage.provenance import provenance
-from pipeline.tracking.live import forwarding
 
 FIRST = ("plan", "generate")
 """Stages before training."""
@@ -105,7 +104,7 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
         last_record, interval = time.monotonic(), float(RECORD_INTERVAL)
         try:
             # Jobs on a cluster are cancelled and cannot save their state.
-            with nullcontext() if joined else workers.stoppable(), forwarding(enabled=study.live and bool(stale)):
+            with nullcontext() if joined else workers.stoppable():
                 for stage, failure in train(stale, devices, joined, live=study.live):
                     if failure is not None:
                         failures[stage.stage] = failure
@@ -170,11 +169,10 @@ def train(
 ) -> Iterator[tuple[StageCell, str | None]]:
     """Train the cells and yield each when it is written, or with an error message if it failed.
 
-    With `live`, their progress is written to files.
+    With `live`, their progress is written to files and shown in MLflow.
     """
     if not stale:
         return  # before the server of the worker processes is started, which imports torch
-    files = LiveFiles(enabled=live)
     order = sorted(stale, key=_cost, reverse=True)
     device = joined.device if joined else lambda task: devices[0]
     jobs = [(stage, group) for stage in order for group in group_jobs(stage.cell, device(stage.cell.task))]
@@ -187,7 +185,10 @@ def train(
         else partial(workers.run_jobs, devices=devices, method=_method())
     )
     runs = [(stage.cell, group) for stage, group in jobs]
-    with Progress([stage.cell for stage in stale], joined.size if joined else len(devices)) as progress, files:
+    with (
+        Progress([stage.cell for stage in stale], joined.size if joined else len(devices)) as progress,
+        LiveFiles(enabled=live, delay=STUDY_DELAY) as files,
+    ):
 
         def report(index: int, message: Message) -> None:
             cell = jobs[index][0].cell

@@ -13,10 +13,12 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from pipeline.config.load import load_study
 from pipeline.config.study import Study
@@ -29,14 +31,12 @@ from pipeline.tracking.training_runs import end_killed, live_runs
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-DELAY = 5.0
-"""Seconds before MLflow is imported: a study that ends sooner does not pay for it."""
 INTERVAL = 3.0
 """Seconds between two reports."""
 LONGEST_WAIT = 60.0
 """Seconds between two attempts to reach a server that does not answer."""
 END_TIMEOUT = 5.0
-"""Seconds in which the process must end."""
+"""Seconds in which the process must end, whatever the server does."""
 LOG = CHECKPOINTS / "live.log"
 _METRICS = {**CURVES, "schedule": "train/learning_rate"}
 _STATUS = {"trained": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
@@ -51,33 +51,29 @@ class RunName(NamedTuple):
     seed: int
 
 
-@contextmanager
-def forwarding(*, enabled: bool) -> Iterator[None]:
-    """Log the cells in training while the block runs. What goes wrong is in LOG and stops nothing."""
-    if not enabled:
-        yield
-        return
+def start() -> subprocess.Popen[bytes] | None:
+    """Start the process; None if it cannot start. Its messages are in LOG."""
     try:
         LOG.parent.mkdir(parents=True, exist_ok=True)
         with LOG.open("w") as log:
             command = [sys.executable, "-m", "pipeline.tracking.live"]
             # In its own session, so that Ctrl-C does not reach it before the last rows are written.
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
     except OSError:
-        yield
-        return
+        return None
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End the process after its last rows, or after END_TIMEOUT."""
     try:
-        yield
-    finally:
-        try:
-            process.communicate(timeout=END_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.communicate(timeout=END_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def main() -> None:
-    """Forward until the standard input ends."""
+    """Forward until the standard input ends, unless another process of this folder does so already."""
     if hasattr(os, "nice"):
         os.nice(19)  # training has the cores first
     over = threading.Event()
@@ -87,7 +83,7 @@ def main() -> None:
         over.set()
 
     threading.Thread(target=wait_for_end, daemon=True).start()
-    if not over.wait(DELAY):
+    with suppress(Timeout), FileLock(LOG.with_suffix(".lock")).acquire(timeout=0):
         forward(load_study(), over.wait)
 
 

@@ -115,8 +115,9 @@ def connect(study: Study) -> tuple[MlflowClient, Pages, Path | None]:
 
 
 def set_environment() -> None:
-    """Set how long MLflow tries to reach a server, unless the user did."""
+    """Set how long MLflow tries to reach a server, and that it prints no address per run, unless the user did."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 

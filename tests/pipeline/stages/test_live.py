@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from cat.training.fit import lr_scale, validation_record
+from pipeline.stages import live
 from pipeline.stages.live import LiveFiles
 from pipeline.stages.train import Job
 from pipeline.storage.live import LiveReader, live_paths
@@ -24,7 +25,7 @@ def rows():
 
 
 def test_a_record_has_its_run_and_the_learning_rate_of_its_step():
-    with LiveFiles(enabled=True) as files:
+    with LiveFiles(enabled=True, delay=60) as files:
         files.advance(CELL, RECORDS)
     _, row, last = rows()
     assert (row["seed"], row["step"], row["train_loss"], row["valid_accuracy"]) == (1, 4, 2.0, 0.25)
@@ -34,14 +35,14 @@ def test_a_record_has_its_run_and_the_learning_rate_of_its_step():
 
 @pytest.mark.parametrize(("error", "how"), [(ValueError, "failed"), (KeyboardInterrupt, "stopped")])
 def test_a_cell_ends_as_its_block(error, how):
-    with LiveFiles(enabled=True) as files:
+    with LiveFiles(enabled=True, delay=60) as files:
         files.advance(CELL, RECORDS)
         files.__exit__(error, error(), None)
     assert rows()[-1]["ended"] == how
 
 
 def test_the_other_runs_of_a_failed_cell_do_not_start_it_again():
-    with LiveFiles(enabled=True) as files:
+    with LiveFiles(enabled=True, delay=60) as files:
         files.advance(CELL, RECORDS)
         files.end(CELL, "failed")
         files.advance(CELL, RECORDS)
@@ -49,6 +50,17 @@ def test_the_other_runs_of_a_failed_cell_do_not_start_it_again():
 
 
 def test_without_live_there_is_no_file():
-    with LiveFiles(enabled=False) as files:
+    with LiveFiles(enabled=False, delay=0) as files:
         files.advance(CELL, RECORDS)
     assert not live_paths()
+
+
+def test_a_long_training_is_shown_in_mlflow_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(live.live, "start", lambda: calls.append("start") or "process")
+    monkeypatch.setattr(live.live, "end", calls.append)
+    for delay, expected in ((60, []), (0, ["start", "process"])):
+        with LiveFiles(enabled=True, delay=delay) as files:
+            files.advance(CELL, RECORDS)
+            files.advance(CELL, RECORDS)
+        assert calls == expected

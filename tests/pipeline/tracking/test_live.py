@@ -1,15 +1,13 @@
 """A run in training is in MLflow while it trains; a killed one ends, and a dead server delays nothing."""
 
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from pipeline.config.load import load_study
 from pipeline.storage.live import LiveWriter
 from pipeline.tracking import live, store, sync, training_runs
-from pipeline.tracking.live import forward, forwarding
+from pipeline.tracking.live import forward
 from tests.helpers.study import ROOT, tiny_study
 
 COLUMNS = {"valid_loss": 3.0, "valid_accuracy": 0.25, "max_loss": 2.0, "grad_norm": 1.0, "max_logit": None}
@@ -119,21 +117,15 @@ def test_rows_wait_for_a_server_that_does_not_answer(study, monkeypatch, capsys)
     assert capsys.readouterr().out.splitlines() == ["no answer", "no answer"]
 
 
-def test_the_process_ends_with_the_block_whatever_the_server_does(tmp_path, monkeypatch):
-    """Nothing listens at the address; the block does not wait for it."""
+def test_the_process_ends_with_the_training_whatever_the_server_does(tmp_path, monkeypatch):
+    """Nothing listens at the address; the end does not wait for it."""
+    tiny_study(tmp_path, tasks=["copying"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    processes, popen = [], live.subprocess.Popen
-    monkeypatch.setattr(live.subprocess, "Popen", lambda *a, **k: processes.append(popen(*a, **k)) or processes[-1])
-    begin = time.monotonic()
-    with forwarding(enabled=True):
-        assert processes[0].poll() is None
-        assert time.monotonic() - begin < 1
-    assert processes[0].poll() is not None
-    with forwarding(enabled=False):
-        assert len(processes) == 1
-    assert Path("checkpoints/live.log").exists()
+    process = live.start()
+    live.end(process)
+    assert process.poll() is not None
+    assert live.LOG.exists()
     monkeypatch.setattr(sys, "executable", "/nothing")
-    with forwarding(enabled=True):
-        pass
+    assert live.start() is None
