@@ -15,7 +15,7 @@ from pipeline.storage.live import LiveReader, Row, is_training, live_paths
 
 INTERVAL = 2.0
 """Seconds between two looks at the files."""
-COLUMNS = ("cell", "run", "state", "steps", "loss", "accuracy", "gradient norm", "learning rate now")
+COLUMNS = ("cell", "seed", "rate", "state", "step", "loss", "accuracy", "grad norm", "rate now")
 
 
 @dataclass
@@ -49,14 +49,13 @@ class _Cell:
         """Yield the cells of COLUMNS for each run."""
         state = self.state
         for (rate, seed), row in sorted(self.last.items()):
-            name = f"seed {seed}, learning rate {rate:g}"
             numbers = (
                 f"{row['train_loss']:.3f}",
                 f"{row['valid_accuracy']:.3f}",
                 f"{row['grad_norm']:.2f}",
                 f"{row['schedule']:.2g}",
             )
-            yield self.name, name, state, f"{row['step']:,} of {self.steps:,}", *numbers
+            yield self.name, str(seed), f"{rate:g}", state, f"{row['step']:,} of {self.steps:,}", *numbers
 
 
 def watch(*, once: bool = False, console: Console | None = None) -> None:
@@ -78,9 +77,10 @@ def _print_changes(cells: dict[Path, _Cell], console: Console, *, once: bool) ->
         lines = list(_lines(cells, running=not once))
         for line in lines:
             if line not in shown:
-                cell, run, state, steps, loss, accuracy, gradient, rate = line
-                scores = f"loss {loss}, accuracy {accuracy}, gradient norm {gradient}, learning rate now {rate}"
-                console.print(f"{cell}, {run}: {state}, {steps} steps, {scores}", markup=False, highlight=False, soft_wrap=True)
+                cell, seed, rate, state, steps, loss, accuracy, grad_norm, rate_now = line
+                run = f"{cell}, seed {seed}, learning rate {rate}: {state}, {steps} steps"
+                scores = f"loss {loss}, accuracy {accuracy}, gradient norm {grad_norm}, learning rate now {rate_now}"
+                console.print(f"{run}, {scores}", markup=False, highlight=False, soft_wrap=True)
         shown = set(lines)
         if once:
             if not lines:

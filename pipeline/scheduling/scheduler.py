@@ -105,7 +105,7 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
         try:
             # Jobs on a cluster are cancelled and cannot save their state.
             with nullcontext() if joined else workers.stoppable():
-                for stage, failure in train(stale, devices, joined, live=study.live):
+                for stage, failure in train(stale, devices, joined, study.live):
                     if failure is not None:
                         failures[stage.stage] = failure
                         continue
@@ -165,7 +165,7 @@ def stale_cells() -> list[StageCell]:
 
 
 def train(
-    stale: list[StageCell], devices: list[torch.device], joined: Cluster | None = None, *, live: bool = False
+    stale: list[StageCell], devices: list[torch.device], joined: Cluster | None = None, live: bool = False
 ) -> Iterator[tuple[StageCell, str | None]]:
     """Train the cells and yield each when it is written, or with an error message if it failed.
 

@@ -68,5 +68,6 @@ def test_a_terminal_shows_one_table():
     writer.write(ROW)
     writer.end("trained")
     output = io.StringIO()
-    Console(file=output, width=120).print(module._table(module._lines({}, running=False)))
-    assert "ar qk  seed 1, learning rate 0.01" in output.getvalue()
+    Console(file=output, width=80).print(module._table(module._lines({}, running=False)))
+    row = ["ar", "qk", "1", "0.01", "trained", "50", "of", "100", "1.500", "0.250", "2.00", "0.005"]
+    assert output.getvalue().splitlines()[1].split() == row
