@@ -119,8 +119,8 @@ def test_rows_wait_for_a_server_that_does_not_answer(study, monkeypatch, capsys)
 
 def test_the_process_ends_with_the_training_whatever_the_server_does(tmp_path, monkeypatch):
     """Nothing listens at the address; the end does not wait for it."""
-    tiny_study(tmp_path, tasks=["copying"])
     monkeypatch.chdir(tmp_path)
+    tiny_study(tmp_path, tasks=["copying"])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     process = live.start()
