@@ -277,10 +277,19 @@ def run(jobs: int | None, ray: str | None) -> None:
 
 
 @command("Tools")
+@click.option("--once", is_flag=True, help="Print the present state and end.")
+def watch(once: bool) -> None:
+    """Show the runs in training, from their files, until Ctrl-C."""
+    from pipeline.commands.watch import watch
+
+    watch(once=once)
+
+
+@command("Tools")
 @click.argument("task", required=False)
 @click.argument("variant", required=False)
 def register(task: str | None, variant: str | None) -> None:
-    """Register the best model of each task in MLflow, or of one TASK.
+    """Register the best model of each task, or of TASK, in MLflow.
 
     With VARIANT, the best seed of this variant.
     """
@@ -293,15 +302,6 @@ def register(task: str | None, variant: str | None) -> None:
         find_entry(study.tasks, "tasks", task)
     for line in register(study, task, variant):
         click.echo(line)
-
-
-@command("Tools")
-@click.option("--once", is_flag=True, help="Print the present state and end.")
-def watch(once: bool) -> None:
-    """Show the runs in training, from their files, until Ctrl-C."""
-    from pipeline.commands.watch import watch
-
-    watch(once=once)
 
 
 @command("Tools")

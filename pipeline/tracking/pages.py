@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from cat.tasks.base import Task
 from pipeline.config.errors import shorten
 from pipeline.config.grid import shown_tasks
 from pipeline.config.outputs import REPORT_EXPERIMENT
@@ -123,15 +124,15 @@ class Pages:
 
         data = self.study.tasks[experiment].data
         name = PRIMARY[data.goal]
-        about = (inspect.getdoc(type(data)) or "").partition("\n\n")[0]
         links = "\n".join(f"* [{view.name}]({self.view_address(experiment, view)})" for view in self.views(experiment))
         questions = "\n".join(f"* {self.study.ablations[name].question}" for name in self._ablations(experiment))
         lengths = ", ".join(map(str, data.lengths))
         note = (
-            f"Task `{experiment}`: {task_label(self.study, experiment)}. {about} Trained at length {data.length}, tested at"
-            f" {lengths}.\n\n{links}\n\nEach variant has a run with means over its seeds, which contains a run per seed."
-            f" `{name}_2x` is the score at twice the training length, `test/{name}` at the training length, and the step of"
-            f" `test/{name}{BY_LENGTH}` is the length. `..._sd` is the standard deviation over seeds.\n\n"
+            f"Task `{experiment}`: {task_label(self.study, experiment)}.\n\n{_about(data)}\n\n"
+            f"Trained at length {data.length}, tested at {lengths}.\n\n{links}\n\n"
+            f"Each variant has a run with means over its seeds, which contains a run per seed. `{name}_2x` is the score at twice"
+            f" the training length, `test/{name}` at the training length, and the step of `test/{name}{BY_LENGTH}` is the length."
+            f" `..._sd` is the standard deviation over seeds.\n\n"
             f"Questions:\n\n{questions}"
         )
         return shorten(note, NOTE_LENGTH)
@@ -189,6 +190,13 @@ class Pages:
 
     def _image_address(self, path: str) -> str:
         return f"get-artifact?{_query(path=path, run_uuid=self.report_id)}"
+
+
+def _about(task: Task) -> str:
+    """Say what a task is: the docstring of its file, up to the example."""
+    paragraphs = (inspect.getdoc(inspect.getmodule(type(task))) or "").split("\n\n")
+    example = next((i for i, paragraph in enumerate(paragraphs) if paragraph.startswith("    ")), 0)
+    return "\n\n".join(paragraphs[: example + 1])
 
 
 def runs_address(experiment_id: str, **options: str) -> str:
