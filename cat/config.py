@@ -56,7 +56,7 @@ class Traits(Config):
         return False
 
     @property
-    def has_dropout(self) -> bool:
+    def differs_in_training(self) -> bool:
         """Whether its outputs in training differ from those in evaluation: they are random, or training is softer."""
         return False
 
@@ -205,8 +205,8 @@ class ModelConfig(VariantConfig):
         return all(mixer.has_attention for mixer in self.mixers)
 
     @property
-    def has_dropout(self) -> bool:
-        return any(mixer.has_dropout for mixer in self.mixers)
+    def differs_in_training(self) -> bool:
+        return any(mixer.differs_in_training for mixer in self.mixers)
 
     def check_length(self, length: int) -> None:
         if self.canon is not None and self.canon_size > length:

@@ -145,13 +145,16 @@ def train(task: str, variant: str) -> None:
     """Train VARIANT on TASK with every seed."""
     study = _load_for_torch()
     with quick_imports():
+        from pipeline.stages.live import STAGE_DELAY, LiveFiles
         from pipeline.stages.plan import check_planned
         from pipeline.stages.train import CellSetting, train
 
     check_cell(study, task, variant)
     if "DVC_STAGE" in os.environ:
         check_planned(study, task, variant)
-    train(task, variant, CellSetting.of(study, task, variant), device=study.device, parallel_runs=study.parallel_runs)
+    setting = CellSetting.of(study, task, variant)
+    with LiveFiles(enabled=study.live, delay=STAGE_DELAY) as files:
+        train(task, variant, setting, device=study.device, parallel_runs=study.parallel_runs, observe=files.advance)
 
 
 @command("Stages")
@@ -271,6 +274,34 @@ def run(jobs: int | None, ray: str | None) -> None:
         for failures in getattr(error, "__notes__", ()):
             click.echo(f"failed:\n{failures}", err=True)
         raise
+
+
+@command("Tools")
+@click.option("--once", is_flag=True, help="Print the present state and end.")
+def watch(once: bool) -> None:
+    """Show the runs in training, from their files, until Ctrl-C."""
+    from pipeline.commands.watch import watch
+
+    watch(once=once)
+
+
+@command("Tools")
+@click.argument("task", required=False)
+@click.argument("variant", required=False)
+def register(task: str | None, variant: str | None) -> None:
+    """Register the best model of each task, or of TASK, in MLflow.
+
+    With VARIANT, the best seed of this variant.
+    """
+    study = _load_for_torch()
+    from pipeline.tracking.register import register
+
+    if task is not None and variant is not None:
+        check_cell(study, task, variant)
+    elif task is not None:
+        find_entry(study.tasks, "tasks", task)
+    for line in register(study, task, variant):
+        click.echo(line)
 
 
 @command("Tools")

@@ -56,10 +56,10 @@ MAX_SPLIT_WEIGHTS = 1 << 20
 def can_ensemble(config: ModelConfig) -> bool:
     """Return whether `fit_ensemble` can train `config`.
 
-    It cannot if Mamba uses mamba_ssm's kernel, which has no vmap rule, nor with dropout, which must depend on the seed of each
-    member only.
+    It cannot if Mamba uses mamba_ssm's kernel, which has no vmap rule, or if the model differs in training: `score` does not
+    switch its mode, and dropout must depend on the seed of each member only.
     """
-    if config.has_dropout:
+    if config.differs_in_training:
         return False
     sizes = {mixer.state for mixer in config.layer_mixers if isinstance(mixer, MambaConfig)}
     if not sizes:

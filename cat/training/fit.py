@@ -243,7 +243,7 @@ def backward(
 @contextmanager
 def _seeded_dropout(model: SequenceModel, seed: int, step: int, group: ProcessGroup) -> Iterator[None]:
     """Seed the dropout of a step, so that a resumed run repeats it. The global random state does not change."""
-    if not model.config.has_dropout:
+    if not model.config.differs_in_training:
         yield
         return
     device = model.head.weight.device

@@ -168,6 +168,8 @@ class StudyFile(Config):
     deterministic: bool
     """Get the same bits on all kinds of CPU, at some cost in time (pipeline/runtime/determinism.py)."""
     parallel_runs: Count | Literal["auto"]
+    live: bool = True
+    """Show runs in MLflow and in `python -m pipeline watch` while they train."""
     resources: ClusterResources = ClusterResources()
     defaults: Settings
     """The baseline: the keys of a model and of its mixers, and `training`. Each applies to the variants that have the key."""
@@ -189,6 +191,7 @@ class Study(Config):
     precision: Literal["float32", "bfloat16"]
     deterministic: bool
     parallel_runs: int | Literal["auto"]
+    live: bool
     resources: ClusterResources
     tasks: dict[str, TaskConfig]
     variants: dict[str, AnyVariant]

@@ -1,10 +1,11 @@
-"""Show cells in training as a live table, or without a terminal one line per finished cell."""
+"""Show cells in training as a live table, or without a terminal a line per minute, finished run and finished cell."""
 
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from types import TracebackType
@@ -16,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cat.training.fit import ValidationRecord
-from pipeline.stages.train import Cell
+from pipeline.stages.train import LOG_SECONDS, Cell, Job, Trained
 
 MAX_ROWS = 20
 """Maximum number of cells in the table."""
@@ -55,25 +56,38 @@ class Progress:
         self.console = console or Console(stderr=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         self.last_drawn = 0.0
+        self.over = threading.Event()
 
     def __enter__(self) -> Self:
         if self.states:
             self.console.print(f"{len(self.states)} cells to train, {self.processes} runs at a time")
         if self.live:
             self.live.start()
+        elif self.states:
+            threading.Thread(target=self._print_each_minute, daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.over.set()
         if self.live:
             self.live.stop()
 
-    def advance(self, cell: Cell, steps: int, record: ValidationRecord | None) -> None:
-        """Count `steps` more steps and show `record`, if there is a new one."""
+    def advance(self, cell: Cell, steps: int, records: Mapping[Job, ValidationRecord]) -> None:
+        """Count `steps` more steps and show the last of the new `records`."""
         state = self.states[cell[:2]]
         state.started = state.started or time.monotonic()
         state.done += steps
-        state.record = record or state.record
+        for record in records.values():
+            state.record = record
         self._draw()
+
+    def end_run(self, cell: Cell, run: Trained) -> None:
+        """Report that a run of the cell has ended; the table shows only cells."""
+        if self.live is None:
+            record = f", accuracy {run.history[-1].valid_accuracy:.3f}" if run.history and not run.diverged else ""
+            rate, seed = run.job
+            name = f"{cell.task} {cell.variant}, learning rate {rate:g}, seed {seed}"
+            self._print(f"{name}: {run.steps:,} steps{record}, ended by {run.stop}")
 
     def end(self, cell: Cell, seconds: float, records: list[ValidationRecord]) -> None:
         """Report that the cell was trained in `seconds`; `records` are the last ones of its runs that count."""
@@ -91,8 +105,23 @@ class Progress:
         if not state.ended:
             state.ended, state.done = True, state.total
             ended = sum(s.ended for s in self.states.values())
-            self.console.print(f"[{ended}/{len(self.states)}] {state.name}: {message}", style=style, markup=False)
+            self._print(f"[{ended}/{len(self.states)}] {state.name}: {message}", style)
         self._draw()
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        # One line of any length, so that a log can be searched.
+        self.console.print(line, style=style, markup=False, soft_wrap=self.live is None)
+
+    def _print_each_minute(self) -> None:
+        while not self.over.wait(LOG_SECONDS):
+            running = ", ".join(
+                f"{s.name} {s.done:,} of {s.total:,} steps" + (f" (loss {s.record.train_loss:.3f})" if s.record else "")
+                for s in self._running()
+            )
+            self._print(f"{self._summary()}; in training: {running or 'none'}")
+
+    def _running(self) -> list[_CellProgress]:
+        return [s for s in list(self.states.values()) if s.started is not None and not s.ended]
 
     def _draw(self) -> None:
         now = time.monotonic()
@@ -104,8 +133,7 @@ class Progress:
         """Return a table of the cells in training and a line about the whole study."""
         table = Table("cell", "steps", "loss", "accuracy", "time left", box=None, pad_edge=False)
         now = time.monotonic()
-        running = [s for s in self.states.values() if s.started is not None and not s.ended]
-        for state in running[:MAX_ROWS]:
+        for state in self._running()[:MAX_ROWS]:
             record = state.record
             table.add_row(
                 state.name,
@@ -114,11 +142,15 @@ class Progress:
                 f"{record.valid_accuracy:.3f}" if record else "-",
                 _clock(_seconds_left(state, now)),
             )
+        return Group(table, Text(self._summary()))
+
+    def _summary(self) -> str:
+        now = time.monotonic()
         done = sum(s.done * s.tokens_per_step for s in self.states.values())
         total = sum(s.total * s.tokens_per_step for s in self.states.values())
         left = (now - self.started) * (total - done) / done if done else None
         ended = sum(s.ended for s in self.states.values())
-        return Group(table, Text(f"{ended} of {len(self.states)} cells, {done / total:.0%} of the steps, {_clock(left)} left"))
+        return f"{ended} of {len(self.states)} cells, {done / total:.0%} of the steps, {_clock(left)} left"
 
 
 def _seconds_left(state: _CellProgress, now: float) -> float | None:

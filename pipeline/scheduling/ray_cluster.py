@@ -142,15 +142,15 @@ class Cluster:
     ) -> Iterator[tuple[int, Any]]:
         """Yield index and outcome of each job as it ends; the outcome of a failed job is a Failure.
 
-        `tasks` has the task of each job. A job reports (steps since its last report, validation record or None). Closing the
-        iterator cancels running jobs. Raises ValueError if no machine is left for a job.
+        `tasks` has the task of each job. A job reports (steps since its last report, new validation records by run).
+        Closing the iterator cancels running jobs. Raises ValueError if no machine is left for a job.
         """
         queue = _JobQueue(self, function, jobs, tasks)
         reported = [0] * len(jobs)
 
-        def report_steps(index: int, steps: int, record: Any) -> None:
+        def report_steps(index: int, steps: int, records: Any) -> None:
             # The difference is negative after a restart of the job.
-            report(index, (steps - reported[index], record))
+            report(index, (steps - reported[index], records))
             reported[index] = steps
 
         try:
@@ -302,14 +302,15 @@ class _Mailbox:
 
 def _job(call: _Call, files: dict[str, NDArray[np.uint8]], mailbox: Any, index: int) -> tuple[tuple[int, Any], Any]:
     """Run a job on a machine of the cluster and return its last report and its outcome."""
-    steps, record, last_report = 0, None, -math.inf
+    steps, records, last_report = 0, dict[Any, Any](), -math.inf
 
     def report(message: tuple[int, Any]) -> None:
-        nonlocal steps, record, last_report
-        steps, record = steps + message[0], message[1] or record
+        nonlocal steps, last_report
+        steps += message[0]
+        records.update(message[1])
         if (now := time.monotonic()) - last_report > POLL_SECONDS:
             last_report = now
-            mailbox.put.remote(index, (steps, record))
+            mailbox.put.remote(index, (steps, records))
 
     workers.prepare()
     with tempfile.TemporaryDirectory(prefix="cat-study-") as folder, contextlib.chdir(folder):
@@ -325,7 +326,7 @@ def _job(call: _Call, files: dict[str, NDArray[np.uint8]], mailbox: Any, index: 
             outcome = call.function(call.job, call.device, report)
         except Exception as error:
             outcome = Failure(error, traceback.format_exc())
-    return (steps, record), outcome
+    return (steps, records), outcome
 
 
 def _release(version: str) -> str:

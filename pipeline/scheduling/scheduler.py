@@ -41,8 +41,9 @@ from pipeline.scheduling.dvc_internals import (
 )
 from pipeline.scheduling.progress import Progress
 from pipeline.scheduling.ray_cluster import Cluster
+from pipeline.stages.live import STUDY_DELAY, LiveFiles
 from pipeline.stages.plan import check_planned
-from pipeline.stages.train import Cell, CellSetting, Job, Trained, choose_learning_rate, group_jobs, train_jobs, write
+from pipeline.stages.train import Cell, CellSetting, Job, Message, Trained, choose_learning_rate, group_jobs, train_jobs, write
 from pipeline.storage.files import atomic_write
 from pipeline.storage.paths import LOGS
 from pipeline.storage.provenance import provenance
@@ -104,7 +105,7 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
         try:
             # Jobs on a cluster are cancelled and cannot save their state.
             with nullcontext() if joined else workers.stoppable():
-                for stage, failure in train(stale, devices, joined):
+                for stage, failure in train(stale, devices, joined, study.live):
                     if failure is not None:
                         failures[stage.stage] = failure
                         continue
@@ -164,9 +165,12 @@ def stale_cells() -> list[StageCell]:
 
 
 def train(
-    stale: list[StageCell], devices: list[torch.device], joined: Cluster | None = None
+    stale: list[StageCell], devices: list[torch.device], joined: Cluster | None = None, live: bool = False
 ) -> Iterator[tuple[StageCell, str | None]]:
-    """Train the cells and yield each when it is written, or with an error message if it failed."""
+    """Train the cells and yield each when it is written, or with an error message if it failed.
+
+    With `live`, their progress is written to files and shown in MLflow.
+    """
     if not stale:
         return  # before the server of the worker processes is started, which imports torch
     order = sorted(stale, key=_cost, reverse=True)
@@ -181,21 +185,34 @@ def train(
         else partial(workers.run_jobs, devices=devices, method=_method())
     )
     runs = [(stage.cell, group) for stage, group in jobs]
-    with Progress([stage.cell for stage in stale], joined.size if joined else len(devices)) as progress:
-        for index, outcome in run_jobs(_run, runs, report=lambda index, message: progress.advance(jobs[index][0].cell, *message)):
+    with (
+        Progress([stage.cell for stage in stale], joined.size if joined else len(devices)) as progress,
+        LiveFiles(enabled=live, delay=STUDY_DELAY) as files,
+    ):
+
+        def report(index: int, message: Message) -> None:
+            cell = jobs[index][0].cell
+            progress.advance(cell, *message)
+            files.advance(cell, message[1])
+
+        for index, outcome in run_jobs(_run, runs, report=report):
             stage, group = jobs[index]
             name, cell = stage.stage, stage.cell
             if isinstance(outcome, workers.Failure):
                 progress.fail(cell)
+                files.end(cell, "failed")
                 yield stage, _log_failure(cell, group, outcome)
                 continue
             seconds, trained = outcome
             start_times[name] = min(start_times.get(name, math.inf), time.monotonic() - seconds)
             outcomes[name] |= zip(group, trained, strict=True)
+            for one in trained:
+                progress.end_run(cell, one)
             if len(outcomes[name]) == len(cell.jobs):
                 duration = time.monotonic() - start_times[name]
                 results = name_devices([outcomes[name].pop(job) for job in cell.jobs])
                 write(cell, results, began=time.time() - duration, origin=origin)
+                files.end(cell, "trained")
                 _error_log(cell).unlink(missing_ok=True)
                 progress.end(cell, duration, last_records(results, cell.meta.goal))
                 yield stage, None

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -49,6 +50,8 @@ from pipeline.storage.provenance import provenance
 from pipeline.storage.tables import HISTORY_COLUMNS
 from pipeline.storage.task_data import Meta, read_code, read_meta
 
+LOG_SECONDS = 60
+"""Time between two lines of progress where there is no terminal."""
 MAX_ENSEMBLE_TOKENS = 1 << 18
 """Tokens per training step of an ensemble of runs at most; bounds its GPU memory."""
 
@@ -97,6 +100,12 @@ class Job(NamedTuple):
     seed: int
 
 
+Records = dict[Job, ValidationRecord]
+"""The last validation of some runs."""
+Message = tuple[int, Records]
+"""What a job reports: its steps since its last report, and new records."""
+
+
 class Trained(NamedTuple):
     """The result of one run."""
 
@@ -122,8 +131,16 @@ class Trained(NamedTuple):
         return self.stop == "diverged"
 
 
-def train(task: str, variant: str, setting: CellSetting, *, device: str, parallel_runs: int | Literal["auto"]) -> None:
-    """Train the cell and write its folder.
+def train(
+    task: str,
+    variant: str,
+    setting: CellSetting,
+    *,
+    device: str,
+    parallel_runs: int | Literal["auto"],
+    observe: Callable[[Cell, Records], None] = lambda cell, records: None,
+) -> None:
+    """Train the cell and write its folder. `observe` is called with the new validation records of runs.
 
     Ctrl-C stops after the current training step; the next call resumes there. Raises ParamsError if the device does not
     exist, KeyboardInterrupt after Ctrl-C.
@@ -135,7 +152,15 @@ def train(task: str, variant: str, setting: CellSetting, *, device: str, paralle
     with process_group(torch_device) as group, workers.stoppable():
         hidden = None if group.rank == 0 else True
         with tqdm(total=steps, desc=f"{task} {variant}", unit="step", disable=hidden) as bar:
-            run, report = functools.partial(train_jobs, cell, group=group), functools.partial(_advance, bar)
+            run = functools.partial(train_jobs, cell, group=group)
+            log = _log_each_minute(f"{task} {variant}", steps)
+
+            def report(message: Message) -> None:
+                _advance(bar, message)
+                if group.rank == 0:
+                    log(message)
+                    observe(cell, message[1])
+
             job_groups = group_jobs(cell, torch_device, group)
             processes = parallel_runs if group.size == 1 else 1
             trained = workers.parallel_map(run, job_groups, device=torch_device, parallel_runs=processes, report=report)
@@ -212,7 +237,7 @@ def train_jobs(
 ) -> list[Trained]:
     """Train these runs of the cell; an ensemble that runs out of GPU memory is retried one run at a time.
 
-    `report` is called with (steps since its last call, the validation record or None).
+    `report` is called with a Message. A resumed run first reports the records of its checkpoint.
     """
     if isinstance(cell.setting.model, ConstructionConfig):
         return [_construct(cell, job, device, report) for job in jobs]
@@ -221,7 +246,7 @@ def train_jobs(
 
     def progress(job: Job, step: int, record: ValidationRecord | None) -> None:
         if record is not None:
-            report((step - reported[job], record))
+            report((step - reported[job], {job: record}))
             reported[job] = step
 
     trained: dict[Job, tuple[Run, float]] = {}
@@ -239,7 +264,7 @@ def train_jobs(
                     raise
                 single |= set(members)  # `fit` can split a batch, `fit_ensemble` cannot
                 waiting += [(job,) for job in members]
-    report((sum(cell.setting.training.steps - steps for steps in reported.values()), None))
+    report((sum(cell.setting.training.steps - steps for steps in reported.values()), {}))
     return [
         _trained(cell, job, run.model, run.history, run.steps, run.stop, device_name, seconds, run.micro_batch)
         for job, (run, seconds) in ((job, trained[job]) for job in jobs)
@@ -282,6 +307,9 @@ def _fit(
     saved = group.broadcast(lambda: [checkpoint.read() for checkpoint in checkpoints])
     states = [checkpoint and checkpoint.state for checkpoint in saved]
     keeper = CheckpointWriter(checkpoints, saved, group)
+    for job, state in zip(jobs, states, strict=True):
+        for record in state.history if state else ():
+            progress(job, record.step, record)
     seeds = [derive_seed(job.seed, task, "batches") for job in jobs]
     rates = [job.learning_rate for job in jobs]
     options: dict[str, Any] = {
@@ -322,7 +350,7 @@ def _construct(cell: Cell, job: Job, device: torch.device, report: workers.Repor
     model = import_module("cat.theory").construct(cell.construction_task, cell.setting.model.placement).to(device)
     _, valid = _splits(cell.task, device)
     scores = score(model, valid, precision=cell.setting.precision)
-    report((cell.setting.training.steps, None))
+    report((cell.setting.training.steps, {}))
     record = validation_record(0, [math.nan], [math.nan], scores.loss, scores.accuracy, max_logit(model, valid.inputs))
     return _trained(cell, job, model, [record], 0, "theorem", made_on(device), time.perf_counter() - start)
 
@@ -359,11 +387,28 @@ def _trained(
     )
 
 
-def _advance(bar: tqdm, message: tuple[int, ValidationRecord | None]) -> None:
-    steps, record = message
-    if record is not None:
+def _advance(bar: tqdm, message: Message) -> None:
+    steps, records = message
+    for record in records.values():
         bar.set_postfix(loss=f"{record.train_loss:.3f}", accuracy=f"{record.valid_accuracy:.3f}", refresh=False)
     bar.update(steps)
+
+
+def _log_each_minute(name: str, total: int) -> Callable[[Message], None]:
+    """Return a function that prints the progress of a cell once per LOG_SECONDS where there is no terminal for a bar."""
+    done, last = 0, time.monotonic()
+
+    def log(message: Message) -> None:
+        nonlocal done, last
+        done += message[0]
+        now = time.monotonic()
+        if message[1] and now - last >= LOG_SECONDS and not sys.stderr.isatty():
+            last = now
+            record = [*message[1].values()][-1]
+            scores = f"loss {record.train_loss:.3f}, accuracy {record.valid_accuracy:.3f}"
+            print(f"{name}: {done:,} of {total:,} steps, {scores}", file=sys.stderr, flush=True)
+
+    return log
 
 
 def _summary(outcomes: list[Trained]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-OUTPUTS = ("dvc.lock", "params.schema.json", "reports", "results", "verdicts", "README.md")
+OUTPUTS = ("dvc.lock", "params.schema.json", "reports", "results", "scores", "verdicts", "README.md")
 """Files in git that the stages write. Changes to them do not make the checkout dirty."""
 
 

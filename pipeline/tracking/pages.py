@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+from cat.tasks.base import Task
 from pipeline.config.errors import shorten
 from pipeline.config.grid import shown_tasks
 from pipeline.config.outputs import REPORT_EXPERIMENT
 from pipeline.config.study import Study
-from pipeline.reporting.labels import task_label
+from pipeline.reporting.labels import task_label, with_slug
 from pipeline.tracking.records import BY_LENGTH, Record
 
 KEY_TAG, CONTEXT_TAG, FOLDER_TAG = "cat.key", "cat.context", "cat.folder"
@@ -71,7 +72,8 @@ class Pages:
     def __init__(self, study: Study, experiment_ids: dict[str, str], context: str):
         self.study, self.experiment_ids = study, experiment_ids
         self.tasks = [name for name in experiment_ids if name != REPORT_EXPERIMENT]
-        self.current = f"tags.current = 'yes' and {context_filter(context)}"
+        self.context = context_filter(context)
+        self.current = f"tags.current = 'yes' and {self.context}"
         self.report_id = ""
         """The id of the report's run; set when it is known."""
 
@@ -122,15 +124,15 @@ class Pages:
 
         data = self.study.tasks[experiment].data
         name = PRIMARY[data.goal]
-        about = (inspect.getdoc(type(data)) or "").partition("\n\n")[0]
         links = "\n".join(f"* [{view.name}]({self.view_address(experiment, view)})" for view in self.views(experiment))
         questions = "\n".join(f"* {self.study.ablations[name].question}" for name in self._ablations(experiment))
         lengths = ", ".join(map(str, data.lengths))
         note = (
-            f"Task `{experiment}`: {task_label(self.study, experiment)}. {about} Trained at length {data.length}, tested at"
-            f" {lengths}.\n\n{links}\n\nEach variant has a run with means over its seeds, which contains a run per seed."
-            f" `{name}_2x` is the score at twice the training length, `test/{name}` at the training length, and the step of"
-            f" `test/{name}{BY_LENGTH}` is the length. `..._sd` is the standard deviation over seeds.\n\n"
+            f"Task `{experiment}`: {task_label(self.study, experiment)}.\n\n{_about(data)}\n\n"
+            f"Trained at length {data.length}, tested at {lengths}.\n\n{links}\n\n"
+            f"Each variant has a run with means over its seeds, which contains a run per seed. `{name}_2x` is the score at twice"
+            f" the training length, `test/{name}` at the training length, and the step of `test/{name}{BY_LENGTH}` is the length."
+            f" `..._sd` is the standard deviation over seeds.\n\n"
             f"Questions:\n\n{questions}"
         )
         return shorten(note, NOTE_LENGTH)
@@ -143,7 +145,7 @@ class Pages:
             chart = next(key for key in views if key.startswith("chart-"))
             named = {**wanted, chart: "chart by length"}
             links = ", ".join(f"[{name}]({self.view_address(task, views[key])})" for key, name in named.items())
-            tasks.append(f"* {task_label(self.study, task)} (`{task}`): {links}")
+            tasks.append(f"* {with_slug(task_label(self.study, task), task)}: {links}")
         note = (
             "All tasks of the study:\n\n" + "\n".join(tasks) + "\n\nThe runs of this page are the reports: figures, tables,"
             " verdicts. The tag `current` is yes for the report of the present files."
@@ -188,6 +190,13 @@ class Pages:
 
     def _image_address(self, path: str) -> str:
         return f"get-artifact?{_query(path=path, run_uuid=self.report_id)}"
+
+
+def _about(task: Task) -> str:
+    """Say what a task is: the docstring of its file, up to the example."""
+    paragraphs = (inspect.getdoc(inspect.getmodule(type(task))) or "").split("\n\n")
+    example = next((i for i, paragraph in enumerate(paragraphs) if paragraph.startswith("    ")), 0)
+    return "\n\n".join(paragraphs[: example + 1])
 
 
 def runs_address(experiment_id: str, **options: str) -> str:

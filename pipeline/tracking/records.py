@@ -96,7 +96,11 @@ class Record:
     @property
     def key(self) -> str:
         """The tag that finds the run. Each DVC experiment has a run of its own for the same content."""
-        return hashlib.sha256(f"{self.content_digest} {self.context}".encode()).hexdigest()[:32]
+        return self.key_in(self.context)
+
+    def key_in(self, context: str) -> str:
+        """The tag of a run with the same content in another DVC experiment; empty for the workspace."""
+        return hashlib.sha256(f"{self.content_digest} {context}".encode()).hexdigest()[:32]
 
 
 def task_records(study: Study) -> Iterator[Record]:

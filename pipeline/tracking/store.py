@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import sqlite3
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 STORE, ARTIFACTS = Path("mlflow.db"), Path("mlartifacts")
 COMPLETE = ARTIFACTS / ".complete"
 """The fingerprint of the files and the store after the last complete synchronisation."""
+LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "storage_location"),
+)
+"""Tables and columns of the store with full paths of artifacts."""
 STAMP = ARTIFACTS / STAMP_NAME
 """A digest of everything that is logged, without times and places; the output of DVC's stage."""
 
@@ -130,7 +138,7 @@ def relocate_artifacts(names: Iterable[str] = ()) -> None:
             for name, location in list(connection.execute("select name, artifact_location from experiments")):
                 old, _, folder = (location or "").rpartition("/")
                 if old.endswith(f"/{ARTIFACTS.name}") and unquote(folder) == name and old != here:
-                    for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+                    for table, column in LOCATIONS:
                         is_inside = f"substr({column}, 1, {len(location)}) = ?"
                         moved = f"? || substr({column}, {len(old) + 1})"
                         connection.execute(f"update {table} set {column} = {moved} where {is_inside}", (here, location))
@@ -182,6 +190,11 @@ def store_errors() -> tuple[type[Exception], ...]:
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     # A database has its own package, which may not be installed.
     return MlflowException, SQLAlchemyError, CommandError, ParseError, RequestException, ImportError
+
+
+def folder_id() -> str:
+    """Return the tag of this folder on this machine."""
+    return hashlib.sha256(os.fsencode(f"{platform.node()} {Path.cwd()}")).hexdigest()[:16]
 
 
 def fingerprint() -> str:

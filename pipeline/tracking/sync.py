@@ -5,11 +5,14 @@ A task is an experiment, a variant is a run, and the runs of its seeds are insid
 A run is found by a digest of everything that is logged in it. Existing runs stay, missing runs are logged. So the store can be
 deleted, and a second call changes nothing. A run that no longer matches the files stays as part of an older study: tags say
 which studies a run belongs to, and whether it is current. Runs under `dvc exp run` get the experiment's name; they and the runs
-of the workspace leave each other alone. Under `dvc exp run --temp` or `--queue` the store is in DVC's temporary folder and is
-lost with it, unless MLFLOW_TRACKING_URI names another store.
+of the workspace leave each other alone. Results that the workspace has as runs are not logged again for an experiment.
+Under `dvc exp run --temp` or `--queue` the store is in DVC's temporary folder and is lost with it, unless MLFLOW_TRACKING_URI
+names another store.
 
 A local store that is up to date is recognised by the sizes and times of its files. A store that was copied or moved with its
 folder gets the new paths of its artifacts. DVC cannot compare stores, so its stage has a digest of what is logged as output.
+
+Runs in training have a kind of their own (pipeline/tracking/live.py) and are deleted once their cell is not in training.
 
 Several folders may log to one server. There, a run has a tag for the folder that logged it. Another folder reuses a run with the
 same content, but never deletes it.
@@ -19,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -51,11 +53,13 @@ from pipeline.tracking.store import (
     database_path,
     explain_error,
     fingerprint,
+    folder_id,
     local_path,
     prepare,
     store_errors,
     tracking_uri,
 )
+from pipeline.tracking.training_runs import end_killed, in_training, live_runs
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
@@ -88,6 +92,7 @@ def addresses(study: Study, server: str) -> Iterator[str]:
     """
     try:
         client, pages, _ = connect(study)
+        end_killed(client, pages)
         for name, experiment_id in pages.experiment_ids.items():
             _describe(client, experiment_id, name, pages)
     except store_errors() as error:
@@ -110,8 +115,9 @@ def connect(study: Study) -> tuple[MlflowClient, Pages, Path | None]:
 
 
 def set_environment() -> None:
-    """Set how long MLflow tries to reach a server, unless the user did."""
+    """Set how long MLflow tries to reach a server, and that it prints no address per run, unless the user did."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
@@ -135,12 +141,17 @@ def _sync(client: MlflowClient, records: Mapping[str, Record], pages: Pages, *, 
     context = next(iter(records.values())).context
     if artifacts is not None:
         _delete_empty_default(client)
-    folder_id = _folder_id()
+    if context:
+        records = _changed(client, records, pages)
+    own_folder = folder_id()
 
     def is_ours(run: Run) -> bool:
         """On a server, a run of another folder may be in progress, or may still be needed there."""
-        return artifacts is not None or run.data.tags.get(FOLDER_TAG) == folder_id
+        return artifacts is not None or run.data.tags.get(FOLDER_TAG) == own_folder
 
+    for run in live_runs(client, pages):
+        if not in_training(run):
+            client.delete_run(run.info.run_id)
     existing: dict[str, Run] = {}
     for run in _search_runs(client, _experiments_of_studies(client, pages), context):
         key = run.data.tags.get(KEY_TAG)
@@ -184,7 +195,17 @@ def _sync(client: MlflowClient, records: Mapping[str, Record], pages: Pages, *, 
             if record.kind == "report":
                 pages.report_id = ids[key]
     for name, experiment_id in pages.experiment_ids.items():
-        _describe(client, experiment_id, name, pages)
+        if not (context and NOTE_TAG in client.get_experiment(experiment_id).tags):
+            _describe(client, experiment_id, name, pages)
+
+
+def _changed(client: MlflowClient, records: Mapping[str, Record], pages: Pages) -> dict[str, Record]:
+    """Drop the records of an experiment that the workspace has as runs, except the report and the parents of changed seeds."""
+    runs = _search_runs(client, list(pages.experiment_ids.values()), "")
+    known = {run.data.tags.get(KEY_TAG) for run in runs if run.info.status == "FINISHED"}
+    changed = {key for key, record in records.items() if record.kind == "report" or record.key_in("") not in known}
+    changed |= {parent for key in changed if (parent := records[key].parent) is not None}
+    return {key: record for key, record in records.items() if key in changed}
 
 
 def _describe(client: MlflowClient, experiment_id: str, name: str, pages: Pages) -> None:
@@ -219,10 +240,6 @@ def _update_tags(client: MlflowClient, run: Run, tags: Mapping[str, str]) -> Non
     changed = [RunTag(name, value) for name, value in tags.items() if run.data.tags.get(name) != value]
     if changed:
         client.log_batch(run.info.run_id, tags=changed)
-
-
-def _folder_id() -> str:
-    return hashlib.sha256(os.fsencode(f"{platform.node()} {Path.cwd()}")).hexdigest()[:16]
 
 
 def _delete_empty_default(client: MlflowClient) -> None:
@@ -274,7 +291,7 @@ def _log_run(client: MlflowClient, key: str, record: Record, tags: Mapping[str, 
         "mlflow.source.type": "PROJECT",
         "mlflow.source.name": "dvc repro",
         CONTEXT_TAG: context_tag(record.context),
-        FOLDER_TAG: _folder_id(),
+        FOLDER_TAG: folder_id(),
         KEY_TAG: key,
     }
     if "commit" in record.origin:

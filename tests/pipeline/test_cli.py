@@ -22,6 +22,8 @@ def test_the_help_lists_every_command_in_its_section():
     assert tools == [
         "validate",
         "run",
+        "watch",
+        "register",
         "show",
         "diff",
         "add-variant",

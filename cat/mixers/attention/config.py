@@ -54,7 +54,7 @@ class AttentionConfig(DotProductConfig):
         return self.bias
 
     @property
-    def has_dropout(self) -> bool:
+    def differs_in_training(self) -> bool:
         return self.dropout > 0
 
     @property

@@ -39,8 +39,7 @@ class LandmarkConfig(DotProductConfig):
         return True
 
     @property
-    def has_dropout(self) -> bool:
-        """Soft training is no dropout, but also computes something else than evaluation does."""
+    def differs_in_training(self) -> bool:
         return self.train_on == "all"
 
     @model_validator(mode="after")

@@ -129,15 +129,15 @@ def test_a_job_that_raises_fails_and_a_job_that_is_lost_is_restarted(joined, tmp
         "lost once": 2,
     }
     assert [sum(steps for steps, _ in reports[index]) for index in (0, 3)] == [7, 7]
-    assert reports[0][-1][1] == "record"
+    assert reports[0][-1][1] == {"run": "record"}
 
 
 def may_fail(folder, job, device, report):
     with (folder / "started").open("a") as file:
         file.write(f"{job}\n")
     for _ in range(3):
-        report((2, "record"))
-    report((1, None))
+        report((2, {"run": "record"}))
+    report((1, {}))
     if job == "raises":
         raise ZeroDivisionError("no such luck")
     if job == "killed":
@@ -257,7 +257,7 @@ def test_another_version_of_torch_is_refused():
     _, failure = ray_cluster._job(call, {}, None, 0)
     assert str(failure.error).startswith(f"torch is {torch.__version__} on {socket.gethostname()}, but 1.0.0+cu118")
     same = call._replace(function=nothing, torch=torch.__version__.partition("+")[0] + "+other")
-    assert ray_cluster._job(same, {}, None, 0) == ((0, None), None)
+    assert ray_cluster._job(same, {}, None, 0) == ((0, {}), None)
 
 
 def nothing(job, device, report):
@@ -268,16 +268,16 @@ def test_reports_are_rare_and_the_last_one_comes_with_the_outcome(monkeypatch):
     put = []
     mailbox = SimpleNamespace(put=SimpleNamespace(remote=lambda *message: put.append(message)))
     call = ray_cluster._Call(reports_often, None, "copying", torch.device("cpu"), torch.__version__)
-    assert ray_cluster._job(call, {}, mailbox, 3) == ((1000, "record 999"), "done")
-    assert put == [(3, (1, "record 0"))]
+    assert ray_cluster._job(call, {}, mailbox, 3) == ((1000, {"even": "record 998", "odd": "record 999"}), "done")
+    assert [(index, steps) for index, (steps, _) in put] == [(3, 1)]
     monkeypatch.setattr(ray_cluster, "POLL_SECONDS", -1)
     ray_cluster._job(call, {}, mailbox, 3)
-    assert put[-1] == (3, (1000, "record 999"))
+    assert put[-1] == (3, (1000, {"even": "record 998", "odd": "record 999"}))
 
 
 def reports_often(job, device, report):
     for i in range(1000):
-        report((1, f"record {i}" if i != 500 else None))
+        report((1, {("even", "odd")[i % 2]: f"record {i}"} if i != 500 else {}))
     return "done"
 
 

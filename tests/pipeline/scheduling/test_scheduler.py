@@ -354,7 +354,7 @@ def test_progress_shows_running_and_finished_cells(study):
     (none, k) = (stage.cell for stage in scheduler.stale_cells())
     output = io.StringIO()
     with Progress([none, k], 2, Console(file=output, width=100)) as progress:
-        progress.advance(none, 2, validation_record(2, [2.5], [1.0], 3.5, 0.25, None))
+        progress.advance(none, 2, {none.jobs[0]: validation_record(2, [2.5], [1.0], 3.5, 0.25, None)})
         table = io.StringIO()
         Console(file=table, width=100).print(progress.table())
         assert re.search(r"copying none +2 of 10 +2.500 +0.250 +0:00 *\n0 of 2 cells, 10% of the steps", table.getvalue())
@@ -370,6 +370,23 @@ def test_progress_shows_running_and_finished_cells(study):
         "[1/2] copying none: trained in 1.2 s, loss 1.500, accuracy 0.750",
         "[2/2] copying k: failed",
     ]
+
+
+def test_a_log_has_a_line_per_minute_and_per_finished_run(study, monkeypatch):
+    monkeypatch.setattr("pipeline.scheduling.progress.LOG_SECONDS", 0.05)
+    (none, k) = (stage.cell for stage in scheduler.stale_cells())
+    output, record = io.StringIO(), validation_record(2, [2.5], [1.0], 3.5, 0.25, None)
+    with Progress([none, k], 2, Console(file=output, width=20)) as progress:
+        progress.advance(none, 2, {none.jobs[0]: record})
+        deadline = time.monotonic() + 20
+        while "0 of 2 cells" not in output.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        progress.end_run(none, scheduler.Trained(none.jobs[0], [record], 2, "steps", 0, None, None, {}, {}, "", 0.0))
+    (minute,) = {line.split("steps, ")[0] for line in output.getvalue().splitlines() if line.startswith("0 of 2 cells")}
+    assert minute == "0 of 2 cells, 10% of the "
+    assert "; in training: copying none 2 of 10 steps (loss 2.500)\n" in output.getvalue()
+    rate, seed = none.jobs[0]
+    assert f"copying none, learning rate {rate:g}, seed {seed}: 2 steps, accuracy 0.250, ended by steps\n" in output.getvalue()
 
 
 def test_workers_start_without_sockets(monkeypatch):

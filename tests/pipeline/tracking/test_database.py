@@ -120,12 +120,18 @@ def test_only_the_artifacts_of_the_moved_study_get_new_paths(store):
             connection.execute("insert into experiments (name, artifact_location) values (?, ?)", [name, location])
         for name, location in runs.items():
             connection.execute("insert into runs (run_uuid, artifact_uri) values (?, ?)", [name, location])
+        connection.execute("insert into registered_models (name) values ('copying')")
+        model = f"{old}/copying/models/1/artifacts"
+        connection.execute("insert into model_versions (name, version, storage_location) values ('copying', 1, ?)", [model])
     relocate_artifacts()
     with closing(sqlite3.connect(store)) as connection:
         found = dict(connection.execute("select name, artifact_location from experiments where name != 'Default'"))
         assert found == {**kept, "copying": f"{here}/copying", "a b": f"{here}/a%20b"}
         found = dict(connection.execute("select run_uuid, artifact_uri from runs"))
         assert found == {"moved": f"{here}/copying/1/artifacts", "kept": runs["kept"]}
+        assert list(connection.execute("select storage_location from model_versions")) == [
+            (f"{here}/copying/models/1/artifacts",)
+        ]
 
 
 @pytest.mark.parametrize(

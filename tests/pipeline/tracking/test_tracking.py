@@ -306,6 +306,32 @@ def test_the_code_in_a_run_s_note_loads_its_model(store):
             load_run(run_id)
 
 
+def test_a_registered_model_loads_in_any_folder(copied, tmp_path):
+    track()
+    command = [sys.executable, "-m", "pipeline", "register", "copying", "qk"]
+    first, again = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2))
+    assert re.fullmatch(r"copying, qk seed [01]: registered as version 1 of models:/copying@best\n", first)
+    assert "is version 1 of models:/copying@best" in again
+    seed = re.search(r"seed (\d)", first)[1]
+    code = (
+        "import sys, numpy, mlflow\nmlflow.set_tracking_uri(sys.argv[1])\n"
+        "model = mlflow.pyfunc.load_model('models:/copying@best')\n"
+        "assert model.metadata.signature is not None and model.input_example is not None\n"
+        "numpy.save('out.npy', model.predict(numpy.arange(6)[None]))"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, f"sqlite:///{copied}/mlflow.db"], cwd=elsewhere, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = load_model(f"runs/copying/qk/seed_{seed}.safetensors")(torch.arange(6)[None])
+    assert np.allclose(np.load(elsewhere / "out.npy"), expected.detach().numpy())
+    version = client_of(copied).get_model_version_by_alias("copying", "best")
+    assert version.run_id == ids(client_of(copied))[f"qk seed {seed}"]
+    assert set(ids(client_of(copied))) == set(current(client_of(copied)))
+
+
 def test_a_second_call_changes_nothing(store):
     before, stamp = ids(store), STAMP.read_text()
     stage("track")
@@ -364,24 +390,28 @@ def runs_of_first_link(store):
     return {run.info.run_id for run in follow(store, next(iter(views_of(store).values())))}
 
 
-def test_an_experiment_of_dvc_leaves_the_runs_of_the_workspace_alone(store, monkeypatch):
+@pytest.mark.parametrize("name", ["tried", "both'and\""])
+def test_an_experiment_of_dvc_logs_the_cells_that_it_changed_and_leaves_the_workspace_alone(store, name, monkeypatch):
     before, stamp = ids(store), STAMP.read_text()
-    monkeypatch.setenv("DVC_EXP_NAME", "tried")
+    first, table = runs_of_first_link(store), Path("results/copying.csv").read_text()
+    change_scores("qk")
+    monkeypatch.setenv("DVC_EXP_NAME", name)
     stage("track")
-    page = search(store, "copying")
-    tried = {run.info.run_id for run in page if run.data.tags["cat.context"] == "tried"}
-    assert len(tried) == len(before)
-    assert tried.isdisjoint(before.values())
-    assert {run.info.run_name.endswith(" (tried)") for run in page if run.info.run_id in tried} == {True}
-    assert runs_of_first_link(store) == tried - {run.info.run_id for run in page if run.data.tags["kind"] != "variant"}
+    stage("track", "--prune")
+    tried = [run for run in search(store, "copying") if run.data.tags["cat.context"] == quote(name)]
+    assert {slug(run).removesuffix(f" ({quote(name)})") for run in tried} == RUNS_OF_QK
+    assert {run.info.run_name.endswith(f" ({name})") for run in tried} == {True}
+    assert runs_of_first_link(store) == first
+    linked = follow(store, views_of(store)["runs of DVC experiments"])
+    assert {run.info.run_id for run in linked} == {run.info.run_id for run in tried}
+    Path("results/copying.csv").write_text(table)
+    stage("track")
     assert STAMP.read_text() == stamp, "else dvc.lock would depend on the experiment"
     monkeypatch.delenv("DVC_EXP_NAME")
     stage("track")
-    left = {run.info.run_id for run in store.search_runs([page[0].info.experiment_id], max_results=1000)}
-    assert left == tried | set(before.values())
-    assert runs_of_first_link(store).isdisjoint(tried)
-    for run_id in tried:
-        store.delete_run(run_id)
+    assert ids(store) == before, "the changed scores are gone, so the runs of the experiment are not current either"
+    for run in tried:
+        store.delete_run(run.info.run_id)
 
 
 def test_a_lost_store_is_rebuilt(store, tmp_path, monkeypatch):
@@ -550,21 +580,6 @@ def test_studies_of_two_folders_share_a_server(store, copied, tracked_folder, tm
     stage("track")
     assert unfinished not in runs(), "its own unfinished run is deleted"
     assert {name for name, *_ in runs().values()} == {name for name, *_ in first.values()}
-
-
-def test_an_experiment_of_dvc_may_have_quotes_in_its_name(store, monkeypatch):
-    before = ids(store)
-    monkeypatch.setenv("DVC_EXP_NAME", "both'and\"")
-    stage("track")
-    stage("track", "--prune")
-    page = search(store, "copying")
-    tried = {run.info.run_id for run in page} - set(before.values())
-    assert len(tried) == len(before)
-    assert runs_of_first_link(store) == tried - {run.info.run_id for run in page if run.data.tags["kind"] != "variant"}
-    monkeypatch.delenv("DVC_EXP_NAME")
-    for run_id in tried:
-        store.delete_run(run_id)
-    stage("track")
 
 
 def test_an_unreachable_server_is_an_error_of_one_line(store, monkeypatch, capsys):
