@@ -1,18 +1,10 @@
 """Evaluation scores equal weights once."""
 
-import shutil
-
 import pandas as pd
 import pytest
 
 from pipeline.stages import evaluate
 from tests.helpers.study import stage
-
-
-@pytest.fixture
-def study(finished, tmp_path, monkeypatch):
-    shutil.copytree(finished, tmp_path / "study")
-    monkeypatch.chdir(tmp_path / "study")
 
 
 @pytest.fixture
