@@ -80,8 +80,10 @@ def test_a_seed_that_diverged_has_empty_losses_and_no_bits(study):
         run["stop"] = "diverged" if run["seed"] == 1 else run["stop"]
     path.write_text(json.dumps(summary))
     runs.weights_path("text", "k", 1).unlink()
-    found = _evaluate_model("text", read_task("text"), "float32", Job("k", 1), torch.device("cpu"), lambda done: None)
-    whole = _evaluate_model("text", read_task("text"), "float32", Job("k", 0), torch.device("cpu"), lambda done: None)
+    found, whole = (
+        _evaluate_model("text", read_task("text"), "float32", job, torch.device("cpu"), lambda done: None)
+        for job in (Job("k", summary["learning_rate"], 1), Job("k", summary["learning_rate"], 0))
+    )
     assert isinstance(found, ModelResults)
     assert all(math.isnan(row["value"]) for row in found.scores)
     names = [row["metric"] for row in whole.scores if not row["metric"].startswith("attention_")]
