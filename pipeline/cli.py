@@ -289,9 +289,9 @@ def watch(once: bool) -> None:
 @click.argument("task", required=False)
 @click.argument("variant", required=False)
 def register(task: str | None, variant: str | None) -> None:
-    """Register the best model of each task, or of TASK, in MLflow.
+    """Register the best model of each task in MLflow.
 
-    With VARIANT, the best seed of this variant.
+    With TASK, only of this one. With VARIANT, the best seed of this variant.
     """
     study = _load_for_torch()
     from pipeline.tracking.register import register

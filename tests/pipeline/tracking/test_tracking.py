@@ -307,10 +307,11 @@ def test_the_code_in_a_run_s_note_loads_its_model(store):
 
 
 def test_a_registered_model_loads_in_any_folder(copied, tmp_path):
-    track()
-    command = [sys.executable, "-m", "pipeline", "register", "copying", "qk"]
-    first, again = (subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2))
-    assert re.fullmatch(r"copying, qk seed [01]: registered as version 1 of models:/copying@best\n", first)
+    commands = (["track"], ["register", "copying", "qk"], ["register", "copying", "qk"])
+    done = run_code(f"from pipeline.cli import main\nfor command in {commands}:\n    main(command, standalone_mode=False)")
+    assert done.returncode == 0, done.stderr
+    first, again = done.stdout.splitlines()
+    assert re.fullmatch(r"copying, qk seed [01]: registered as version 1 of models:/copying@best", first)
     assert "is version 1 of models:/copying@best" in again
     seed = re.search(r"seed (\d)", first)[1]
     code = (
