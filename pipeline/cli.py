@@ -319,6 +319,18 @@ def add_variant(name: str, source: str, settings: tuple[str, ...], ablation: str
 
 
 @command("Tools")
+@click.argument("file", default="params.yaml", type=click.Path(path_type=Path))
+def format(file: Path) -> None:
+    """Write a parameter FILE in its usual layout.
+
+    DVC rewrites the whole file for one changed number. This restores the lines and the alignment; comments stay.
+    """
+    from pipeline.commands.format import format_file
+
+    click.echo(f"{file}: {'formatted' if format_file(file) else 'has this layout already'}")
+
+
+@command("Tools")
 @click.argument("mixer")
 def check_mixer(mixer: str) -> None:
     """Check MIXER on the examples in its folder.
