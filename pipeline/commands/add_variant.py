@@ -28,7 +28,7 @@ from pipeline.config.study import Study
 from pipeline.config.yaml_file import to_yaml
 from pipeline.stages.plan import check_stages
 from pipeline.storage.files import atomic_write, read_json
-from pipeline.storage.paths import LOGS
+from pipeline.storage.training_log import log_path
 
 FILE = Path("params.yaml")
 
@@ -192,9 +192,9 @@ def _describe_plan(study: Study, name: str, source: str, ablation: str) -> str:
     rows = [
         ("plan", "", ""),
         *(
-            (f"train_{ablation}@{task}-{name}", "unknown", f"no time in {_log(task, source)}")
+            (f"train_{ablation}@{task}-{name}", "unknown", f"no time in {log_path(task, source)}")
             if seconds is None
-            else (f"train_{ablation}@{task}-{name}", _clock(seconds), str(_log(task, source)))
+            else (f"train_{ablation}@{task}-{name}", _clock(seconds), str(log_path(task, source)))
             for task, seconds in times.items()
         ),
         *((f"evaluate@{task}", "", "") for task in tasks),
@@ -212,13 +212,9 @@ def _describe_plan(study: Study, name: str, source: str, ablation: str) -> str:
     )
 
 
-def _log(task: str, variant: str) -> Path:
-    return LOGS / task / f"{variant}.json"
-
-
 def _seconds(task: str, variant: str) -> float | None:
     try:
-        return float(read_json(_log(task, variant))["seconds"])
+        return float(read_json(log_path(task, variant))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

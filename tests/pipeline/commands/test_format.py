@@ -56,7 +56,9 @@ variants:
     )
     done = CliRunner().invoke(main, ["format", str(path)])
     assert (done.exit_code, done.output) == (0, f"{path}: formatted\n")
-    assert path.read_text() == """\
+    assert (
+        path.read_text()
+        == """\
 # first
 defaults:
   seeds:   # of weights
@@ -75,6 +77,7 @@ variants:
     y: 2
 # last
 """
+    )
     assert CliRunner().invoke(main, ["format", str(path)]).output == f"{path}: has this layout already\n"
 
 
