@@ -1,6 +1,7 @@
-"""When, by which commit and how fast each cell was trained.
+"""When, by which commit and how fast each cell was trained, and how long other stages took.
 
     logs/<task>/<variant>.json    of the cells that were trained in this folder; not in git
+    logs/.stages/<command>.json   seconds of the stages that ran in this folder
     reports/training.csv          of the results in git, so that a clone has the dates of the results that it restores
 
 A row of the table stays as long as its result does: training it again to the same bits changes no file in git.
@@ -9,14 +10,16 @@ A row of the table stays as long as its result does: training it again to the sa
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.grid import Cell
 from pipeline.storage import runs
-from pipeline.storage.files import atomic_write, read_json, readable, write_csv
+from pipeline.storage.files import atomic_write, read_json, readable, write_csv, write_json
 from pipeline.storage.paths import LOGS, REPORTS
 
 TABLE = REPORTS / "training.csv"
@@ -48,6 +51,33 @@ def read_log(task: str, variant: str) -> Any | None:
         "started": datetime.fromisoformat(row["started"]).timestamp(),
         "seconds": float(row["seconds"]),
     }
+
+
+def training_seconds(task: str, variant: str) -> float | None:
+    """The seconds of the last training of a cell that is known, whatever its settings were then."""
+    path = log_path(task, variant)
+    with suppress(ValueError, KeyError, TypeError):
+        return float((read_json(path) if path.exists() else _read_table()[task, variant])["seconds"])
+    return None
+
+
+def stage_seconds(command: str, task: str | None = None) -> float | None:
+    """The seconds of the last `python -m pipeline <command> [task]` in this folder, or None."""
+    path = _stage_path(command, task)
+    return float(read_json(path)["seconds"]) if path.exists() else None
+
+
+@contextmanager
+def timed_stage(command: str, task: str | None = None) -> Iterator[None]:
+    """Record the seconds of a stage that succeeds."""
+    start = time.monotonic()
+    yield
+    with atomic_write(_stage_path(command, task)) as path:
+        write_json(path, {"seconds": time.monotonic() - start})
+
+
+def _stage_path(command: str, task: str | None) -> Path:
+    return LOGS / ".stages" / f"{'-'.join(filter(None, (command, task)))}.json"
 
 
 def write_table(cells: Iterable[Cell]) -> None:
