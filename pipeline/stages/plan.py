@@ -14,7 +14,7 @@ from tabulate import tabulate
 from cat.config import ModelConfig, VariantConfig
 from cat.mixers.registry import CONSTRUCTION, ConstructionConfig, mixer_module
 from cat.tasks.registry import module_of
-from pipeline.config.code_digest import code_digest, is_installed, is_own, modules_reached, source_file
+from pipeline.config.code_digest import code_digest, is_installed, is_own, modules_reached, own_digests, source_file
 from pipeline.config.errors import ParamsError, config_error, printable
 from pipeline.config.grid import seeds_of, shown_tasks, shown_variants, variants_on
 from pipeline.config.json_schema import json_schema
@@ -28,6 +28,8 @@ from pipeline.storage.paths import HELDOUT, PLAN
 from pipeline.storage.task_data import overlap_line
 
 SCHEMA = Path("params.schema.json")
+MODULES = "modules.json"
+"""The file in plan/ that tells which modules changed."""
 _STAGES = Path("dvc.yaml")
 
 
@@ -45,10 +47,12 @@ def write(study: Study) -> None:
 def stage_files(study: Study) -> dict[str, str]:
     """The text of each file in plan/, by its path there.
 
-    train/<task>/<variant>.json has all settings of a cell, complete. The other files have the inputs that DVC does not see:
-    the digest of the code that the stage runs, and defaults of keys that are left out.
+    train/<task>/<variant>.json has all settings of a cell, complete. modules.json has the digest of each module; no stage depends
+    on it. The other files have the inputs that DVC does not see: the digest of the code that the stage runs, and defaults of keys
+    that are left out.
     """
-    digests = {name: code_digest(modules) for name, modules in stage_modules(study).items()}
+    modules = stage_modules(study)
+    digests = {name: code_digest(modules[name]) for name in modules}
     texts = {f"{name}.txt": f"code {digest}\n" for name, digest in digests.items() if not name.startswith("train/")}
     for task, variant in study.training:
         texts[f"train/{task}/{variant}.json"] = json_text(cell_plan(study, task, variant, digests[f"train/{variant}"]))
@@ -58,6 +62,7 @@ def stage_files(study: Study) -> dict[str, str]:
             f"{variant}: {', '.join(map(str, seeds_of(study, task, variant)))}\n" for variant in variants_on(study, task)
         )
         texts[f"evaluate/{task}.txt"] += "".join(f"every rate: {name}\n" for name in scored_at_every_rate(study, task))
+    texts[MODULES] = json_text(own_digests(chain(*modules.values())))
     texts["judge.txt"] += f"verdict_seeds_from: {study.verdict_seeds_from}\n"
     # The figures and tables follow the order of these mappings, which DVC ignores.
     texts["render.txt"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))

@@ -35,14 +35,15 @@ from pipeline.storage.paths import REPORTS
 from pipeline.storage.results import primary, read_references, read_results
 from pipeline.storage.tables import DIAGNOSIS_COLUMNS, read_table
 from pipeline.storage.task_data import overlap_line
-from pipeline.storage.training_log import read_log
+from pipeline.storage.training_log import read_log, write_table
 
 MARKDOWN, PAGE = REPORTS / "report.md", REPORTS / "report.html"
 
 
 def report(study: Study) -> None:
-    """Write both files. Raises ValueError if a result is missing."""
+    """Write both files, and the table of trainings. Raises ValueError if a result is missing."""
     results = read_results(study)
+    write_table(cells(study))
     costs = timed_costs(study, primary(study, results))
     if costs[SECONDS].notna().any():
         set_theme()
