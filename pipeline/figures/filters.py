@@ -47,7 +47,8 @@ class Filters(Plot):
         import pandas as pd
 
         from pipeline.figures.drawing.axes import task_title
-        from pipeline.figures.drawing.style import add_legend, set_ticks, style
+        from pipeline.figures.drawing.palette import style
+        from pipeline.figures.drawing.style import add_legend, set_ticks
         from pipeline.storage.results import read_filters
 
         tables = {task: read_filters(task) for task in shown_tasks(study, ablation)}

@@ -42,7 +42,8 @@ class LearningRates(Plot):
 
     def draw(self, study: Study, ablation: Ablation, results: pd.DataFrame, references: pd.DataFrame) -> Figure:
         from pipeline.figures.drawing.axes import task_title
-        from pipeline.figures.drawing.style import add_legend, panels_of, set_ticks, style
+        from pipeline.figures.drawing.palette import style
+        from pipeline.figures.drawing.style import add_legend, panels_of, set_ticks
         from pipeline.reporting.tables import carry_over_table
 
         table = carry_over_table(study, ablation)

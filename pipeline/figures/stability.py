@@ -46,7 +46,8 @@ class Stability(Plot):
         import matplotlib.pyplot as plt
 
         from pipeline.figures.drawing.axes import task_title
-        from pipeline.figures.drawing.style import add_legend, draw_lines, set_ticks, style
+        from pipeline.figures.drawing.palette import style
+        from pipeline.figures.drawing.style import add_legend, draw_lines, set_ticks
 
         tasks = shown_tasks(study, ablation)
         table = stability_table(study, ablation)

@@ -14,7 +14,7 @@ from cat.mixers.registry import ConstructionConfig
 from pipeline.config.grid import variants_on
 from pipeline.config.study import Study
 from pipeline.figures.drawing.axes import label_axes
-from pipeline.figures.drawing.style import style
+from pipeline.figures.drawing.palette import style
 from pipeline.reporting.labels import variant_label
 from pipeline.storage import runs
 
