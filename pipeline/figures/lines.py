@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 class Lines(Plot):
     """One panel per task, one line per variant."""
 
-    caption = "Score by test length, one line per variant."
+    caption = (
+        "Score by test length. A line that stays level to the right of the dotted line, the training length, carries over to"
+        " longer tests. Bands show the spread over seeds. Pale lines are variants that are no better than a partial strategy."
+    )
     shows_references = True
     extra_plots: ClassVar = {"training": "training"}
 

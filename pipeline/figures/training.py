@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 class Training(Plot):
     """The validation metric by training steps, one panel per task."""
 
-    caption = "Validation score by training step."
+    caption = (
+        "Validation score by training step. Look for the step at which a line rises, and for wide bands: seeds differ there. Pale"
+        " lines are variants that are no better than a partial strategy in the second half."
+    )
     extra_plots: ClassVar = {"length": "lines"}
 
     def draw(self, study: Study, ablation: Ablation, results: pd.DataFrame, references: pd.DataFrame) -> Figure:

@@ -24,6 +24,7 @@ figure { margin: 1.5rem 0; } figcaption { font-size: .9rem; margin-top: .3rem; m
 details { margin: 1rem 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; font-size: .85rem; } code { font-size: .9em; }
 figure svg { display: block; max-width: 100%; min-width: 34rem; height: auto; margin: auto; }
+@media (max-width: 40rem) { th, td { padding: .25rem .35rem; min-width: 4rem; } td:first-child { min-width: 5rem; } }
 .supported { color: var(--good); } .contradicted { color: var(--bad); } .undecided { color: var(--open); }
 """
 

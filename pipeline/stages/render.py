@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.config.grid import shown_tasks, shown_variants
-from pipeline.config.outputs import COST, figure_plots
+from pipeline.config.outputs import COST, COST_BY_PARAMETERS, figure_plots
 from pipeline.config.plots import load_plot
 from pipeline.config.study import Study
-from pipeline.figures.drawing.cost import PARAMETERS, cost, cost_table
+from pipeline.figures.drawing.cost import PARAMETERS, STATE, cost, cost_table
 from pipeline.figures.drawing.style import Picture, draw_all
 from pipeline.figures.stability import full_stability_table
 from pipeline.reporting.diagnosis import diagnose
@@ -64,7 +64,8 @@ def _pictures(study: Study, results: pd.DataFrame, folder: Path) -> Iterator[Pic
             yield Picture(draw, folder / f"{file}.svg")
     costs = cost_table(study, primary(study, results))
     if len(costs):  # a study with only constructions has no costs
-        yield Picture(partial(cost, costs=costs, price=PARAMETERS), folder / f"{COST}.svg")
+        yield Picture(partial(cost, costs=costs, price=STATE), folder / f"{COST}.svg")
+        yield Picture(partial(cost, costs=costs, price=PARAMETERS), folder / f"{COST_BY_PARAMETERS}.svg")
 
 
 def _curves(study: Study, results: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,11 +16,11 @@ import pandas as pd
 
 from pipeline.config.errors import ParamsError
 from pipeline.config.grid import Cell, cells, seeds_text, shown_cells, shown_tasks, shown_variants
-from pipeline.config.outputs import CLAIMS, COST, COST_BY_TIME, GLOSSARY, figure_plots
+from pipeline.config.outputs import CLAIMS, COST, COST_BY_PARAMETERS, COST_BY_TIME, GLOSSARY, figure_plots
 from pipeline.config.plots import load_plot
 from pipeline.config.study import Ablation, Study
 from pipeline.config.yaml_file import read_yaml
-from pipeline.figures.drawing.cost import SECONDS, cost, cost_table
+from pipeline.figures.drawing.cost import SECONDS, cost, cost_table, seconds_per_step
 from pipeline.figures.drawing.style import save, set_theme
 from pipeline.reporting.findings import findings
 from pipeline.reporting.glossary import glossary
@@ -76,9 +75,10 @@ def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: 
         parts.append(_what_was_run(study, ablation, timed))
     if len(costs):  # a study with only constructions has no costs
         parts += [_anchor(COST), f"## {_COST_QUESTION}", _verdicts(study, verdicts, COST)]
-        parts += [f"![score by parameters](figures/{COST}.svg)", _COST]
+        parts += [_figure("score by state size", f"figures/{COST}.svg", _COST)]
+        parts += [_figure("score by parameters", f"figures/{COST_BY_PARAMETERS}.svg", _COST_BY_PARAMETERS)]
         if timed and costs[SECONDS].notna().any():
-            parts += [f"![score by training time]({COST_BY_TIME}.svg)", _COST_BY_TIME]
+            parts += [_figure("score by time per step", f"{COST_BY_TIME}.svg", _COST_BY_TIME)]
         parts.append(folded("The numbers", with_labels(study, costs if timed else costs.drop(columns=SECONDS))))
     parts += [_anchor(GLOSSARY), "## Tasks and variants", glossary(study)]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -86,13 +86,19 @@ def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: 
 
 _COST_QUESTION = "What does it cost?"
 _COST = (
-    "Score at the longest length of the tables, by number of parameters. The line joins the variants that are better than all"
-    " cheaper ones."
+    "Score at the longest length of the tables, by state size: how many numbers a model keeps after that many tokens to generate"
+    " the next one. Look for marks at the top left: a high score with a small state. The line joins the variants that are better"
+    " than all cheaper ones. Variants of a family at nearly the same place share a mark."
 )
+_COST_BY_PARAMETERS = "The same scores by parameters, without those of the embeddings and the head."
 _COST_BY_TIME = (
-    "The same scores by training time per run, with validation and early stopping. Other runs were active at the same time, so"
-    " this is no benchmark; benchmarks/ has one."
+    "The same scores by time per training step, with validation. Other runs were active at the same time, so this is no"
+    " benchmark; benchmarks/ has one."
 )
+
+
+def _figure(title: str, source: str, caption: str) -> str:
+    return f"![{title}]({source})\n\n*{caption}*"
 
 
 def _study(study: Study, timed: bool) -> str:
@@ -128,7 +134,7 @@ def _verdicts(study: Study, verdicts: pd.DataFrame, section: str) -> str:
 
 def _figures(name: str, ablation: Ablation) -> str:
     figures = figure_plots(name, ablation).items()
-    return "\n\n".join(f"![{file.replace('_', ' ')}](figures/{file}.svg)\n\n*{plot.caption}*" for file, plot in figures)
+    return "\n\n".join(_figure(file.replace("_", " "), f"figures/{file}.svg", plot.caption) for file, plot in figures)
 
 
 def _failures(study: Study, ablation: Ablation, diagnosis: pd.DataFrame) -> str:
@@ -181,11 +187,8 @@ def _trained(shown: Iterable[Cell], timed: bool) -> str:
 
 
 def timed_costs(study: Study, scores: pd.DataFrame) -> pd.DataFrame:
-    """`cost_table` with the seconds per run; nan for cells that were restored from a cache."""
+    """`cost_table` with the seconds per training step; nan for cells that were restored from a cache."""
     costs = cost_table(study, scores)
-    seconds = []
-    for task, variant in zip(costs["task"], costs["variant"], strict=True):
-        log = read_log(task, variant)
-        seconds.append(log["seconds"] / len(runs.read_summary(task, variant)["runs"]) if log else math.nan)
-    costs.insert(3, SECONDS, pd.Series(seconds, dtype=float))
+    seconds = [seconds_per_step(task, variant) for task, variant in zip(costs["task"], costs["variant"], strict=True)]
+    costs.insert(4, SECONDS, pd.Series(seconds, dtype=float))
     return costs

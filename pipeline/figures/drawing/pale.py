@@ -42,9 +42,7 @@ def pale_groups(table: pd.DataFrame, limit: pd.Series | float, *, x: str) -> Gro
     return [group for group in groups if len(group) > 1][: len(DASHES)]
 
 
-def draw_pale(
-    study: Study, groups: Mapping[str, Groups], task: str, table: pd.DataFrame, axes: Axes, *, x: str
-) -> list[str]:
+def draw_pale(study: Study, groups: Mapping[str, Groups], task: str, table: pd.DataFrame, axes: Axes, *, x: str) -> list[str]:
     """Draw the groups of a task in `groups`, task -> groups, and return their variants."""
     for number, group in enumerate(groups[task]):
         rows, label = table[table["variant"].isin(group)], _label(study, groups, number)

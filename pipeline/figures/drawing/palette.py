@@ -7,6 +7,7 @@ that no earlier variant of the same figures has. So a look also stays when later
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from typing import Any
 
 from cat.mixers.registry import AnyVariant
@@ -47,7 +48,6 @@ def _looks(models: tuple[tuple[str, AnyVariant], ...], figures: tuple[tuple[str,
     for variant, model in models:
         beside = {other for shown in figures if variant in shown for other in shown}
         name = family(model)
-        taken = [looks[other] for other in beside if other in looks]
-        numbers = range(len(COLOURS[name]) * len(DASHES))
-        looks[variant] = name, min(numbers, key=lambda number, name=name, taken=taken: (taken.count((name, number)), number))
+        taken = Counter(number for other in beside if other in looks for kind, number in [looks[other]] if kind == name)
+        looks[variant] = name, min(range(len(COLOURS[name]) * len(DASHES)), key=taken.__getitem__)
     return looks
