@@ -16,7 +16,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 75rem; color: var(--ink); backg
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1, h2 { line-height: 1.25; } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 a { color: inherit; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th, td { min-width: 5.5rem; } td:first-child { min-width: 9rem; }
 figure { margin: 1.5rem 0; } figcaption { font-size: .9rem; margin-top: .3rem; max-width: 50rem; }

@@ -20,6 +20,7 @@ from pipeline.figures.drawing.cost import PARAMETERS, STATE, cost, cost_table
 from pipeline.figures.drawing.style import Picture, draw_all
 from pipeline.figures.stability import full_stability_table
 from pipeline.reporting.diagnosis import diagnose
+from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.tables import headline
 from pipeline.storage.files import atomic_write, write_json
 from pipeline.storage.paths import REPORTS
@@ -69,10 +70,13 @@ def _pictures(study: Study, results: pd.DataFrame, folder: Path) -> Iterator[Pic
 
 
 def _curves(study: Study, results: pd.DataFrame) -> pd.DataFrame:
-    """Mean and range over seeds by task, variant and length, for `dvc plots`."""
+    """Mean and range over seeds by task, variant and length, with names, for `dvc plots`."""
     keys = ["task", "variant", "length", "multiple", "metric"]
     grouped = results.groupby(keys, sort=False)["value"]
-    return grouped.agg(mean="mean", low="min", high="max", seeds="count").reset_index()
+    table = grouped.agg(mean="mean", low="min", high="max", seeds="count").reset_index()
+    table["task_name"] = [with_slug(task_label(study, task), task) for task in table["task"]]
+    table["variant_name"] = [with_slug(variant_label(study, variant), variant) for variant in table["variant"]]
+    return table
 
 
 def _metrics(study: Study, results: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:
