@@ -19,7 +19,7 @@ from pipeline.config.errors import ParamsError, config_error, printable
 from pipeline.config.grid import seeds_of, shown_tasks, shown_variants, variants_on
 from pipeline.config.json_schema import json_schema
 from pipeline.config.outputs import figure_plots
-from pipeline.config.plots import load_plot, scored_at_every_rate
+from pipeline.config.plots import scored_at_every_rate
 from pipeline.config.resolve import resolved, unwritten
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml, to_yaml
@@ -73,12 +73,12 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
     """The entry modules of each stage, by the name of its file in plan/."""
     kinds = {task: module_of(section.data.kind) for task, section in study.tasks.items()}
     plots = {module for modules in _plot_modules(study).values() for module in modules}
-    run_variants = {v for a in study.ablations.values() if load_plot(a.plot).runs_models for v in shown_variants(a)}
-    run_models = chain(*(_code_of(study.variants[variant]) for variant in run_variants))
+    # The figures of cost measure the state of every trained model, and others run the models of their variants.
+    run_models = [*chain(*(_code_of(study.variants[variant]) for variant in dict.fromkeys(cell[1] for cell in study.training)))]
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
         "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values(), *plots, *run_models],
-        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *kinds.values(), *plots],
+        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *kinds.values(), *plots, *run_models],
     }
     for task, kind in kinds.items():
         models = chain(*(_code_of(study.variants[variant]) for variant in variants_on(study, task)))
