@@ -63,14 +63,21 @@ def cost_table(study: Study, scores: pd.DataFrame) -> pd.DataFrame:
 @functools.lru_cache(maxsize=1024)
 def state_size(config: ModelConfig, trained: int, length: int) -> float:
     """Numbers in the caches of a model, trained at a length, after `length` tokens; nan if it cannot read them."""
+    most = config.max_length(trained)
+    if most is not None and length > most:
+        return math.nan
+    try:
+        return _state_size(config, trained, length, "meta")  # has shapes but no values, so it takes no time
+    except (NotImplementedError, RuntimeError):  # an operation of a mixer of your own may need values
+        return _state_size(config, trained, length, "cpu")
+
+
+def _state_size(config: ModelConfig, trained: int, length: int, device: str) -> int:
     import torch
 
     from cat.model import SequenceModel
 
-    most = config.max_length(trained)
-    if most is not None and length > most:
-        return math.nan
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
         _, caches = SequenceModel(config, vocabulary=2, length=trained).eval().step(torch.zeros(1, length, dtype=torch.long))
     return sum(tensor.numel() for cache in caches for tensor in cache.state.values())
 
@@ -82,7 +89,7 @@ def parameters(config: ModelConfig, trained: int) -> int:
 
     from cat.model import SequenceModel
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):
         model = SequenceModel(config, vocabulary=2, length=trained)
     return sum(weight.numel() for part in (model.blocks, model.norm) for weight in part.parameters())
 

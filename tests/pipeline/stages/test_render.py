@@ -1,10 +1,12 @@
 """Every figure can be read: its series look different, no panel is empty, and a variant looks the same everywhere."""
 
 import itertools
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
@@ -67,6 +69,17 @@ def test_in_every_figure_all_series_differ_and_every_panel_shows_something(study
     assert near == []
     assert {"qkv_subsets_length", "width", "position", "positions", "cost"} <= set(drawn)
     assert max(map(len, drawn.values())) > 4
+
+
+def test_the_curves_of_dvc_plots_have_names(study):
+    template = (ROOT / ".dvc/plots/lengths.json").read_text()
+    table = pd.read_csv("reports/lengths.csv")
+    assert {*re.findall(r'"field": "(\w+)"', template)} - {"rev"} <= {*table.columns}
+    names = table.drop_duplicates(["task", "variant"]).set_index(["task", "variant"])
+    assert tuple(names.loc[("ar", "none"), ["task_name", "variant_name"]]) == (
+        "associative recall (ar)",
+        "Transformer (no convolution) (none)",
+    )
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.name)
