@@ -15,6 +15,7 @@ from pipeline.config.load import load_study
 from pipeline.figures.drawing.palette import COLOURS, DASHES, DOTS, style
 from pipeline.figures.drawing.style import set_theme
 from pipeline.reporting.families import FAMILIES, family
+from pipeline.reporting.labels import variant_label, with_slug
 from pipeline.stages.render import _pictures
 from pipeline.storage.results import read_results
 from tests.helpers.study import ROOT
@@ -76,9 +77,9 @@ def test_the_curves_of_dvc_plots_have_names(study):
     table = pd.read_csv("reports/lengths.csv")
     assert {*re.findall(r'"field": "(\w+)"', template)} - {"rev"} <= {*table.columns}
     names = table.drop_duplicates(["task", "variant"]).set_index(["task", "variant"])
-    assert tuple(names.loc[("ar", "none"), ["task_name", "variant_name"]]) == (
+    assert tuple(names.loc[("ar", "k"), ["task_name", "variant_name"]]) == (
         "associative recall (ar)",
-        "Transformer (no convolution) (none)",
+        with_slug(variant_label(load_study(), "k"), "k"),
     )
 
 
