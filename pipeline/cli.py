@@ -310,14 +310,15 @@ def show(task: str | None) -> None:
 @command("Tools")
 @click.argument("revision")
 @click.option("--md", is_flag=True, help="Print Markdown, for a pull request.")
-def diff(revision: str, md: bool) -> None:
+@click.option("--all", "within_seeds", is_flag=True, help="Show differences of results within the spread of seeds, too.")
+def diff(revision: str, md: bool, within_seeds: bool) -> None:
     """Compare parameters, results and verdicts with a REVISION.
 
-    REVISION is a git revision or the name of a DVC experiment.
+    REVISION is a git revision or the name of a DVC experiment. The last line says whether it is reproduced.
     """
     from pipeline.commands.diff import compare, markdown, show
 
-    sections = compare(revision)
+    sections = compare(revision, within_seeds=within_seeds)
     if md:
         click.echo(markdown(sections))
     else:
