@@ -124,13 +124,19 @@ def _load_for_torch() -> Study:
 
 @command("Stages")
 def plan() -> None:
-    """Check the study; write plan/ and the JSON schema."""
+    """Check the study; write plan/ and the JSON schema.
+
+    Folders of cells and tasks that the study does not have are moved to leftover/.
+    """
     from pipeline.stages.plan import check_stages, write
+    from pipeline.storage.leftovers import set_aside
 
     study = load_study()
     check_stages(study)
     claims.check(claims.load(), study)
     write(study)
+    for line in set_aside(study):
+        click.echo(line)
 
 
 @command("Stages")
