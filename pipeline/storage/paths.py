@@ -12,5 +12,3 @@ SCORES, VERDICTS = Path("scores"), Path("verdicts")
 LOGS = Path("logs")
 """When, by which commit and how fast cells were trained. Not a stage output, so it may differ between runs."""
 CHECKPOINTS = Path("checkpoints")
-LEFTOVER = Path("leftover")
-"""Folders of older studies, at their old paths. Nothing reads it."""
