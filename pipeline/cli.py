@@ -124,13 +124,19 @@ def _load_for_torch() -> Study:
 
 @command("Stages")
 def plan() -> None:
-    """Check the study; write plan/ and the JSON schema."""
+    """Check the study; write plan/ and the JSON schema.
+
+    Folders of cells and tasks that the study does not have are moved to leftover/.
+    """
     from pipeline.stages.plan import check_stages, write
+    from pipeline.storage.leftovers import set_aside
 
     study = load_study()
     check_stages(study)
     claims.check(claims.load(), study)
     write(study)
+    for line in set_aside(study):
+        click.echo(line)
 
 
 @command("Stages")
@@ -341,14 +347,15 @@ def show(task: str | None) -> None:
 @command("Tools")
 @click.argument("revision")
 @click.option("--md", is_flag=True, help="Print Markdown, for a pull request.")
-def diff(revision: str, md: bool) -> None:
+@click.option("--all", "within_seeds", is_flag=True, help="Show differences of results within the spread of seeds, too.")
+def diff(revision: str, md: bool, within_seeds: bool) -> None:
     """Compare parameters, results and verdicts with a REVISION.
 
-    REVISION is a git revision or the name of a DVC experiment.
+    REVISION is a git revision or the name of a DVC experiment. The last line says whether it is reproduced.
     """
     from pipeline.commands.diff import compare, markdown, show
 
-    sections = compare(revision)
+    sections = compare(revision, within_seeds=within_seeds)
     if md:
         click.echo(markdown(sections))
     else:

@@ -37,6 +37,8 @@ _NOTHING = "-"
 
 Cell = tuple[str, str]
 """Variant, task."""
+Entry = tuple[str, str, str]
+"""Variant, task, name of a metric at a length."""
 
 
 class Snapshot(NamedTuple):
@@ -46,8 +48,8 @@ class Snapshot(NamedTuple):
     results: dict[Cell, dict[str, float]]
     """Cell -> name of a metric at a length (`accuracy_8x`) -> mean over seeds."""
     verdicts: pd.DataFrame
-    spreads: dict[tuple[str, str, str], float]
-    """Variant, task, name of a metric at a length -> range over seeds, if there are at least two."""
+    spreads: dict[Entry, float]
+    """The range over seeds, if there are at least two."""
 
 
 class Section(NamedTuple):
@@ -59,16 +61,17 @@ class Section(NamedTuple):
     notes: list[str]
 
 
-def compare(revision: str) -> list[Section]:
+def compare(revision: str, *, within_seeds: bool = False) -> list[Section]:
     """List what changed since `revision`, then whether it is reproduced.
 
+    Differences of results that are within the spread of the seeds are only counted, unless `within_seeds` asks for them.
     Raises ValueError if the revision does not exist, or if a file is missing or unreadable on either side.
     """
     before, after = snapshot_at(revision), snapshot_of_folder()
     parameters = list(_parameters(before.parameters, after.parameters))
     sections = [
         Section("parameters", ("key", "before", "after"), parameters, []),
-        _results(before.results, after.results),
+        _results(before, after, within_seeds),
         _verdicts(before.verdicts, after.verdicts),
     ]
     return [
@@ -168,7 +171,7 @@ def _snapshot(read: Callable[[Path], bytes], metrics: list[Path], prefix: str) -
     if not metrics:
         raise ValueError(f"{prefix}{METRICS}: has no metrics. Fix: run `dvc repro`")
     results = {(path.stem, task): values for path in metrics for task, values in content(path, _parse_metrics).items()}
-    spreads: dict[tuple[str, str, str], float] = {}
+    spreads: dict[Entry, float] = {}
     for task in dict.fromkeys(task for _, task in results):
         spreads |= content(RESULTS / f"{task}.csv", partial(_spreads, parameters, task), optional=True)
     return Snapshot(parameters, results, verdicts, spreads)
@@ -207,19 +210,43 @@ def _parameters(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, 
 _MISSING = object()
 
 
-def _results(before: dict[Cell, dict[str, float]], after: dict[Cell, dict[str, float]]) -> Section:
+def _results(before: Snapshot, after: Snapshot, within_seeds: bool) -> Section:
     """List the metrics of the cells on both sides, largest difference first; other cells become notes."""
-    both = [(*cell, metric, before[cell], after[cell]) for cell in before if cell in after for metric in before[cell]]
-    changed = [(v, t, m, old[m], new[m]) for v, t, m, old, new in both if m in new and abs(new[m] - old[m]) > MIN_DIFFERENCE]
-    rows: list[tuple[str, ...]] = [
-        (variant, task, *_metric_and_length(metric), f"{old:.6f}", f"{new:.6f}", f"{new - old:+.6f}")
-        for variant, task, metric, old, new in sorted(changed, key=lambda row: -abs(row[4] - row[3]))
-    ]
-    notes = [
-        f"{word}: {text}" for word, old, new in (("new", before, after), ("gone", after, before)) for text in _added(old, new)
-    ]
-    columns = ("variant", "task", "metric", "length", "before", "after", "difference")
+    rows: list[tuple[str, ...]] = []
+    hidden = 0
+    for entry, difference in _differences(before, after):
+        if abs(difference) <= MIN_DIFFERENCE:
+            continue
+        spread = _spread(before, after, entry)
+        within = spread is not None and abs(difference) <= max(spread, MIN_TOLERANCE)
+        if within and not within_seeds:
+            hidden += 1
+            continue
+        (variant, task, metric), seeds = entry, _NOTHING if spread is None else f"{spread:.6f}"
+        means = (f"{side.results[variant, task][metric]:.6f}" for side in (before, after))
+        rows.append((variant, task, *_metric_and_length(metric), *means, f"{difference:+.6f}", seeds))
+    sides = before.results, after.results
+    notes = [f"{word}: {text}" for word, old, new in (("new", *sides), ("gone", *sides[::-1])) for text in _added(old, new)]
+    if hidden:
+        notes.append(f"{hidden} {'difference' if hidden == 1 else 'differences'} within the spread of seeds; --all shows them")
+    columns = ("variant", "task", "metric", "length", "before", "after", "difference", "range over seeds")
     return Section("results", columns, rows, notes)
+
+
+def _differences(before: Snapshot, after: Snapshot) -> list[tuple[Entry, float]]:
+    """The difference of each mean that both sides have, largest first."""
+    differences = [
+        ((*cell, metric), after.results[cell][metric] - mean)
+        for cell, means in before.results.items()
+        for metric, mean in means.items()
+        if metric in after.results.get(cell, {})
+    ]
+    return sorted(differences, key=lambda item: -abs(item[1]))
+
+
+def _spread(before: Snapshot, after: Snapshot, entry: Entry) -> float | None:
+    """The range of an entry over seeds, the larger of the two sides, or None if neither has several seeds."""
+    return max((side.spreads[entry] for side in (before, after) if entry in side.spreads), default=None)
 
 
 def _added(old: dict[Cell, dict[str, float]], new: dict[Cell, dict[str, float]]) -> Iterator[str]:
@@ -257,10 +284,7 @@ def _verdicts(before: pd.DataFrame, after: pd.DataFrame) -> Section:
 
 
 def _reproduced(before: Snapshot, after: Snapshot) -> Section:
-    """Summarise in one line: are verdicts the same, and means equal up to the spread over seeds?
-
-    The spread of a mean is its range over seeds, the larger of the two sides.
-    """
+    """Summarise in one line: are verdicts the same, and means equal up to the spread over seeds?"""
     old, new = before.verdicts["verdict"].to_dict(), after.verdicts["verdict"].to_dict()
     claims = {**old, **new}
     faults = [
@@ -269,23 +293,21 @@ def _reproduced(before: Snapshot, after: Snapshot) -> Section:
         if old.get(claim) != new.get(claim)
     ]
     equal = f"{len(claims) - len(faults)} of {len(claims)} verdicts"
-    sides = [
-        {(*cell, name): mean for cell, means in side.results.items() for name, mean in means.items()} for side in (before, after)
-    ]
-    if alone := len(sides[0].keys() ^ sides[1].keys()):
+    entries = [{(*cell, name) for cell, means in side.results.items() for name in means} for side in (before, after)]
+    if alone := len(entries[0] ^ entries[1]):
         faults.append(f"{alone} {'entry' if alone == 1 else 'entries'} on one side only")
-    differences = {entry: abs(sides[1][entry] - mean) for entry, mean in sides[0].items() if entry in sides[1]}
-    beyond, known = {}, True
-    for entry, difference in sorted(differences.items(), key=lambda item: -item[1]):
-        spreads = [side.spreads[entry] for side in (before, after) if entry in side.spreads]
-        if not spreads:
+    differences = [(entry, abs(difference)) for entry, difference in _differences(before, after)]
+    beyond, known = [], True
+    for entry, difference in differences:
+        spread = _spread(before, after, entry)
+        if spread is None:
             known &= difference <= MIN_DIFFERENCE
-        elif difference > max(*spreads, MIN_TOLERANCE):
-            beyond[entry] = f"{_entry(*entry)} differs by {_short(difference)}, its seeds by {_short(max(spreads))}"
-    faults += [*beyond.values()][:NAMED]
+        elif difference > max(spread, MIN_TOLERANCE):
+            beyond.append(f"{_entry(*entry)} differs by {_short(difference)}, its seeds by {_short(spread)}")
+    faults += beyond[:NAMED]
     if len(beyond) > NAMED:
         faults.append(f"{len(beyond) - NAMED} more entries differ by more than their seeds")
-    largest = f"largest difference {_short(max(differences.values(), default=0.0))}"
+    largest = f"largest difference {_short(max((difference for _, difference in differences), default=0.0))}"
     if faults:
         return Section("not reproduced", (), [], [f"{equal}, {largest}; {'; '.join(faults)}"])
     return Section("reproduced", (), [], [f"{equal}, {largest} ({'within seed spread' if known else 'seed spread unknown'})"])
@@ -302,7 +324,7 @@ def _short(value: float) -> str:
     return f"{value:.{3 if value >= 0.0005 else 6}f}".removeprefix("0")
 
 
-def _spreads(parameters: dict[str, Any], task: str, text: bytes) -> dict[tuple[str, str, str], float]:
+def _spreads(parameters: dict[str, Any], task: str, text: bytes) -> dict[Entry, float]:
     """Compute the range over seeds of every metric of `task` at every length, if there are at least two seeds."""
     table = parse_table(text.decode(), RESULTS_COLUMNS)
     try:

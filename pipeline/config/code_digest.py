@@ -111,18 +111,13 @@ def _read(module: str) -> tuple[str, list[tuple[str, str]]]:
     return read_source(file.read_text(encoding="utf-8"), package)
 
 
-@functools.cache
 def read_source(text: str, package: str = "") -> tuple[str, list[tuple[str, str]]]:
     """The code that counts for the digest, and the project imports: (module, `name as local name`).
 
     Relative imports are those of a module in `package`.
     """
-    tree = ast.parse(text)
-    lines = text.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.COMMENT:
-            line, column = token.start
-            lines[line - 1] = lines[line - 1][:column]
+    tree, stripped = _parse(text)
+    lines = [*stripped]
     imports: list[tuple[str, str]] = []
     for node in _runtime_nodes(tree):
         own_imports = list(_project_imports(node, package))
@@ -131,6 +126,17 @@ def read_source(text: str, package: str = "") -> tuple[str, list[tuple[str, str]
             first, last = node.lineno, node.end_lineno or node.lineno  # type: ignore[attr-defined]
             lines[first - 1 : last] = [""] * (last - first + 1)
     return "\n".join(line for line in map(str.rstrip, lines) if line), imports
+
+
+@functools.lru_cache(maxsize=512)
+def _parse(text: str) -> tuple[ast.Module, tuple[str, ...]]:
+    """The syntax tree, and the lines without comments."""
+    lines = text.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            lines[line - 1] = lines[line - 1][:column]
+    return ast.parse(text), tuple(lines)
 
 
 def _runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:

@@ -45,6 +45,7 @@ from pipeline.stages.live import STUDY_DELAY, LiveFiles
 from pipeline.stages.plan import check_planned
 from pipeline.stages.train import Cell, CellSetting, Job, Message, Trained, choose_learning_rate, group_jobs, train_jobs, write
 from pipeline.storage.files import atomic_write
+from pipeline.storage.leftovers import set_aside
 from pipeline.storage.paths import LOGS
 from pipeline.storage.provenance import provenance
 
@@ -93,6 +94,8 @@ def run(*, jobs: int | None = None, ray: str | None = None, only: Collection[tup
     ):
         name_user()
         repair_rwlock()
+        for line in set_aside(study):  # also if `plan` has not changed
+            print(line)
         reproduce(("plan", *(f"generate@{task}" for task, _ in only)) if only else FIRST)
         stale = stale_cells(only)
         declared: dict[str, dict[str, Any]] = {}

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.config.code_digest import modules_reached, source_file
+from pipeline.config.code_digest import ROOT, is_own, modules_reached, source_file
 from pipeline.config.grid import Cell, cells
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml, to_yaml
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     @property
     def digests(self) -> dict[str, str]:
         """Path -> MD5, as in dvc.lock."""
-        return {path: _md5(text) for path, text in self.texts.items()}
+        return {path: md5(text) for path, text in self.texts.items()}
 
 
 def train_stage(cell: Cell) -> str:
@@ -58,7 +58,7 @@ def plan_of(study: Study) -> Plan:
     changed = _changed_modules(texts[f"{PLAN}/{MODULES}"])
     reasons: dict[str, list[str]] = {}
     for path, text in texts.items():
-        if path == f"{PLAN}/{MODULES}" or (digest := recorded.get(path, "")) == _md5(text):
+        if path == f"{PLAN}/{MODULES}" or (digest := recorded.get(path, "")) == md5(text):
             continue
         name = path.removeprefix(f"{PLAN}/").rpartition(".")[0]
         name = re.sub("^train/.*/", "train/", name)
@@ -96,7 +96,7 @@ def _recorded(study: Study, stages: Mapping[str, dict[str, Any]]) -> dict[str, s
 def _old_text(path: str, digest: str) -> str | None:
     """The text of a file in plan/ from this folder or from DVC's cache."""
     for candidate in (Path(path), CACHE / digest[:2] / digest[2:]):
-        if candidate.is_file() and _md5(text := candidate.read_text(encoding="utf-8")) == digest:
+        if candidate.is_file() and md5(text := candidate.read_text(encoding="utf-8")) == digest:
             return text
     return None
 
@@ -110,14 +110,15 @@ def _reasons(old: str | None, new: str, modules: Iterable[str], changed: set[str
         if before.get(key) == after.get(key):
             continue
         if key == "code":
-            files = sorted(str(source_file(module)) for module in changed & modules_reached(modules))
-            yield f"code of {', '.join(map(_relative, files))}" if files else "code"
+            files = sorted(_file(module) for module in changed & modules_reached(modules))
+            yield f"code of {', '.join(files)}" if files else "code"
         else:
             yield f"{key} {_shown(before, key)} -> {_shown(after, key)}"
 
 
-def _relative(file: str) -> str:
-    return file.removeprefix(f"{Path.cwd()}/")
+def _file(module: str) -> str:
+    path = source_file(module)
+    return str(path if is_own(module) else path.relative_to(ROOT))
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
@@ -133,7 +134,7 @@ def _entries(text: str) -> dict[str, Any]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a mapping. Mixers have their index as key; a single mixer has the keys of the model, as in params.yaml."""
+    """The dotted keys of a mapping. Of several mixers, each has its index as key; one mixer has the keys of the model."""
     if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
         path, value = (path, dict(enumerate(value))) if len(value) > 1 else (path.rpartition(".")[0], value[0])
     if isinstance(value, dict) and value:
@@ -152,7 +153,7 @@ def _changed_modules(new: str) -> set[str]:
     )
 
 
-def _md5(text: str) -> str:
+def md5(text: str) -> str:
     return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """When, by which commit and how fast each cell was trained, and how long other stages took.
 
     logs/<task>/<variant>.json    of the cells that were trained in this folder; not in git
-    logs/.stages/<command>.json   seconds of the stages that ran in this folder
+    .pipeline_cache/              seconds of the stages that ran in this folder; not in logs/, of which MLflow has a view
     reports/training.csv          of the results in git, so that a clone has the dates of the results that it restores
 
 A row of the table stays as long as its result does: training it again to the same bits changes no file in git.
@@ -22,7 +22,9 @@ from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, read_json, readable, write_csv, write_json
 from pipeline.storage.paths import LOGS, REPORTS
 
-TABLE = REPORTS / "training.csv"
+STAGES = Path(".pipeline_cache/stages")
+TABLE, OLDER = REPORTS / "training.csv", LOGS / ".older.csv"
+"""OLDER has the rows of results that were replaced: DVC's cache can restore them."""
 COLUMNS = ("task", "variant", "commit", "dirty", "experiment", "started", "seconds", "summary")
 """`summary` is the SHA-256 of the cell's summary.json, which identifies the result."""
 
@@ -40,10 +42,9 @@ def read_log(task: str, variant: str) -> Any | None:
     log = read_json(path) if path.exists() else None
     if log is not None and log["summary"] == runs.digest(task, variant):
         return log
-    row = _read_table().get((task, variant))
-    if row is None or row["summary"] != runs.digest(task, variant):
-        return None
-    return {
+    rows = [row for row in _read_tables() if (row["task"], row["variant"]) == (task, variant)]
+    row = next((row for row in rows if row["summary"] == runs.digest(task, variant)), None)
+    return row and {
         **row,
         "commit": row["commit"] or None,
         "dirty": {"True": True, "False": False}.get(row["dirty"]),
@@ -56,8 +57,9 @@ def read_log(task: str, variant: str) -> Any | None:
 def training_seconds(task: str, variant: str) -> float | None:
     """The seconds of the last training of a cell that is known, whatever its settings were then."""
     path = log_path(task, variant)
-    with suppress(ValueError, KeyError, TypeError):
-        return float((read_json(path) if path.exists() else _read_table()[task, variant])["seconds"])
+    rows = [row for row in _read_tables() if (row["task"], row["variant"]) == (task, variant)]
+    with suppress(ValueError, KeyError, TypeError, IndexError):
+        return float((read_json(path) if path.exists() else rows[0])["seconds"])
     return None
 
 
@@ -77,27 +79,36 @@ def timed_stage(command: str, task: str | None = None) -> Iterator[None]:
 
 
 def _stage_path(command: str, task: str | None) -> Path:
-    return LOGS / ".stages" / f"{'-'.join(filter(None, (command, task)))}.json"
+    return STAGES / f"{'-'.join(filter(None, (command, task)))}.json"
 
 
 def write_table(cells: Iterable[Cell]) -> None:
     """Add the results that were trained here, and remove those that are no longer there. Other rows stay as they are."""
-    old, rows = _read_table(), []
+    known = {(row["task"], row["variant"], row["summary"]): row for row in _read_tables()[::-1]}
+    rows = []
     for cell in cells:
-        key = cell.task, cell.variant
-        log, row = read_log(*key), old.get(key)
-        if log is not None and row is not None and row["summary"] == log["summary"]:
-            rows.append(row)
-        elif log is not None:
+        if log := read_log(cell.task, cell.variant):
             started = datetime.fromtimestamp(log["started"], UTC).isoformat()
-            rows.append({**log, "task": cell.task, "variant": cell.variant, "started": started})
-    if rows != list(old.values()):
-        with atomic_write(TABLE) as path:
-            write_csv(path, ({column: row[column] for column in COLUMNS} for row in rows), COLUMNS)
+            new = {**log, "task": cell.task, "variant": cell.variant, "started": started}
+            rows.append(known.get((cell.task, cell.variant, log["summary"]), new))
+    old = _read_table(TABLE)
+    if rows != old:
+        _write(OLDER, [*_read_table(OLDER), *(row for row in old if row not in rows)])
+        _write(TABLE, rows)
 
 
-def _read_table() -> dict[tuple[str, str], dict[str, str]]:
-    if not TABLE.exists():
-        return {}
-    with readable(TABLE, "a table of trainings"), TABLE.open(newline="", encoding="utf-8") as file:
-        return {(row["task"], row["variant"]): {column: row[column] for column in COLUMNS} for row in csv.DictReader(file)}
+def _read_tables() -> list[dict[str, str]]:
+    return [*_read_table(TABLE), *_read_table(OLDER)]
+
+
+def _read_table(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with readable(path, "a table of trainings"), path.open(newline="", encoding="utf-8") as file:
+        return [{column: row[column] for column in COLUMNS} for row in csv.DictReader(file)]
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    unique = {(row["task"], row["variant"], row["summary"]): row for row in rows}.values()
+    with atomic_write(path) as part:
+        write_csv(part, ({column: row[column] for column in COLUMNS} for row in unique), COLUMNS)

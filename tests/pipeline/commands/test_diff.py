@@ -122,14 +122,33 @@ def test_results_are_sorted_by_the_size_of_their_difference(study):
     write(metrics={"k": k, "qk": qk})
     assert compare("HEAD")[1] == Section(
         "results",
-        ("variant", "task", "metric", "length", "before", "after", "difference"),
+        ("variant", "task", "metric", "length", "before", "after", "difference", "range over seeds"),
         [
-            ("k", "text", "bits per byte", "1x", "3.500000", "4.000000", "+0.500000"),
-            ("k", "ar", "accuracy", "8x", "0.250000", "0.125000", "-0.125000"),
-            ("k", "ar", "accuracy", "1x", "0.500000", "0.500001", "+0.000001"),
+            ("k", "text", "bits per byte", "1x", "3.500000", "4.000000", "+0.500000", "-"),
+            ("k", "ar", "accuracy", "8x", "0.250000", "0.125000", "-0.125000", "-"),
+            ("k", "ar", "accuracy", "1x", "0.500000", "0.500001", "+0.000001", "-"),
         ],
         [],
     )
+
+
+def test_differences_within_the_seeds_are_only_counted_unless_all_are_asked_for(study):
+    write(LENGTHS)
+    Path("results").mkdir(exist_ok=True)
+    Path("results/ar.csv").write_text(RESULTS)
+    commit()
+    k = {"ar": {"accuracy_1x": 0.519, "accuracy_8x": 0.25}, "text": {"bits_per_byte_1x": 3.5}}
+    qk = {"ar": {"accuracy_1x": 0.9985, "accuracy_8x": 0.75}}
+    write(LENGTHS, metrics={"k": k, "qk": qk})
+    qk_row = ("qk", "ar", "accuracy", "1x", "1.000000", "0.998500", "-0.001500", "0.000000")
+    section = compare("HEAD")[1]
+    assert section.rows == [qk_row]
+    assert section.notes == ["1 difference within the spread of seeds; --all shows them"]
+    assert "1 difference within the spread of seeds" in output_of("HEAD")
+    section = compare("HEAD", within_seeds=True)[1]
+    assert section.rows == [("k", "ar", "accuracy", "1x", "0.500000", "0.519000", "+0.019000", "0.020000"), qk_row]
+    assert section.notes == []
+    assert "+0.019000" in output_of("HEAD", "--all", "--md")
 
 
 def test_new_and_removed_cells_and_lengths_are_summarised(study):

@@ -116,6 +116,40 @@ def test_changed_test_splits_do_not_retrain(trained_study):
     assert sorted(ran()) == ["evaluate@copying", "generate@copying", "judge", "plan", "publish", "render"]
 
 
+def previewed(*options):
+    """Stage -> reason, as `run --dry-run` shows them."""
+    before = {path: path.read_bytes() for path in Path().glob("*.*") if path.is_file()}
+    text = CliRunner().invoke(main, ["run", "--dry-run", *options], catch_exceptions=False).stdout
+    assert {path: path.read_bytes() for path in before} == before
+    return dict(re.split(" {2,}", line)[:2] for line in text.partition("\n\n")[0].splitlines()[2:] if line[0] != " ")
+
+
+def test_a_dry_run_names_the_stages_that_then_run_and_why(trained_study):
+    assert previewed() == {}
+    edit(**{"variants.k.conv_k": 4})
+    shutil.rmtree("runs/copying/none")  # DVC restores it
+    names = ["plan", "train_qkv_subsets@copying-k", "evaluate@copying", "judge", "render", "publish"]
+    shown = previewed()
+    assert [*shown] == names
+    assert shown["train_qkv_subsets@copying-k"] == "model.conv_k 3 -> 4"
+    assert shown["evaluate@copying"] == "after train_qkv_subsets@copying-k"
+    assert [*previewed("--only", "copying", "k")] == names[:2]
+    assert previewed("--only", "copying", "none") == {"plan": "params.yaml"}
+    assert ran() == names
+    edit(**{"variants.k.conv_k": 3})
+    assert not previewed().keys() & {*names[1:3]}, "DVC's cache has the models and their scores"
+
+
+def test_only_the_named_cells_are_trained_and_kept(study):
+    Path("runs/copying/old").mkdir(parents=True)  # of an older study: moved away before DVC hashes its folder
+    CliRunner().invoke(main, ["run", "--only", "copying", "k"], catch_exceptions=False)
+    assert [path.name for path in Path("runs/copying").iterdir()] == ["k"]
+    assert previewed("--only", "copying", "k") == {}
+    assert "train_qkv_subsets@copying-none" in previewed()
+    refused = CliRunner().invoke(main, ["run", "--only", "copying", "nonesuch"])
+    assert (refused.exit_code, "nonesuch" in refused.stderr) == (2, True)
+
+
 def ran():
     """Run `dvc repro` and return the stages that it ran."""
     return re.findall(r"^Running stage '(.+)':$", dvc("repro"), flags=re.MULTILINE)

@@ -61,3 +61,14 @@ def test_results_of_unknown_origin_have_no_row(study):
     assert [line.split(",")[1] for line in TABLE.read_text().splitlines()] == ["variant", "none"]
     write_table(CELLS[:0])
     assert len(TABLE.read_text().splitlines()) == 1
+
+
+def test_a_result_that_returns_from_the_cache_has_its_row_again(study):
+    before = TABLE.read_bytes()
+    trained("k", "other", seconds=8.0)
+    write_table(CELLS)
+    assert TABLE.read_bytes() != before
+    Path("runs/ar/k/summary.json").write_text("k")
+    assert read_log("ar", "k")["seconds"] == 0.1
+    write_table(CELLS)
+    assert TABLE.read_bytes() == before
