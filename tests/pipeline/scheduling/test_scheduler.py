@@ -138,6 +138,7 @@ def test_the_report_and_the_store_are_rebuilt_if_lost_or_outdated(trained_study)
     assert (Path("mlartifacts/stamp").read_bytes(), Path("dvc.lock").read_bytes()) == (stamp, lock)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(find_spec("dvc_s3") is None or find_spec("moto") is None, reason="dvc-s3 or moto is not installed")
 def test_a_clone_restores_the_study_from_s3_and_trains_nothing(trained_study, tmp_path, monkeypatch):
     from moto.server import ThreadedMotoServer

@@ -69,7 +69,8 @@ def server(database, tmp_path):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = str(free.getsockname()[1])
     places = ["--backend-store-uri", database, "--artifacts-destination", str(tmp_path / "artifacts")]
-    command = [sys.executable, "-m", "mlflow", "server", *places, "--host", "127.0.0.1", "--port", port, "--workers", "2"]
+    reached = ["--host", "127.0.0.1", "--port", port, "--allowed-hosts", f"127.0.0.1:{port}", "--workers", "2"]
+    command = [sys.executable, "-m", "mlflow", "server", *places, *reached]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
