@@ -60,7 +60,8 @@ def command(section: Literal["Stages", "Tools"]) -> Callable[[Callable[..., None
             if (section == "Stages" or name == "run") and hasattr(signal, "SIGPIPE"):
                 signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # a worker that is killed must not end this process
             try:
-                function(**arguments)
+                with _timed(name, arguments.get("task")) if section == "Stages" else contextlib.nullcontext():
+                    function(**arguments)
             except ParamsError as error:
                 for line in error.lines:
                     click.echo(line, err=True)
@@ -86,6 +87,13 @@ def command(section: Literal["Stages", "Tools"]) -> Callable[[Callable[..., None
         return main.command(name)(guarded)
 
     return decorate
+
+
+def _timed(stage: str, task: str | None) -> contextlib.AbstractContextManager[None]:
+    """Record how long a stage takes, for `run --dry-run`; training has a log per cell."""
+    from pipeline.storage.training_log import timed_stage
+
+    return contextlib.nullcontext() if stage == "train" else timed_stage(stage, task)
 
 
 def _end_with_dvc() -> None:
@@ -229,8 +237,9 @@ def track(prune: bool, address: str | None) -> None:
 def validate(file: str, resolved: bool) -> None:
     """Check a parameter FILE and claims.yaml; print the grid.
 
-    It also names the claims that the study cannot decide. It writes nothing.
+    It also says what `dvc repro` will train, and names the claims that the study cannot decide. It writes nothing.
     """
+    from pipeline.stages.changes import PARAMS, retrained_line
     from pipeline.stages.plan import changed_sources, check_stages, note_lines, resolved_text, source_lines, table
 
     study = load_study(file)
@@ -244,6 +253,8 @@ def validate(file: str, resolved: bool) -> None:
     click.echo(table(study))
     for line in (*source_lines(study, file), *note_lines(study)):
         click.echo(line)
+    if Path(file) == PARAMS:
+        click.echo(retrained_line(study))
     for line in changed_sources(study):
         click.echo(f"{file}: {line}", err=True)
     for line in claims.undecided(all_claims, study):
@@ -259,14 +270,25 @@ def validate(file: str, resolved: bool) -> None:
     flag_value="auto",
     help="Train on a Ray cluster: host:port, auto (the cluster of this machine; the default), or local (started for this run).",
 )
-def run(jobs: int | None, ray: str | None) -> None:
-    """Run `dvc repro` with many cells in training at once."""
-    _load_for_torch()
+@click.option("--only", nargs=2, multiple=True, metavar="TASK VARIANT", help="Train only this cell; can be repeated.")
+@click.option("--dry-run", is_flag=True, help="Show which stages are out of date, why, and how long they take.")
+def run(jobs: int | None, ray: str | None, only: tuple[tuple[str, str], ...], dry_run: bool) -> None:
+    """Run `dvc repro` with many cells in training at once.
+
+    With --only it ends after training. The next `run` or `dvc repro` keeps the cell and does the rest.
+    """
+    study = _load_for_torch()
+    for task, variant in only:
+        check_cell(study, task, variant)
     with quick_imports():
+        from pipeline.scheduling import dry_run as preview
         from pipeline.scheduling import scheduler
 
+    if dry_run:
+        click.echo(preview.dry_run(study, jobs=jobs, only=only))
+        return
     try:
-        scheduler.run(jobs=jobs, ray=ray)
+        scheduler.run(jobs=jobs, ray=ray, only=only)
     except scheduler.FailedCellsError as error:
         click.echo(f"failed:\n{error}", err=True)
         sys.exit(1)
@@ -347,6 +369,18 @@ def add_variant(name: str, source: str, settings: tuple[str, ...], ablation: str
     from pipeline.commands.add_variant import add_variant
 
     click.echo(add_variant(name, source, settings, ablation=ablation, dry_run=dry_run))
+
+
+@command("Tools")
+@click.argument("file", default="params.yaml", type=click.Path(path_type=Path))
+def format(file: Path) -> None:
+    """Write a parameter FILE in its usual layout.
+
+    DVC rewrites the whole file for one changed number. This restores the lines and the alignment; comments stay.
+    """
+    from pipeline.commands.format import format_file
+
+    click.echo(f"{file}: {'formatted' if format_file(file) else 'has this layout already'}")
 
 
 @command("Tools")

@@ -130,7 +130,7 @@ class QKVMixer(Mixer):
         if self.token_shift is None:
             return projected, {}
         width = sum(self.widths.values())
-        now, for_next, others = projected[..., :width], projected[..., width : 2 * width], projected[..., 2 * width :]
+        now, for_next, others = projected.split([width, width, projected.shape[-1] - 2 * width], dim=-1)
         qkv, left = self.token_shift.add(now, for_next, cache.state.get("shifted"))
         return torch.cat([qkv, others], dim=-1), {"shifted": left}
 

@@ -11,11 +11,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from cat.ops.common import is_mapped
 from cat.types import KeyHeads, Positions, Queries, Valid, ValueHeads
 
 PARTS, MIN_PART = 16, 64
 """Number of parts of the queries if there is a bias, and minimum queries per part. A part attends to the keys up to its last
 query, because PyTorch's kernel skips no keys then. At 8,192 tokens, 16 parts take 0.6 times the time of one."""
+TILE = 64
+"""Queries per tile if there is no gradient: scores of 64 queries and 4,096 keys fill half of the cache of a core. With 896
+queries of 4,096 keys, PyTorch's kernel with its mask takes 1.6 times as long, and tiles of 32 queries 1.1 times. With 112 queries
+of 512 keys, the kernel takes no longer."""
 
 Slopes = Float[Tensor, " H"]
 
@@ -41,6 +46,8 @@ def attend(
     the bias is copied to memory: quadratic in the length for ALiBi, or in `window`.
     """
     if positions is not None:
+        if window is None and valid is None and _uses_tiles(q, dropout):
+            return _attend_in_tiles(q, k, v, positions, scale=scale, slopes=slopes)
         mask = _mask(positions, k.shape[2], q, slopes=slopes, window=window, valid=valid)
         return _attend(q, k, v, mask, scale=scale, dropout=dropout)
     if valid is not None:
@@ -176,6 +183,37 @@ def _attend_in_blocks(
     others = relative(_blocks(q, size, size=size, reach=0, count=count), keys, values)
     others = others.unflatten(0, (len(q), count)).transpose(1, 2).flatten(2, 3)
     return torch.cat([first, others[:, :, : length - size]], dim=2)
+
+
+def _uses_tiles(q: Queries, dropout: float) -> bool:
+    """Whether the outputs of many queries are computed in tiles: on a CPU without a gradient, as in an evaluation."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_mapped(q) or dropout:
+        return False
+    return q.shape[2] > 2 * TILE and q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
+
+
+def _attend_in_tiles(
+    q: Float[Tensor, "B H A C"], k: KeyHeads, v: ValueHeads, positions: Positions, *, scale: float, slopes: Slopes | None
+) -> Float[Tensor, "B H A E"]:
+    """Compute attention of the queries at `positions`: `TILE` queries at a time attend to the keys up to the last of them.
+
+    Positions should rise: otherwise a tile has more keys than needed.
+    """
+    q, k, v = scale * q, repeat_heads(k, q.shape[1]).mT.contiguous(), repeat_heads(v, q.shape[1])
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    for tile in torch.arange(q.shape[2], device=q.device).split(TILE):
+        rows = slice(int(tile[0]), int(tile[-1]) + 1)
+        for b, tokens in enumerate(positions[:, rows]):
+            first, last = tokens.aminmax()
+            seen, end = int(first) + 1, int(last) + 1
+            scores = q[b, :, rows] @ k[b, :, :, :end]
+            keys = torch.arange(end, device=q.device)
+            if slopes is not None:
+                scores.addcmul_((keys - tokens[:, None]).to(q.dtype), slopes.to(q.dtype)[:, None, None])
+            # Every query sees the keys up to the first one.
+            scores[:, :, seen:].masked_fill_(keys[seen:] > tokens[:, None], float("-inf"))
+            out[b, :, rows] = scores.softmax(-1) @ v[b, :, :end]
+    return out
 
 
 def _attend(

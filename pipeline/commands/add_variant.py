@@ -9,9 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import io
-import math
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,10 @@ from pipeline.config.load import load_study, study_of
 from pipeline.config.names import NAME, PATTERNS, Name
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import to_yaml
+from pipeline.stages.changes import clock
 from pipeline.stages.plan import check_stages
 from pipeline.storage.files import atomic_write, read_json
-from pipeline.storage.paths import LOGS
+from pipeline.storage.training_log import log_path
 
 FILE = Path("params.yaml")
 
@@ -192,9 +191,9 @@ def _describe_plan(study: Study, name: str, source: str, ablation: str) -> str:
     rows = [
         ("plan", "", ""),
         *(
-            (f"train_{ablation}@{task}-{name}", "unknown", f"no time in {_log(task, source)}")
+            (f"train_{ablation}@{task}-{name}", "unknown", f"no time in {log_path(task, source)}")
             if seconds is None
-            else (f"train_{ablation}@{task}-{name}", _clock(seconds), str(_log(task, source)))
+            else (f"train_{ablation}@{task}-{name}", clock(seconds), str(log_path(task, source)))
             for task, seconds in times.items()
         ),
         *((f"evaluate@{task}", "", "") for task in tasks),
@@ -206,22 +205,14 @@ def _describe_plan(study: Study, name: str, source: str, ablation: str) -> str:
         return f"{title}\n\n{stages}\n\nno time is known: {source} was not trained in this folder"
     return (
         f"{title}\n\n{tabulate(rows, ['stage', 'h:mm:ss', 'time from'])}\n\n"
-        f"about {_clock(sum(known))} of training"
+        f"about {clock(sum(known))} of training"
         + (f" and {len(tasks) - len(known)} of {len(tasks)} cells unknown" if len(known) < len(tasks) else "")
         + f", if each cell takes as long as that of {source}; starting stages, evaluation and figures take more time"
     )
 
 
-def _log(task: str, variant: str) -> Path:
-    return LOGS / task / f"{variant}.json"
-
-
 def _seconds(task: str, variant: str) -> float | None:
     try:
-        return float(read_json(_log(task, variant))["seconds"])
+        return float(read_json(log_path(task, variant))["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=math.ceil(seconds)))

@@ -62,6 +62,18 @@ def modules_reached(modules: Iterable[str]) -> set[str]:
     return reached
 
 
+def own_digests(modules: Iterable[str]) -> dict[str, str]:
+    """The digest of each module that `modules_reached` finds, without the code that it imports."""
+    digests = {}
+    for module in sorted(modules_reached(modules)):
+        if is_installed(module):
+            digests[module] = _installed_digest(module)
+        else:
+            code, imports = _read(module)
+            digests[module] = _sha256("\n".join([*sorted(f"{imported} {names}" for imported, names in imports), code]))
+    return digests
+
+
 def is_declaration(module: str) -> bool:
     """Whether no result depends on the code of a module."""
     return module in DECLARATIONS or (module.startswith("cat.mixers.") and module.endswith(".config"))
@@ -99,6 +111,7 @@ def _read(module: str) -> tuple[str, list[tuple[str, str]]]:
     return read_source(file.read_text(encoding="utf-8"), package)
 
 
+@functools.cache
 def read_source(text: str, package: str = "") -> tuple[str, list[tuple[str, str]]]:
     """The code that counts for the digest, and the project imports: (module, `name as local name`).
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pipeline.config.plots import Plot, load_plot
 from pipeline.config.study import Ablation, Study
 
-CLAIMS, COST = "claims", "cost"
+CLAIMS, GLOSSARY, COST = "claims", "glossary", "cost"
 """Sections of the report that belong to no ablation. Each is an anchor beside those of the ablations; COST is also a figure."""
+COST_BY_PARAMETERS = "cost_by_parameters"
 COST_BY_TIME = "cost_by_time"
 """The figure of cost that only report.html shows."""
 REPORT_EXPERIMENT = "study"
@@ -27,7 +28,9 @@ def clashes(study: Study) -> Iterator[str]:
     """Yield one line per name that the stages also use for something else."""
     sections = {
         CLAIMS: "the report's section of claims",
+        GLOSSARY: "the report's section of tasks and variants",
         COST: "the report's section and figure of cost",
+        COST_BY_PARAMETERS: "the report's figure of cost by parameters",
         COST_BY_TIME: "the report's figure of cost by time",
     }
     for name, ablation in study.ablations.items():

@@ -34,8 +34,6 @@ class Plot(ABC):
     """Whether the figure shows the reference lines of the ablation."""
     shows_models: ClassVar[bool] = False
     """Whether the figure shows models or single answers, so that its section has no table of scores and no failures."""
-    runs_models: ClassVar[bool] = False
-    """Whether drawing runs the trained models, so that the figure depends on their code."""
     scores_every_rate: ClassVar[bool] = False
     """Whether the figure shows test scores of all learning rates, not only of the chosen one."""
     extra_plots: ClassVar[Mapping[str, str]] = {"length": "lines", "training": "training"}

@@ -162,6 +162,8 @@ class StudyFile(Config):
         "train": "defaults.training",
         "optimizer": "defaults.training",
     }
+    title: Annotated[str, Field(pattern=LINE)] | None = None
+    """The name of the study, which the report has as its title."""
     data_seed: Seed
     device: Annotated[str, Field(pattern=DEVICE)]
     precision: Literal["float32", "bfloat16"]
@@ -186,6 +188,7 @@ class StudyFile(Config):
 class Study(Config):
     """A complete study."""
 
+    title: str | None = None
     data_seed: int
     device: str
     precision: Literal["float32", "bfloat16"]

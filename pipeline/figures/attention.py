@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 class AttentionWeights(Plot):
     """Two panels per task, one point per seed, for the layer with the most attention on the answer's token."""
 
-    caption = "Attention on the token of the answer, and entropy of the attention, one point per seed."
+    caption = (
+        "Attention on the token of the answer, and entropy of the attention, one point per seed. Near 1, the model attends to the"
+        " answer; the lower the entropy, the fewer tokens it attends to."
+    )
     uses_metrics = True
 
     def check(self, study: Study, ablation: Ablation) -> Iterator[str]:
@@ -51,9 +54,11 @@ class AttentionWeights(Plot):
                 )
                 labels = [variant_label(study, variant) for variant in variants]
                 axes.set_xticks(range(len(variants)), labels, rotation=35, ha="right", rotation_mode="anchor")
-                axes.set(xlabel="", title=task_title(study, task) if axes is column[0] else "")
+                axes.set(xlabel="", title="")
             column[0].set(ylabel="attention on\nthe answer's token", ylim=(-0.04, 1.04))
+            column[0].set_title(task_title(study, task))
             if not by_layer["attention_on_answer"].notna().any():  # the next token of a text has no position in the input
-                column[0].set_axis_off()
+                column[0].remove()
+                column[1].set_title(task_title(study, task))
             column[1].set(ylabel="attention entropy,\nnats", ylim=(-0.1, None))
         return figure

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 class Contrast(AxisPlot):
     """One row of panels per task, one column per length; the setting `x` on the horizontal axis."""
 
-    caption = "Score by a setting of the variants, with and without convolution."
+    caption = (
+        "Score by a setting of the variants, with and without convolution. The distance between the two marks of a setting is the"
+        " gain of the convolution. Bars show the spread over seeds."
+    )
 
     def place(self, study: Study, ablation: Ablation, variant: str) -> object:
         return axis_value(study, ablation, variant), study.variants[variant].has_convolution
@@ -26,8 +29,12 @@ class Contrast(AxisPlot):
         import seaborn as sns
 
         from pipeline.figures.drawing.axes import axis_label, draw_construction, label_axes, task_title
+        from pipeline.figures.drawing.palette import COLOURS
         from pipeline.figures.drawing.references import draw_levels
         from pipeline.figures.drawing.style import add_legend, errorbar
+        from pipeline.reporting.families import ATTENTION, CAT
+
+        colours = {"no convolution": COLOURS[ATTENTION][0], "with convolution": COLOURS[CAT][1]}
 
         multiples, tasks = study.evaluate.multiples, shown_tasks(study, ablation)
         figure, grid = plt.subplots(
@@ -44,7 +51,7 @@ class Contrast(AxisPlot):
                 scores["setting"], scores["group"] = scores["variant"].map(settings), scores["variant"].map(groups)
                 sns.pointplot(
                     scores, x="setting", y="value", order=list(dict.fromkeys(settings.values())), ax=axes, linestyle="none",
-                    hue="group", hue_order=["no convolution", "with convolution"], palette=sns.color_palette("colorblind", 2),
+                    hue="group", hue_order=list(colours), palette=colours,
                     markers=["o", "s"], dodge=0.3, errorbar=errorbar(study),
                 )  # fmt: skip
                 shown = references[(references["task"] == task) & (references["multiple"] == multiple)]

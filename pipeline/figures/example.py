@@ -26,9 +26,11 @@ class Example(Plot):
     Shows the first seed that did not diverge, and its layer and head with the most attention on the answers.
     """
 
-    caption = "Attention of every query of one test sequence. A frame marks the token of the answer."
+    caption = (
+        "Attention of every query of one test sequence. A frame marks the token of the answer: a model that recalls has its dark"
+        " cells inside the frames."
+    )
     shows_models = True
-    runs_models = True
     extra_plots: ClassVar = {}
     rows = "the first test sequence of the training length, with the weights in runs/"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cat.config import ModelConfig
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 MAX_LAGS = 16
 """Lags shown of a long kernel."""
@@ -28,7 +29,10 @@ class Filters(Plot):
     Each kernel is divided by its largest value, because attention is invariant to its scale.
     """
 
-    caption = "Trained kernels and those of the construction, each divided by its largest value."
+    caption = (
+        "Trained kernels and those of the construction, each divided by its largest value. Compare the dots, one stem per seed,"
+        " with the crosses of the construction: at the same lag, training finds the same kernel."
+    )
     shows_models = True
     extra_plots: ClassVar = {}
     rows = "the rows of these variants"
@@ -47,7 +51,8 @@ class Filters(Plot):
         import pandas as pd
 
         from pipeline.figures.drawing.axes import task_title
-        from pipeline.figures.drawing.style import add_legend, set_ticks, style
+        from pipeline.figures.drawing.palette import style
+        from pipeline.figures.drawing.style import add_legend, set_ticks
         from pipeline.storage.results import read_filters
 
         tables = {task: read_filters(task) for task in shown_tasks(study, ablation)}
@@ -57,30 +62,46 @@ class Filters(Plot):
         figure, grid = plt.subplots(
             rows, 3, figsize=(11.5, 2.3 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
         )
-        if not cells:
-            grid[0, 0].set_title("no trained kernel: every seed diverged")
+        panels: dict[str, Axes] = {}
         for (task, variant), row in zip(cells, grid, strict=bool(cells)):
             for projection, axes in zip(("q", "k", "v"), row, strict=True):
                 kernels = tables[task][(tables[task]["projection"] == projection) & (tables[task]["lag"] < MAX_LAGS)]
+                trained = kernels[(kernels["variant"] == variant) & kernels["seed"].isin(seeds_of(study, task, variant))]
+                if not len(trained):
+                    continue
+                panels[f"{task} {variant} {projection}"] = axes
                 first_seeds = {v: seeds_of(study, task, v)[0] for v in constructions}  # all seeds have the same weights
                 constructed = kernels[kernels["variant"].map(first_seeds) == kernels["seed"]]
                 _draw_stems(axes, constructed, -0.15, color="black", marker="x", linestyle=":", label="construction")
-                trained = kernels[(kernels["variant"] == variant) & kernels["seed"].isin(seeds_of(study, task, variant))]
                 color = style(study, variant)["color"]
                 _draw_stems(axes, trained, 0.1, color=color, marker="o", linestyle="-", label="trained, each seed")
                 axes.axhline(0, color="0.5", lw=0.8)
-                title = f"{variant_label(study, variant)}: {projection.upper()}" + ("" if len(trained) else ", no kernel")
+                title = f"{variant_label(study, variant)}: {projection.upper()}"
                 axes.set_title(title if len(tables) == 1 else f"{title}\n{task_title(study, task)}", fontsize="small")
-        if len(tables) == 1:
+        if not cells:
+            figure.suptitle("no trained kernel: every seed diverged")
+        elif len(tables) == 1:
             figure.suptitle(task_title(study, next(iter(tables))), fontsize="medium")
         lags = pd.concat([table["lag"] for table in tables.values()])
         set_ticks(grid[0, 0], range(max(lags[lags < MAX_LAGS].max(), 1) + 1 if len(lags) else 2), "{:g}")
-        for axes in grid[-1]:
-            axes.set_xlabel("lag, tokens")
-        for axes in grid[:, 0]:
-            axes.set_ylabel("kernel value\n/ largest value")
-        add_legend(figure, {str(index): axes for index, axes in enumerate(grid.flat)})
+        _label_outer(grid, panels.values())
+        add_legend(figure, panels)
         return figure
+
+
+def _label_outer(grid: NDArray[Any], panels: Collection[Axes]) -> None:
+    """Remove the panels that are not used, and label the axes of the first of each row and the last of each column."""
+    for axes in grid.flat:
+        if axes not in panels:
+            axes.remove()
+    for row in grid:
+        for axes in [axes for axes in row if axes in panels][:1]:
+            axes.set_ylabel("kernel value\n/ largest value")
+            axes.tick_params(labelleft=True)
+    for column in grid.T:
+        for axes in [axes for axes in column if axes in panels][-1:]:
+            axes.set_xlabel("lag, tokens")
+            axes.tick_params(labelbottom=True)
 
 
 def _draw_stems(axes: Axes, table: pd.DataFrame, shift: float, *, color: Any, marker: str, linestyle: str, label: str) -> None:

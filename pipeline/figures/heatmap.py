@@ -20,7 +20,10 @@ class Heatmap(Plot):
     References are further rows. They do not change the colours of the variants.
     """
 
-    caption = "Mean score over seeds by variant and task. Brighter is better."
+    caption = (
+        "Mean score over seeds of each variant (row) on each task (column); brighter is better. Look for rows that stay bright in"
+        " the panel on the right: these variants carry over to longer tests. Rows with grey names are partial strategies."
+    )
     shows_references = True
 
     def draw(self, study: Study, ablation: Ablation, results: pd.DataFrame, references: pd.DataFrame) -> Figure:
@@ -49,6 +52,7 @@ class Heatmap(Plot):
                 at_length = references[references["multiple"] == multiple].astype({"value": float})
                 levels = at_length.pivot_table(index="reference", columns="task", values="value")
                 means = pd.concat([means, levels.reindex(index=list(words), columns=means.columns)])
+            axes.grid(visible=False)
             sns.heatmap(means, vmin=low, vmax=high, cmap=colours, annot=True, fmt=".2f", cbar=False, linewidths=1, ax=axes)
             axes.set(xlabel="", ylabel="", title=f"{LABELS[metric]}\nat {multiple:g}x the\ntraining length")
             columns = [task_title(study, task) for task in means.columns]

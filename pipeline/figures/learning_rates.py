@@ -21,8 +21,9 @@ class LearningRates(Plot):
     """One panel per task, one line per variant; dotted lines show the share of seeds that solve the training length."""
 
     caption = (
-        "Of the seeds that solve the training length (accuracy of at least 0.99), the share that also solves the longest length,"
-        " by learning rate. Dotted: the share of seeds that solve the training length."
+        "Share of seeds by learning rate. Dotted: those that solve the training length, 1x, with an accuracy of at least 0.99."
+        " With marks: the share of these that also solve the longest test. Below the dotted line at 1, a variant learns the task"
+        " but does not carry over."
     )
     scores_every_rate = True
     rows = "the rows of these variants, for every learning rate"
@@ -42,23 +43,26 @@ class LearningRates(Plot):
 
     def draw(self, study: Study, ablation: Ablation, results: pd.DataFrame, references: pd.DataFrame) -> Figure:
         from pipeline.figures.drawing.axes import task_title
-        from pipeline.figures.drawing.style import add_legend, panels_of, set_ticks, style
+        from pipeline.figures.drawing.palette import style
+        from pipeline.figures.drawing.style import add_legend, panels_of, set_ticks
         from pipeline.reporting.tables import carry_over_table
 
         table = carry_over_table(study, ablation)
         figure, panels = panels_of(shown_tasks(study, ablation))
         for task, axes in panels.items():
+            longest = study.tasks[task].data.multiples[-1]
             for variant, rows in table[table["task"] == task].groupby("variant", sort=False):
                 options, label = style(study, str(variant)), variant_label(study, str(variant))
                 axes.plot(rows["learning_rate"], rows["share"], label=label, lw=1.8, **options)
                 axes.plot(rows["learning_rate"], rows["solves_1x"] / rows["runs"], color=options["color"], ls=":", lw=1.2)
             axes.set_xscale("log")
             set_ticks(axes, sorted(set(table.loc[table["task"] == task, "learning_rate"])), "{:g}")
-            longest = study.tasks[task].data.multiples[-1]
+            note = f"dotted: solve 1x\nmarks: of these, solve {longest:g}x"
+            axes.plot([], [], color="0.4", ls=":", lw=1.2, zorder=1, label=note)
             axes.set(
                 title=task_title(study, task),
                 xlabel="learning rate",
-                ylabel=f"share of the seeds that solve 1x\nthat also solve {longest:g}x (dotted: that solve 1x)",
+                ylabel="share of seeds",
                 ylim=(-0.04, 1.04),
             )
         add_legend(figure, panels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from cat.config import ModelConfig
 from pipeline.config.grid import shown_on, shown_tasks, shown_variants
@@ -28,10 +28,10 @@ class Placement(Plot):
     """
 
     caption = (
-        "Mean score over seeds by variant and task. Brighter is better. Right: parameters beyond those of the first variant, and"
-        " numbers in the cache for generation, for each token and for each sequence."
+        "Mean score over seeds of each variant (row) on each task (column); brighter is better. Right: parameters beyond those of"
+        " the first variant, and numbers in the cache for generation, for each token and for each sequence. Look for bright rows"
+        " with small costs."
     )
-    runs_models: ClassVar = True
 
     def check(self, study: Study, ablation: Ablation) -> Iterator[str]:
         first = shown_variants(ablation)[0]
@@ -99,38 +99,29 @@ def cost_columns(study: Study, ablation: Ablation) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=[ADDED, PER_TOKEN, PER_SEQUENCE], dtype=float)
 
 
-def _cache_size(config: ModelConfig, length: int) -> tuple[int, int]:
+def _cache_size(config: ModelConfig, length: int) -> tuple[float, float]:
     """Numbers that generation caches: for each further token, and for a sequence whatever its length.
 
     Measured after `length` tokens and one more, so that every kernel has all its inputs.
     """
-    import torch
+    from pipeline.figures.drawing.cost import state_size
 
-    from cat.model import SequenceModel
-
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        model = SequenceModel(config, vocabulary=2, length=length).eval()
-        _, caches = model.step(torch.zeros(1, length, dtype=torch.long))
-        sizes = [sum(x.numel() for cache in caches for x in cache.state.values())]
-        _, caches = model.step(torch.zeros(1, 1, dtype=torch.long), caches)
-        sizes.append(sum(x.numel() for cache in caches for x in cache.state.values()))
-    per_token = sizes[1] - sizes[0]
-    return per_token, sizes[0] - length * per_token
+    size = state_size(config, length, length)
+    per_token = state_size(config, length, length + 1) - size
+    return per_token, size - length * per_token
 
 
 def step_times(study: Study, ablation: Ablation) -> pd.DataFrame:
     """Seconds per training step relative to the first variant, variants by tasks; nan where no training was measured here."""
     import pandas as pd
 
-    from pipeline.storage import runs
-    from pipeline.storage.training_log import read_log
+    from pipeline.figures.drawing.cost import seconds_per_step
 
     times = pd.DataFrame(index=shown_variants(ablation), columns=shown_tasks(study, ablation), dtype=float)
     for task in times:
         for variant in shown_on(study, ablation, task):
-            log = read_log(task, variant) if isinstance(study.variants[variant], ModelConfig) else None
-            if log:
-                times.loc[variant, task] = log["seconds"] / sum(run["steps"] for run in runs.read_summary(task, variant)["runs"])
+            if isinstance(study.variants[variant], ModelConfig):
+                times.loc[variant, task] = seconds_per_step(task, variant)
     return times / times.iloc[0]
 
 

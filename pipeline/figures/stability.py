@@ -30,7 +30,8 @@ class Stability(Plot):
     """One row of panels per task, one column per measure; a cross at the top marks a diverged seed."""
 
     caption = (
-        "Final loss, loss spikes, gradient norms, attention logits and entropy of every run, by learning rate. A cross: diverged."
+        "Final loss, loss spikes, gradient norms, attention logits and entropy of every run, by learning rate. The learning rates"
+        " with low loss and few spikes are the stable ones; a cross at the top marks a diverged run."
     )
     rows = "the rows of these variants, in nats, for every learning rate"
 
@@ -46,16 +47,18 @@ class Stability(Plot):
         import matplotlib.pyplot as plt
 
         from pipeline.figures.drawing.axes import task_title
-        from pipeline.figures.drawing.style import add_legend, draw_lines, set_ticks, style
+        from pipeline.figures.drawing.palette import style
+        from pipeline.figures.drawing.style import add_legend, draw_lines, set_ticks
 
         tasks = shown_tasks(study, ablation)
         table = stability_table(study, ablation)
+        measures = {measure: label for measure, label in MEASURES.items() if table[measure].notna().any()}
         figure, grid = plt.subplots(
-            len(tasks), len(MEASURES), squeeze=False, figsize=(3.4 * len(MEASURES), 3.6 * len(tasks)), layout="constrained"
+            len(tasks), len(measures), squeeze=False, figsize=(3.4 * len(measures), 3.6 * len(tasks)), layout="constrained"
         )
         for task, row in zip(tasks, grid, strict=True):
             of_task = table[table["task"] == task]
-            for (measure, label), axes in zip(MEASURES.items(), row, strict=True):
+            for (measure, label), axes in zip(measures.items(), row, strict=True):
                 draw_lines(study, ablation, of_task, axes, x="learning_rate", y=measure)
                 if measure == "grad_norm" and of_task[measure].gt(0).any():
                     axes.set_yscale("log")

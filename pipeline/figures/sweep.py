@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 class Sweep(AxisPlot):
     """One panel per task, one line per length. The value `full` is drawn at the training length."""
 
-    caption = "Score by a numeric setting of the variants, one line per length."
+    caption = (
+        "Score by a numeric setting of the variants, one line per test length. Where the lines part, a variant solves the"
+        " training length but does not carry over to longer tests."
+    )
 
     def place(self, study: Study, ablation: Ablation, variant: str) -> object:
         return axis_value(study, ablation, variant)

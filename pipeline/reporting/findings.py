@@ -51,7 +51,8 @@ def _solved(study: Study, table: pd.DataFrame) -> Iterator[str]:
         means = failed.groupby(["variant", "multiple"])["value"].mean().unstack()
         best = means.iloc[:, 0].idxmax()
         which = "Not solved" if len(means) == 1 else f"Best of {'' if len(means) == len(every) else 'the other '}{len(means)}"
-        yield f"{which}: {variant_label(study, best)}, {_multiples(means.columns, [f'{v:.2f}' for v in means.loc[best]])}."
+        scores = means.loc[best].dropna()  # learned positions have no score beyond the training length
+        yield f"{which}: {variant_label(study, best)}, {_multiples(scores.index, [f'{score:.2f}' for score in scores])}."
 
 
 def _lowest(study: Study, table: pd.DataFrame) -> Iterator[str]:

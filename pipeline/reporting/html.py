@@ -15,13 +15,17 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 75rem; color: var(--ink); background: var(--paper);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1, h2 { line-height: 1.25; } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-a { color: inherit; } nav ul { columns: 22rem; column-gap: 3rem; padding-left: 1.2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+a { color: inherit; }
+.wide { overflow-x: auto; margin: 1rem 0; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th, td { min-width: 5.5rem; } td:first-child { min-width: 9rem; }
-figure { margin: 1rem 0; background: #ffffff; border-radius: .5rem; padding: .5rem; overflow-x: auto; }
+figure { margin: 1.5rem 0; } figcaption { font-size: .9rem; margin-top: .3rem; max-width: 50rem; }
+.drawing { background: #ffffff; border-radius: .5rem; padding: .5rem; overflow-x: auto; }
 details { margin: 1rem 0; } summary { cursor: pointer; }
+pre { overflow-x: auto; font-size: .85rem; } code { font-size: .9em; }
 figure svg { display: block; max-width: 100%; min-width: 34rem; height: auto; margin: auto; }
+@media (max-width: 40rem) { th, td { padding: .25rem .35rem; min-width: 4rem; } td:first-child { min-width: 5rem; } }
 .supported { color: var(--good); } .contradicted { color: var(--bad); } .undecided { color: var(--open); }
 """
 
@@ -34,18 +38,17 @@ def page(markdown: str, folder: Path) -> str:
     body = body.replace("<p>&lt;/details&gt;</p>", "</details>")
     body = re.sub(r"<p>(<img [^>]*>)</p>", r"\1", body)
     body = re.sub(r'<img src="([^"]+)\.svg" alt="([^"]*)" ?/?>', lambda match: _figure(folder, *match.groups()), body)
+    body = re.sub(r"(</figure>)\s*<p><em>(.*?)</em></p>", r"<figcaption>\2</figcaption>\1", body)
     body = re.sub(r'<a href="(?!#)[^"]*">(.*?)</a>', r"\1", body)
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     body = re.sub(r"<strong>(supported|contradicted|undecided)</strong>", r'<strong class="\1">\1</strong>', body)
     body = re.sub(r"<p>&lt;a id=&quot;(\w+)&quot;&gt;&lt;/a&gt;</p>\s*<h2>", r'<h2 id="\1">', body)
-    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in re.findall(r'<h2 id="(\w+)">(.*?)</h2>', body))
     (title,) = re.findall(r"<h1>(.*?)</h1>", body)[:1] or ["report"]
-    heading, rest = body.split("</h1>", 1) if "</h1>" in body else ("<h1>report", body)
     return f"""<!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>{STYLE}</style></head>
-<body>{heading}</h1><nav><ul>{links}</ul></nav>{rest}</body>
+<body>{body}</body>
 </html>
 """
 
@@ -55,4 +58,5 @@ def _figure(folder: Path, source: str, alt: str) -> str:
     drawing = drawing[drawing.index("<svg ") :]
     # Figures use the same ids, which must be unique within a page.
     drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{Path(source).name}-", drawing)
-    return f'<figure role="img" aria-label="{html.escape(html.unescape(alt))}">{drawing}</figure>'
+    label = html.escape(html.unescape(alt))
+    return f'<figure><div class="drawing" role="img" aria-label="{label}">{drawing}</div></figure>'

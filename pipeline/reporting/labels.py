@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Set
 
 from cat.config import DotProductConfig, MixerConfig, ModelConfig, QKVConfig
@@ -45,6 +46,19 @@ def task_label(study: Study, task: str) -> str:
 def with_slug(label: str, slug: str) -> str:
     """`CAT-QK (qk)`: the name and its slug."""
     return label if label == slug or label.endswith(f"({slug})") else f"{label} ({slug})"
+
+
+def with_names(study: Study, reason: str) -> str:
+    """The reason of a verdict with names: `CAT-K (k) against 1 on associative recall (ar) at length 256`."""
+
+    def variant(match: re.Match[str]) -> str:
+        return with_slug(variant_label(study, match[0]), match[0]) if match[0] in study.variants else match[0]
+
+    def task(match: re.Match[str]) -> str:
+        return with_slug(task_label(study, match[0]), match[0]) if match[0] in study.tasks else match[0]
+
+    reason = re.sub(r"(?<= on )\w+(?= at length )", task, reason)
+    return re.sub(r"\b\w+(?= against | is no better than)|(?<= against )\w+|\b\w+(?= on .* at length )", variant, reason)
 
 
 @functools.lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 import pandas as pd
 
@@ -12,7 +13,8 @@ from pipeline.config.claims import SOLVED_AT
 from pipeline.config.grid import seeds_of, shown_on, shown_tasks, shown_variants, variant_value, variants_on
 from pipeline.config.study import Ablation, Study
 from pipeline.reporting.labels import task_label, variant_label, with_slug
-from pipeline.reporting.verdicts import left_out, markdown_table, of_the_study, read_verdicts, registration_table
+from pipeline.reporting.markdown import escape
+from pipeline.reporting.verdicts import VALUES, left_out, of_the_study, read_verdicts, registration_table
 from pipeline.storage import runs
 from pipeline.storage.results import read_rates
 
@@ -155,17 +157,24 @@ def headline() -> str:
     return f"{_verdict_counts(every)} [Evidence for each claim](report.md#claims)."
 
 
-def claims_section() -> str:
-    """Markdown: the claims with their verdicts, each with a link to its figure."""
+def claims_section(questions: Mapping[str, str]) -> str:
+    """Markdown: the table of contents with the verdicts about each question, and how claims are decided.
+
+    `questions` maps the anchor of each section of the report to its heading.
+    """
     every = read_verdicts()
     verdicts = of_the_study(every)
+    rows = []
+    for name, question in questions.items():
+        counts = verdicts.loc[verdicts["ablation"] == name, "verdict"].value_counts()
+        listed = ", ".join(f"{counts[verdict]} **{verdict}**" for verdict in VALUES if verdict in counts)
+        rows.append({"topic": f"[{name.replace('_', ' ')}](#{name})", "question": escape(question), "claims": listed})
+    contents = pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
     if not len(verdicts):
-        return left_out(every)
-    table = markdown_table(verdicts)
-    table["ablation"] = [f"[{name}](#{name})" for name in verdicts["ablation"]]
+        return f"{contents}\n\n{left_out(every)}".strip()
     history = registration_table(verdicts).to_markdown(index=False, disable_numparse=True)
     return (
-        f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{_verdict_counts(every)} {_EXPLANATION}\n\n"
+        f"{contents}\n\n{_verdict_counts(every)} {_EXPLANATION}\n\n"
         f"<details><summary>When each claim was registered and revised</summary>\n\n{history}\n\n</details>"
     )
 
@@ -182,6 +191,6 @@ _EXPLANATION = (
 def _verdict_counts(every: pd.DataFrame) -> str:
     verdicts = of_the_study(every)
     counts = verdicts["verdict"].value_counts()
-    listed = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in ("supported", "contradicted", "undecided"))
+    listed = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VALUES)
     others = left_out(every)
     return f"{len(verdicts)} claim{'s' if len(verdicts) > 1 else ''}: {listed}." + (f" {others}" if others else "")

@@ -9,7 +9,7 @@ import getpass
 import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from dvc.exceptions import DvcException, PrettyDvcException
 from dvc.repo import Repo, lock_repo
 from dvc.repo.reproduce import _reproduce, get_active_graph, plan_repro
 from dvc.stage import PipelineStage, Stage
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.meta import Meta
 from filelock import FileLock, Timeout
 
 LOCK, RWLOCK = Path(".dvc/tmp/pipeline.lock"), Path(".dvc/tmp/rwlock")
@@ -44,6 +46,74 @@ def stale_stages(command: list[str]) -> Iterator[StaleStage]:
             words = shlex.split(stage.cmd) if isinstance(stage.cmd, str) else []
             if words[: len(command)] == command and stage.changed() and not is_restorable(repo, stage):
                 yield StaleStage(stage.addressing, words, declared_dependencies(stage))
+
+
+class OutdatedStage(NamedTuple):
+    """A stage that is out of date, or may be once the stages before it have run."""
+
+    name: str
+    commands: list[list[str]]
+    changes: dict[str, list[str]]
+    """Path of each changed dependency -> its changed parameters, if it is a file of parameters."""
+    after: dict[str, list[str]]
+    """Path of each dependency that other stages will write -> these stages."""
+    outputs: list[str]
+    """Its outputs that are missing or changed."""
+
+
+def outdated_stages(planned: Mapping[str, str]) -> Iterator[OutdatedStage]:
+    """Find the stages that `dvc repro` would run, in its order, without running or writing anything.
+
+    `planned` has the MD5 of the files that the stage `plan` will write. Stages that DVC's cache can restore are left out.
+    """
+    repo = Repo()
+    writers: dict[str, str] = {}
+    restored: set[str] = set()
+    with repo.lock:
+        graph = get_active_graph(repo.index.graph)
+        for stage in plan_repro(graph, named_stages(repo, None)):
+            changes: dict[str, list[str]] = {}
+            after: dict[str, list[str]] = {}
+            for dep in stage.deps:
+                path = str(dep)
+                if path in planned:
+                    if dep.hash_info.value != planned[path]:
+                        changes[path] = []
+                elif names := [name for out, name in writers.items() if _overlap(out, path)]:
+                    after[path] = names
+                elif not any(_overlap(out, path) for out in restored):
+                    changes |= {path: [*state] if isinstance(state, dict) else [] for path, state in dep.status().items()}
+            outputs = [str(out) for out in stage.outs if out.status()]
+            if not (changes or after or outputs or stage.changed_stage()):
+                continue
+            paths = [str(out) for out in stage.outs]
+            if not after and _will_be_restored(repo, stage, planned):
+                restored |= {*paths}
+                continue
+            writers |= dict.fromkeys(paths, stage.addressing)
+            commands = [shlex.split(text) for text in ([stage.cmd] if isinstance(stage.cmd, str) else stage.cmd or ())]
+            yield OutdatedStage(stage.addressing, commands, changes, after, outputs)
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Whether one path is the other or is in it."""
+    return f"{first}/".startswith(f"{second}/") or f"{second}/".startswith(f"{first}/")
+
+
+def _will_be_restored(repo: Repo, stage: PipelineStage, planned: Mapping[str, str]) -> bool:
+    """Whether DVC's cache has the outputs of the stage for the files in `planned`."""
+    if any(out.persist for out in stage.outs):  # DVC does not cache what such a stage made before
+        return False
+    missing = [dep for dep in stage.deps if str(dep) not in planned and not dep.exists]
+    if missing:
+        return not stage.changed_stage() and stage.outs_cached() and all(dep.hash_info for dep in stage.deps)
+    for dep in stage.deps:
+        if str(dep) in planned:
+            dep.hash_info, dep.meta = HashInfo("md5", planned[str(dep)]), Meta()
+        else:
+            dep.save()
+    entry = repo.stage_cache._load(stage)
+    return entry is not None and repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached()
 
 
 def reproduce(targets: Any, trained: dict[str, dict[str, Any]] | None = None) -> None:

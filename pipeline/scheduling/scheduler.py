@@ -15,7 +15,7 @@ import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing import forkserver
@@ -72,10 +72,11 @@ class FailedCellsError(Exception):
     """Raised if cells failed; the message has one line per cell with the reason and the path of its log."""
 
 
-def run(*, jobs: int | None = None, ray: str | None = None) -> None:
+def run(*, jobs: int | None = None, ray: str | None = None, only: Collection[tuple[str, str]] = ()) -> None:
     """Reproduce the study with `jobs` runs at a time; by default one per core or GPU.
 
-    Cells are trained in local processes or on the Ray cluster at the address `ray`.
+    Cells are trained in local processes or on the Ray cluster at the address `ray`. If `only` names cells, no others are trained,
+    and no stages after training run.
 
     Raises FailedCellsError if cells failed, after the other cells are trained and recorded. Raises ValueError if a stage fails,
     the cluster is unreachable or lost, or another call runs in this folder. Raises KeyboardInterrupt on Ctrl-C, after running
@@ -92,8 +93,8 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
     ):
         name_user()
         repair_rwlock()
-        reproduce(FIRST)
-        stale = stale_cells()
+        reproduce(("plan", *(f"generate@{task}" for task, _ in only)) if only else FIRST)
+        stale = stale_cells(only)
         declared: dict[str, dict[str, Any]] = {}
 
         def record() -> None:
@@ -119,7 +120,7 @@ def run(*, jobs: int | None = None, ray: str | None = None) -> None:
                 raise
             record()
             raise
-        if failures:
+        if failures or only:
             record()
         else:
             reproduce(None, declared)
@@ -148,8 +149,8 @@ def assign(devices: list[torch.device], jobs: int | None) -> list[torch.device]:
     return [devices[i % len(devices)] for i in range(count)]
 
 
-def stale_cells() -> list[StageCell]:
-    """Return the train stages that `dvc repro` would run, in its order.
+def stale_cells(only: Collection[tuple[str, str]] = ()) -> list[StageCell]:
+    """Return the train stages that `dvc repro` would run, in its order; only those of the cells in `only`, if there are any.
 
     These are changed stages that DVC's cache cannot restore. Raises ValueError if params.yaml changed a cell since `plan` ran.
     """
@@ -157,6 +158,8 @@ def stale_cells() -> list[StageCell]:
     study = load_study()
     for stage in stale_stages(TRAIN_COMMAND):
         task, variant = stage.command[len(TRAIN_COMMAND) :]
+        if only and (task, variant) not in only:
+            continue
         check_cell(study, task, variant)
         check_planned(study, task, variant)
         cell = Cell.of(task, variant, CellSetting.of(study, task, variant))

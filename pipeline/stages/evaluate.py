@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from cat.evaluation.by_part import accuracy_by_part
 from cat.evaluation.by_recall import ByRecall, loss_by_recall
 from cat.evaluation.diagnostics import attention_statistics, filter_kernels
-from cat.evaluation.scores import Scores, SequenceTotals, sequence_totals, token_scores
+from cat.evaluation.scores import Scores, SequenceTotals, token_scores
 from cat.model import SequenceModel
 from cat.tasks.base import Extents, GeneratedData, Recalled
 from cat.tasks.registry import Task
@@ -30,7 +31,7 @@ from pipeline.config.study import CellTraining
 from pipeline.runtime import checkpoints, workers
 from pipeline.runtime.devices import resolve_device
 from pipeline.storage import runs
-from pipeline.storage.files import atomic_write, write_csv
+from pipeline.storage.files import atomic_write, sha256, write_csv
 from pipeline.storage.paths import FILTERS, HELDOUT, RATES, REFERENCES, RESULTS, SCORES
 from pipeline.storage.scores import SequenceScores, write_scores
 from pipeline.storage.tables import FILTER_COLUMNS, PRIMARY, RATE_COLUMNS, REFERENCE_COLUMNS, RESULTS_COLUMNS
@@ -38,8 +39,6 @@ from pipeline.storage.task_data import read_meta, read_split, read_task, read_tr
 from pipeline.storage.tokenizers import read_tokenizer
 
 Rows = list[dict[str, Any]]
-Sequences = dict[tuple[str, int, int], SequenceScores]
-"""Scores per test sequence by (variant, seed, length); per region of a text."""
 _PLACEHOLDER = SequenceTotals(*torch.ones(3, 1))
 
 
@@ -47,23 +46,17 @@ class Job(NamedTuple):
     """One trained model."""
 
     variant: str
-    seed: int
-
-
-class RateJob(NamedTuple):
-    """One trained model at one of the learning rates of its cell."""
-
-    variant: str
     learning_rate: float
     seed: int
 
 
 class ModelResults(NamedTuple):
-    """One model's rows of the two tables, and its scores per sequence."""
+    """The rows of one model in the two tables, without the columns that name it, and its scores per sequence."""
 
     scores: Rows
     filters: Rows
-    sequences: Sequences
+    sequences: dict[int, SequenceScores]
+    """By length."""
 
 
 def evaluate(
@@ -80,32 +73,27 @@ def evaluate(
     The variants in `every_rate` are scored at all learning rates, the others at the chosen one. The values of a diverged seed
     are empty.
     """
-    data, torch_device = read_task(task), resolve_device(device)
-    jobs = [Job(variant, seed) for variant, training in trained.items() for seed in training.seeds]
-    rate_jobs = [
-        RateJob(variant, rate, seed)
+    data = read_task(task)
+    chosen = {variant: runs.read_summary(task, variant)["learning_rate"] for variant in trained}
+    main = [Job(variant, chosen[variant], seed) for variant, training in trained.items() for seed in training.seeds]
+    others = [
+        Job(variant, rate, seed)
         for variant in every_rate
         for rate in trained[variant].learning_rates
         for seed in trained[variant].seeds
     ]
-    with tqdm(total=len(jobs) + len(rate_jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
-
-        def advance(done: int) -> None:
-            bar.update(done)
-
-        function = functools.partial(_evaluate_model, task, data, precision)
-        options: Any = {"device": torch_device, "parallel_runs": parallel_runs, "report": advance}
-        tables = workers.parallel_map(function, jobs, **options)
-        rates = workers.parallel_map(functools.partial(_evaluate_rate, task, data, precision), rate_jobs, **options)
+    jobs = [*dict.fromkeys([*main, *others])]
+    found = _evaluate_jobs(task, data, precision, jobs, device=resolve_device(device), parallel_runs=parallel_runs)
     with atomic_write(RESULTS / f"{task}.csv") as path:
-        write_csv(path, (row for table in tables for row in table.scores), RESULTS_COLUMNS)
+        write_csv(path, (row for job in main for row in _named(task, job, found[job].scores)), RESULTS_COLUMNS)
     with atomic_write(FILTERS / f"{task}.csv") as path:
-        write_csv(path, (row for table in tables for row in table.filters), FILTER_COLUMNS)
+        write_csv(path, (row for job in main for row in _named(task, job, found[job].filters)), FILTER_COLUMNS)
     with atomic_write(RATES / f"{task}.csv") as path:
-        write_csv(path, (row for rows in rates for row in rows), RATE_COLUMNS)
+        rates = ({"learning_rate": job.learning_rate, **row} for job in others for row in _named(task, job, found[job].scores))
+        write_csv(path, (row for row in rates if row["metric"] == PRIMARY[data.goal]), RATE_COLUMNS)
     with atomic_write(REFERENCES / f"{task}.csv") as path:
         write_csv(path, references(task, data), REFERENCE_COLUMNS)
-    sequences = {key: scores for table in tables for key, scores in table.sequences.items()}
+    sequences = {(job.variant, job.seed, length): scores for job in main for length, scores in found[job].sequences.items()}
     write_scores(SCORES / f"{task}.npz", sequences, text=data.goal == "loss")
     checkpoints.prune(task, trained)
 
@@ -158,18 +146,58 @@ def metrics(totals: SequenceTotals, extents: Extents | None, *, autoregressive: 
     }
 
 
+def _evaluate_jobs(
+    task: str,
+    data: Task,
+    precision: str,
+    jobs: Sequence[Job],
+    *,
+    device: torch.device,
+    parallel_runs: int | Literal["auto"],
+) -> dict[Job, ModelResults]:
+    """Evaluate each model. Models with equal weights, such as a construction of several seeds, are evaluated once."""
+    paths = {job: _weights(task, job) for job in jobs}
+    weights = {job: _digest(path) if path is not None else f"{job.variant}: diverged" for job, path in paths.items()}
+    distinct = {weights[job]: job for job in reversed(jobs)}
+    # The largest model first, so that no process has to wait for it at the end.
+    ordered = sorted(distinct.values(), key=lambda job: _size(paths[job]), reverse=True)
+    with tqdm(total=len(ordered), desc=f"evaluate {task}", unit="model", disable=None) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        function = functools.partial(_evaluate_model, task, data, precision)
+        tables = workers.parallel_map(function, ordered, device=device, parallel_runs=parallel_runs, report=advance)
+    found = dict(zip(ordered, tables, strict=True))
+    return {job: found[distinct[weights[job]]] for job in jobs}
+
+
+def _weights(task: str, job: Job) -> Path | None:
+    """The weights file of a run; None if it diverged."""
+    summary = runs.read_summary(task, job.variant)
+    (run,) = (run for run in summary["runs"] if (run["learning_rate"], run["seed"]) == job[1:])
+    rate = None if job.learning_rate == summary["learning_rate"] else job.learning_rate
+    return None if run["stop"] == "diverged" else runs.weights_path(task, job.variant, job.seed, rate)
+
+
+def _digest(path: Path) -> str:
+    return sha256(path) if path.exists() else str(path)  # loading the model says what to do about a missing file
+
+
+def _size(path: Path | None) -> int:
+    return path.stat().st_size if path is not None and path.exists() else 0
+
+
 def _evaluate_model(
     task: str, data: Task, precision: str, job: Job, device: torch.device, report: workers.Report
 ) -> ModelResults:
-    diverged = job.seed in runs.diverged(task, job.variant)
-    model = None if diverged else runs.load_model(runs.weights_path(task, job.variant, job.seed)).to(device)
-    max_length = runs.max_length(task, job.variant)
+    path, max_length = _weights(task, job), runs.max_length(task, job.variant)
+    model = None if path is None else runs.load_model(path).to(device)
     extents = _extents(task) if data.goal == "loss" else None
-    key = {"task": task, **job._asdict()}
     rows: Rows = []
-    sequences: Sequences = {}
+    sequences: dict[int, SequenceScores] = {}
     if model is not None:
-        rows += _tidy({**key, "length": data.length}, _attention(task, data, model, device))
+        rows += _tidy(data.length, _attention(task, data, model, device))
     for length in data.lengths:
         if max_length is not None and length > max_length:
             continue
@@ -184,7 +212,7 @@ def _evaluate_model(
             totals = SequenceTotals.of(parts)
             if extents is not None:
                 totals = totals.grouped(len(extents.bytes))
-            sequences[job.variant, job.seed, length] = _sequences(totals, extents, autoregressive=data.autoregressive)
+            sequences[length] = _sequences(totals, extents, autoregressive=data.autoregressive)
             values = metrics(totals, extents, autoregressive=data.autoregressive)
             if recalled:
                 losses = torch.cat([part.loss[part.is_target].double().cpu() for part in parts]).numpy()
@@ -192,34 +220,9 @@ def _evaluate_model(
             if data.part_names:
                 answer_parts = data.parts(read_split(task, f"test_{length}"))
                 values |= accuracy_by_part(parts, split.positions.long().cpu().numpy(), answer_parts)
-        rows += _tidy({**key, "length": length}, values.items())
-    filters = [] if model is None else _filters(key, model)
+        rows += _tidy(length, values.items())
     report(1)
-    return ModelResults(rows, filters, sequences)
-
-
-def _evaluate_rate(task: str, data: Task, precision: str, job: RateJob, device: torch.device, report: workers.Report) -> Rows:
-    """The rows of RATE_COLUMNS of one run; a diverged run has no values."""
-    summary, limit = runs.read_summary(task, job.variant), runs.max_length(task, job.variant)
-    (run,) = (run for run in summary["runs"] if (run["learning_rate"], run["seed"]) == job[1:])
-    rate = None if job.learning_rate == summary["learning_rate"] else job.learning_rate
-    path = runs.weights_path(task, job.variant, job.seed, rate)
-    model = None if run["stop"] == "diverged" else runs.load_model(path).to(device)
-    extents, name = (_extents(task) if data.goal == "loss" else None), PRIMARY[data.goal]
-    rows: Rows = []
-    for length in data.lengths:
-        if limit is not None and length > limit:
-            continue
-        value = math.nan
-        if model is not None:
-            split = runs.split(task, f"test_{length}", device)
-            totals = sequence_totals(model, split, precision=precision, autoregressive=data.autoregressive)
-            if extents is not None:
-                totals = totals.grouped(len(extents.bytes))
-            value = metrics(totals, extents, autoregressive=data.autoregressive)[name]
-        rows.append({"task": task, **job._asdict(), "length": length, "metric": name, "value": value})
-    report(1)
-    return rows
+    return ModelResults(rows, [] if model is None else _filters(model), sequences)
 
 
 def _sequences(totals: SequenceTotals, extents: Extents | None, *, autoregressive: bool) -> SequenceScores:
@@ -256,13 +259,17 @@ def _attention(task: str, data: Task, model: SequenceModel, device: torch.device
                 yield f"attention_on_answer_{layer}", statistics.on_answer
 
 
-def _filters(key: dict[str, Any], model: SequenceModel) -> Rows:
+def _filters(model: SequenceModel) -> Rows:
     return [
-        {**key, "layer": layer, "projection": projection, "head": head, "lag": index * dilation, "value": f"{value:.6g}"}
+        {"layer": layer, "projection": projection, "head": head, "lag": index * dilation, "value": f"{value:.6g}"}
         for layer, projection, head, kernel, dilation in filter_kernels(model)
         for index, value in enumerate(kernel)
     ]
 
 
-def _tidy(key: dict[str, Any], values: Iterable[tuple[str, float]]) -> Rows:
-    return [{**key, "metric": metric, "value": value} for metric, value in values]
+def _tidy(length: int, values: Iterable[tuple[str, float]]) -> Rows:
+    return [{"length": length, "metric": metric, "value": value} for metric, value in values]
+
+
+def _named(task: str, job: Job, rows: Rows) -> Iterator[dict[str, Any]]:
+    return ({"task": task, "variant": job.variant, "seed": job.seed, **row} for row in rows)

@@ -14,12 +14,12 @@ from tabulate import tabulate
 from cat.config import ModelConfig, VariantConfig
 from cat.mixers.registry import CONSTRUCTION, ConstructionConfig, mixer_module
 from cat.tasks.registry import module_of
-from pipeline.config.code_digest import code_digest, is_installed, is_own, modules_reached, source_file
+from pipeline.config.code_digest import code_digest, is_installed, is_own, modules_reached, own_digests, source_file
 from pipeline.config.errors import ParamsError, config_error, printable
 from pipeline.config.grid import seeds_of, shown_tasks, shown_variants, variants_on
 from pipeline.config.json_schema import json_schema
 from pipeline.config.outputs import figure_plots
-from pipeline.config.plots import load_plot, scored_at_every_rate
+from pipeline.config.plots import scored_at_every_rate
 from pipeline.config.resolve import resolved, unwritten
 from pipeline.config.study import Study
 from pipeline.config.yaml_file import read_yaml, to_yaml
@@ -28,6 +28,8 @@ from pipeline.storage.paths import HELDOUT, PLAN
 from pipeline.storage.task_data import overlap_line
 
 SCHEMA = Path("params.schema.json")
+MODULES = "modules.json"
+"""The file in plan/ that tells which modules changed."""
 _STAGES = Path("dvc.yaml")
 
 
@@ -45,10 +47,12 @@ def write(study: Study) -> None:
 def stage_files(study: Study) -> dict[str, str]:
     """The text of each file in plan/, by its path there.
 
-    train/<task>/<variant>.json has all settings of a cell, complete. The other files have the inputs that DVC does not see:
-    the digest of the code that the stage runs, and defaults of keys that are left out.
+    train/<task>/<variant>.json has all settings of a cell, complete. modules.json has the digest of each module; no stage depends
+    on it. The other files have the inputs that DVC does not see: the digest of the code that the stage runs, and defaults of keys
+    that are left out.
     """
-    digests = {name: code_digest(modules) for name, modules in stage_modules(study).items()}
+    modules = stage_modules(study)
+    digests = {name: code_digest(modules[name]) for name in modules}
     texts = {f"{name}.txt": f"code {digest}\n" for name, digest in digests.items() if not name.startswith("train/")}
     for task, variant in study.training:
         texts[f"train/{task}/{variant}.json"] = json_text(cell_plan(study, task, variant, digests[f"train/{variant}"]))
@@ -58,6 +62,7 @@ def stage_files(study: Study) -> dict[str, str]:
             f"{variant}: {', '.join(map(str, seeds_of(study, task, variant)))}\n" for variant in variants_on(study, task)
         )
         texts[f"evaluate/{task}.txt"] += "".join(f"every rate: {name}\n" for name in scored_at_every_rate(study, task))
+    texts[MODULES] = json_text(own_digests(chain(*modules.values())))
     texts["judge.txt"] += f"verdict_seeds_from: {study.verdict_seeds_from}\n"
     # The figures and tables follow the order of these mappings, which DVC ignores.
     texts["render.txt"] += "".join(f"{name}\n" for name in (*study.tasks, *study.variants, *study.ablations))
@@ -68,12 +73,12 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
     """The entry modules of each stage, by the name of its file in plan/."""
     kinds = {task: module_of(section.data.kind) for task, section in study.tasks.items()}
     plots = {module for modules in _plot_modules(study).values() for module in modules}
-    run_variants = {v for a in study.ablations.values() if load_plot(a.plot).runs_models for v in shown_variants(a)}
-    run_models = chain(*(_code_of(study.variants[variant]) for variant in run_variants))
+    # The figures of cost measure the state of every trained model, and others run the models of their variants.
+    run_models = [*chain(*(_code_of(study.variants[variant]) for variant in dict.fromkeys(cell[1] for cell in study.training)))]
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
         "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values(), *plots, *run_models],
-        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *kinds.values(), *plots],
+        "publish": ["pipeline.stages.report", "pipeline.tracking.sync", *kinds.values(), *plots, *run_models],
     }
     for task, kind in kinds.items():
         models = chain(*(_code_of(study.variants[variant]) for variant in variants_on(study, task)))

@@ -13,13 +13,14 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.config.grid import shown_tasks, shown_variants
-from pipeline.config.outputs import COST, figure_plots
+from pipeline.config.outputs import COST, COST_BY_PARAMETERS, figure_plots
 from pipeline.config.plots import load_plot
 from pipeline.config.study import Study
-from pipeline.figures.drawing.cost import PARAMETERS, cost, cost_table
+from pipeline.figures.drawing.cost import PARAMETERS, STATE, cost, cost_table
 from pipeline.figures.drawing.style import Picture, draw_all
 from pipeline.figures.stability import full_stability_table
 from pipeline.reporting.diagnosis import diagnose
+from pipeline.reporting.labels import task_label, variant_label, with_slug
 from pipeline.reporting.tables import headline
 from pipeline.storage.files import atomic_write, write_json
 from pipeline.storage.paths import REPORTS
@@ -64,14 +65,18 @@ def _pictures(study: Study, results: pd.DataFrame, folder: Path) -> Iterator[Pic
             yield Picture(draw, folder / f"{file}.svg")
     costs = cost_table(study, primary(study, results))
     if len(costs):  # a study with only constructions has no costs
-        yield Picture(partial(cost, costs=costs, price=PARAMETERS), folder / f"{COST}.svg")
+        yield Picture(partial(cost, costs=costs, price=STATE), folder / f"{COST}.svg")
+        yield Picture(partial(cost, costs=costs, price=PARAMETERS), folder / f"{COST_BY_PARAMETERS}.svg")
 
 
 def _curves(study: Study, results: pd.DataFrame) -> pd.DataFrame:
-    """Mean and range over seeds by task, variant and length, for `dvc plots`."""
+    """Mean and range over seeds by task, variant and length, with names, for `dvc plots`."""
     keys = ["task", "variant", "length", "multiple", "metric"]
     grouped = results.groupby(keys, sort=False)["value"]
-    return grouped.agg(mean="mean", low="min", high="max", seeds="count").reset_index()
+    table = grouped.agg(mean="mean", low="min", high="max", seeds="count").reset_index()
+    table["task_name"] = [with_slug(task_label(study, task), task) for task in table["task"]]
+    table["variant_name"] = [with_slug(variant_label(study, variant), variant) for variant in table["variant"]]
+    return table
 
 
 def _metrics(study: Study, results: pd.DataFrame) -> dict[str, dict[str, dict[str, float]]]:

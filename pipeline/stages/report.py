@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,15 +16,16 @@ import pandas as pd
 
 from pipeline.config.errors import ParamsError
 from pipeline.config.grid import Cell, cells, seeds_text, shown_cells, shown_tasks, shown_variants
-from pipeline.config.outputs import CLAIMS, COST, COST_BY_TIME, figure_plots
+from pipeline.config.outputs import CLAIMS, COST, COST_BY_PARAMETERS, COST_BY_TIME, GLOSSARY, figure_plots
 from pipeline.config.plots import load_plot
 from pipeline.config.study import Ablation, Study
 from pipeline.config.yaml_file import read_yaml
-from pipeline.figures.drawing.cost import SECONDS, cost, cost_table
+from pipeline.figures.drawing.cost import SECONDS, cost, cost_table, seconds_per_step
 from pipeline.figures.drawing.style import save, set_theme
 from pipeline.reporting.findings import findings
+from pipeline.reporting.glossary import glossary
 from pipeline.reporting.html import page
-from pipeline.reporting.labels import task_label, variant_label, with_slug
+from pipeline.reporting.labels import task_label, variant_label, with_names, with_slug
 from pipeline.reporting.markdown import escape
 from pipeline.reporting.tables import claims_section, folded, references_table, results_table, with_labels
 from pipeline.reporting.verdicts import markdown_table, of_the_study, read_verdicts
@@ -35,14 +35,15 @@ from pipeline.storage.paths import REPORTS
 from pipeline.storage.results import primary, read_references, read_results
 from pipeline.storage.tables import DIAGNOSIS_COLUMNS, read_table
 from pipeline.storage.task_data import overlap_line
-from pipeline.storage.training_log import read_log
+from pipeline.storage.training_log import read_log, write_table
 
 MARKDOWN, PAGE = REPORTS / "report.md", REPORTS / "report.html"
 
 
 def report(study: Study) -> None:
-    """Write both files. Raises ValueError if a result is missing."""
+    """Write both files, and the table of trainings. Raises ValueError if a result is missing."""
     results = read_results(study)
+    write_table(cells(study))
     costs = timed_costs(study, primary(study, results))
     if costs[SECONDS].notna().any():
         set_theme()
@@ -57,36 +58,48 @@ def _report(study: Study, results: pd.DataFrame, costs: pd.DataFrame, *, timed: 
     """The report as Markdown; with training times, dates and commits if `timed`."""
     scores, references, verdicts = primary(study, results), read_references(study), read_verdicts()
     diagnosis = read_table(REPORTS / "diagnosis.csv", DIAGNOSIS_COLUMNS)
-    parts = ["# Results of the study", _anchor(CLAIMS), claims_section(), _study(study, timed)]
-    for name, ablation in study.ablations.items():
-        if not (shown_tasks(study, ablation) and shown_variants(ablation)):
-            continue
+    shown = {name: a for name, a in study.ablations.items() if shown_tasks(study, a) and shown_variants(a)}
+    headings = {name: ablation.question for name, ablation in shown.items()} | ({COST: _COST_QUESTION} if len(costs) else {})
+    contents = claims_section(headings | {GLOSSARY: "What are the tasks and variants?"})
+    parts = [f"# {escape(study.title or 'Results of the study')}", _study(study, timed)]
+    parts += [_anchor(CLAIMS), "## Questions and claims", contents]
+    for name, ablation in shown.items():
         plot = load_plot(ablation.plot)
         scored = not plot.shows_models
         parts += [_anchor(name), f"## {escape(ablation.question)}", findings(study, scores, ablation) if scored else ""]
         parts += [f"What this does not show: {escape(ablation.limits)}" if ablation.limits else ""]
-        parts += [_verdicts(verdicts, name), _figures(name, ablation)]
+        parts += [_verdicts(study, verdicts, name), _figures(name, ablation)]
         parts += [results_table(study, scores, ablation), references_table(study, references, ablation)] if scored else []
         parts += plot.tables(study, ablation, results)
         parts += plot.timed_tables(study, ablation) if timed else []
         parts += [_failures(study, ablation, diagnosis)] if scored else []
         parts.append(_what_was_run(study, ablation, timed))
     if len(costs):  # a study with only constructions has no costs
-        parts += [_anchor(COST), "## What does it cost?", f"![score by parameters](figures/{COST}.svg)", _COST]
+        parts += [_anchor(COST), f"## {_COST_QUESTION}", _verdicts(study, verdicts, COST)]
+        parts += [_figure("score by state size", f"figures/{COST}.svg", _COST)]
+        parts += [_figure("score by parameters", f"figures/{COST_BY_PARAMETERS}.svg", _COST_BY_PARAMETERS)]
         if timed and costs[SECONDS].notna().any():
-            parts += [f"![score by training time]({COST_BY_TIME}.svg)", _COST_BY_TIME]
+            parts += [_figure("score by time per step", f"{COST_BY_TIME}.svg", _COST_BY_TIME)]
         parts.append(folded("The numbers", with_labels(study, costs if timed else costs.drop(columns=SECONDS))))
+    parts += [_anchor(GLOSSARY), "## Tasks and variants", glossary(study)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
+_COST_QUESTION = "What does it cost?"
 _COST = (
-    "Score at the longest length of the tables, by number of parameters. The line joins the variants that are better than all"
-    " cheaper ones."
+    "Score at the longest length of the tables, by state size: how many numbers a model keeps after that many tokens to generate"
+    " the next one. Look for marks at the top left: a high score with a small state. The line joins the variants that are better"
+    " than all cheaper ones. Variants of a family at nearly the same place share a mark."
 )
+_COST_BY_PARAMETERS = "The same scores by parameters, without those of the embeddings and the head."
 _COST_BY_TIME = (
-    "The same scores by training time per run, with validation and early stopping. Other runs were active at the same time, so"
-    " this is no benchmark; benchmarks/ has one."
+    "The same scores by time per training step, with validation. Other runs were active at the same time, so this is no"
+    " benchmark; benchmarks/ has one."
 )
+
+
+def _figure(title: str, source: str, caption: str) -> str:
+    return f"![{title}]({source})\n\n*{caption}*"
 
 
 def _study(study: Study, timed: bool) -> str:
@@ -112,14 +125,17 @@ def _anchor(name: str) -> str:
     return f'<a id="{name}"></a>'
 
 
-def _verdicts(verdicts: pd.DataFrame, ablation: str) -> str:
-    shown = of_the_study(verdicts[verdicts["ablation"] == ablation])
-    return markdown_table(shown).to_markdown(index=False, disable_numparse=True) if len(shown) else ""
+def _verdicts(study: Study, verdicts: pd.DataFrame, section: str) -> str:
+    shown = of_the_study(verdicts[verdicts["ablation"] == section])
+    if not len(shown):
+        return ""
+    named = shown.assign(reason=[with_names(study, reason) for reason in shown["reason"]])
+    return markdown_table(named).to_markdown(index=False, disable_numparse=True)
 
 
 def _figures(name: str, ablation: Ablation) -> str:
     figures = figure_plots(name, ablation).items()
-    return "\n\n".join(f"![{file.replace('_', ' ')}](figures/{file}.svg)\n\n*{plot.caption}*" for file, plot in figures)
+    return "\n\n".join(_figure(file.replace("_", " "), f"figures/{file}.svg", plot.caption) for file, plot in figures)
 
 
 def _failures(study: Study, ablation: Ablation, diagnosis: pd.DataFrame) -> str:
@@ -131,8 +147,8 @@ def _failures(study: Study, ablation: Ablation, diagnosis: pd.DataFrame) -> str:
     for task, variant in shown:
         if (task, variant) not in by_cell.index:
             sound.setdefault(task, []).append(variant_label(study, variant))
-    lines = [f"{', '.join(variants)} on {with_slug(task_label(study, task), task)}" for task, variants in sound.items()]
-    without = f"No failure found: {'; '.join(lines)}." if lines else "Every variant has a failure."
+    lines = [f"* {with_slug(task_label(study, task), task)}: {'; '.join(variants)}" for task, variants in sound.items()]
+    without = "\n".join(["No failure found:\n", *lines]) if lines else "Every variant has a failure."
     if not len(by_cell):
         return without
     failures = with_labels(study, by_cell.reset_index()).rename(columns={"failure_mode": "failure"})
@@ -172,11 +188,8 @@ def _trained(shown: Iterable[Cell], timed: bool) -> str:
 
 
 def timed_costs(study: Study, scores: pd.DataFrame) -> pd.DataFrame:
-    """`cost_table` with the seconds per run; nan for cells that were restored from a cache."""
+    """`cost_table` with the seconds per training step; nan for cells that were restored from a cache."""
     costs = cost_table(study, scores)
-    seconds = []
-    for task, variant in zip(costs["task"], costs["variant"], strict=True):
-        log = read_log(task, variant)
-        seconds.append(log["seconds"] / len(runs.read_summary(task, variant)["runs"]) if log else math.nan)
-    costs.insert(3, SECONDS, pd.Series(seconds, dtype=float))
+    seconds = [seconds_per_step(task, variant) for task, variant in zip(costs["task"], costs["variant"], strict=True)]
+    costs.insert(4, SECONDS, pd.Series(seconds, dtype=float))
     return costs

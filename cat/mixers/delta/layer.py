@@ -82,12 +82,13 @@ class DeltaRule(QKVMixer):
 
         The output gate is before its silu.
         """
-        width, heads = 3 * self.width, self.config.heads
-        end = width + heads * (1 + self.decays)
-        strength, *step = projected[..., width:end].split(heads, dim=-1)
-        rates = [strength.sigmoid().mT, *((-self.log_rate.exp() * F.softplus(s)).mT for s in step)]
-        gate = [] if self.gate is None else [projected[..., end:].unflatten(-1, (heads, -1)).transpose(1, 2)]
-        return projected[..., :width], [*rates, *gate]
+        heads = self.config.heads
+        # One split: the gradient of each slice would be as large as the whole projection.
+        widths = [3 * self.width, *[heads] * (1 + self.decays), *([] if self.gate is None else [self.width])]
+        qkv, strength, *others = projected.split(widths, dim=-1)
+        rates = [strength.sigmoid().mT, *((-self.log_rate.exp() * F.softplus(step)).mT for step in others[: self.decays])]
+        gate = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in others[self.decays :]]
+        return qkv, [*rates, *gate]
 
     def _rates_and_gate(self, others: Sequence[Tensor]) -> tuple[Sequence[Rates], Sequence[Values]]:
         return others[: 1 + self.decays], others[1 + self.decays :]

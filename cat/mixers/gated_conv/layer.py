@@ -38,18 +38,24 @@ class GatedConv(Mixer):
         return self.in_proj(x)
 
     def mix(self, projected: Float[Tensor, "B L P"], positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
-        convolved = self.convolution(projected[:, None, :, : self.inner])[:, 0]
-        return self._out(gather_positions(convolved, positions), gather_positions(projected, positions))
+        u, gate = self._split(projected)
+        convolved = self.convolution(u[:, None]).squeeze(1)
+        return self._out(gather_positions(convolved, positions), gather_positions(gate, positions))
 
     def step(
         self, projected: Float[Tensor, "B L P"], cache: Cache, *, last: bool = False
     ) -> tuple[Float[Tensor, "B _ D"], Cache]:
         """Cache the next inputs of the convolution."""
-        u = projected[:, None, :, : self.inner]
-        u, inputs = self.convolution.step(u, cache.state.get("inputs", u[:, :, :0]))
-        convolved, tokens = (last_tokens(x, 1) if last else x for x in (u[:, 0], projected))
-        return self._out(convolved, tokens), cache.after(projected.shape[1], {"inputs": inputs})
+        u, gate = self._split(projected)
+        u, inputs = self.convolution.step(u[:, None], cache.state.get("inputs", u[:, None, :0]))
+        convolved, gate = (last_tokens(x, 1) if last else x for x in (u.squeeze(1), gate))
+        return self._out(convolved, gate), cache.after(projected.shape[1], {"inputs": inputs})
 
-    def _out(self, convolved: Float[Tensor, "B A E"], projected: Float[Tensor, "B A P"]) -> Float[Tensor, "B A D"]:
-        u, gate = F.silu(convolved), projected[..., self.inner :]
+    def _split(self, projected: Float[Tensor, "B L P"]) -> tuple[Float[Tensor, "B L E"], Float[Tensor, "B L _"]]:
+        """Return the inputs of the convolution and the gate, which is empty without one."""
+        u, gate = projected.split([self.inner, projected.shape[-1] - self.inner], dim=-1)
+        return u, gate
+
+    def _out(self, convolved: Float[Tensor, "B A E"], gate: Float[Tensor, "B A _"]) -> Float[Tensor, "B A D"]:
+        u = F.silu(convolved)
         return self.o_proj(u * gate if gate.shape[-1] else u)

@@ -57,7 +57,7 @@ class Mamba(Mixer):
 
     def mix(self, projected: Float[Tensor, "B L P"], positions: Positions | None = None) -> Float[Tensor, "B _ D"]:
         u, gate = projected.chunk(2, dim=-1)
-        u, *others = self._scan_arguments(F.pad(u, (0, 0, self.reach, 0)))
+        u, *others = self._scan_arguments(u, context=0)
         y = selective_scan(u, *others) + self.skip * u
         return self.o_proj(gather_positions(y, positions) * F.silu(gather_positions(gate, positions)))
 
@@ -67,7 +67,7 @@ class Mamba(Mixer):
         """Cache the state and the next inputs of the convolution."""
         u, gate = projected.chunk(2, dim=-1)
         inputs = append_to_cache(cache, "inputs", u, dim=1) if cache.length else F.pad(u, (0, 0, self.reach, 0))
-        u, delta, a, b, c = self._scan_arguments(inputs)
+        u, delta, a, b, c = self._scan_arguments(inputs, context=self.reach)
         if (padding := cache.new_padding(u.shape[1])) is not None:  # with the bias of the convolution, u is not zero there
             u = u.masked_fill(padding[..., None], 0)
         y, state = selective_scan_step(u, delta, a, b, c, state=cache.state.get("state"))
@@ -77,13 +77,13 @@ class Mamba(Mixer):
         new_state = {"state": state, "inputs": last_tokens(inputs, self.reach)}
         return self.o_proj(y * F.silu(gate)), cache.after(projected.shape[1], new_state)
 
-    def _scan_arguments(self, inputs: Float[Tensor, "B R E"]) -> tuple[Tensor, ...]:
+    def _scan_arguments(self, inputs: Float[Tensor, "B R E"], *, context: int) -> tuple[Tensor, ...]:
         """Return the arguments of the scan: convolved u, delta, a, b and c.
 
-        The first `reach` inputs are only context of the convolution.
+        The first `context` inputs are only read by the convolution.
         """
         kernel = self.convolution.weight[:, 0].flip(1)[None]  # PyTorch's conv1d is a correlation: its last value is lag 0
-        u = filter_channels(inputs[:, None], kernel)[:, 0, self.reach :]
+        u = filter_channels(inputs[:, None], kernel).squeeze(1)[:, context:]
         assert self.convolution.bias is not None
         u = F.silu(u + self.convolution.bias)
         step, b, c = self.selection(u).split([self.rank, self.state, self.state], dim=-1)

@@ -1,8 +1,8 @@
-"""Shared by all figures: drawing in parallel, theme, style per variant, panels, ticks, legend."""
+"""Shared by all figures: drawing in parallel, theme, lines, panels, ticks, legend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from cat.mixers.registry import ConstructionConfig
 from pipeline.config.grid import shown_variants
 from pipeline.config.study import Ablation, Study
+from pipeline.figures.drawing.palette import style
 from pipeline.reporting.labels import variant_label
 from pipeline.runtime import workers
 from pipeline.runtime.processes import available
@@ -72,30 +72,21 @@ def save(figure: Figure, file: Path) -> None:
     plt.close(figure)
 
 
-def style(study: Study, variant: str) -> dict[str, Any]:
-    """Colour, dash and marker of a variant: the same in every figure, and kept when later variants are added."""
-    if isinstance(study.variants[variant], ConstructionConfig):
-        return {"color": "black", "linestyle": ":", "marker": "x"}
-    number = list(study.variants).index(variant)
-    colours, dashes, markers = sns.color_palette("colorblind", 10), ["-", "--", ":"], "osD^vP*Xph<>"
-    shades = [
-        colours,
-        *(sns.color_palette([sns.blend_palette([colour, to], 5)[2] for colour in colours]) for to in ("black", "white")),
-    ]
-    return {
-        "color": shades[number // len(colours) % len(shades)][number % len(colours)],
-        "linestyle": dashes[number % len(dashes)],  # where lines coincide, both remain visible
-        "marker": markers[number % len(markers)],
-    }
-
-
 def draw_lines(
-    study: Study, ablation: Ablation, table: pd.DataFrame, axes: Axes, *, x: str, y: str, markers: bool = True
+    study: Study,
+    ablation: Ablation,
+    table: pd.DataFrame,
+    axes: Axes,
+    *,
+    x: str,
+    y: str,
+    markers: bool = True,
+    without: Collection[str] = (),
 ) -> None:
     """Plot column `y` of `table` against column `x`: one line with a band over seeds per variant that has values."""
     for variant in shown_variants(ablation):
         rows = table[table["variant"] == variant]
-        if rows[y].notna().any():
+        if variant not in without and rows[y].notna().any():
             options = style(study, variant)
             if not markers:
                 options["marker"] = None
@@ -107,7 +98,7 @@ def draw_line(study: Study, table: pd.DataFrame, axes: Axes, *, x: str, y: str, 
     seeds = table.dropna(subset=y).groupby(x)[y]
     mean, spread, several = seeds.mean(), seeds.std(), seeds.count() > 1
     low, high = (seeds.min(), seeds.max()) if study.render.error_band == "range" else (mean - spread, mean + spread)
-    (line,) = axes.plot(mean.index, mean, lw=1.8, ms=6, mew=0.75, mec="w", **options)
+    (line,) = axes.plot(mean.index, mean, **{"lw": 1.8, "ms": 6, "mew": 0.75, "mec": "w", **options})
     axes.fill_between(mean.index, low.where(several), high.where(several), color=line.get_color(), alpha=alpha)
 
 
@@ -126,11 +117,13 @@ def set_ticks(axes: Axes, values: Iterable[float], form: str) -> None:
 
 
 def add_legend(figure: Figure, panels: dict[str, Axes]) -> None:
-    """Add one legend for all panels, to their right."""
+    """Add one legend for all panels, to their right. Lines behind others, such as those of references, come last."""
     entries: dict[str, Any] = {}
     for axes in panels.values():
         entries |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True) if label not in entries}
-    figure.legend(entries.values(), entries.keys(), loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    labels = sorted(entries, key=lambda label: -entries[label].get_zorder())
+    handles = [entries[label] for label in labels]
+    figure.legend(handles, labels, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
 def errorbar(study: Study) -> tuple[str, int]:

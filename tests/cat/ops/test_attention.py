@@ -42,6 +42,18 @@ def test_attend_matches_reference(length, options, at_positions, keys):
 
 
 @pytest.mark.parametrize("keys", [6, 2])
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["alibi"]], ids=["plain", "alibi"])
+@torch.no_grad()
+def test_tiles_of_queries_match_the_reference(options, keys, monkeypatch):
+    monkeypatch.setattr("cat.ops.attention.TILE", 2)
+    monkeypatch.setattr("cat.ops.attention._attend", None)  # the kernel for all queries at once
+    positions = torch.tensor([[0, 3, 4, 11, 12], [12, 2, 7, 3, 5]])
+    q, k, v = inputs(13, 5, keys=keys)
+    options = {"scale": 0.7, "positions": positions, **options}
+    close(attend(q, k, v, **options), naive_attend(q, k, v, **options))
+
+
+@pytest.mark.parametrize("keys", [6, 2])
 @pytest.mark.parametrize("valid", [None, VALID], ids=["all", "padded"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("queries", [1, 3, 13])

@@ -13,6 +13,7 @@ from cat.evaluation.scores import Split, token_scores
 from pipeline.config.grid import cells
 from pipeline.config.load import load_study
 from pipeline.config.study import Ablation
+from pipeline.figures.drawing.palette import style
 from pipeline.figures.drawing.style import save
 from pipeline.figures.recall import gains, gains_table
 from pipeline.reporting.labels import variant_label
@@ -80,8 +81,10 @@ def test_a_seed_that_diverged_has_empty_losses_and_no_bits(study):
         run["stop"] = "diverged" if run["seed"] == 1 else run["stop"]
     path.write_text(json.dumps(summary))
     runs.weights_path("text", "k", 1).unlink()
-    found = _evaluate_model("text", read_task("text"), "float32", Job("k", 1), torch.device("cpu"), lambda done: None)
-    whole = _evaluate_model("text", read_task("text"), "float32", Job("k", 0), torch.device("cpu"), lambda done: None)
+    found, whole = (
+        _evaluate_model("text", read_task("text"), "float32", job, torch.device("cpu"), lambda done: None)
+        for job in (Job("k", summary["learning_rate"], 1), Job("k", summary["learning_rate"], 0))
+    )
     assert isinstance(found, ModelResults)
     assert all(math.isnan(row["value"]) for row in found.scores)
     names = [row["metric"] for row in whole.scores if not row["metric"].startswith("attention_")]
@@ -129,7 +132,7 @@ def test_the_table_of_gains_has_the_share_of_recalled_targets(study):
     assert set(gains_table(study, RECALL, results).set_index("variant").loc["k", "share of gain"]) == {"no gain"}
 
 
-def test_full_context_is_solid_and_a_sliding_window_is_level_and_dashed(study, tmp_path):
+def test_full_context_has_marks_and_a_sliding_window_is_level_and_thin(study, tmp_path):
     bits = read_results().query("metric == 'bits_per_byte'")
     figure = draw("positions", study, POSITIONS, bits)
     (axes,) = figure.axes
@@ -138,7 +141,8 @@ def test_full_context_is_solid_and_a_sliding_window_is_level_and_dashed(study, t
     bits = bits.groupby(["variant", "length"])["value"].mean()
     for variant, full, sliding in zip(("none", "qk", "mamba"), lines[::2], lines[1::2], strict=True):
         np.testing.assert_allclose(full.get_xydata(), bits[variant].reset_index().to_numpy())
-        assert (full.get_linestyle(), sliding.get_linestyle()) == ("-", "--")
+        assert (full.get_marker(), full.get_color()) == (style(study, variant)["marker"], sliding.get_color())
+        assert (sliding.get_marker(), sliding.get_linestyle()) == ("None", ":")
         np.testing.assert_allclose(sliding.get_xydata(), [[TRAINED, bits[variant, TRAINED]], [64, bits[variant, TRAINED]]])
     assert [text.get_text() for text in figure.legends[0].texts] == [
         variant_label(study, variant) for variant in ("none", "qk", "mamba")

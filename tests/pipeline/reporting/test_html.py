@@ -22,6 +22,8 @@ REPORT = """# Title & all
 
 ![one](figures/one.svg)
 
+*What to see.*
+
 <a id="two"></a>
 
 ## Which & why?
@@ -57,7 +59,7 @@ def report(tmp_path):
 
 def test_figures_are_inlined_and_nothing_is_loaded(report):
     elements = Elements(report)
-    assert [figure["aria-label"] for figure in elements.named("figure")] == ["one", 'two "2"']
+    assert [part["aria-label"] for part in elements.named("div") if part.get("role") == "img"] == ["one", 'two "2"']
     assert len(elements.named("svg")) == 2
     assert elements.named("img") + elements.named("script") + elements.named("link") == []
     assert "<?xml" not in report
@@ -74,12 +76,17 @@ def test_ids_of_the_figures_are_unique(report):
 
 def test_sections_are_linked_and_verdicts_coloured(report):
     elements = Elements(report)
-    assert [link["href"] for link in elements.named("a")] == ["#one", "#two", "#one"]
+    assert [link["href"] for link in elements.named("a")] == ["#one"]
     assert [heading["id"] for heading in elements.named("h2")] == ["one", "two"]
     assert "Numbers: results/ar.csv, see" in report
     assert elements.named("strong") == [{"class": "supported"}]
     assert "<title>Title &amp; all</title>" in report
     assert "width=device-width" in report
+
+
+def test_a_caption_is_part_of_its_figure(report):
+    figures = report.split("<figure>")
+    assert ["<figcaption>What to see.</figcaption></figure>" in figure for figure in figures] == [False, True, False]
 
 
 def test_a_missing_figure_is_named(tmp_path):

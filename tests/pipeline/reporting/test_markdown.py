@@ -20,10 +20,10 @@ PIECES = [*"\\`*_[]()<>&;#!|~$-+=.:\"'{}/?^% ax1", *TEXTS]
 
 
 def shown(text):
-    """Heading, link, cell and item with the text in a page."""
+    """Heading, cell and item with the text in a page."""
     table = pd.DataFrame({"claim": [f"{escape(text)} (ours)"]}).to_markdown(index=False, disable_numparse=True)
     written = page(f'# T\n\n{table}\n\n<a id="a"></a>\n\n## {escape(text)}\n\n* {"x"}: {escape(text)}\n', ROOT)
-    patterns = ("<h2 id=.a.>(.*)</h2>", "<a href=.#a.>(.*)</a></li>", r"<td .*?>(.*) \(ours\)</td>", "<li>x: (.*)</li>")
+    patterns = ("<h2 id=.a.>(.*)</h2>", r"<td .*?>(.*) \(ours\)</td>", "<li>x: (.*)</li>")
     return [re.search(pattern, written).group(1) for pattern in patterns]
 
 
