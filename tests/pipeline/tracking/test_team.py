@@ -26,7 +26,7 @@ PROGRAMS = os.pathsep.join([os.environ.get("PATH", ""), *map(str, Path("/usr/lib
 
 
 def missing():
-    """What this machine lacks for the test; empty if nothing."""
+    """Say why this machine cannot run the test; empty if it can."""
     if not all(shutil.which(name, path=PROGRAMS) for name in ("initdb", "pg_ctl")):
         return "PostgreSQL is not installed"
     if find_spec("psycopg") is None:
@@ -93,7 +93,7 @@ def server(database, tmp_path):
 @pytest.mark.long
 @pytest.mark.skipif(bool(missing()), reason=missing())
 def test_two_folders_log_to_a_server_at_once(server, tmp_path_factory, tmp_path, monkeypatch):
-    """The second has other scores. What is logged twice because both logged it at once is deleted by the next `track`."""
+    """The second has other scores. A result that both logged at once has two runs until the next `track`."""
     from mlflow.tracking import MlflowClient
 
     finished = shared_study(tmp_path_factory, tasks=["copying"])
