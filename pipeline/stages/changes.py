@@ -133,7 +133,7 @@ def _entries(text: str) -> dict[str, Any]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of a mapping. Mixers have their index as key; a single mixer has the keys of the model, as in params.yaml."""
+    """The dotted keys of a mapping. Several mixers have their index as key; one mixer has the keys of the model."""
     if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
         path, value = (path, dict(enumerate(value))) if len(value) > 1 else (path.rpartition(".")[0], value[0])
     if isinstance(value, dict) and value:
