@@ -20,7 +20,7 @@ COLUMNS = ("cell", "seed", "rate", "state", "step", "loss", "accuracy", "grad no
 
 @dataclass
 class _Cell:
-    """What the file of a cell says."""
+    """The content of a cell's file."""
 
     reader: LiveReader
     steps: int = 0

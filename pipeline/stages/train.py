@@ -51,7 +51,7 @@ from pipeline.storage.tables import HISTORY_COLUMNS
 from pipeline.storage.task_data import Meta, read_code, read_meta
 
 LOG_SECONDS = 60
-"""Time between two lines of progress where there is no terminal."""
+"""Time between two lines of progress without a terminal."""
 MAX_ENSEMBLE_TOKENS = 1 << 18
 """Tokens per training step of an ensemble of runs at most; bounds its GPU memory."""
 
@@ -395,7 +395,7 @@ def _advance(bar: tqdm, message: Message) -> None:
 
 
 def _log_each_minute(name: str, total: int) -> Callable[[Message], None]:
-    """Return a function that prints the progress of a cell once per LOG_SECONDS where there is no terminal for a bar."""
+    """Return a function that prints the progress of a cell once per LOG_SECONDS if no terminal shows a bar."""
     done, last = 0, time.monotonic()
 
     def log(message: Message) -> None:

@@ -127,7 +127,7 @@ class Forwarder:
         self.system = _SystemMetrics()
 
     def push(self) -> None:
-        """Log what is new. What fails is logged by the next call."""
+        """Log the new rows and ends; the next call logs those that failed."""
         for path in live_paths():
             if path not in self.readers:
                 if not is_training(path):
@@ -204,7 +204,7 @@ class Forwarder:
 
 
 class _SystemMetrics:
-    """Load of this machine, from what is installed: psutil for the processor, NVML for GPUs."""
+    """Load of this machine: of the processor with psutil, of GPUs with NVML, if they are installed."""
 
     def __init__(self) -> None:
         self.monitors: list[Any] = []

@@ -54,8 +54,8 @@ def _best_run(client: MlflowClient, pages: Pages, task: str, variant: str | None
     seeds = [run for run in search("seed") if variants and run.data.tags["variant"] == variants[0].data.tags["variant"]]
     weights = [run for run in seeds if runs.weights_path(task, run.data.tags["variant"], int(run.data.tags["seed"])).exists()]
     if not weights:
-        what = f"{variant} on {task}" if variant else f"a trained variant on {task}"
-        raise ValueError(f"the store or runs/ has no model of {what}. Fix: run `dvc repro`, then `python -m pipeline track`")
+        model = f"{variant} on {task}" if variant else f"a trained variant on {task}"
+        raise ValueError(f"the store or runs/ has no model of {model}. Fix: run `dvc repro`, then `python -m pipeline track`")
     return weights[0]
 
 

@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.config.grid import variants_on
 from pipeline.config.outputs import REPORT_EXPERIMENT
@@ -64,6 +65,8 @@ from pipeline.tracking.training_runs import end_killed, in_training, live_runs
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
     from mlflow.tracking import MlflowClient
+
+T = TypeVar("T")
 
 
 def track(study: Study, *, prune: bool = False) -> None:
@@ -110,7 +113,7 @@ def connect(study: Study) -> tuple[MlflowClient, Pages, Path | None]:
     names = [REPORT_EXPERIMENT, *(task for task in study.tasks if variants_on(study, task))]
     location, own = prepare(names)
     client = MlflowClient(tracking_uri())
-    experiment_ids = {name: _get_experiment(client, name, location).experiment_id for name in names}
+    experiment_ids = {name: _shared(_get_experiment, client, name, location).experiment_id for name in names}
     return client, Pages(study, experiment_ids, os.environ.get("DVC_EXP_NAME", "")), location if own else None
 
 
@@ -214,7 +217,7 @@ def _describe(client: MlflowClient, experiment_id: str, name: str, pages: Pages)
     wanted = {NOTE_TAG: pages.experiment_note(name), **pages.view_tags(name, experiment.creation_time)}
     for tag, text in wanted.items():
         if experiment.tags.get(tag) != text:
-            client.set_experiment_tag(experiment_id, tag, text)
+            _shared(client.set_experiment_tag, experiment_id, tag, text)
     for tag in experiment.tags.keys() - wanted.keys():
         if tag.startswith(f"{VIEW_TAG}{VIEW_PREFIX}"):
             client.delete_experiment_tag(experiment_id, tag)
@@ -275,6 +278,18 @@ def _get_experiment(client: MlflowClient, name: str, location: Path | None) -> E
     return found
 
 
+def _shared(create: Callable[..., T], *arguments: Any) -> T:
+    """Call again if another folder creates the same in the database of a server at the same time: then it is found."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return create(*arguments)
+    except MlflowException as error:
+        if not re.search("RESOURCE_ALREADY_EXISTS|UniqueViolation|IntegrityError", f"{error.error_code} {error}"):
+            raise
+        return create(*arguments)
+
+
 def _log_run(client: MlflowClient, key: str, record: Record, tags: Mapping[str, str], pages: Pages) -> str:
     """Log a new run and return its id."""
     from mlflow.data.meta_dataset import MetaDataset
@@ -309,9 +324,8 @@ def _log_run(client: MlflowClient, key: str, record: Record, tags: Mapping[str, 
     if record.dataset is not None:
         source = LocalArtifactDatasetSource(record.dataset["path"])
         dataset = MetaDataset(source, name=record.dataset["name"], digest=record.dataset["digest"])
-        client.log_inputs(
-            run.info.run_id, [DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])]
-        )
+        inputs = [DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])]
+        _shared(client.log_inputs, run.info.run_id, inputs)
     for folder, paths in record.files.items():
         for path in paths:
             client.log_artifact(run.info.run_id, str(path), folder or None)

@@ -1,4 +1,4 @@
-"""`watch` prints what the files of cells in training say."""
+"""`watch` prints the files of cells in training."""
 
 import io
 

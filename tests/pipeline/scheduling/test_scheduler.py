@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -168,6 +170,36 @@ def test_the_report_and_the_store_are_rebuilt_if_lost_or_outdated(trained_study)
     Path("params.yaml").write_text(text)
     assert ran() == ["plan", "publish"]
     assert (Path("mlartifacts/stamp").read_bytes(), Path("dvc.lock").read_bytes()) == (stamp, lock)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(find_spec("dvc_s3") is None or find_spec("moto") is None, reason="dvc-s3 or moto is not installed")
+def test_a_clone_restores_the_study_from_s3_and_trains_nothing(trained_study, tmp_path, monkeypatch):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/study", method="PUT")).close()
+    try:
+        dvc("remote", "add", "--default", "team", "s3://study/cache")
+        dvc("remote", "modify", "team", "endpointurl", f"http://{host}:{port}")
+        dvc("push")
+        subprocess.run(["git", "add", "--all"], check=True)
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "-m", "Study"], check=True)
+        subprocess.run(["git", "clone", "--quiet", trained_study, tmp_path / "clone"], check=True)
+        trained_files = {path: path.read_bytes() for path in Path("runs").rglob("*.*")}
+        monkeypatch.chdir(tmp_path / "clone")
+        dvc("pull")
+    finally:
+        server.stop()
+    assert trained_files
+    assert {path: path.read_bytes() for path in Path("runs").rglob("*.*")} == trained_files
+    assert ran() == ["publish"], "the store of MLflow is rebuilt from the files"
+    assert subprocess.run(["git", "status", "--porcelain"], capture_output=True, check=True).stdout == b""
 
 
 def test_a_folder_without_stages_is_refused(study):

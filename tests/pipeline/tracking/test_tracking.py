@@ -21,6 +21,7 @@ from pipeline.config.load import load_study
 from pipeline.config.names import NAME
 from pipeline.config.outputs import clashes
 from pipeline.reporting.labels import variant_label
+from pipeline.storage.live import LiveWriter
 from pipeline.storage.runs import load_model
 from pipeline.tracking import records
 from pipeline.tracking.records import report_record
@@ -239,6 +240,7 @@ def views_of(store, experiment="copying"):
 def test_an_experiment_s_note_names_the_task_and_links_to_its_best_variant_and_seeds(store):
     experiment = store.get_experiment_by_name("copying")
     assert "selective copying" in experiment.tags["mlflow.note.content"]
+    assert "\n\n    BOS " in experiment.tags["mlflow.note.content"], "an example of the task"
     assert load_study().ablations["qkv_subsets"].question in experiment.tags["mlflow.note.content"]
     views = views_of(store)
     best, seeds = follow(store, views["variants, best first by `accuracy_2x`"]), follow(store, views["seeds, best first"])
@@ -340,6 +342,21 @@ def test_a_second_call_changes_nothing(store):
     STAMP.unlink()  # as DVC does before it runs the stage
     stage("track")
     assert (ids(store), STAMP.read_text()) == (before, stamp)
+
+
+def test_the_final_runs_replace_those_in_training(copied):
+    client = client_of(copied)
+    before, experiment_id = ids(client), client.get_experiment_by_name("copying").experiment_id
+    tags = {"kind": "live", "task": "copying", "variant": "qk", "cat.context": "workspace"}
+    run_id = client.create_run(experiment_id, tags=tags).info.run_id
+    writer = LiveWriter("copying", "qk", 5)
+    track()
+    assert client.get_run(run_id).info.lifecycle_stage == "active", "its cell is in training"
+    writer.end("trained")
+    client.set_terminated(run_id)
+    track()
+    assert client.get_run(run_id).info.lifecycle_stage == "deleted"
+    assert ids(client) == before
 
 
 def test_missing_unfinished_and_duplicate_runs_are_repaired(store):
