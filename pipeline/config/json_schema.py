@@ -6,9 +6,10 @@ from typing import Any
 
 from cat.config import Config, ModelConfig
 from cat.mixers.registry import CONSTRUCTION, MODEL_KEYS, POSITIONS, ConstructionConfig, mixer_class, mixer_names
-from pipeline.config.names import NAME
+from pipeline.config.names import LINE, NAME
 from pipeline.config.study import CellTraining, Study, StudyFile
 
+_LABEL = {"type": "string", "pattern": LINE}
 _ENTRY = {"type": "object", "required": ["mixer"], "properties": {"mixer": {"type": "string"}}}
 
 
@@ -22,7 +23,7 @@ def json_schema(study: Study) -> dict[str, Any]:
     per_task = {"type": "object", "additionalProperties": settings}
     own_training = {**settings, "properties": {**settings["properties"], "tasks": per_task}}
     sections["variants"]["patternProperties"] = {
-        NAME: {**variant, "properties": {**variant["properties"], "training": own_training}}
+        NAME: {**variant, "properties": {**variant["properties"], "training": own_training, "label": _LABEL}}
     }
     schema["$defs"]["TaskFile"]["properties"]["training"] |= settings
     switched_off = {"type": "object", "properties": {key: {"maxItems": 0} for key in ("tasks", "variants")}, "maxProperties": 2}

@@ -33,9 +33,11 @@ from cat.mixers.registry import (
     no_position,
 )
 from pipeline.config.errors import config_error, key_of, nearest, problems_of, subject_of
+from pipeline.config.names import LINE, PATTERNS
 from pipeline.config.study import CellTraining, Settings, Study, StudyFile, TaskConfig
 
-TRAINING = "training"
+TRAINING, LABEL = "training", "label"
+"""Keys of a variant that its model does not have."""
 
 
 class Problem(NamedTuple):
@@ -51,6 +53,7 @@ def complete(written: StudyFile, file: object, switched_off: tuple[str, ...] = (
     """Return the complete study. Raises ParamsError listing every error."""
     problems: list[Problem] = []
     variants, training = _models(written.defaults, written.variants, problems), {}
+    labels = _labels(written.variants, problems)
     for task, variant in _cells(written):
         if (settings := _training(written, task, variant, problems)) is not None:
             training[task, variant] = settings
@@ -58,7 +61,9 @@ def complete(written: StudyFile, file: object, switched_off: tuple[str, ...] = (
         raise config_error(str(file), _lines(problems))
     same = {key: getattr(written, key) for key in StudyFile.model_fields if key in Study.model_fields}
     tasks = {name: TaskConfig(data=section.data) for name, section in written.tasks.items()}
-    return Study(**{**same, "tasks": tasks, "variants": variants, "training": training, "switched_off": switched_off})
+    task_labels = {name: section.label for name, section in written.tasks.items() if section.label is not None}
+    complete = {"tasks": tasks, "variants": variants, "training": training, "switched_off": switched_off}
+    return Study(**{**same, **complete, "task_labels": task_labels, "variant_labels": labels})
 
 
 def variant_errors(raw: object) -> list[str]:
@@ -78,6 +83,15 @@ def _models(defaults: Settings, variants: Mapping[str, Settings], problems: list
     return models
 
 
+def _labels(variants: Mapping[str, Settings], problems: list[Problem]) -> dict[str, str]:
+    """The name of each variant that states one."""
+    labels = {name: settings[LABEL] for name, settings in variants.items() if LABEL in settings}
+    for name, label in labels.items():
+        if not (isinstance(label, str) and re.match(LINE, label)):
+            problems.append(Problem(subject_of(f"variants.{name}.{LABEL}", label), PATTERNS[LINE]))
+    return labels
+
+
 def _cells(written: StudyFile) -> Iterator[tuple[str, str]]:
     """Each trained cell of known tasks and variants; unknown names are reported by the rules."""
     seen = set()
@@ -91,7 +105,7 @@ def _cells(written: StudyFile) -> Iterator[tuple[str, str]]:
 
 def _model(name: str, settings: Settings, defaults: Settings, problems: list[Problem]) -> AnyVariant | None:
     """The model of a variant; None after adding to `problems`."""
-    own, defaults = _without_training(settings), _without_training(defaults)
+    own, defaults = _of_model(settings), _of_model(defaults)
     where = f"variants.{name}"
     if own.get("mixer") == CONSTRUCTION:
         keys = {key: value for key, value in own.items() if key != "mixer"}
@@ -239,7 +253,7 @@ def _key_problem(own: Settings, defaults: Settings, where: str, path: tuple[str 
         elif any(key in mixer_class(name).model_fields for name in mixer_names()):
             problem = f"mixer {' and '.join(repr(mixer_name(cls)) for cls in classes)} has no {key}"
         else:
-            known = [*MODEL_KEYS, TRAINING, *(key for cls in classes for key in cls.model_fields)]
+            known = [*MODEL_KEYS, TRAINING, LABEL, *(key for cls in classes for key in cls.model_fields)]
             problem += nearest(key, known) or f"; known are {', '.join(dict.fromkeys(known))}"
     elif key == "position" and value not in POSITIONS:
         problem += nearest(value, POSITIONS)
@@ -268,8 +282,8 @@ def _unknown_defaults(defaults: Settings, variants: Mapping[str, Settings]) -> I
             yield Problem(subject_of(f"defaults.{key}", value), "no variant has this key" + nearest(key, sorted(known)))
 
 
-def _without_training(settings: Settings) -> Settings:
-    return {key: value for key, value in settings.items() if key != TRAINING}
+def _of_model(settings: Settings) -> Settings:
+    return {key: value for key, value in settings.items() if key not in (TRAINING, LABEL)}
 
 
 def _lines(problems: Iterable[Problem]) -> Iterator[str]:

@@ -19,6 +19,7 @@ from pipeline.config.names import DEVICE, LINE, Name, PlotName
 MAX_SEEDS = 1000
 Settings = dict[str, Any]
 """Keys and values that are checked where they are used."""
+Line = Annotated[str, Field(pattern=LINE)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -57,6 +58,8 @@ class TaskFile(Config):
     """One task as written: its data, and the training settings that differ from the defaults."""
 
     renamed_keys: ClassVar = {"train": "training"}
+    label: Line | None = None
+    """Its name in figures and the report; None: the name follows from the data."""
     data: AnyTask
     training: Settings = Field(default_factory=dict)
 
@@ -71,8 +74,8 @@ class Ablation(Config):
     """One question: each of its variants is trained on each of its tasks, and one figure shows the results."""
 
     renamed_keys: ClassVar = {"beside": "reference_variants", "across": "reference_tasks", "figure": "plot"}
-    question: Annotated[str, Field(pattern=LINE)]
-    limits: Annotated[str, Field(pattern=LINE)] | None = None
+    question: Line
+    limits: Line | None = None
     """What the result does not show, for the report."""
     tasks: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     variants: Annotated[tuple[Name, ...], Field(strict=False)] = ()
@@ -162,7 +165,7 @@ class StudyFile(Config):
         "train": "defaults.training",
         "optimizer": "defaults.training",
     }
-    title: Annotated[str, Field(pattern=LINE)] | None = None
+    title: Line | None = None
     """The name of the study, which the report has as its title."""
     data_seed: Seed
     device: Annotated[str, Field(pattern=DEVICE)]
@@ -177,7 +180,7 @@ class StudyFile(Config):
     """The baseline: the keys of a model and of its mixers, and `training`. Each applies to the variants that have the key."""
     tasks: Annotated[dict[Name, TaskFile], Field(min_length=1)]
     variants: Annotated[dict[Name, Settings], Field(min_length=1)]
-    """What each variant changes: keys of the model and its mixers, and `training`."""
+    """What each variant changes: keys of the model and its mixers, and `training`. `label` is its name in figures."""
     ablations: Annotated[dict[Name, Ablation], Field(min_length=1)]
     evaluate: EvaluationConfig
     render: RenderConfig
@@ -198,6 +201,9 @@ class Study(Config):
     resources: ClusterResources
     tasks: dict[str, TaskConfig]
     variants: dict[str, AnyVariant]
+    task_labels: dict[str, str] = Field(default_factory=dict)
+    variant_labels: dict[str, str] = Field(default_factory=dict)
+    """Names of tasks and variants that the file states."""
     ablations: dict[str, Ablation]
     switched_off: tuple[str, ...]
     """Ablations that dvc.yaml has a stage for and that this study does not have: empty lists of tasks and variants."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 from pipeline.config.grid import shown_variants
@@ -55,7 +56,7 @@ class Heatmap(Plot):
             axes.grid(visible=False)
             sns.heatmap(means, vmin=low, vmax=high, cmap=colours, annot=True, fmt=".2f", cbar=False, linewidths=1, ax=axes)
             axes.set(xlabel="", ylabel="", title=f"{LABELS[metric]}\nat {multiple:g}x the\ntraining length")
-            columns = [task_title(study, task) for task in means.columns]
+            columns = [textwrap.fill(task_title(study, task), 28) for task in means.columns]
             axes.set_xticks(
                 [index + 0.5 for index in range(len(columns))], columns, rotation=35, ha="right", rotation_mode="anchor"
             )

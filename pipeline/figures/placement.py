@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ class Placement(Plot):
                 low, high, colours = min(b.min(axis=None) for b in bits), max(b.max(axis=None) for b in bits), "cividis_r"
             _draw_table(axes, means, labels if axes is panels[0][0] else [], form="{:.2f}", vmin=low, vmax=high, cmap=colours)
             axes.set_title(f"{LABELS[metric]}\nat {multiple:g}x the\ntraining length")
-            _label_columns(axes, [task_title(study, task) for task in means])
+            _label_columns(axes, [textwrap.fill(task_title(study, task), 28) for task in means])
         _draw_table(panels[0][-1], costs, [], form="{:,.0f}", cmap=["white"])
         panels[0][-1].set_title("cost")
         _label_columns(panels[0][-1], [*costs])

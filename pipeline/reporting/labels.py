@@ -1,4 +1,7 @@
-"""Human names for the slugs of params.yaml: `CAT-QK, RoPE` for a variant, `2-gram recall` for a task."""
+"""Human names for the slugs of params.yaml: `CAT-QK, RoPE` for a variant, `2-gram recall` for a task.
+
+A name follows from the configuration, unless params.yaml states one as `label`.
+"""
 
 from __future__ import annotations
 
@@ -62,19 +65,19 @@ def with_names(study: Study, reason: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _cached_labels(models: tuple[tuple[str, AnyVariant], ...]) -> dict[str, str]:
+def _cached_labels(models: tuple[tuple[str, AnyVariant], ...], stated: tuple[tuple[str, str], ...]) -> dict[str, str]:
     mixers = [mixer for _, model in models if isinstance(model, ModelConfig) for mixer in model.mixers]
     details = [set(_details(mixer)) for mixer in mixers if isinstance(mixer, QKVConfig)]
     shared = set.intersection(*details) if len(details) > 1 else set()
-    return _unique({name: _describe(model, shared) for name, model in models})
+    return _unique({name: _describe(model, shared) for name, model in models} | dict(stated))
 
 
 def _variant_labels(study: Study) -> dict[str, str]:
-    return _cached_labels(tuple(study.variants.items()))
+    return _cached_labels(tuple(study.variants.items()), tuple(study.variant_labels.items()))
 
 
 def _task_labels(study: Study) -> dict[str, str]:
-    return _unique({name: section.data.label for name, section in study.tasks.items()})
+    return _unique({name: study.task_labels.get(name, section.data.label) for name, section in study.tasks.items()})
 
 
 def _unique(labels: dict[str, str]) -> dict[str, str]:

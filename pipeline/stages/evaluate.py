@@ -11,8 +11,9 @@ Three folders in results/ and one beside it have more tables per task:
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,21 +25,23 @@ from cat.evaluation.by_part import accuracy_by_part
 from cat.evaluation.by_recall import ByRecall, loss_by_recall
 from cat.evaluation.diagnostics import attention_statistics, filter_kernels
 from cat.evaluation.scores import Scores, SequenceTotals, token_scores
+from cat.mixers.registry import mixer_module, read_model
 from cat.model import SequenceModel
 from cat.tasks.base import Extents, GeneratedData, Recalled
-from cat.tasks.registry import Task
+from cat.tasks.registry import Task, module_of
+from pipeline.config.code_digest import code_digest
 from pipeline.config.study import CellTraining
 from pipeline.runtime import checkpoints, workers
-from pipeline.runtime.devices import resolve_device
+from pipeline.runtime.devices import made_on, resolve_device
 from pipeline.storage import runs
 from pipeline.storage.files import atomic_write, sha256, write_csv
 from pipeline.storage.paths import FILTERS, HELDOUT, RATES, REFERENCES, RESULTS, SCORES
+from pipeline.storage.scored import ModelResults, Rows, prune_scored, read_scored, write_scored
 from pipeline.storage.scores import SequenceScores, write_scores
 from pipeline.storage.tables import FILTER_COLUMNS, PRIMARY, RATE_COLUMNS, REFERENCE_COLUMNS, RESULTS_COLUMNS
 from pipeline.storage.task_data import read_meta, read_split, read_task, read_training
 from pipeline.storage.tokenizers import read_tokenizer
 
-Rows = list[dict[str, Any]]
 _PLACEHOLDER = SequenceTotals(*torch.ones(3, 1))
 
 
@@ -48,15 +51,6 @@ class Job(NamedTuple):
     variant: str
     learning_rate: float
     seed: int
-
-
-class ModelResults(NamedTuple):
-    """The rows of one model in the two tables, without the columns that name it, and its scores per sequence."""
-
-    scores: Rows
-    filters: Rows
-    sequences: dict[int, SequenceScores]
-    """By length."""
 
 
 def evaluate(
@@ -71,7 +65,7 @@ def evaluate(
     """Score every trained variant and seed at every length it supports; measure attention at the training length.
 
     The variants in `every_rate` are scored at all learning rates, the others at the chosen one. The values of a diverged seed
-    are empty.
+    are empty. A model that has been scored before is not scored again: see pipeline/storage/scored.py.
     """
     data = read_task(task)
     chosen = {variant: runs.read_summary(task, variant)["learning_rate"] for variant in trained}
@@ -82,8 +76,9 @@ def evaluate(
         for rate in trained[variant].learning_rates
         for seed in trained[variant].seeds
     ]
-    jobs = [*dict.fromkeys([*main, *others])]
-    found = _evaluate_jobs(task, data, precision, jobs, device=resolve_device(device), parallel_runs=parallel_runs)
+    torch_device = resolve_device(device)
+    keys = _keys(task, data, precision, [*dict.fromkeys([*main, *others])], torch_device)
+    found = _results(task, data, precision, keys, device=torch_device, parallel_runs=parallel_runs)
     with atomic_write(RESULTS / f"{task}.csv") as path:
         write_csv(path, (row for job in main for row in _named(task, job, found[job].scores)), RESULTS_COLUMNS)
     with atomic_write(FILTERS / f"{task}.csv") as path:
@@ -96,6 +91,7 @@ def evaluate(
     sequences = {(job.variant, job.seed, length): scores for job in main for length, scores in found[job].sequences.items()}
     write_scores(SCORES / f"{task}.npz", sequences, text=data.goal == "loss")
     checkpoints.prune(task, trained)
+    prune_scored(task, keys.values())
 
 
 def references(task: str, data: Task) -> Rows:
@@ -146,30 +142,26 @@ def metrics(totals: SequenceTotals, extents: Extents | None, *, autoregressive: 
     }
 
 
-def _evaluate_jobs(
-    task: str,
-    data: Task,
-    precision: str,
-    jobs: Sequence[Job],
-    *,
-    device: torch.device,
-    parallel_runs: int | Literal["auto"],
-) -> dict[Job, ModelResults]:
-    """Evaluate each model. Models with equal weights, such as a construction of several seeds, are evaluated once."""
-    paths = {job: _weights(task, job) for job in jobs}
-    weights = {job: _digest(path) if path is not None else f"{job.variant}: diverged" for job, path in paths.items()}
-    distinct = {weights[job]: job for job in reversed(jobs)}
-    # The largest model first, so that no process has to wait for it at the end.
-    ordered = sorted(distinct.values(), key=lambda job: _size(paths[job]), reverse=True)
-    with tqdm(total=len(ordered), desc=f"evaluate {task}", unit="model", disable=None) as bar:
+def _keys(task: str, data: Task, precision: str, jobs: Sequence[Job], device: torch.device) -> dict[Job, str]:
+    """The key of each job: a digest of everything that its scores depend on. Seeds with equal weights have equal keys."""
+    tests = {path.name: sha256(path) for path in sorted((HELDOUT / task).iterdir())}
+    models = {variant: runs.read_summary(task, variant)["model"] for variant in {job.variant for job in jobs}}
+    code = {variant: _code(data, model) for variant, model in models.items()}
 
-        def advance(done: int) -> None:
-            bar.update(done)
+    def key(job: Job) -> str:
+        path = _weights(task, job)
+        # Loading the model says what to do about a missing file.
+        weights = sha256(path) if path is not None and path.exists() else path
+        parts = weights, models[job.variant], code[job.variant], tests, precision, made_on(device)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-        function = functools.partial(_evaluate_model, task, data, precision)
-        tables = workers.parallel_map(function, ordered, device=device, parallel_runs=parallel_runs, report=advance)
-    found = dict(zip(ordered, tables, strict=True))
-    return {job: found[distinct[weights[job]]] for job in jobs}
+    return {job: key(job) for job in jobs}
+
+
+def _code(data: Task, model: dict[str, Any]) -> str:
+    """The digest of the code that scores a model on a task."""
+    mixers = (mixer_module(mixer.mixer, "layer") for mixer in read_model(model["config"]).mixers)
+    return code_digest([__name__, module_of(data.kind), *mixers])
 
 
 def _weights(task: str, job: Job) -> Path | None:
@@ -180,12 +172,47 @@ def _weights(task: str, job: Job) -> Path | None:
     return None if run["stop"] == "diverged" else runs.weights_path(task, job.variant, job.seed, rate)
 
 
-def _digest(path: Path) -> str:
-    return sha256(path) if path.exists() else str(path)  # loading the model says what to do about a missing file
+def _results(
+    task: str,
+    data: Task,
+    precision: str,
+    keys: Mapping[Job, str],
+    *,
+    device: torch.device,
+    parallel_runs: int | Literal["auto"],
+) -> dict[Job, ModelResults]:
+    """Return the results of each job: the kept ones of its key, or those of scoring the first job with this key."""
+    found = {key: results for key in set(keys.values()) if (results := read_scored(task, key)) is not None}
+    new = {key: job for job, key in reversed([*keys.items()]) if key not in found}
+    # The largest model first, so that no process has to wait for it at the end.
+    jobs = sorted(new.values(), key=lambda job: _size(_weights(task, job)), reverse=True)
+    with tqdm(total=len(jobs), desc=f"evaluate {task}", unit="model", disable=None) as bar:
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        function = functools.partial(_evaluate_and_keep, task, data, precision, keys)
+        tables = workers.parallel_map(function, jobs, device=device, parallel_runs=parallel_runs, report=advance)
+    found |= {keys[job]: table for job, table in zip(jobs, tables, strict=True)}
+    return {job: found[key] for job, key in keys.items()}
 
 
 def _size(path: Path | None) -> int:
     return path.stat().st_size if path is not None and path.exists() else 0
+
+
+def _evaluate_and_keep(
+    task: str,
+    data: Task,
+    precision: str,
+    keys: Mapping[Job, str],
+    job: Job,
+    device: torch.device,
+    report: workers.Report,
+) -> ModelResults:
+    results = _evaluate_model(task, data, precision, job, device, report)
+    write_scored(task, keys[job], results)
+    return results
 
 
 def _evaluate_model(

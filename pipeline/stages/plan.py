@@ -74,7 +74,7 @@ def stage_modules(study: Study) -> dict[str, list[str]]:
     kinds = {task: module_of(section.data.kind) for task, section in study.tasks.items()}
     plots = {module for modules in _plot_modules(study).values() for module in modules}
     # The figures of cost measure the state of every trained model, and others run the models of their variants.
-    run_models = [*chain(*(_code_of(study.variants[variant]) for variant in dict.fromkeys(cell[1] for cell in study.training)))]
+    run_models = dict.fromkeys(chain(*(_code_of(study.variants[variant]) for _, variant in study.training)))
     modules = {
         "judge": ["pipeline.stages.judge", "pipeline.config.claims", *kinds.values()],
         "render": ["pipeline.stages.render", "pipeline.runtime.determinism", *kinds.values(), *plots, *run_models],

@@ -20,7 +20,7 @@ from pipeline.config.outputs import CLAIMS, COST, COST_BY_PARAMETERS, COST_BY_TI
 from pipeline.config.plots import load_plot
 from pipeline.config.study import Ablation, Study
 from pipeline.config.yaml_file import read_yaml
-from pipeline.figures.drawing.cost import SECONDS, cost, cost_table, seconds_per_step
+from pipeline.figures.drawing.cost import SECONDS, STATE, cost, cost_table, seconds_per_step
 from pipeline.figures.drawing.style import save, set_theme
 from pipeline.reporting.findings import findings
 from pipeline.reporting.glossary import glossary
@@ -192,4 +192,5 @@ def timed_costs(study: Study, scores: pd.DataFrame) -> pd.DataFrame:
     costs = cost_table(study, scores)
     seconds = [seconds_per_step(task, variant) for task, variant in zip(costs["task"], costs["variant"], strict=True)]
     costs.insert(4, SECONDS, pd.Series(seconds, dtype=float))
+    costs[STATE] = costs[STATE].astype("Int64")  # a whole number, or missing
     return costs

@@ -15,6 +15,8 @@ from pipeline.reporting.tables import LABELS
 from pipeline.storage.tables import PRIMARY
 
 KERNELS = {"conv_q": "Q", "conv_k": "K", "conv_v": "V"}
+TITLE_WIDTH = 36
+"""Characters per line of a title."""
 AXIS_LABELS = {"position": "positional encoding"}
 
 
@@ -49,7 +51,7 @@ def draw_construction(study: Study, table: pd.DataFrame, axes: Axes) -> None:
 def label_axes(study: Study, task: str, axes: Axes, x: str) -> None:
     """Set the title and the axis labels, and remove the panel's own legend."""
     metric = PRIMARY[study.tasks[task].data.goal]
-    axes.set(title=task_title(study, task), xlabel=x, ylabel=LABELS[metric])
+    axes.set(title=textwrap.fill(task_title(study, task), TITLE_WIDTH), xlabel=x, ylabel=LABELS[metric])
     if metric == "accuracy":
         axes.set_ylim(-0.04, 1.04)
     if legend := axes.get_legend():

@@ -22,8 +22,7 @@ from pipeline.figures.drawing.palette import COLOURS
 from pipeline.figures.drawing.style import set_ticks
 from pipeline.reporting.families import CAT, FAMILIES, family
 from pipeline.reporting.labels import variant_label
-from pipeline.storage import runs
-from pipeline.storage.training_log import read_log
+from pipeline.storage import runs, training_log
 
 MIN_GAIN = 0.005
 """Smallest gain in accuracy or bits that justifies a higher cost."""
@@ -34,8 +33,8 @@ COLUMNS, NAMES, NAME_WIDTH = 2, 3, 42
 """Panels per row; names per mark at most, and characters per line of them."""
 MIN_SPAN = 4
 """Smallest ratio of the ends of an axis: smaller differences of a price do not matter."""
-SAME_PRICE, SAME_SCORE = 1.05, 0.02
-"""Largest ratio of prices and difference of scores between variants that share a mark."""
+SAME_PRICE, SAME_SCORE = {STATE: 1.05, PARAMETERS: 1.05, SECONDS: 1.3}, 0.02
+"""Largest ratio of prices and difference of scores between variants that share a mark; measured times are noisy."""
 
 
 class Mark(NamedTuple):
@@ -64,14 +63,21 @@ def cost_table(study: Study, scores: pd.DataFrame) -> pd.DataFrame:
 @functools.lru_cache(maxsize=1024)
 def state_size(config: ModelConfig, trained: int, length: int) -> float:
     """Numbers in the caches of a model, trained at a length, after `length` tokens; nan if it cannot read them."""
+    most = config.max_length(trained)
+    if most is not None and length > most:
+        return math.nan
+    try:
+        return _state_size(config, trained, length, "meta")  # has shapes but no values, so it takes no time
+    except (NotImplementedError, RuntimeError):  # an operation of a mixer of your own may need values
+        return _state_size(config, trained, length, "cpu")
+
+
+def _state_size(config: ModelConfig, trained: int, length: int, device: str) -> int:
     import torch
 
     from cat.model import SequenceModel
 
-    most = config.max_length(trained)
-    if most is not None and length > most:
-        return math.nan
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.device(device), torch.random.fork_rng(devices=[]), torch.no_grad():
         _, caches = SequenceModel(config, vocabulary=2, length=trained).eval().step(torch.zeros(1, length, dtype=torch.long))
     return sum(tensor.numel() for cache in caches for tensor in cache.state.values())
 
@@ -83,14 +89,14 @@ def parameters(config: ModelConfig, trained: int) -> int:
 
     from cat.model import SequenceModel
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.device("meta"):
         model = SequenceModel(config, vocabulary=2, length=trained)
     return sum(weight.numel() for part in (model.blocks, model.norm) for weight in part.parameters())
 
 
 def seconds_per_step(task: str, variant: str) -> float:
     """Mean measured time of a training step of a cell, with validation; nan for a cell that was restored from a cache."""
-    log = read_log(task, variant)
+    log = training_log.read_log(task, variant)
     return log["seconds"] / sum(run["steps"] for run in runs.read_summary(task, variant)["runs"]) if log else math.nan
 
 
@@ -131,7 +137,10 @@ def _draw_panel(study: Study, task: str, table: pd.DataFrame, marks: list[Mark],
     first, last = axes.get_xlim()
     set_ticks(axes, [tick for tick in ticks if first <= tick <= last], "{:g}" if price == SECONDS else "{:,.0f}")
     label_axes(study, task, axes, LABELS[price])
-    numbers = [Line2D([], [], ls="none", marker=f"${n}$", color=_colour(mark.family)) for n, mark in enumerate(marks, 1)]
+    numbers = [
+        Line2D([], [], ls="none", marker=f"${number}$", ms=4 * len(str(number)) + 2, color=_colour(mark.family))
+        for number, mark in enumerate(marks, 1)
+    ]
     names = [_names(study, mark.variants) for mark in marks]
     axes.legend(numbers, names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, handlelength=1)
 
@@ -142,7 +151,7 @@ def _marks(study: Study, table: pd.DataFrame, price: str) -> list[Mark]:
     ordered = table.sort_values([price, "value"], kind="stable")
     for variant, at, value in zip(map(str, ordered.index), ordered[price], ordered["value"], strict=True):
         new = Mark(at, value, family(study.variants[variant]), [variant])
-        near = [mark for mark in marks if _same_place(mark, new)]
+        near = [mark for mark in marks if _same_place(mark, new, SAME_PRICE[price])]
         if near:
             near[0].variants.append(variant)
         else:
@@ -150,8 +159,8 @@ def _marks(study: Study, table: pd.DataFrame, price: str) -> list[Mark]:
     return marks
 
 
-def _same_place(first: Mark, other: Mark) -> bool:
-    near = other.price <= first.price * SAME_PRICE and abs(other.value - first.value) <= SAME_SCORE
+def _same_place(first: Mark, other: Mark, ratio: float) -> bool:
+    near = other.price <= first.price * ratio and abs(other.value - first.value) <= SAME_SCORE
     return first.family == other.family and near
 
 

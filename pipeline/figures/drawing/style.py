@@ -25,6 +25,9 @@ from pipeline.reporting.labels import variant_label
 from pipeline.runtime import workers
 from pipeline.runtime.processes import available
 
+FEW = 4
+"""Lines of a figure whose bands may overlap without hiding what is behind them."""
+
 
 class Picture(NamedTuple):
     """A figure to draw, and the SVG file to write."""
@@ -84,13 +87,15 @@ def draw_lines(
     without: Collection[str] = (),
 ) -> None:
     """Plot column `y` of `table` against column `x`: one line with a band over seeds per variant that has values."""
-    for variant in shown_variants(ablation):
+    shown = [variant for variant in shown_variants(ablation) if variant not in without]
+    alpha = 0.2 if len(shown) <= FEW else 0.1
+    for variant in shown:
         rows = table[table["variant"] == variant]
-        if variant not in without and rows[y].notna().any():
+        if rows[y].notna().any():
             options = style(study, variant)
             if not markers:
                 options["marker"] = None
-            draw_line(study, rows, axes, x=x, y=y, label=variant_label(study, variant), **options)
+            draw_line(study, rows, axes, x=x, y=y, alpha=alpha, label=variant_label(study, variant), **options)
 
 
 def draw_line(study: Study, table: pd.DataFrame, axes: Axes, *, x: str, y: str, alpha: float = 0.2, **options: Any) -> None:

@@ -247,7 +247,7 @@ def test_a_variant_depends_only_on_its_own_mixer(plan):
     plan()
     reached = {name: modules_reached(modules) for name, modules in stage_modules(load_study()).items()}
     users = {name for name, modules in reached.items() if "cat.mixers.mamba.layer" in modules}
-    assert users == {"train/mamba", "train/mamba_qk", "evaluate/ar", "evaluate/text"}
+    assert users == {"train/mamba", "train/mamba_qk", "evaluate/ar", "evaluate/text", "render", "publish"}
     assert "cat.theory" in reached["train/construction"]
     assert "cat.tasks.text" in reached["generate/text"]
     assert not any("cat.tasks.text" in reached[f"train/{variant}"] for variant in ("k", "mamba", "construction"))

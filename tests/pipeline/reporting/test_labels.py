@@ -1,9 +1,13 @@
 """Names of variants."""
 
+import pytest
+
 from cat.mixers.attention.config import AttentionConfig
 from cat.mixers.registry import model_config
-from pipeline.reporting.labels import _describe, _details
+from pipeline.config.load import study_of
+from pipeline.reporting.labels import _describe, _details, task_label, variant_label
 from pipeline.reporting.tables import departures, is_published
+from tests.pipeline.config.test_study import edited, errors_of
 
 
 def test_every_option_of_attention_is_in_the_name():
@@ -48,3 +52,18 @@ def test_departures_name_the_keys_of_published_layers():
         assert (departures(model), is_published(model)) == (text, True)
     attention = model_config(mixer="attention", qk_norm=True, **settings)
     assert (departures(attention), is_published(attention)) == ("-", False)
+
+
+def test_a_label_in_the_file_is_the_name():
+    stated = {"variants.k.label": "Key CAT", "tasks.ar.label": "MQAR", "variants.qk.label": "Key CAT", "title": "A study"}
+    study = study_of(edited(stated), "params.yaml")
+    assert [variant_label(study, name) for name in ("k", "qk")] == ["Key CAT (k)", "Key CAT (qk)"], "names are unique"
+    assert (task_label(study, "ar"), study.title) == ("MQAR", "A study")
+    assert study.variants == study_of(edited({}), "params.yaml").variants
+
+
+@pytest.mark.parametrize(("value", "shown"), [("", '""'), ("two\nlines", '"two\\nlines"'), (3, "3")])
+def test_a_label_is_one_line_of_text(value, shown):
+    assert errors_of({"variants.k.label": value}) == [f"variants.k.label = {shown}: must be one line of text"]
+    (line,) = errors_of({"defaults.label": "x"})
+    assert line.startswith("defaults.label = ")

@@ -1,10 +1,12 @@
 """Every figure can be read: its series look different, no panel is empty, and a variant looks the same everywhere."""
 
 import itertools
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
@@ -13,6 +15,7 @@ from pipeline.config.load import load_study
 from pipeline.figures.drawing.palette import COLOURS, DASHES, DOTS, style
 from pipeline.figures.drawing.style import set_theme
 from pipeline.reporting.families import FAMILIES, family
+from pipeline.reporting.labels import variant_label, with_slug
 from pipeline.stages.render import _pictures
 from pipeline.storage.results import read_results
 from tests.helpers.study import ROOT
@@ -67,6 +70,17 @@ def test_in_every_figure_all_series_differ_and_every_panel_shows_something(study
     assert near == []
     assert {"qkv_subsets_length", "width", "position", "positions", "cost"} <= set(drawn)
     assert max(map(len, drawn.values())) > 4
+
+
+def test_the_curves_of_dvc_plots_have_names(study):
+    template = (ROOT / ".dvc/plots/lengths.json").read_text()
+    table = pd.read_csv("reports/lengths.csv")
+    assert {*re.findall(r'"field": "(\w+)"', template)} - {"rev"} <= {*table.columns}
+    names = table.drop_duplicates(["task", "variant"]).set_index(["task", "variant"])
+    assert tuple(names.loc[("ar", "k"), ["task_name", "variant_name"]]) == (
+        "associative recall (ar)",
+        with_slug(variant_label(load_study(), "k"), "k"),
+    )
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda path: path.name)
