@@ -27,6 +27,7 @@ def test_the_help_lists_every_command_in_its_section():
         "show",
         "diff",
         "add-variant",
+        "format",
         "check-mixer",
         "profile",
         "sample",
