@@ -31,7 +31,7 @@ from pipeline.storage import runs
 from pipeline.storage.files import read_json
 from pipeline.storage.paths import DATA, REPORTS, RESULTS, VERDICTS
 from pipeline.storage.provenance import provenance
-from pipeline.storage.training_log import read_log
+from pipeline.storage.training_log import TABLE, read_log
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,7 +207,7 @@ def report_record(study: Study) -> Record:
 
     # A folder each, because the tables of a task have the same file name.
     tables: dict[str, list[Path]] = {}
-    for table in sorted([*REPORTS.glob("*.csv"), *RESULTS.rglob("*.csv"), *VERDICTS.glob("*.csv")]):
+    for table in sorted({*REPORTS.glob("*.csv"), *RESULTS.rglob("*.csv"), *VERDICTS.glob("*.csv")} - {TABLE}):
         tables.setdefault(f"tables/{table.parent.as_posix()}", []).append(table)
     verdicts = [f"* {row.verdict}: {escape(row.statement)}" for row in read_verdicts().itertuples()]
     return Record(
@@ -224,7 +224,7 @@ def report_record(study: Study) -> Record:
             "figures": sorted((REPORTS / "figures").glob("*.svg")),
             **tables,
         },
-        volatile_files=tuple(path for path in [REPORTS / "report.html"] if path.exists()),
+        volatile_files=tuple(path for path in (REPORTS / "report.html", TABLE) if path.exists()),
         figures=tuple(
             name for name, ablation in study.ablations.items() if shown_tasks(study, ablation) and shown_variants(ablation)
         ),

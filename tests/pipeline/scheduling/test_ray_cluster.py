@@ -369,8 +369,8 @@ def test_the_address_is_optional(monkeypatch):
     for arguments in ([], ["--ray"], ["--ray", "--jobs", "3"], ["--ray", "head:6379", "--jobs", "3"]):
         assert CliRunner().invoke(main, ["run", *arguments]).exit_code == 0
     assert calls == [
-        {"jobs": None, "ray": None},
-        {"jobs": None, "ray": "auto"},
-        {"jobs": 3, "ray": "auto"},
-        {"jobs": 3, "ray": "head:6379"},
+        {"jobs": None, "ray": None, "only": ()},
+        {"jobs": None, "ray": "auto", "only": ()},
+        {"jobs": 3, "ray": "auto", "only": ()},
+        {"jobs": 3, "ray": "head:6379", "only": ()},
     ]
