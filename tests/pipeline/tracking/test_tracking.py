@@ -119,7 +119,7 @@ def test_every_variant_and_every_seed_has_a_run(store):
     assert [item.path for item in store.list_artifacts(run.info.run_id, "weights")] == ["weights/seed_1.safetensors"]
     (report,) = current(store, "study").values()
     artifacts = {item.path for item in store.list_artifacts(report.info.run_id)}
-    assert artifacts == {"claims.yaml", "figures", "params.yaml", "report.html", "report.md", "tables"}
+    assert artifacts == {"claims.yaml", "figures", "params.yaml", "report.html", "report.md", "tables", "training.csv"}
 
 
 def test_a_variant_s_run_has_the_mean_and_deviation_of_its_seeds_and_contains_them(store):
