@@ -294,8 +294,8 @@ def _reproduced(before: Snapshot, after: Snapshot) -> Section:
     ]
     equal = f"{len(claims) - len(faults)} of {len(claims)} verdicts"
     entries = [{(*cell, name) for cell, means in side.results.items() for name in means} for side in (before, after)]
-    if alone := len(entries[0] ^ entries[1]):
-        faults.append(f"{alone} {'entry' if alone == 1 else 'entries'} on one side only")
+    if unmatched := len(entries[0] ^ entries[1]):
+        faults.append(f"{unmatched} {'entry' if unmatched == 1 else 'entries'} on one side only")
     differences = [(entry, abs(difference)) for entry, difference in _differences(before, after)]
     beyond, known = [], True
     for entry, difference in differences:

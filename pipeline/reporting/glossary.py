@@ -24,7 +24,7 @@ _NAMES = (
 
 
 def glossary(study: Study) -> str:
-    """Markdown: a table of the tasks, what each kind of task is, and a table of the variants."""
+    """Markdown: a table of the tasks, a description of each kind of task, and a table of the variants."""
     kinds = dict.fromkeys(section.data.kind for task, section in study.tasks.items() if variants_on(study, task))
     about = "\n\n".join(f"**{kind}**: {_about(kind)}" for kind in kinds)
     variants = _variants(study).to_markdown(index=False, disable_numparse=True)

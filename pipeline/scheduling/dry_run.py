@@ -20,7 +20,7 @@ NAMED = 3
 
 
 def dry_run(study: Study, *, jobs: int | None = None, only: Collection[tuple[str, str]] = ()) -> str:
-    """Describe the stages that are out of date, as text; with `only`, those of these cells."""
+    """Describe the stages that are out of date, as text; with `only`, the stages of these cells."""
     plan = plan_of(study)
     with readable_dvc_errors():
         name_user()

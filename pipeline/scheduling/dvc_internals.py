@@ -102,7 +102,7 @@ def _overlap(first: str, second: str) -> bool:
 
 def _will_be_restored(repo: Repo, stage: PipelineStage, planned: Mapping[str, str]) -> bool:
     """Whether DVC's cache has the outputs of the stage for the files in `planned`."""
-    if any(out.persist for out in stage.outs):  # DVC does not cache what such a stage made before
+    if any(out.persist for out in stage.outs):  # DVC does not cache earlier results of such a stage
         return False
     missing = [dep for dep in stage.deps if str(dep) not in planned and not dep.exists]
     if missing:

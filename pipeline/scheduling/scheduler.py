@@ -153,7 +153,7 @@ def assign(devices: list[torch.device], jobs: int | None) -> list[torch.device]:
 
 
 def stale_cells(only: Collection[tuple[str, str]] = ()) -> list[StageCell]:
-    """Return the train stages that `dvc repro` would run, in its order; only those of the cells in `only`, if there are any.
+    """Return the train stages that `dvc repro` would run, in its order; only for the cells in `only`, if it has any.
 
     These are changed stages that DVC's cache cannot restore. Raises ValueError if params.yaml changed a cell since `plan` ran.
     """

@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     texts: dict[str, str]
     """Path of each file in plan/ -> its text."""
     reasons: dict[str, list[str]]
-    """Path -> what changed in it since the stage that depends on it ran; not of files without a change."""
+    """Path -> changes since the stage that depends on it ran; only changed files."""
     changed_data: list[str]
     """The tasks whose data have other settings or other code than when they were generated."""
 

@@ -181,7 +181,7 @@ def _results(
     device: torch.device,
     parallel_runs: int | Literal["auto"],
 ) -> dict[Job, ModelResults]:
-    """Return the results of each job: the kept ones of its key, or those of scoring the first job with this key."""
+    """Return the results of each job: the kept results of its key, or the scores of the first job with this key."""
     found = {key: results for key in set(keys.values()) if (results := read_scored(task, key)) is not None}
     new = {key: job for job, key in reversed([*keys.items()]) if key not in found}
     # The largest model first, so that no process has to wait for it at the end.

@@ -42,5 +42,5 @@ def _leftovers(study: Study) -> Iterator[Path]:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """The folders in a folder, without those that a process is writing."""
+    """The folders in a folder that no process is writing."""
     return [path for path in sorted(parent.glob("*")) if path.is_dir() and not path.name.startswith(".")]

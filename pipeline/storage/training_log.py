@@ -1,7 +1,7 @@
 """When, by which commit and how fast each cell was trained, and how long other stages took.
 
     logs/<task>/<variant>.json    of the cells that were trained in this folder; not in git
-    .pipeline_cache/              seconds of the stages that ran in this folder; not in logs/, of which MLflow has a view
+    .pipeline_cache/              seconds of the stages that ran in this folder; not in logs/, which MLflow shows
     reports/training.csv          of the results in git, so that a clone has the dates of the results that it restores
 
 A row of the table stays as long as its result does: training it again to the same bits changes no file in git.
@@ -83,7 +83,7 @@ def _stage_path(command: str, task: str | None) -> Path:
 
 
 def write_table(cells: Iterable[Cell]) -> None:
-    """Add the results that were trained here, and remove those that are no longer there. Other rows stay as they are."""
+    """Add the results that were trained here, and remove missing ones. Other rows stay as they are."""
     known = {(row["task"], row["variant"], row["summary"]): row for row in _read_tables()[::-1]}
     rows = []
     for cell in cells:

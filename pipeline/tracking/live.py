@@ -127,7 +127,7 @@ class Forwarder:
         self.system = _SystemMetrics()
 
     def push(self) -> None:
-        """Log the new rows and ends; the next call logs those that failed."""
+        """Log the new rows and ends; the next call tries failed ones again."""
         for path in live_paths():
             if path not in self.readers:
                 if not is_training(path):

@@ -193,7 +193,7 @@ class Pages:
 
 
 def _about(task: Task) -> str:
-    """Say what a task is: the docstring of its file, up to the example."""
+    """Describe a task by the docstring of its file, up to the example."""
     paragraphs = (inspect.getdoc(inspect.getmodule(type(task))) or "").split("\n\n")
     example = next((i for i, paragraph in enumerate(paragraphs) if paragraph.startswith("    ")), 0)
     return "\n\n".join(paragraphs[: example + 1])

@@ -1,4 +1,4 @@
-"""The runs of MLflow that show a training in progress (pipeline/tracking/live.py): find them, and end those that were killed."""
+"""The runs of MLflow that show a training in progress (pipeline/tracking/live.py): find them, and end killed ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims of presets are those of claims.yaml or their own, and the differences of their verdicts are listed."""
+"""A preset has the claims of claims.yaml or its own; the page lists verdicts that differ."""
 
 import csv
 import re

@@ -10,7 +10,7 @@ from cat.config import Count, MixerConfig
 class GatedConvConfig(MixerConfig):
     """A causal convolution per channel, times a gate: the BaseConv layer of Based.
 
-    Without the gate it is a convolution alone, the control for mixers that have one.
+    Without the gate it is only a convolution, the control for gated mixers.
     """
 
     label: ClassVar = "Gated convolution"

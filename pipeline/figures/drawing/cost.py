@@ -84,7 +84,7 @@ def _state_size(config: ModelConfig, trained: int, length: int, device: str) -> 
 
 @functools.lru_cache(maxsize=1024)
 def parameters(config: ModelConfig, trained: int) -> int:
-    """Parameters of a model without those of the embeddings and the head, whose number depends on the vocabulary."""
+    """Parameters of a model, without the embeddings and the head, which depend on the vocabulary."""
     import torch
 
     from cat.model import SequenceModel
@@ -146,7 +146,7 @@ def _draw_panel(study: Study, task: str, table: pd.DataFrame, marks: list[Mark],
 
 
 def _marks(study: Study, table: pd.DataFrame, price: str) -> list[Mark]:
-    """The variants of a task, cheapest first; those of one family at nearly the same place share a mark."""
+    """The variants of a task, cheapest first. Variants of one family at nearly the same place share a mark."""
     marks: list[Mark] = []
     ordered = table.sort_values([price, "value"], kind="stable")
     for variant, at, value in zip(map(str, ordered.index), ordered[price], ordered["value"], strict=True):

@@ -26,7 +26,7 @@ from pipeline.runtime import workers
 from pipeline.runtime.processes import available
 
 FEW = 4
-"""Lines of a figure whose bands may overlap without hiding what is behind them."""
+"""Lines of a figure whose bands may overlap without hiding other lines."""
 
 
 class Picture(NamedTuple):
@@ -122,7 +122,7 @@ def set_ticks(axes: Axes, values: Iterable[float], form: str) -> None:
 
 
 def add_legend(figure: Figure, panels: dict[str, Axes]) -> None:
-    """Add one legend for all panels, to their right. Lines behind others, such as those of references, come last."""
+    """Add one legend for all panels, to their right. Lines in the background, such as references, come last."""
     entries: dict[str, Any] = {}
     for axes in panels.values():
         entries |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True) if label not in entries}

@@ -19,7 +19,7 @@ MAMBA = "plan/train/ar/mamba.json"
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """The smoke study as if all its stages had run: plan/, dvc.lock, logs/ of one second per cell."""
+    """The smoke study with all stages recorded as run: plan/, dvc.lock, logs/ of one second per cell."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "presets/smoke.yaml", "params.yaml")
     for name, text in stage_files(load_study()).items():

@@ -80,7 +80,7 @@ def test_a_killed_training_leaves_no_running_run(study):
     forward(study, steps(lambda: None, lambda: None))
     client, (run,) = live_runs(study)
     assert run.info.status == "KILLED", "its reader ended and the file has no end"
-    client.update_run(run.info.run_id, status="RUNNING")  # as if both were killed
+    client.update_run(run.info.run_id, status="RUNNING")  # the state after a kill
     list(sync.addresses(study, ""))
     assert client.get_run(run.info.run_id).info.status == "RUNNING", "the cell is still in training"
     writer.lock.release()
