@@ -87,6 +87,9 @@ def test_a_killed_training_leaves_no_running_run(study):
     writer.file.close()
     list(sync.addresses(study, ""))
     assert client.get_run(run.info.run_id).info.status == "KILLED"
+    client.update_run(run.info.run_id, status="RUNNING")
+    forward(study, steps(lambda: None))
+    assert client.get_run(run.info.run_id).info.status == "KILLED", "the next forwarder ends it, too"
 
 
 def test_rows_wait_for_a_server_that_does_not_answer(study, monkeypatch, capsys):
